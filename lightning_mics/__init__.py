@@ -1,0 +1,21 @@
+"""MiCS for PyTorch Lightning: sharded training whose constant traffic stays inside small groups of ranks.
+
+Importing this package registers ``Trainer(strategy="mics")``.
+"""
+
+from lightning_mics.partition_groups import PartitionGroups, create_groups
+from lightning_mics.sharding import shard_model
+from lightning_mics.strategy import MiCSStrategy
+from lightning_mics.topology import Topology
+from lightning_mics.two_hop import TwoHopSchedule
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "MiCSStrategy",
+    "PartitionGroups",
+    "Topology",
+    "TwoHopSchedule",
+    "create_groups",
+    "shard_model",
+]

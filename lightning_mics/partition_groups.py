@@ -1,0 +1,107 @@
+"""Technique 1: partition groups. From a topology to process groups and the device mesh.
+
+MiCS, section 3.1. FSDP2 is given a mesh of ``(replicas, partition_size)``: it shards over the second axis, so that the
+constant traffic of sharded training stays inside a partition group, and replicates over the first::
+
+                     "shard" axis ->
+    "replicate"   0 2 1 3    partition group 0, rail by rail
+     axis         4 6 5 7    partition group 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_mics._torch_compat import new_group
+from lightning_mics.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionGroups:
+    """The process groups of this rank and the mesh that FSDP2 shards over.
+
+    Attributes:
+        topology: Where every rank is.
+        partition: The ranks that hold one replica, rail by rail.
+        replication: The ranks that hold the same part as this rank.
+        rail: The ranks of the partition group with this local rank, one per node.
+        node: The ranks of the partition group on this node.
+        mesh: ``("replicate", "shard")`` of shape ``(replicas, partition_size)``; without replicas ``("shard",)``.
+    """
+
+    topology: Topology
+    partition: dist.ProcessGroup
+    replication: dist.ProcessGroup
+    rail: dist.ProcessGroup
+    node: dist.ProcessGroup
+    mesh: DeviceMesh
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+        if self.mesh.device_type == "cpu":
+            return torch.device("cpu")
+        return torch.device(self.mesh.device_type, torch.get_device_module(self.mesh.device_type).current_device())
+
+
+def create_groups(topology: Topology, *, device_type: str, timeout: timedelta | None = None) -> PartitionGroups:
+    """Make this rank's groups and mesh; every rank calls it, after ``init_process_group``.
+
+    Each rank makes its own four groups only, all ranks in the same order of kinds, so start-up does not grow with the
+    number of groups.
+
+    Args:
+        topology: Where every rank is; its world is the default process group's.
+        device_type: ``"cpu"`` or ``"cuda"``.
+        timeout: How long a collective of these groups may take; None is the backend's default.
+
+    Raises:
+        RuntimeError: If ``torch.distributed`` is not initialised, or torch is too old for groups that span nodes.
+        ValueError: If the topology is not that of the running job, or the backend cannot serve the device.
+    """
+    _check_job(topology, device_type)
+    rank = dist.get_rank()
+    partition = new_group(topology.partition_group(rank), timeout=timeout)
+    replication = new_group(topology.replication_group(rank), timeout=timeout)
+    rail = new_group(topology.rail(rank), timeout=timeout)
+    node = new_group(topology.node_group(rank), timeout=timeout)
+    return PartitionGroups(
+        topology=topology,
+        partition=partition,
+        replication=replication,
+        rail=rail,
+        node=node,
+        mesh=_mesh(topology, device_type, partition=partition, replication=replication),
+    )
+
+
+def _mesh(
+    topology: Topology, device_type: str, *, partition: dist.ProcessGroup, replication: dist.ProcessGroup
+) -> DeviceMesh:
+    if topology.replicas == 1:  # no second axis: FSDP2 would all-reduce each gradient with nobody
+        return DeviceMesh.from_group(partition, device_type, mesh_dim_names=("shard",))
+    first_ranks = range(0, topology.world_size, topology.partition_size)
+    ranks = [topology.partition_group(first) for first in first_ranks]  # [replicas, partition_size]
+    return DeviceMesh.from_group(
+        [replication, partition], device_type, mesh=torch.tensor(ranks), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def _check_job(topology: Topology, device_type: str) -> None:
+    if not dist.is_initialized():
+        raise RuntimeError("call torch.distributed.init_process_group before create_groups")
+    if dist.get_world_size() != topology.world_size:
+        raise ValueError(
+            f"the topology has world_size={topology.world_size}, the running job has {dist.get_world_size()} ranks"
+        )
+    backends = dist.get_backend_config()  # as in "cpu:gloo,cuda:nccl"
+    if device_type not in [entry.split(":")[0] for entry in str(backends).split(",")]:
+        raise ValueError(
+            f"the process group's backend ({backends}) cannot serve device type {device_type!r}; "
+            "use gloo for CPU and nccl for CUDA"
+        )

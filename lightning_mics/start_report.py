@@ -1,0 +1,60 @@
+"""The table that rank 0 logs at start: who talks to whom, which techniques are on and why, what memory it takes."""
+
+from __future__ import annotations
+
+from lightning_mics.topology import Topology
+
+
+def start_report(
+    topology: Topology, *, chosen_automatically: bool, two_stage: bool, states_bytes: int, capacity_bytes: int
+) -> str:
+    """A few lines on a job's groups, techniques and estimated memory.
+
+    Args:
+        topology: Where every rank is.
+        chosen_automatically: Whether the partition size came from ``"auto"``.
+        two_stage: Whether collectives are hierarchical.
+        states_bytes: Estimated bytes of model states on each rank.
+        capacity_bytes: Memory of one rank's device.
+    """
+    rows = {
+        "ranks": f"{topology.world_size} on {topology.nodes} {_plural('node', topology.nodes)}",
+        "partition groups": f"{topology.replicas} of {topology.partition_size} ranks{_why_size(topology, chosen_automatically)}",
+        "replication groups": f"{topology.partition_size} of {topology.replicas} {_plural('rank', topology.replicas)}",
+        "hierarchical": _why_hierarchical(topology, two_stage),
+        "two-hop": _why_two_hop(topology),
+        "model states": f"about {_gib(states_bytes)} of {_gib(capacity_bytes)} per rank, as with Adam, without activations",
+    }
+    width = max(map(len, rows))
+    return "\n".join(["MiCS", *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+
+def _why_size(topology: Topology, chosen_automatically: bool) -> str:
+    if not chosen_automatically:
+        return ""
+    nodes = topology.nodes_per_partition_group
+    return f' ("auto": {nodes} {_plural("node", nodes)} hold the model states)'
+
+
+def _why_hierarchical(topology: Topology, two_stage: bool) -> str:
+    if two_stage:
+        return f"on: a partition group spans {topology.nodes_per_partition_group} nodes"
+    if not topology.spans_nodes:
+        return "off: a partition group is inside one node"
+    if topology.local_ranks_per_partition_group == 1:
+        return "off: one rank per node, so there is no second stage"
+    return "off: hierarchical=False"
+
+
+def _why_two_hop(topology: Topology) -> str:
+    if topology.replicas == 1:
+        return "off: there is one replica only"
+    return "on: gradients cross replicas at the boundary only"
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.3g} GiB"

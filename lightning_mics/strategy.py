@@ -1,0 +1,431 @@
+"""``Trainer(strategy="mics")``: the adapter between Lightning's Trainer and ``shard_model``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_mics import checkpoint
+from lightning_mics.blocks import ModuleClasses, find_blocks
+from lightning_mics.first_weights import verify_replicas
+from lightning_mics.partition_groups import PartitionGroups, create_groups
+from lightning_mics.planning.memory import ModelSize, measure_model, smallest_partition_size
+from lightning_mics.sharding import shard_model, use_hierarchical
+from lightning_mics.start_report import start_report
+from lightning_mics.topology import Topology
+from lightning_mics.two_hop import TwoHopSchedule
+
+PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
+REDUCE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class _Sharded:
+    """What a LightningModule carries once it is sharded, so that a second Trainer finds it."""
+
+    groups: PartitionGroups
+    schedule: TwoHopSchedule
+
+
+class MiCSStrategy(ModelParallelStrategy):
+    """MiCS: sharded training whose constant traffic stays inside partition groups.
+
+    Takes an ordinary LightningModule, with or without ``configure_model``, and shards it block by block at the start of
+    ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Args:
+        partition_size: Ranks per partition group; ``"auto"`` is the smallest whole number of nodes whose memory holds
+            the model states.
+        ranks_per_node: None takes it from the launcher. An integer pretends that nodes are smaller, for tests and for
+            runs on one machine.
+        hierarchical: Two-stage collectives; ``"auto"`` uses them where a partition group spans nodes.
+        reduce_dtype: What gradients are reduced and summed in, a dtype or its name; None follows the precision:
+            float32 for "32-true" and "bf16-mixed", bfloat16 for "bf16-true".
+        shard_modules: The blocks to shard, classes or class names; None takes the model's ``_no_split_modules``, else
+            the longest list of equal modules.
+        activation_checkpointing: True recomputes each block in backward; classes or names choose other modules.
+        save_sharded: Checkpoints are directories of shards; False gathers them into one file on rank 0.
+        process_group_backend: None is nccl for CUDA, gloo for CPU.
+        timeout: For the collectives of all groups.
+
+    Raises:
+        TypeError: If an option has the wrong type, or the model cannot be sharded.
+        ValueError: If an option's value does not fit the job or the model.
+    """
+
+    def __init__(
+        self,
+        *,
+        partition_size: int | Literal["auto"] = "auto",
+        ranks_per_node: int | None = None,
+        hierarchical: bool | Literal["auto"] = "auto",
+        reduce_dtype: torch.dtype | str | None = None,
+        shard_modules: ModuleClasses | None = None,
+        activation_checkpointing: bool | ModuleClasses = False,
+        save_sharded: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=save_sharded, process_group_backend=process_group_backend, timeout=timeout
+        )
+        if isinstance(partition_size, str) and partition_size != "auto":
+            raise ValueError(f'partition_size={partition_size!r} is neither "auto" nor a number of ranks')
+        if hierarchical not in ("auto", True, False):
+            raise ValueError(f'hierarchical={hierarchical!r} is not one of "auto", True, False')
+        self._partition_size = partition_size
+        self._ranks_per_node = ranks_per_node
+        self._hierarchical = hierarchical
+        self._reduce_dtype = _floating_dtype("reduce_dtype", reduce_dtype)
+        self._shard_modules = shard_modules
+        self._activation_checkpointing = activation_checkpointing
+        self._sharded: _Sharded | None = None
+
+    # -- before the model -------------------------------------------------------------------------------------------
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning injects a distributed sampler."""
+        return True
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every rank has data of its own, those of one partition group too."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    @property
+    def topology(self) -> Topology:
+        """Where every rank is; known once the model is sharded."""
+        return self._state().groups.topology
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        if precision_plugin is not None and precision_plugin.precision not in PRECISIONS:
+            raise ValueError(
+                f"strategy 'mics' does not support precision={str(precision_plugin.precision)!r}; "
+                f"use one of {', '.join(map(repr, PRECISIONS))}"
+            )
+        self._precision_plugin = precision_plugin
+
+    @override
+    def setup_environment(self) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup_device(self.root_device)
+        self.set_world_ranks()
+        self._check_before_communicating()
+        self._setup_distributed()
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None]:
+        """``configure_model`` builds on the CPU, or on the meta device if it says so: never a whole model on a GPU."""
+        device = torch.device("meta" if empty_init else "cpu")
+        with device, self.precision_plugin.tensor_init_context():
+            yield
+
+    # -- sharding the model -----------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        module, fitting = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
+        assert self.accelerator is not None and module is not None
+        self.accelerator.setup(trainer)
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False  # what is made in inference mode could not be trained afterwards
+        with torch.inference_mode(False):
+            if not hasattr(module, "_mics"):
+                module._mics = self._shard(module, fitting=fitting)
+            self.model, self._sharded = module, module._mics
+            self._check_still_sharded()
+            self._check_partition_size_kept()
+            module._device_mesh = self._device_mesh = self._state().groups.mesh
+            self._abandon_window()
+            if fitting:
+                self.setup_optimizers(trainer)
+            self.setup_precision_plugin()
+            if fitting:
+                _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _shard(self, module: pl.LightningModule, *, fitting: bool) -> _Sharded:
+        if fitting and self._layer_sync is not None:
+            module = self._layer_sync.apply(module)
+        module = self.precision_plugin.convert_module(module)
+        mixed_precision = self._mixed_precision()
+        size = measure_model(
+            module,
+            find_blocks(module, self._shard_modules).values(),
+            gathered_dtype=mixed_precision.param_dtype,
+            reduce_dtype=mixed_precision.reduce_dtype,
+        )
+        topology = self._choose_topology(size)
+        two_stage = use_hierarchical(self._hierarchical, topology)
+        groups = create_groups(topology, device_type=self.root_device.type, timeout=self._timeout)
+        schedule = shard_model(
+            module,
+            groups,
+            shard_modules=self._shard_modules,
+            hierarchical=two_stage,
+            activation_checkpointing=self._activation_checkpointing,
+            mixed_precision=mixed_precision,
+        )
+        rank_zero_info(
+            start_report(
+                topology,
+                chosen_automatically=self._partition_size == "auto",
+                two_stage=two_stage,
+                states_bytes=size.per_rank_bytes(topology.partition_size),
+                capacity_bytes=self._capacity_bytes(),
+            )
+        )
+        return _Sharded(groups, schedule)
+
+    def _choose_topology(self, size: ModelSize) -> Topology:
+        ranks_per_node = self._ranks_per_node or self.num_processes
+        partition_size = self._partition_size
+        if partition_size == "auto":
+            partition_size = smallest_partition_size(
+                size,
+                world_size=self.world_size,
+                ranks_per_node=ranks_per_node,
+                capacity_bytes=self._capacity_bytes(),
+            )
+        return Topology(world_size=self.world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
+
+    def _capacity_bytes(self) -> int:
+        if self.root_device.type == "cuda":
+            return torch.cuda.get_device_properties(self.root_device).total_memory
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.num_processes
+
+    def _mixed_precision(self) -> MixedPrecisionPolicy:
+        """FSDP2's side of the precision: Lightning's autocast casts inputs, FSDP2 gathers and reduces."""
+        mixed = self.precision_plugin.precision == "bf16-mixed"
+        return MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if mixed else None,
+            reduce_dtype=self._reduce_dtype or (torch.float32 if mixed else None),
+            cast_forward_inputs=False,
+        )
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        assert self.model is not None
+        sharded = set(self.model.parameters())
+        for index, optimizer in enumerate(self.optimizers):
+            foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in sharded]
+            if foreign:
+                raise ValueError(
+                    f"optimizer {index} ({type(optimizer).__name__}) holds {len(foreign)} tensors that are not parameters "
+                    "of the sharded model, so nothing would reduce their gradients; make it in `configure_optimizers` "
+                    "from `self.parameters()`"
+                )
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+    # The LightningModule is the FSDP2 root: its steps run as its forward, so that the root's own hooks fire.
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.train_step_context():
+            return self._run_as_forward("training_step", *args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.val_step_context():
+            return self._run_as_forward("validation_step", *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.test_step_context():
+            return self._run_as_forward("test_step", *args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.predict_step_context():
+            return self._run_as_forward("predict_step", *args, **kwargs)
+
+    def _run_as_forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self._forward_redirection(self.lightning_module, self.lightning_module, method, *args, **kwargs)
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        """Lightning enters this on every micro-step but the boundary, also by ``toggle_model(sync_grad=False)``."""
+        with self._state().schedule.micro_step(boundary=False):
+            yield
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        self._state().schedule.after_backward()
+
+    @override
+    def on_validation_end(self) -> None:
+        self._reshard_root()
+
+    @override
+    def on_test_end(self) -> None:
+        self._reshard_root()
+
+    @override
+    def on_predict_end(self) -> None:
+        self._reshard_root()
+
+    @override
+    def on_train_end(self) -> None:
+        self._abandon_window()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        self._abandon_window()
+
+    def _reshard_root(self) -> None:
+        """FSDP2 leaves the root gathered after a forward, for a backward that evaluation does not have."""
+        assert isinstance(self.lightning_module, FSDPModule)
+        self.lightning_module.reshard()
+
+    def _abandon_window(self) -> None:
+        if self._sharded is not None:
+            self._sharded.schedule.abandon_window()
+
+    def _state(self) -> _Sharded:
+        if self._sharded is None:
+            raise RuntimeError("the model is sharded when the Trainer runs; there are no groups before")
+        return self._sharded
+
+    # -- talking to the other ranks -----------------------------------------------------------------------------------
+
+    @override
+    def reduce(self, tensor: Tensor | Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce in place, as Lightning's own does, but without a barrier of all ranks before each value."""
+        if not isinstance(tensor, Tensor) or not dist.is_initialized():
+            return tensor
+        mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
+        op = getattr(dist.ReduceOp, reduce_op.upper()) if isinstance(reduce_op, str) and not mean else reduce_op
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM if mean or op is None else op, group=group)
+        return tensor.copy_(tensor / dist.get_world_size(group)) if mean else tensor
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state by parameter name, sharded; with ``save_sharded=False`` whole and by number, on rank 0 only."""
+        assert self.model is not None
+        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return checkpoint.optimizer_state(self.model, plain, sharded=self._save_distributed_checkpoint)
+
+    @override
+    def save_checkpoint(self, state: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        if storage_options is not None or not self._save_distributed_checkpoint:
+            return super().save_checkpoint(state, filepath, storage_options)
+        path = self._local_path(filepath)
+        checkpoint.save_sharded(
+            path,
+            model_state=state.pop("state_dict"),
+            optimizer_states=state.pop("optimizer_states", []),
+            meta=state,
+        )
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load the model, and when fitting its optimizers, in place; the rest is returned for the Trainer."""
+        assert self.model is not None and self.lightning_module is not None
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        meta = checkpoint.load(
+            self._local_path(checkpoint_path),
+            model=self.model,
+            optimizers=self.optimizers if fitting else [],
+            strict=self.lightning_module.strict_loading,
+            weights_only=bool(weights_only),
+        )
+        self._abandon_window()
+        verify_replicas(self.model, self._state().groups)
+        return meta
+
+    def _local_path(self, filepath: str | Path) -> Path:
+        """Rank 0's path: a name with the time in it may differ between ranks."""
+        shared = self.broadcast(filepath)
+        if "://" in str(shared):
+            raise ValueError(f"sharded checkpoints go to a file system that all ranks share, not to the URL {shared}")
+        return Path(shared)
+
+    # -- refusals -------------------------------------------------------------------------------------------------------
+
+    def _check_before_communicating(self) -> None:
+        """Refuse a job that cannot work, with the same error on every rank and before any rank waits for another."""
+        if self.root_device.type not in ("cpu", "cuda"):
+            raise ValueError(f"strategy 'mics' runs on CUDA and CPU devices, not on {self.root_device.type!r}")
+        backend = self._get_process_group_backend()
+        if self.root_device.type == "cpu" and "gloo" not in backend:
+            raise ValueError(f"process_group_backend={backend!r} cannot serve CPU devices; use 'gloo' or None")
+        ranks_per_node = self._ranks_per_node or self.num_processes
+        topology = Topology(
+            world_size=self.world_size,
+            ranks_per_node=ranks_per_node,
+            partition_size=ranks_per_node if self._partition_size == "auto" else self._partition_size,
+        )
+        if self._partition_size != "auto":
+            use_hierarchical(self._hierarchical, topology)
+        self._refuse_weight_averaging()
+
+    def _refuse_weight_averaging(self) -> None:
+        assert self.lightning_module is not None
+        for callback in self.lightning_module.trainer.callbacks:
+            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} copies the whole model, which strategy 'mics' keeps in parts; remove it"
+                )
+
+    def _check_still_sharded(self) -> None:
+        """``configure_model`` runs again for each stage and may put new, whole modules into a sharded model."""
+        assert self.lightning_module is not None
+        for name, parameter in self.lightning_module.named_parameters():
+            if not isinstance(parameter, DTensor):
+                raise RuntimeError(
+                    f"parameter {name!r} appeared after the model was sharded; let `configure_model` return at once if "
+                    "the model is there already"
+                )
+
+    def _check_partition_size_kept(self) -> None:
+        topology = self._state().groups.topology
+        if self._partition_size not in ("auto", topology.partition_size):
+            raise ValueError(
+                f"the model is already sharded with partition_size={topology.partition_size} by another strategy; "
+                f"partition_size={self._partition_size} needs a new instance of the model"
+            )
+
+
+def _floating_dtype(option: str, value: torch.dtype | str | None) -> torch.dtype | None:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if value is not None and not (isinstance(dtype, torch.dtype) and dtype in REDUCE_DTYPES):
+        raise ValueError(f"{option}={value!r} is not one of {', '.join(map(str, REDUCE_DTYPES))}")
+    return dtype
+
+
+StrategyRegistry.register("mics", MiCSStrategy, description="MiCS: sharding inside partition groups, on FSDP2")
