@@ -1,0 +1,43 @@
+# `make train` and `make test` do all the set-up they need; a second call starts at once.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The version the tests were run with. The package accepts others; see pyproject.toml.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+# Overrides for train.py: make train ARGS="trainer.max_steps=10"
+ARGS ?=
+
+.PHONY: train test check format clean
+
+train: $(VENV)/.installed-recipes
+	$(BIN)/python train.py $(ARGS)
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and by itself: the package's wider range then finds it there and installs no other.
+$(VENV)/.installed-torch:
+	@echo "Making $(VENV) with $(TORCH); once only, it takes a few minutes."
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed-%: pyproject.toml $(VENV)/.installed-torch
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[$*]"
+	touch $@
