@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ def new_group(ranks: tuple[int, ...], *, timeout: timedelta | None) -> dist.Proc
     Raises:
         RuntimeError: If the order is not ascending and torch is older than 2.13, whose groups are always sorted.
     """
-    kwargs = {}
+    kwargs: dict[str, Any] = {}
     if list(ranks) != sorted(ranks):
         if not HAS_UNSORTED_GROUPS:
             raise RuntimeError(
@@ -46,7 +47,8 @@ def premultiplied_sum_factor(op: dist.ReduceOp | dist.ReduceOp.RedOpType) -> flo
     """The factor of a pre-multiplied sum, or None for any other reduction."""
     if op != dist.ReduceOp.PREMUL_SUM:
         return None
-    return float(op.__getstate__()[1])  # the factor has no public getter
+    state: Any = op.__getstate__()  # (kind, factor); the factor has no public getter
+    return float(state[1])
 
 
 def deferred_sums(module: FSDPModule) -> bool:
@@ -67,14 +69,15 @@ def forget_iteration(root: FSDPModule) -> None:
     if hasattr(root, "reset_iter_state"):
         root.reset_iter_state()
         return
-    for module in fsdp_modules(root):
+    for module in fsdp_modules(root):  # what `reset_iter_state` does since 2.13
         module.reshard()
         for group in _param_groups(module):
             group._partial_reduce_output = None
 
 
-def fsdp_modules(root: nn.Module) -> list[FSDPModule]:
+def fsdp_modules(root: nn.Module | FSDPModule) -> list[FSDPModule]:
     """Every module under ``root`` that FSDP2 shards, ``root`` included."""
+    assert isinstance(root, nn.Module)
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -69,7 +70,9 @@ def unit_modules(unit: nn.Module) -> Iterator[nn.Module]:
 
 
 def _of_classes(model: nn.Module, names: set[str]) -> dict[str, nn.Module]:
-    found = [(name, m) for name, m in model.named_modules() if m is not model and _own_class_name(m) in names]
+    inside_compiled = {module._orig_mod for module in model.modules() if isinstance(module, OptimizedModule)}
+    skipped = {model, *inside_compiled}
+    found = [(name, m) for name, m in model.named_modules() if m not in skipped and _own_class_name(m) in names]
     return dict(reversed(found))  # `named_modules` lists outer modules first
 
 
@@ -102,8 +105,8 @@ def _class_name(entry: object, option: str) -> str:
 
 
 def _own_class_name(module: nn.Module) -> str:
-    """The class name that the user wrote: a module compiled as a whole counts as what is inside."""
-    return type(getattr(module, "_orig_mod", module)).__name__
+    """The class name that the user wrote: a compiled module counts as what is inside."""
+    return type(module._orig_mod if isinstance(module, OptimizedModule) else module).__name__
 
 
 def _check_not_wrapped(model: nn.Module) -> None:

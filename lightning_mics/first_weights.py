@@ -35,7 +35,7 @@ def seeded_by_rank_0(device: torch.device) -> Iterator[None]:
 
 
 def initializers(model: nn.Module) -> dict[nn.Module, Initializer]:
-    """For each module the ``_init_weights(module)`` of the nearest module around it, as models of ``transformers`` have."""
+    """For each module the ``_init_weights(module)`` of the nearest module around it, as in ``transformers``."""
     found: dict[nn.Module, Initializer] = {}
 
     def visit(module: nn.Module, inherited: Initializer | None) -> None:
@@ -103,10 +103,10 @@ def _materialize(modules: list[nn.Module], device: torch.device) -> None:
     """Replace meta tensors by real ones full of NaN, tied ones by one."""
     made: dict[Tensor, Tensor] = {}
     for module in modules:
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is not None and tensor.is_meta:
-                    store[name] = made[tensor] if tensor in made else made.setdefault(tensor, _empty(tensor, device))
+        for name, tensor in _own_tensors(module):
+            if tensor.is_meta:
+                made[tensor] = made[tensor] if tensor in made else _empty(tensor, device)
+                setattr(module, name, made[tensor])
 
 
 def _empty(meta: Tensor, device: torch.device) -> Tensor:

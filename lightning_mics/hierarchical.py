@@ -57,7 +57,8 @@ class HierarchicalAllGather(_OrdinaryBuffers, AllGather):
         """
         rail_slice = output_tensor.chunk(self._node.size())[self._node.rank()]  # [nodes * shard]
         dist.all_gather_single(rail_slice, input_tensor, group=self._rail)
-        return dist.all_gather_single(output_tensor, rail_slice, group=self._node, async_op=async_op)
+        work: dist.Work | None = dist.all_gather_single(output_tensor, rail_slice, group=self._node, async_op=async_op)
+        return work
 
 
 class HierarchicalReduceScatter(_OrdinaryBuffers, ReduceScatter):
@@ -106,7 +107,8 @@ def reduce_scatter(
     gloo's reduce-scatter is an all-reduce inside and sends twice the bytes.
     """
     if dist.get_backend(group) != dist.Backend.GLOO:
-        return dist.reduce_scatter_single(output, source, group=group, op=op, async_op=async_op)
+        work: dist.Work | None = dist.reduce_scatter_single(output, source, group=group, op=op, async_op=async_op)
+        return work
     parts = torch.empty_like(source)
     dist.all_to_all_single(parts, source, group=group)
     _reduce_locally(parts.view(group.size(), -1), output, op=op)

@@ -1,5 +1,7 @@
 """``shard_model``: where the three techniques meet. Plain PyTorch, no trainer.
 
+::
+
     groups = create_groups(Topology(world_size=8, ranks_per_node=4, partition_size=4), device_type="cuda")
     schedule = shard_model(model, groups)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -14,11 +16,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mics._torch_compat import fsdp_modules
@@ -68,15 +70,16 @@ def shard_model(
             place_unit(unit, groups.device, initialize)
             fully_shard(unit, mesh=groups.mesh, mp_policy=mixed_precision or MixedPrecisionPolicy())
     for module in recomputed:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        module.forward = _recomputing(module.forward)
     if two_stage:
         _use_two_stage_collectives(model, groups)
     verify_replicas(model, groups)
+    assert isinstance(model, FSDPModule)
     return TwoHopSchedule(model)
 
 
 def use_hierarchical(hierarchical: bool | Literal["auto"], topology: Topology) -> bool:
-    """Whether collectives of the partition group run in two stages: "auto" says yes where it spans nodes of two or more.
+    """Whether collectives of the partition group run in two stages; "auto": where it spans nodes of two ranks or more.
 
     Raises:
         ValueError: If the value is unknown, or True where a partition group is inside one node.
@@ -99,6 +102,14 @@ def _recomputed_modules(
     if isinstance(activation_checkpointing, bool):
         return list(blocks.values()) if activation_checkpointing else []
     return list(find_modules(model, activation_checkpointing, option="activation_checkpointing").values())
+
+
+def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # a function, not a partial: torch.compile leaves out whatever a partial of `checkpoint` calls
+    def recomputed_forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return recomputed_forward
 
 
 def _use_two_stage_collectives(model: nn.Module, groups: PartitionGroups) -> None:

@@ -17,23 +17,20 @@ def start_report(
         states_bytes: Estimated bytes of model states on each rank.
         capacity_bytes: Memory of one rank's device.
     """
+    t = topology
     rows = {
-        "ranks": f"{topology.world_size} on {topology.nodes} {_plural('node', topology.nodes)}",
-        "partition groups": f"{topology.replicas} of {topology.partition_size} ranks{_why_size(topology, chosen_automatically)}",
-        "replication groups": f"{topology.partition_size} of {topology.replicas} {_plural('rank', topology.replicas)}",
-        "hierarchical": _why_hierarchical(topology, two_stage),
-        "two-hop": _why_two_hop(topology),
-        "model states": f"about {_gib(states_bytes)} of {_gib(capacity_bytes)} per rank, as with Adam, without activations",
+        "ranks": f"{t.world_size} on {t.nodes} {_plural('node', t.nodes)}",
+        "partition groups": f"{t.replicas} of {t.partition_size} {_plural('rank', t.partition_size)}"
+        + (' ("auto": the fewest whole nodes that hold the model states)' if chosen_automatically else ""),
+        "replication groups": f"{t.partition_size} of {t.replicas} {_plural('rank', t.replicas)}",
+        "hierarchical": _why_hierarchical(t, two_stage),
+        "two-hop": _why_two_hop(t),
+        "model states": f"about {_gib(states_bytes)} of {_gib(capacity_bytes)} per rank (Adam; no activations)",
     }
+    if states_bytes > capacity_bytes:
+        rows["warning"] = "the model states alone exceed the device: use more ranks, or a smaller model"
     width = max(map(len, rows))
     return "\n".join(["MiCS", *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
-
-
-def _why_size(topology: Topology, chosen_automatically: bool) -> str:
-    if not chosen_automatically:
-        return ""
-    nodes = topology.nodes_per_partition_group
-    return f' ("auto": {nodes} {_plural("node", nodes)} hold the model states)'
 
 
 def _why_hierarchical(topology: Topology, two_stage: bool) -> str:

@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -162,9 +162,9 @@ class MiCSStrategy(ModelParallelStrategy):
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False  # what is made in inference mode could not be trained afterwards
         with torch.inference_mode(False):
-            if not hasattr(module, "_mics"):
-                module._mics = self._shard(module, fitting=fitting)
-            self.model, self._sharded = module, module._mics
+            if "_mics" not in vars(module):
+                vars(module)["_mics"] = self._shard(module, fitting=fitting)
+            self.model, self._sharded = module, vars(module)["_mics"]
             self._check_still_sharded()
             self._check_partition_size_kept()
             module._device_mesh = self._device_mesh = self._state().groups.mesh
@@ -175,7 +175,7 @@ class MiCSStrategy(ModelParallelStrategy):
             if fitting:
                 _optimizers_to_device(self.optimizers, self.root_device)
 
-    def _shard(self, module: pl.LightningModule, *, fitting: bool) -> _Sharded:
+    def _shard(self, module: nn.Module, *, fitting: bool) -> _Sharded:
         if fitting and self._layer_sync is not None:
             module = self._layer_sync.apply(module)
         module = self.precision_plugin.convert_module(module)
@@ -243,8 +243,8 @@ class MiCSStrategy(ModelParallelStrategy):
             foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in sharded]
             if foreign:
                 raise ValueError(
-                    f"optimizer {index} ({type(optimizer).__name__}) holds {len(foreign)} tensors that are not parameters "
-                    "of the sharded model, so nothing would reduce their gradients; make it in `configure_optimizers` "
+                    f"optimizer {index} ({type(optimizer).__name__}) holds {len(foreign)} tensors that are not "
+                    "parameters of the sharded model, so nothing would reduce their gradients; make it in `configure_optimizers` "
                     "from `self.parameters()`"
                 )
 
@@ -272,7 +272,9 @@ class MiCSStrategy(ModelParallelStrategy):
             return self._run_as_forward("predict_step", *args, **kwargs)
 
     def _run_as_forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return self._forward_redirection(self.lightning_module, self.lightning_module, method, *args, **kwargs)
+        module = self.lightning_module
+        assert module is not None
+        return self._forward_redirection(module, module, method, *args, **kwargs)
 
     @contextmanager
     @override
@@ -307,8 +309,7 @@ class MiCSStrategy(ModelParallelStrategy):
 
     def _reshard_root(self) -> None:
         """FSDP2 leaves the root gathered after a forward, for a backward that evaluation does not have."""
-        assert isinstance(self.lightning_module, FSDPModule)
-        self.lightning_module.reshard()
+        cast(FSDPModule, self.lightning_module).reshard()
 
     def _abandon_window(self) -> None:
         if self._sharded is not None:
@@ -342,9 +343,11 @@ class MiCSStrategy(ModelParallelStrategy):
 
     @override
     def save_checkpoint(self, state: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        if storage_options is not None or not self._save_distributed_checkpoint:
-            return super().save_checkpoint(state, filepath, storage_options)
+        if storage_options is not None:
+            return super().save_checkpoint(state, filepath, storage_options)  # refuses them
         path = self._local_path(filepath)
+        if not self._save_distributed_checkpoint:
+            return checkpoint.save_full(path, write=lambda file: self.checkpoint_io.save_checkpoint(state, file))
         checkpoint.save_sharded(
             path,
             model_state=state.pop("state_dict"),
@@ -372,7 +375,7 @@ class MiCSStrategy(ModelParallelStrategy):
         """Rank 0's path: a name with the time in it may differ between ranks."""
         shared = self.broadcast(filepath)
         if "://" in str(shared):
-            raise ValueError(f"sharded checkpoints go to a file system that all ranks share, not to the URL {shared}")
+            raise ValueError(f"checkpoints are on a file system that all ranks share, not at a URL such as {shared}")
         return Path(shared)
 
     # -- refusals -------------------------------------------------------------------------------------------------------
@@ -396,7 +399,8 @@ class MiCSStrategy(ModelParallelStrategy):
 
     def _refuse_weight_averaging(self) -> None:
         assert self.lightning_module is not None
-        for callback in self.lightning_module.trainer.callbacks:
+        callbacks: list[pl.Callback] = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
             if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
                 raise MisconfigurationException(
                     f"{type(callback).__name__} copies the whole model, which strategy 'mics' keeps in parts; remove it"

@@ -88,12 +88,13 @@ class Topology:
 
     def node_group(self, rank: int) -> tuple[int, ...]:
         """The ranks of this partition group on the same node as ``rank``."""
-        return tuple(sorted(member for member in self.partition_group(rank) if self.node_of(member) == self.node_of(rank)))
+        node = self.node_of(rank)
+        return tuple(sorted(member for member in self.partition_group(rank) if self.node_of(member) == node))
 
-    def _rails(self, rank: int) -> list[range]:
+    def _rails(self, rank: int) -> list[tuple[int, ...]]:
         first = self._checked(rank) // self.partition_size * self.partition_size
         step = self.local_ranks_per_partition_group
-        return [range(first + local, first + self.partition_size, step) for local in range(step)]
+        return [tuple(range(first + local, first + self.partition_size, step)) for local in range(step)]
 
     def _checked(self, rank: int) -> int:
         if not 0 <= rank < self.world_size:

@@ -42,6 +42,7 @@ class TwoHopSchedule:
         self._modules = fsdp_modules(root)
         self._at_boundary = True
         for module in self._modules:
+            assert isinstance(module, nn.Module)
             module.register_forward_pre_hook(_take_part_in_reductions)
 
     @contextmanager
@@ -93,7 +94,7 @@ class TwoHopSchedule:
             reduce_unused_parameters(module, False)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _take_part_in_reductions(module: nn.Module, _inputs: Any) -> None:
     if torch.is_grad_enabled() and isinstance(module, FSDPModule):
         reduce_unused_parameters(module, True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
 VOCAB = 11
 
@@ -73,6 +76,11 @@ class TinyModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def loader_of_tokens(count: int = 16, *, batch_size: int = 2, seed: int = 0) -> DataLoader[Any]:
+    """Batches of random tokens; Lightning splits them over the ranks."""
+    return DataLoader(tokens(count, seed=seed), batch_size=batch_size)
 
 
 def tokens(count: int, *, length: int = 6, seed: int = 0) -> Tensor:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader
 
 from lightning_mics import MiCSStrategy
 from tests.forked import run_ranks
-from tests.models import tokens
+from tests.models import loader_of_tokens as loader
 
 
 def on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 4, timeout: float = 90) -> list[Any]:
@@ -55,6 +54,4 @@ def make_trainer(folder: Path | str, *, strategy: Any = None, devices: int = 4, 
     )
 
 
-def loader(count: int = 16, *, batch_size: int = 2, seed: int = 0) -> DataLoader[Any]:
-    """Batches of random tokens; Lightning splits them over the ranks."""
-    return DataLoader(tokens(count, seed=seed), batch_size=batch_size)
+__all__ = ["loader", "make_trainer", "mics", "on_ranks"]

@@ -81,7 +81,8 @@ def smallest_partition_size(size: ModelSize, *, world_size: int, ranks_per_node:
         ranks_per_node: Ranks on each node.
         capacity_bytes: Memory of one rank's device, of which ``USABLE_SHARE`` is for model states.
     """
-    whole_nodes = [p for p in partition_sizes(world_size=world_size, ranks_per_node=ranks_per_node) if p >= ranks_per_node]
+    sizes = partition_sizes(world_size=world_size, ranks_per_node=ranks_per_node)
+    whole_nodes = (p for p in sizes if p >= ranks_per_node)
     fitting = (p for p in whole_nodes if size.per_rank_bytes(p) <= USABLE_SHARE * capacity_bytes)
     return next(fitting, world_size)
 

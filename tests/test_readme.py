@@ -1,0 +1,44 @@
+"""Every Python block of the README runs as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.models import TinyLM, TinyModule, loader_of_tokens, tokens
+from tests.trainers import on_ranks
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1].strip())
+def test_the_block_runs(block, tmp_path):
+    world_size = 4 if "world_size=4" in block else 1
+    assert on_ranks(_run, block, tmp_path, world_size=world_size) == [True] * world_size
+
+
+def _run(block: str, folder: Path) -> bool:
+    os.chdir(folder)
+    rank = dist.get_rank()
+    names: dict[str, Any] = {
+        "MyModel": TinyModule,
+        "MyData": loader_of_tokens,
+        "model": TinyLM(),
+        "batches": [tokens(1, seed=4 * step + rank) for step in range(8)],
+    }
+    before = names["model"].norm.weight.detach().clone()
+    exec(block, names)
+    if "optimizer" in names:
+        after = names["model"].norm.weight.full_tensor()
+        assert not after.equal(before)
+    return True
+
+
+def test_the_three_blocks_are_found():
+    assert len(BLOCKS) == 3
