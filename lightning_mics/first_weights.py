@@ -22,6 +22,8 @@ from lightning_mics.partition_groups import PartitionGroups
 
 Initializer = Callable[[nn.Module], None]
 
+CHECKSUM_CHUNK = 2**22  # elements at a time: the 64-bit integers take several times the parameter's memory
+
 
 @contextmanager
 def seeded_by_rank_0(device: torch.device) -> Iterator[None]:
@@ -157,5 +159,9 @@ def _local(parameter: Tensor) -> Tensor:
 def _checksum(tensor: Tensor) -> Tensor:
     """A sum of all bit patterns, each weighted by its place: integers, so exact in any order of addition. []"""
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    bits = tensor.detach().contiguous().view(integer).flatten().long()
-    return (bits * torch.arange(1, bits.numel() + 1, device=bits.device)).sum()
+    bits = tensor.detach().contiguous().view(integer).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), CHECKSUM_CHUNK):
+        part = bits[start : start + CHECKSUM_CHUNK].long()
+        total += (part * torch.arange(start + 1, start + 1 + part.numel(), device=bits.device)).sum()
+    return total

@@ -28,17 +28,17 @@ class PartitionGroups:
     Attributes:
         topology: Where every rank is.
         partition: The ranks that hold one replica, rail by rail.
-        replication: The ranks that hold the same part as this rank.
-        rail: The ranks of the partition group with this local rank, one per node.
-        node: The ranks of the partition group on this node.
+        replication: The ranks that hold the same part as this rank; None without replicas.
+        rail: The ranks of the partition group with this local rank, one per node; None where it is inside one node.
+        node: The ranks of the partition group on this node; None where that is the whole of it.
         mesh: ``("replicate", "shard")`` of shape ``(replicas, partition_size)``; without replicas ``("shard",)``.
     """
 
     topology: Topology
     partition: dist.ProcessGroup
-    replication: dist.ProcessGroup
-    rail: dist.ProcessGroup
-    node: dist.ProcessGroup
+    replication: dist.ProcessGroup | None
+    rail: dist.ProcessGroup | None
+    node: dist.ProcessGroup | None
     mesh: DeviceMesh
 
     @property
@@ -52,8 +52,8 @@ class PartitionGroups:
 def create_groups(topology: Topology, *, device_type: str, timeout: timedelta | None = None) -> PartitionGroups:
     """Make this rank's groups and mesh; every rank calls it, after ``init_process_group``.
 
-    Each rank makes its own four groups only, all ranks in the same order of kinds, so start-up does not grow with the
-    number of groups.
+    Each rank makes its own groups only, all ranks in the same order of kinds, so start-up does not grow with the number
+    of groups. Groups that would serve nothing are not made: with NCCL each takes memory on the device.
 
     Args:
         topology: Where every rank is; its world is the default process group's.
@@ -66,24 +66,25 @@ def create_groups(topology: Topology, *, device_type: str, timeout: timedelta | 
     """
     _check_job(topology, device_type)
     rank = dist.get_rank()
-    partition = new_group(topology.partition_group(rank), timeout=timeout)
-    replication = new_group(topology.replication_group(rank), timeout=timeout)
-    rail = new_group(topology.rail(rank), timeout=timeout)
-    node = new_group(topology.node_group(rank), timeout=timeout)
+    t = topology
+    partition = new_group(t.partition_group(rank), timeout=timeout)
+    replication = new_group(t.replication_group(rank), timeout=timeout) if t.replicas > 1 else None
+    rail = new_group(t.rail(rank), timeout=timeout) if t.spans_nodes else None
+    node = new_group(t.node_group(rank), timeout=timeout) if t.spans_nodes else None
     return PartitionGroups(
         topology=topology,
         partition=partition,
         replication=replication,
         rail=rail,
         node=node,
-        mesh=_mesh(topology, device_type, partition=partition, replication=replication),
+        mesh=_mesh(topology, device_type, partition, replication),
     )
 
 
 def _mesh(
-    topology: Topology, device_type: str, *, partition: dist.ProcessGroup, replication: dist.ProcessGroup
+    topology: Topology, device_type: str, partition: dist.ProcessGroup, replication: dist.ProcessGroup | None
 ) -> DeviceMesh:
-    if topology.replicas == 1:  # no second axis: FSDP2 would all-reduce each gradient with nobody
+    if replication is None:  # no second axis: FSDP2 would all-reduce each gradient with nobody
         return DeviceMesh.from_group(partition, device_type, mesh_dim_names=("shard",))
     first_ranks = range(0, topology.world_size, topology.partition_size)
     ranks = [topology.partition_group(first) for first in first_ranks]  # [replicas, partition_size]

@@ -113,6 +113,7 @@ def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _use_two_stage_collectives(model: nn.Module, groups: PartitionGroups) -> None:
+    assert groups.rail is not None and groups.node is not None  # a partition group that spans nodes has them
     all_gather = HierarchicalAllGather(rail=groups.rail, node=groups.node)
     reduce_scatter = HierarchicalReduceScatter(rail=groups.rail, node=groups.node)
     for module in fsdp_modules(model):

@@ -104,7 +104,7 @@ class MiCSStrategy(ModelParallelStrategy):
         self._activation_checkpointing = activation_checkpointing
         self._sharded: _Sharded | None = None
 
-    # -- before the model -------------------------------------------------------------------------------------------
+    # -- before the model --------------------------------------------------------------------------------------------
 
     @property
     def is_distributed(self) -> bool:
@@ -152,7 +152,7 @@ class MiCSStrategy(ModelParallelStrategy):
         with device, self.precision_plugin.tensor_init_context():
             yield
 
-    # -- sharding the model -----------------------------------------------------------------------------------------
+    # -- sharding the model ------------------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -244,11 +244,11 @@ class MiCSStrategy(ModelParallelStrategy):
             if foreign:
                 raise ValueError(
                     f"optimizer {index} ({type(optimizer).__name__}) holds {len(foreign)} tensors that are not "
-                    "parameters of the sharded model, so nothing would reduce their gradients; make it in `configure_optimizers` "
-                    "from `self.parameters()`"
+                    "parameters of the sharded model, so nothing would reduce their gradients; make it in "
+                    "`configure_optimizers` from `self.parameters()`"
                 )
 
-    # -- steps ------------------------------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------------------------------
     # The LightningModule is the FSDP2 root: its steps run as its forward, so that the root's own hooks fire.
 
     @override
@@ -320,7 +320,7 @@ class MiCSStrategy(ModelParallelStrategy):
             raise RuntimeError("the model is sharded when the Trainer runs; there are no groups before")
         return self._sharded
 
-    # -- talking to the other ranks -----------------------------------------------------------------------------------
+    # -- talking to the other ranks ----------------------------------------------------------------------------------
 
     @override
     def reduce(self, tensor: Tensor | Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -332,7 +332,7 @@ class MiCSStrategy(ModelParallelStrategy):
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM if mean or op is None else op, group=group)
         return tensor.copy_(tensor / dist.get_world_size(group)) if mean else tensor
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------------------------
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -360,15 +360,16 @@ class MiCSStrategy(ModelParallelStrategy):
         """Load the model, and when fitting its optimizers, in place; the rest is returned for the Trainer."""
         assert self.model is not None and self.lightning_module is not None
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        meta = checkpoint.load(
-            self._local_path(checkpoint_path),
-            model=self.model,
-            optimizers=self.optimizers if fitting else [],
-            strict=self.lightning_module.strict_loading,
-            weights_only=bool(weights_only),
-        )
-        self._abandon_window()
-        verify_replicas(self.model, self._state().groups)
+        with torch.inference_mode(False):
+            meta = checkpoint.load(
+                self._local_path(checkpoint_path),
+                model=self.model,
+                optimizers=self.optimizers if fitting else [],
+                strict=self.lightning_module.strict_loading,
+                weights_only=bool(weights_only),
+            )
+            self._abandon_window()
+            verify_replicas(self.model, self._state().groups)
         return meta
 
     def _local_path(self, filepath: str | Path) -> Path:
@@ -378,7 +379,7 @@ class MiCSStrategy(ModelParallelStrategy):
             raise ValueError(f"checkpoints are on a file system that all ranks share, not at a URL such as {shared}")
         return Path(shared)
 
-    # -- refusals -------------------------------------------------------------------------------------------------------
+    # -- refusals ----------------------------------------------------------------------------------------------------
 
     def _check_before_communicating(self) -> None:
         """Refuse a job that cannot work, with the same error on every rank and before any rank waits for another."""
