@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config
+
+from recipes.adamw import adamw_warmup_cosine
+from recipes.causal_lm import CausalLM
+
+NETWORK = GPT2Config(
+    vocab_size=300, n_positions=16, n_embd=8, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
+)
+SCHEDULE = {"lr": 1.0, "betas": [0.9, 0.95], "weight_decay": 0.1, "final_lr_fraction": 0.1}
+
+
+def model() -> CausalLM:
+    return CausalLM(network=NETWORK, optimizer=lambda module: torch.optim.SGD(module.parameters()), sample_tokens=5)
+
+
+def zero_model() -> CausalLM:
+    lm = model()
+    lm.configure_model()
+    lm.to_empty(device="cpu")
+    for parameter in lm.parameters():
+        torch.nn.init.zeros_(parameter)
+    return lm
+
+
+def test_network_is_built_once_and_on_the_meta_device() -> None:
+    lm = model()
+    lm.configure_model()
+    network = lm.network
+    lm.configure_model()
+    assert lm.network is network
+    assert all(parameter.is_meta for parameter in lm.parameters())
+
+
+def test_loss_is_that_of_the_next_token() -> None:
+    every_token_equally_likely = torch.tensor(300.0).log()
+    torch.testing.assert_close(zero_model().loss(torch.randint(300, (2, 9))), every_token_equally_likely)
+
+
+def test_sample_continues_the_prompt_by_a_fixed_number_of_tokens() -> None:
+    prompt = torch.tensor([[3, 1, 4]])
+    sample = zero_model().predict_step(prompt, 0)
+    assert sample.shape == (1, 8)
+    assert sample[:, :3].equal(prompt)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"vocab_size": 301, "sequence_length": 16}, "data.vocab_size=301 does not fit model.network.vocab_size=300"),
+        ({"vocab_size": 300, "sequence_length": 17}, "data.sequence_length=17 is longer than the 16 positions"),
+    ],
+)
+def test_data_that_the_network_cannot_take_are_refused(facts: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model().check_data(**facts)
+
+
+def test_only_matrices_are_decayed() -> None:
+    module = torch.nn.Linear(3, 2)
+    optimizer = adamw_warmup_cosine(module, **SCHEDULE, warmup_steps=1, total_steps=10)["optimizer"]
+    decayed = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decayed == {id(module.weight): 0.1, id(module.bias): 0.0}
+
+
+def test_rate_warms_up_decays_and_then_stays() -> None:
+    configured = adamw_warmup_cosine(torch.nn.Linear(1, 1), **SCHEDULE, warmup_steps=4, total_steps=10)
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(13):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[4:11] == sorted(rates[4:11], reverse=True)
+    assert rates[10:] == pytest.approx([0.1] * 3)

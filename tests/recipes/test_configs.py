@@ -1,0 +1,102 @@
+"""Every file in ``conf/`` composes, says when to choose it, and holds keys that its target takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import train
+
+CONF = Path(train.__file__).parent / "conf"
+CHOICES = [path.relative_to(CONF).with_suffix("").as_posix() for path in sorted(CONF.glob("*/*.yaml"))]
+SPECIAL_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    return config
+
+
+def targets(node: object) -> Iterator[dict]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from targets(child)
+
+
+def plain(config: DictConfig) -> dict:
+    keys = [key for key in config if key != "hydra"]
+    return OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=False) | {
+        key: OmegaConf.to_container(config[key], resolve=True) for key in keys if isinstance(config[key], DictConfig)
+    }
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_config_composes_and_its_target_takes_its_keys(choice: str) -> None:
+    group, _, name = choice.partition("/")
+    found = list(targets(plain(composed(f"{group}={name}"))))
+    assert len(found) >= 10
+    for node in found:
+        keys = dict.fromkeys(node.keys() - SPECIAL_KEYS)
+        inspect.signature(get_object(node["_target_"])).bind_partial(**keys)
+
+
+def first_line(path: Path) -> str:
+    return next(line for line in path.read_text().splitlines() if not line.startswith("# @package"))
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_first_line_of_every_config_says_what_it_is_for(path: Path) -> None:
+    assert first_line(path).startswith("# Choose this " if path.parent != CONF else "# Table of contents")
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("experiment/*.yaml")), ids=lambda path: path.stem)
+def test_an_experiment_names_its_command(path: Path) -> None:
+    assert f"python train.py experiment={path.stem}" in first_line(path)
+
+
+def test_strategy_config_is_the_constructor_of_the_strategy() -> None:
+    config = composed().strategy
+    options = inspect.signature(get_object(config._target_)).parameters
+    assert set(config) - SPECIAL_KEYS <= set(options)
+    assert {"partition_size", "ranks_per_node", "hierarchical", "save_sharded"} <= set(config)
+
+
+def test_without_a_gpu_four_processes_count_as_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = composed()
+    assert (config.trainer.accelerator, config.trainer.devices, config.strategy.ranks_per_node) == ("cpu", 4, 2)
+
+
+def test_with_gpus_all_are_used_as_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config = composed()
+    assert (config.trainer.accelerator, config.trainer.devices, config.strategy.ranks_per_node) == ("gpu", "auto", None)
+
+
+def test_default_run_accumulates_and_ends_on_a_validation() -> None:
+    trainer = composed().trainer
+    assert trainer.accumulate_grad_batches >= 2
+    assert trainer.max_steps * trainer.accumulate_grad_batches % trainer.val_check_interval == 0
+
+
+def test_trainer_is_built_as_configured(tmp_path: Path) -> None:
+    config = composed(
+        f"run_dir={tmp_path}", "cluster.accelerator=cpu", "cluster.devices=1", "cluster.precision=32-true"
+    )
+    trainer = instantiate(config.trainer)
+    assert trainer.max_steps == config.trainer.max_steps
+    names = [type(callback).__name__ for callback in trainer.callbacks]
+    assert {"TokensPerSecond", "StepProgressBar", "LossCurves", "ModelCheckpoint"} <= set(names)

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.resume import SavedRun, find_saved_run, steps_to_reach
+
+
+def save(path: Path, *, step: int = 7) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"global_step": step, "val_loss": 3.5}, path)
+    return path
+
+
+def test_without_resume_there_is_nothing_to_continue(tmp_path: Path) -> None:
+    save(tmp_path / "last.ckpt")
+    assert find_saved_run(None, checkpoint_dir=tmp_path) is None
+
+
+def test_last_is_found_sharded_or_full(tmp_path: Path) -> None:
+    save(tmp_path / "full" / "last.ckpt")
+    save(tmp_path / "sharded" / "last.ckpt" / "meta.pt")
+    for kind in ("full", "sharded"):
+        saved = find_saved_run("last", checkpoint_dir=tmp_path / kind)
+        assert saved == SavedRun(path=tmp_path / kind / "last.ckpt", step=7, val_loss=3.5)
+
+
+def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
+    path = save(tmp_path / "step_7.ckpt")
+    assert find_saved_run(str(path), checkpoint_dir=tmp_path / "elsewhere").path == path
+
+
+def test_last_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"resume=last: there is no checkpoint in {tmp_path} yet"):
+        find_saved_run("last", checkpoint_dir=tmp_path)
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"resume=nowhere\.ckpt: there is no such checkpoint; use resume=last"):
+        find_saved_run("nowhere.ckpt", checkpoint_dir=tmp_path)
+
+
+@pytest.mark.parametrize(("step", "reached"), [(None, 100), (40, 100), (100, 200), (150, 250)])
+def test_a_finished_run_goes_on_for_as_many_steps_again(tmp_path: Path, step: int | None, reached: int) -> None:
+    saved = None if step is None else SavedRun(path=tmp_path, step=step, val_loss=None)
+    assert steps_to_reach(100, saved) == reached

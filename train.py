@@ -1,0 +1,68 @@
+"""Train a GPT under MiCS on this machine's GPUs or, without any, on CPU processes that stand for a small cluster.
+
+    python train.py                                   everything as in conf/train.yaml
+    python train.py trainer.max_steps=1000            one value changed
+    python train.py resume=last                       go on where the last run of that name stopped
+
+What else can be chosen is listed in conf/train.yaml.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import hydra
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from recipes.resume import find_saved_run, steps_to_reach
+from recipes.unigram import unigram_loss
+
+OmegaConf.register_new_resolver("gpu_or_cpu", lambda gpu, cpu: gpu if torch.cuda.is_available() else cpu, replace=True)
+say = rank_zero_only(print)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(config: DictConfig) -> None:
+    # every rank would print it at the first batch; Lightning 2.6 uses what torch 2.13 deprecates
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+
+    saved = find_saved_run(config.resume, checkpoint_dir=f"{config.run_dir}/checkpoints")
+    L.seed_everything(config.seed, verbose=False)
+
+    data = instantiate(config.data)
+    model = instantiate(config.model, optimizer=config.optimizer)
+    model.check_data(vocab_size=data.vocab_size, sequence_length=data.sequence_length)
+    strategy = instantiate(config.strategy)
+    trainer = instantiate(config.trainer, strategy=strategy, max_steps=steps_to_reach(config.trainer.max_steps, saved))
+
+    checkpoint = None
+    if saved:
+        checkpoint = saved.path
+        (now,) = trainer.validate(model, data, ckpt_path=checkpoint, verbose=False)
+        say(f"Resuming {checkpoint} at step {saved.step} of {trainer.max_steps}:")
+        say(f"  validation loss {now['val_loss']:.6f}; when it was saved: {saved.val_loss:.6f}")
+    trainer.fit(model, data, ckpt_path=checkpoint)
+    (final,) = trainer.validate(model, data, verbose=False)
+    (sample,) = trainer.predict(model, data)
+    report(config, data=data, loss=final["val_loss"], sample=data.decode(sample[0]))
+
+
+@rank_zero_only
+def report(config: DictConfig, *, data: L.LightningDataModule, loss: float, sample: str) -> None:
+    """Print what came out of the run, next to what a model without any context reaches on the same tokens."""
+    targets = torch.stack([window[1:] for window in data.val]).flatten().numpy()
+    unigram = unigram_loss(data.train_tokens, targets, vocab_size=data.vocab_size)
+    print(f"\nSample of generated text:\n\n{sample}\n")
+    print("                     nats per token   perplexity")
+    print(f"  validation loss    {loss:14.3f} {math.exp(loss):12.1f}")
+    print(f"  unigram model      {unigram:14.3f} {math.exp(unigram):12.1f}")
+    print(f"\n{config.run_dir}: loss.png, csv/, checkpoints/last.ckpt (go on with resume=last)")
+
+
+if __name__ == "__main__":
+    main()
