@@ -1,17 +1,22 @@
-"""Sharded checkpoints: a directory that every rank writes a part of, and that loads on any number of ranks.
+"""Checkpoints: a directory that every rank writes a part of, or one full file; both load on any number of ranks.
 
 ``torch.distributed.checkpoint`` stores and reshards; here is what surrounds it. A directory holds the model under the
 key ``model``, optimizers under ``optimizer_0``, ``optimizer_1``, ..., and everything else in ``meta.pt``: the keys that
-Lightning's ``consolidate_checkpoint`` reads. Replicas do not write twice: each tensor is written by one of them.
+Lightning's ``consolidate_checkpoint`` reads. Replicas do not write twice: each tensor is written by one of them. A full
+file is what Lightning writes on one device, optimizer states by parameter number.
+
+A new checkpoint is finished before it replaces an earlier one at the same path::
+
+    .NAME.unfinished    being written
+    .NAME.former        what was at NAME, between the two renames; a job killed there finds it at its next save
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +25,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+
+from lightning_mics.optimizer_states import copy_state, dotted, load_optimizer, named, prefixes
 
 META_FILE = "meta.pt"
 
@@ -128,20 +134,7 @@ def load(
     )
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer, *, sharded: bool) -> dict[str, Any]:
-    """The state of ``optimizer`` of a sharded model; every rank calls it.
-
-    Returns:
-        If ``sharded`` each rank's part, by parameter name. Else the whole on rank 0, by number as in the
-        ``state_dict`` of a plain optimizer, and nothing on the other ranks.
-    """
-    untouched = not optimizer.state
-    options = StateDictOptions(full_state_dict=not sharded, cpu_offload=True)
-    state = get_optimizer_state_dict(model, optimizer, options=options)
-    if untouched:  # torch filled it by a step with zero gradients, which is one step too many for Adam
-        optimizer.state.clear()
-        state = {**state, "state": {}} if state else {}
-    return state if sharded or not state else _renamed(state, {name: i for i, name in enumerate(_names(state))})
+# -- loading ----------------------------------------------------------------------------------------------------------
 
 
 def _load_sharded(
@@ -156,9 +149,9 @@ def _load_sharded(
     )
     saved = {name.split(".")[0] for name in stored if name.startswith("optimizer_")}
     _check_count(optimizers, len(saved))
-    prefixes = _prefixes(stored)
+    names = prefixes(stored)
     for key, optimizer in _numbered(optimizers if saved else []).items():
-        _load_optimizer(model, optimizer, key, stored=prefixes, read=partial(_read, path))
+        load_optimizer(model, optimizer, key, stored=names, read=partial(_read, path))
     _read(path, {"model": model_state})
     set_model_state_dict(model, model_state)
     meta: dict[str, Any] = torch.load(path / META_FILE, map_location="cpu", weights_only=weights_only)
@@ -176,44 +169,10 @@ def _load_full(
     states = content.pop("optimizer_states", [])
     _check_count(optimizers, len(states))
     for (key, optimizer), state in zip(_numbered(optimizers).items(), states, strict=False):
-        names = _names(get_optimizer_state_dict(model, optimizer))
-        named = {key: _renamed(state, _new_names(state, names))}
-        _load_optimizer(model, optimizer, key, stored=_prefixes(_dotted(named)), read=partial(_copy, named))
+        whole = {key: named(model, optimizer, state)}
+        load_optimizer(model, optimizer, key, stored=prefixes(dotted(whole)), read=partial(copy_state, whole))
     set_model_state_dict(model, model_state, options=StateDictOptions(full_state_dict=True, strict=strict))
     return content
-
-
-def _load_optimizer(
-    model: nn.Module, optimizer: Optimizer, key: str, *, stored: Set[str], read: Callable[[dict[str, Any]], None]
-) -> None:
-    """Load the options first, since they decide what the state holds, then the state of those parameters that had one.
-
-    Args:
-        model: The sharded model.
-        optimizer: Of its parameters.
-        key: The optimizer's in the checkpoint.
-        stored: Every name in the checkpoint and every prefix of one.
-        read: Fills a nested dict of such names from the checkpoint, in place; what that lacks keeps its value.
-    """
-    groups = _fresh_state(model, optimizer)["param_groups"]
-    names = [group["params"] for group in groups]
-    read({key: {"param_groups": groups}})
-    _check_groups(key, names, groups, stored)
-    for group, params in zip(groups, names, strict=True):
-        group["params"] = params
-    optimizer.load_state_dict({"state": {}, "param_groups": groups})
-    wanted = _fresh_state(model, optimizer)["state"]
-    _check_kind(key, optimizer, wanted, stored)
-    state = {name: slots for name, slots in wanted.items() if f"{key}.state.{name}" in stored}
-    read({key: {"state": state}})
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _fresh_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """What the optimizer holds after a first step, by parameter name: the shapes to read into."""
-    optimizer.zero_grad()
-    optimizer.state.clear()
-    return get_optimizer_state_dict(model, optimizer)
 
 
 def _read(path: Path, state: dict[str, Any]) -> None:
@@ -221,67 +180,24 @@ def _read(path: Path, state: dict[str, Any]) -> None:
     load_shards(state, checkpoint_id=path, planner=DefaultLoadPlanner(allow_partial_load=True))
 
 
-def _copy(whole: Any, into: Any) -> None:
-    """Copy what a whole state holds into a sharded one, this rank's part of each tensor; no communication."""
-    for key in into.keys() & whole.keys() if isinstance(into, dict) else range(min(len(into), len(whole))):
-        value, own = whole[key], into[key]
-        if isinstance(own, DTensor):
-            own.copy_(distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None))
-        elif isinstance(own, dict) or key == "param_groups":
-            _copy(value, own)
-        else:
-            into[key] = value.clone() if isinstance(value, Tensor) else value  # never a view of the file
-
-
-def _names(optimizer_state: Mapping[str, Any]) -> list[Any]:
-    return [name for group in optimizer_state["param_groups"] for name in group["params"]]
-
-
-def _new_names(optimizer_state: Mapping[str, Any], names: Sequence[str]) -> dict[Any, str]:
-    """Numbers become the names in that place; a consolidated checkpoint has names already."""
-    old = _names(optimizer_state)
-    known = dict(enumerate(names))
-    return {key: key if isinstance(key, str) else known.get(i, f"parameter {i}") for i, key in enumerate(old)}
-
-
-def _renamed(optimizer_state: Mapping[str, Any], new_names: Mapping[Any, Any]) -> dict[str, Any]:
-    return {
-        "state": {new_names[key]: slots for key, slots in optimizer_state["state"].items() if key in new_names},
-        "param_groups": [
-            {**group, "params": [new_names[key] for key in group["params"]]}
-            for group in optimizer_state["param_groups"]
-        ],
-    }
-
-
 def _numbered(entries: Sequence[Any]) -> dict[str, Any]:
     return {f"optimizer_{index}": entry for index, entry in enumerate(entries)}
 
 
-def _dotted(state: Any, prefix: str = "") -> Iterable[str]:
-    if isinstance(state, Mapping) or (isinstance(state, list) and any(isinstance(entry, Mapping) for entry in state)):
-        for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
-            yield from _dotted(value, f"{prefix}{key}.")
-    else:
-        yield prefix.removesuffix(".")
-
-
-def _prefixes(names: Iterable[str]) -> set[str]:
-    """Each name with its beginnings: of "a.b.c" also "a" and "a.b"."""
-    return {prefix for name in names for prefix in accumulate(name.split("."), "{}.{}".format)}
+# -- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def _check_model(model_state: Mapping[str, Any], stored: Mapping[str, Any], *, strict: bool) -> None:
-    other = [name for name in model_state.keys() & stored.keys() if _shape(model_state[name]) != _shape(stored[name])]
+    shared = [name for name in model_state.keys() & stored.keys() if not name.endswith("_extra_state")]
+    other = [name for name in shared if _shape(model_state[name]) != _shape(stored[name])]
     if other:
         name = min(other)
         raise RuntimeError(
             f"{len(other)} tensors have another shape in the checkpoint than in the model, for instance {name!r} with "
             f"{_shape(stored[name])} there and {_shape(model_state[name])} here"
         )
-    prefixes = _prefixes(stored)  # a dict in the model's state is stored entry by entry
-    missing = sorted(model_state.keys() - prefixes)
-    unexpected = sorted(name for name in stored if not _prefixes([name]) & model_state.keys())
+    missing = sorted(model_state.keys() - prefixes(stored))  # a dict in the state is stored entry by entry
+    unexpected = sorted(name for name in stored if not prefixes([name]) & model_state.keys())
     if strict and (missing or unexpected):
         raise RuntimeError(
             f"the checkpoint and the model differ: {len(missing)} names are missing in the checkpoint {missing[:3]}, "
@@ -291,8 +207,9 @@ def _check_model(model_state: Mapping[str, Any], stored: Mapping[str, Any], *, s
 
 
 def _shape(entry: Any) -> list[int] | None:
-    size = getattr(entry, "shape", None) if isinstance(entry, Tensor) else getattr(entry, "size", None)
-    return None if size is None else list(size)
+    if isinstance(entry, TensorStorageMetadata):
+        return list(entry.size)
+    return list(entry.shape) if isinstance(entry, Tensor) else None
 
 
 def _check_count(optimizers: Sequence[Optimizer], saved: int) -> None:
@@ -300,36 +217,7 @@ def _check_count(optimizers: Sequence[Optimizer], saved: int) -> None:
         raise RuntimeError(f"the checkpoint holds the states of {saved} optimizers, the model has {len(optimizers)}")
 
 
-def _check_groups(
-    key: str, names: Sequence[Sequence[str]], loaded: Sequence[Mapping[str, Any]], stored: Set[str]
-) -> None:
-    for index, (own, group) in enumerate(zip(names, loaded, strict=True)):
-        if f"{key}.param_groups.{index}" not in stored or set(own) != set(group["params"]):
-            different = sorted(set(own) ^ set(group["params"]))
-            raise RuntimeError(
-                f"parameter group {index} of {key} has {len(own)} parameters, that of the checkpoint "
-                f"{len(group['params'])}; only one has {different[:3]}"
-            )
-    if f"{key}.param_groups.{len(names)}" in stored:
-        raise RuntimeError(f"{key} has more than {len(names)} parameter groups in the checkpoint")
-
-
-def _check_kind(key: str, optimizer: Optimizer, wanted: Mapping[str, Any], stored: Set[str]) -> None:
-    """A parameter without gradients has no state, and torch adds options over time; what makes another kind is more."""
-    missing = [
-        f"{key}.state.{name}.{slot}"
-        for name, slots in wanted.items()
-        for slot in slots
-        if f"{key}.state.{name}" in stored and f"{key}.state.{name}.{slot}" not in stored
-    ]
-    if bool(wanted) != (f"{key}.state" in stored):
-        options = [f"{key}.param_groups.0.{option}" for option in optimizer.defaults]
-        missing += [option for option in options if option not in stored]
-    if missing:
-        raise RuntimeError(
-            f"the checkpoint lacks {len(missing)} entries of {key} ({type(optimizer).__name__}), for instance "
-            f"{missing[:3]}; it was saved with another kind of optimizer"
-        )
+# -- files ------------------------------------------------------------------------------------------------------------
 
 
 def _on_rank_0(action: Callable[[], None]) -> None:
