@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 # FSDP2's communication interface has no public path yet (https://github.com/pytorch/pytorch/pull/155189).
@@ -54,6 +54,24 @@ def premultiplied_sum_factor(op: dist.ReduceOp | dist.ReduceOp.RedOpType) -> flo
 def deferred_sums(module: FSDPModule) -> bool:
     """Whether ``module`` itself holds gradient sums that still wait for the all-reduce over replicas."""
     return any(group._partial_reduce_output is not None for group in _param_groups(module))
+
+
+def trainable(module: FSDPModule) -> list[bool]:
+    """Whether each parameter that ``module`` itself shards requires gradients, be it gathered or not."""
+    return [p.sharded_param.requires_grad for group in _param_groups(module) for p in group.fsdp_params]
+
+
+def gather(module: FSDPModule) -> None:
+    """Gather the parameters of ``module`` itself, unless they are, to require gradients as their shards do now."""
+    module.unshard()
+    for group in _param_groups(module):
+        for parameter in group.fsdp_params:
+            parameter.unsharded_param.requires_grad_(parameter.sharded_param.requires_grad)
+
+
+def expect_backward(root: FSDPModule, loss: Tensor) -> None:
+    """Tell ``root`` that a backward from ``loss`` comes before its forward has returned."""
+    root._get_fsdp_state()._register_pre_backward_hook(loss)
 
 
 def reduce_unused_parameters(module: FSDPModule, enabled: bool) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -23,14 +23,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
-from lightning_mics.blocks import ModuleClasses, find_blocks
+from lightning_mics._torch_compat import expect_backward, gather
+from lightning_mics.blocks import ModuleClasses, find_blocks, unit_modules
 from lightning_mics.first_weights import verify_replicas
+from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.partition_groups import PartitionGroups, create_groups
 from lightning_mics.planning.memory import ModelSize, measure_model, smallest_partition_size
 from lightning_mics.sharding import shard_model, use_hierarchical
@@ -165,6 +167,7 @@ class MiCSStrategy(ModelParallelStrategy):
             if "_mics" not in vars(module):
                 vars(module)["_mics"] = self._shard(module, fitting=fitting)
             self.model, self._sharded = module, vars(module)["_mics"]
+            self.model_to_device()  # metrics, and what the module itself says of its device
             self._check_still_sharded()
             self._check_partition_size_kept()
             module._device_mesh = self._device_mesh = self._state().groups.mesh
@@ -186,7 +189,8 @@ class MiCSStrategy(ModelParallelStrategy):
             gathered_dtype=mixed_precision.param_dtype,
             reduce_dtype=mixed_precision.reduce_dtype,
         )
-        topology = self._choose_topology(size)
+        capacity_bytes = self._capacity_bytes()
+        topology = self._choose_topology(size, capacity_bytes)
         two_stage = use_hierarchical(self._hierarchical, topology)
         groups = create_groups(topology, device_type=self.root_device.type, timeout=self._timeout)
         schedule = shard_model(
@@ -197,18 +201,20 @@ class MiCSStrategy(ModelParallelStrategy):
             activation_checkpointing=self._activation_checkpointing,
             mixed_precision=mixed_precision,
         )
+        if not module.automatic_optimization:
+            _gather_whenever_used(module)
         rank_zero_info(
             start_report(
                 topology,
                 chosen_automatically=self._partition_size == "auto",
                 two_stage=two_stage,
                 states_bytes=size.per_rank_bytes(topology.partition_size),
-                capacity_bytes=self._capacity_bytes(),
+                capacity_bytes=capacity_bytes,
             )
         )
         return _Sharded(groups, schedule)
 
-    def _choose_topology(self, size: ModelSize) -> Topology:
+    def _choose_topology(self, size: ModelSize, capacity_bytes: int) -> Topology:
         ranks_per_node = self._ranks_per_node or self.num_processes
         partition_size = self._partition_size
         if partition_size == "auto":
@@ -216,14 +222,17 @@ class MiCSStrategy(ModelParallelStrategy):
                 size,
                 world_size=self.world_size,
                 ranks_per_node=ranks_per_node,
-                capacity_bytes=self._capacity_bytes(),
+                capacity_bytes=capacity_bytes,
             )
         return Topology(world_size=self.world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
 
     def _capacity_bytes(self) -> int:
+        """Memory of the smallest device of the job: all ranks must come to the same partition size."""
         if self.root_device.type == "cuda":
-            return torch.cuda.get_device_properties(self.root_device).total_memory
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.num_processes
+            own = torch.cuda.get_device_properties(self.root_device).total_memory
+        else:
+            own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.num_processes
+        return int(self.reduce(torch.tensor(own, device=self.root_device), reduce_op="min"))
 
     def _mixed_precision(self) -> MixedPrecisionPolicy:
         """FSDP2's side of the precision: Lightning's autocast casts inputs, FSDP2 gathers and reduces."""
@@ -272,9 +281,11 @@ class MiCSStrategy(ModelParallelStrategy):
             return self._run_as_forward("predict_step", *args, **kwargs)
 
     def _run_as_forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        module = self.lightning_module
+        module, grad_enabled = self.lightning_module, torch.is_grad_enabled()
         assert module is not None
-        return self._forward_redirection(module, module, method, *args, **kwargs)
+        # what FSDP2 allocates in an inference mode (the user's own; Lightning's is off) could not be trained with
+        with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled):
+            return self._forward_redirection(module, module, method, *args, **kwargs)
 
     @contextmanager
     @override
@@ -284,8 +295,20 @@ class MiCSStrategy(ModelParallelStrategy):
             yield
 
     @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        self._state().schedule.before_backward()
+        if not self._root().automatic_optimization:
+            expect_backward(self._root(), closure_loss)
+
+    @override
     def post_backward(self, closure_loss: Tensor) -> None:
         self._state().schedule.after_backward()
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().optimizer_step(*args, **kwargs)
+        self._reshard_root()  # if no backward has: the next use must gather the new weights
+        return output
 
     @override
     def on_validation_end(self) -> None:
@@ -309,7 +332,10 @@ class MiCSStrategy(ModelParallelStrategy):
 
     def _reshard_root(self) -> None:
         """FSDP2 leaves the root gathered after a forward, for a backward that evaluation does not have."""
-        cast(FSDPModule, self.lightning_module).reshard()
+        self._root().reshard()
+
+    def _root(self) -> Any:
+        return self.lightning_module  # which FSDP2 has made an FSDPModule as well
 
     def _abandon_window(self) -> None:
         if self._sharded is not None:
@@ -339,21 +365,22 @@ class MiCSStrategy(ModelParallelStrategy):
         """The state by parameter name, sharded; with ``save_sharded=False`` whole and by number, on rank 0 only."""
         assert self.model is not None
         plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return checkpoint.optimizer_state(self.model, plain, sharded=self._save_distributed_checkpoint)
+        return optimizer_state(self.model, plain, sharded=self._save_distributed_checkpoint)
 
     @override
     def save_checkpoint(self, state: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None:
-            return super().save_checkpoint(state, filepath, storage_options)  # refuses them
+            super().save_checkpoint(state, filepath, storage_options)  # refuses them
         path = self._local_path(filepath)
-        if not self._save_distributed_checkpoint:
-            return checkpoint.save_full(path, write=lambda file: self.checkpoint_io.save_checkpoint(state, file))
-        checkpoint.save_sharded(
-            path,
-            model_state=state.pop("state_dict"),
-            optimizer_states=state.pop("optimizer_states", []),
-            meta=state,
-        )
+        if self._save_distributed_checkpoint:
+            checkpoint.save_sharded(
+                path,
+                model_state=state.pop("state_dict"),
+                optimizer_states=state.pop("optimizer_states", []),
+                meta=state,
+            )
+        else:
+            checkpoint.save_full(path, write=lambda file: self.checkpoint_io.save_checkpoint(state, file))
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -424,6 +451,18 @@ class MiCSStrategy(ModelParallelStrategy):
                 f"the model is already sharded with partition_size={topology.partition_size} by another strategy; "
                 f"partition_size={self._partition_size} needs a new instance of the model"
             )
+
+
+def _gather_whenever_used(root: Any) -> None:
+    """A step of manual optimization goes on after a backward, which reshards the root, and after ``toggle_model``."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def gather_root(module: nn.Module, inputs: Any) -> None:
+        gather(root)
+
+    for module in unit_modules(root):
+        if module is not root:
+            module.register_forward_pre_hook(gather_root)
 
 
 def _floating_dtype(option: str, value: torch.dtype | str | None) -> torch.dtype | None:

@@ -20,7 +20,13 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_mics._torch_compat import deferred_sums, forget_iteration, fsdp_modules, reduce_unused_parameters
+from lightning_mics._torch_compat import (
+    deferred_sums,
+    forget_iteration,
+    fsdp_modules,
+    reduce_unused_parameters,
+    trainable,
+)
 
 
 class TwoHopSchedule:
@@ -41,6 +47,7 @@ class TwoHopSchedule:
         self._root = root
         self._modules = fsdp_modules(root)
         self._at_boundary = True
+        self._ever_trainable = {module: trainable(module) for module in self._modules}
         for module in self._modules:
             assert isinstance(module, nn.Module)
             module.register_forward_pre_hook(_take_part_in_reductions)
@@ -59,6 +66,27 @@ class TwoHopSchedule:
         finally:
             self._set_boundary(True)
 
+    def before_backward(self) -> None:
+        """Reduce at once what cannot wait: blocks of which some parameters are frozen for this backward only.
+
+        FSDP2 adds up a block's deferred gradients as one flat tensor, so all must be of the same parameters. Call it
+        before a backward if ``requires_grad`` changes inside accumulation windows, as when optimizers take turns.
+
+        Raises:
+            RuntimeError: If such a block has sums that wait already.
+        """
+        for module, ever_trainable in self._ever_trainable.items():
+            now = trainable(module)
+            self._ever_trainable[module] = [a or b for a, b in zip(ever_trainable, now, strict=True)]
+            if now == self._ever_trainable[module] or not any(now):
+                continue
+            if deferred_sums(module):
+                raise RuntimeError(
+                    f"{type(module).__name__} has parameters that were trainable earlier in this accumulation window "
+                    "and are frozen now; switch `requires_grad` (`toggle_model`) in all micro-steps of a window or none"
+                )
+            module.set_requires_all_reduce(True, recurse=False)
+
     def after_backward(self) -> None:
         """Close the accumulation window if the backward that has just run was its boundary.
 
@@ -69,7 +97,7 @@ class TwoHopSchedule:
         """
         if not self._at_boundary:
             return
-        left_behind = {type(module).__name__ for module in self._modules if deferred_sums(module)}
+        left_behind = {type(m).__name__ for m in self._modules if deferred_sums(m) and any(trainable(m))}
         if left_behind:
             raise RuntimeError(
                 f"blocks {sorted(left_behind)} got gradients earlier in this accumulation window and none at its "
@@ -91,7 +119,8 @@ class TwoHopSchedule:
 
     def _forget_who_took_part(self) -> None:
         for module in self._modules:
-            reduce_unused_parameters(module, False)
+            if not deferred_sums(module):  # a frozen block may have a window of its own, still open
+                reduce_unused_parameters(module, False)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
