@@ -1,7 +1,7 @@
 """Differences between torch versions, and every private path of torch that this package uses.
 
-torch 2.13 is what the package is developed on. torch 2.11 and 2.12 run it where a partition group stays in one node;
-the checks here say what needs the newer version.
+torch 2.13 is what the package is developed on. torch 2.11 and 2.12 run it where a partition group stays in one node, or
+has one rank on each; the checks here say what needs the newer version.
 """
 
 from __future__ import annotations
@@ -13,34 +13,63 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FSDPModule
 
 # FSDP2's communication interface has no public path yet (https://github.com/pytorch/pytorch/pull/155189).
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-__all__ = ["AllGather", "ReduceScatter"]
+__all__ = ["AllGather", "OptimizedModule", "ReduceScatter", "all_gather_single", "reduce_scatter_single"]
 
 HAS_UNSORTED_GROUPS = hasattr(dist, "all_gather_single")  # `sort_ranks` came with it, in 2.13
 
+all_gather_single = dist.all_gather_single if HAS_UNSORTED_GROUPS else dist.all_gather_into_tensor
+reduce_scatter_single = dist.reduce_scatter_single if HAS_UNSORTED_GROUPS else dist.reduce_scatter_tensor
 
-def new_group(ranks: tuple[int, ...], *, timeout: timedelta | None) -> dist.ProcessGroup:
-    """Make the process group of ``ranks`` in the given order; only its members need to call.
+
+def check_order(ranks: tuple[int, ...]) -> None:
+    """Refuse a group whose order torch cannot keep.
 
     Raises:
         RuntimeError: If the order is not ascending and torch is older than 2.13, whose groups are always sorted.
     """
-    kwargs: dict[str, Any] = {}
-    if list(ranks) != sorted(ranks):
-        if not HAS_UNSORTED_GROUPS:
-            raise RuntimeError(
-                f"a partition group that spans nodes needs torch >= 2.13, this is torch {torch.__version__}: "
-                "upgrade torch, or use a partition_size that stays inside one node"
-            )
-        kwargs["sort_ranks"] = False
-    group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True, **kwargs)
+    if list(ranks) != sorted(ranks) and not HAS_UNSORTED_GROUPS:
+        raise RuntimeError(
+            f"a partition group that spans nodes of several ranks needs torch >= 2.13, this is torch "
+            f"{torch.__version__}: upgrade torch, or use a partition_size that stays inside one node"
+        )
+
+
+def new_group(ranks: tuple[int, ...], *, name: str, timeout: timedelta | None) -> dist.ProcessGroup:
+    """Make the process group of ``ranks`` in the given order; only its members need to call.
+
+    Args:
+        ranks: The members.
+        name: What torch's own messages call it.
+        timeout: For its collectives; None is the backend's default.
+
+    Raises:
+        RuntimeError: If the order is one that this torch cannot keep.
+    """
+    check_order(ranks)
+    order: dict[str, Any] = {"sort_ranks": False} if list(ranks) != sorted(ranks) else {}
+    group = dist.new_group(
+        list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=f"mics {name}", **order
+    )
     assert isinstance(group, dist.ProcessGroup)  # the caller is a member
     return group
+
+
+def groups_made() -> int:
+    """How many process groups this rank has made: torch names new ones by it, and members must find the same name."""
+    return len(dist.distributed_c10d._world.pg_names)
+
+
+def backend_name(group: dist.ProcessGroup, device: torch.device) -> str:
+    """The backend of ``group`` for ``device``, as in "gloo"."""
+    return group._get_backend(device).name()
 
 
 def premultiplied_sum_factor(op: dist.ReduceOp | dist.ReduceOp.RedOpType) -> float | None:
@@ -86,20 +115,36 @@ def forget_iteration(root: FSDPModule) -> None:
         return
     if hasattr(root, "reset_iter_state"):
         root.reset_iter_state()
-        return
-    for module in fsdp_modules(root):  # what `reset_iter_state` does since 2.13
-        module.reshard()
-        for group in _param_groups(module):
-            group._partial_reduce_output = None
+    else:
+        _reset_iter_state(root)
 
 
-def fsdp_modules(root: nn.Module | FSDPModule) -> list[FSDPModule]:
-    """Every module under ``root`` that FSDP2 shards, ``root`` included."""
+def fsdp_modules(root: nn.Module | FSDPModule) -> dict[str, FSDPModule]:
+    """Every module under ``root`` that FSDP2 shards by name, ``root`` included."""
     assert isinstance(root, nn.Module)
-    return [module for module in root.modules() if isinstance(module, FSDPModule)]
+    return {name: module for name, module in root.named_modules() if isinstance(module, FSDPModule)}
 
 
 def _param_groups(module: FSDPModule) -> Iterator[FSDPParamGroup]:
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)  # a list since 2.13, one or none before
     yield from groups if groups is not None else filter(None, [state._fsdp_param_group])
+
+
+def _reset_iter_state(root: FSDPModule) -> None:
+    """What FSDP2 does itself since 2.13."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    shared: Any = root._get_fsdp_state()
+    shared._state_ctx.iter_forward_root = None
+    shared._state_ctx.post_backward_final_callback_queued = False
+    shared._comm_ctx.all_gather_state = shared._comm_ctx.reduce_scatter_state = None
+    shared._comm_ctx.post_forward_order.clear()
+    for module in fsdp_modules(root).values():
+        module._get_fsdp_state()._training_state = TrainingState.IDLE
+        for group in _param_groups(module):
+            group._training_state = TrainingState.IDLE
+            group._all_gather_result = group._partial_reduce_output = None
+            group._post_reduce_event = group._all_reduce_state = None
+            group._post_forward_indices.clear()
+            group._to_sharded()  # type: ignore[no-untyped-call]

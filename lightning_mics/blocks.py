@@ -1,20 +1,21 @@
-"""Which modules of a model are sharded as units: its blocks. What is left belongs to the root.
+"""Which modules of a model are sharded as units: its blocks. What is left is one more unit, the root's.
 
-A block's parameters are gathered together just before it runs and dropped after; a transformer layer is the usual one.
+A unit's parameters are gathered together just before it runs and dropped after; a transformer layer is the usual block.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
-from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-ModuleClasses = Iterable[type[nn.Module] | str]
+from lightning_mics._torch_compat import OptimizedModule
+
+ModuleClasses = Collection[type[nn.Module] | str]
 
 
 def find_blocks(model: nn.Module, shard_modules: ModuleClasses | None = None) -> dict[str, nn.Module]:
@@ -27,8 +28,9 @@ def find_blocks(model: nn.Module, shard_modules: ModuleClasses | None = None) ->
             ``ModuleDict`` or ``Sequential`` that holds modules of one class. Empty: no blocks, the root holds all.
 
     Raises:
-        TypeError: If the model is already wrapped or sharded, or if it has no blocks that can be found.
-        ValueError: If a class of ``shard_modules`` is not in the model, or if a parameter is shared between two blocks.
+        TypeError: If the model is already wrapped or sharded, has no parameters, or has no blocks that can be found.
+        ValueError: If a class of ``shard_modules`` is not in the model, if a parameter is shared between two units, or
+            if parameters are of a kind that cannot be sharded together.
     """
     _check_not_wrapped(model)
     if shard_modules is None:
@@ -40,7 +42,7 @@ def find_blocks(model: nn.Module, shard_modules: ModuleClasses | None = None) ->
             )
     else:
         blocks = find_modules(model, shard_modules, option="shard_modules")
-    _check_untied(model, blocks)
+    _check_units(model, blocks)
     return blocks
 
 
@@ -51,29 +53,37 @@ def find_modules(model: nn.Module, classes: ModuleClasses, *, option: str) -> di
         TypeError: If ``classes`` (the value of ``option``) holds anything but module classes and their names.
         ValueError: If a class is not in the model.
     """
-    names = {_class_name(entry, option) for entry in ([classes] if isinstance(classes, str) else classes)}
-    present = Counter(type(module).__name__ for module in model.modules() if module is not model)
-    if missing := sorted(names - present.keys()):
-        raise ValueError(
-            f"{option}={sorted(names)}: {type(model).__name__} has no {', '.join(missing)}; "
-            f"its module classes are {', '.join(f'{name} ({count})' for name, count in present.most_common())}"
-        )
-    return _of_classes(model, names)
+    entries = [classes] if isinstance(classes, str | type) else list(classes)
+    for entry in entries:
+        if not isinstance(entry, str) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+            raise TypeError(f"{option} takes module classes or their names, got {entry!r}")
+        if not _of_classes(model, [entry]):
+            present = Counter(type(module).__name__ for module in model.modules() if module is not model)
+            raise ValueError(
+                f"{option}: {type(model).__name__} has no {entry if isinstance(entry, str) else entry.__name__}; "
+                f"its module classes are {', '.join(f'{name} ({count})' for name, count in present.most_common())}"
+            )
+    return _of_classes(model, entries)
 
 
-def unit_modules(unit: nn.Module) -> Iterator[nn.Module]:
-    """The modules whose tensors belong to ``unit``, children first: all but already sharded ones inside it."""
+def unit_modules(unit: nn.Module, blocks: Collection[nn.Module]) -> Iterator[nn.Module]:
+    """The modules whose tensors belong to ``unit``, children first: all but other ``blocks`` inside it."""
     for child in dict.fromkeys(unit.children()):
-        if not isinstance(child, FSDPModule):
-            yield from unit_modules(child)
+        if child not in blocks:
+            yield from unit_modules(child, blocks)
     yield unit
 
 
-def _of_classes(model: nn.Module, names: set[str]) -> dict[str, nn.Module]:
-    inside_compiled = {module._orig_mod for module in model.modules() if isinstance(module, OptimizedModule)}
-    skipped = {model, *inside_compiled}
-    found = [(name, m) for name, m in model.named_modules() if m not in skipped and _own_class_name(m) in names]
-    return dict(reversed(found))  # `named_modules` lists outer modules first
+def _of_classes(model: nn.Module, entries: Collection[type[nn.Module] | str]) -> dict[str, nn.Module]:
+    names = {entry for entry in entries if isinstance(entry, str)}
+    classes = tuple(entry for entry in entries if not isinstance(entry, str))
+    skipped = {model, *(module._orig_mod for module in model.modules() if isinstance(module, OptimizedModule))}
+    found = {}
+    for name, module in model.named_modules():
+        plain = module._orig_mod if isinstance(module, OptimizedModule) else module  # compiled: what is inside counts
+        if module not in skipped and (type(plain).__name__ in names or isinstance(plain, classes)):
+            found[name] = module
+    return dict(reversed(found.items()))  # `named_modules` lists outer modules first
 
 
 def _no_split_names(model: nn.Module) -> set[str]:
@@ -87,29 +97,18 @@ def _longest_list(model: nn.Module) -> dict[str, nn.Module]:
             continue
         entries = {f"{name}.{key}".lstrip("."): entry for key, entry in module.named_children()}
         of_one_class = len({type(entry) for entry in entries.values()}) == 1
-        if of_one_class and _has_parameters(entries.values()) and len(entries) > max(1, len(longest)):
+        if of_one_class and _have_parameters(entries.values()) and len(entries) > max(1, len(longest)):
             longest = entries
     return dict(reversed(longest.items()))
 
 
-def _has_parameters(modules: Iterable[nn.Module]) -> bool:
+def _have_parameters(modules: Iterable[nn.Module]) -> bool:
     return all(next(module.parameters(), None) is not None for module in modules)
 
 
-def _class_name(entry: object, option: str) -> str:
-    if isinstance(entry, str):
-        return entry
-    if isinstance(entry, type) and issubclass(entry, nn.Module):
-        return entry.__name__
-    raise TypeError(f"{option} takes module classes or their names, got {entry!r}")
-
-
-def _own_class_name(module: nn.Module) -> str:
-    """The class name that the user wrote: a compiled module counts as what is inside."""
-    return type(module._orig_mod if isinstance(module, OptimizedModule) else module).__name__
-
-
 def _check_not_wrapped(model: nn.Module) -> None:
+    if not _have_parameters([model]):
+        raise TypeError(f"{type(model).__name__} has no parameters, so there is nothing to shard")
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel | DistributedDataParallel | FSDPModule):
             raise TypeError(
@@ -121,16 +120,35 @@ def _check_not_wrapped(model: nn.Module) -> None:
             raise TypeError(f"parameter {name!r} is already a DTensor; hand over the plain module, it is sharded here")
 
 
-def _check_untied(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
-    """FSDP2 gathers a parameter with one unit only, so a parameter may not be in two."""
-    block_of = {module: name for name, block in reversed(blocks.items()) for module in block.modules()}
-    unit_of: dict[int, tuple[str, str]] = {}
+def _check_units(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
+    """Refuse what FSDP2 cannot shard: it gathers a parameter with one unit only, and reduces a unit in one dtype."""
+    name_of = {block: name for name, block in blocks.items()} | {model: "the root"}
+    first_of: dict[int, tuple[str, nn.Module]] = {}  # by parameter
+    first_trainable_of: dict[nn.Module, tuple[str, nn.Parameter]] = {}  # by unit
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner = model.get_submodule(name.rpartition(".")[0])
-        unit = block_of.get(owner, "the root")
-        first_name, first_unit = unit_of.setdefault(id(parameter), (name, unit))
-        if unit != first_unit:
+        unit = _innermost_unit(model, name, name_of)
+        first_name, first_unit = first_of.setdefault(id(parameter), (name, unit))
+        if unit is not first_unit:
             raise ValueError(
-                f"parameters {first_name!r} (in {first_unit}) and {name!r} (in {unit}) are one tied parameter in two "
-                "units; choose shard_modules so that one unit holds both"
+                f"parameters {first_name!r} (in {name_of[first_unit]}) and {name!r} (in {name_of[unit]}) are one tied "
+                "parameter in two units; choose shard_modules so that one unit holds both"
             )
+        if parameter.ndim == 0:
+            raise ValueError(f"parameter {name!r} has no dimension to shard; give it the shape [1]")
+        if not parameter.requires_grad:
+            continue
+        other_name, other = first_trainable_of.setdefault(unit, (name, parameter))
+        if parameter.dtype != other.dtype:
+            raise ValueError(
+                f"parameters {other_name!r} ({other.dtype}) and {name!r} ({parameter.dtype}) are in one unit, "
+                f"{name_of[unit]}, whose gradients are reduced together; give them one dtype, or units of their own "
+                "by shard_modules"
+            )
+
+
+def _innermost_unit(model: nn.Module, parameter_name: str, units: Collection[nn.Module]) -> nn.Module:
+    unit = module = model
+    for attribute in parameter_name.split(".")[:-1]:
+        module = getattr(module, attribute)
+        unit = module if module in units else unit
+    return unit

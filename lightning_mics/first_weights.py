@@ -9,7 +9,7 @@ One unit (a block, or what is left for the root) is placed on the device at a ti
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,8 +20,6 @@ from torch.distributed.tensor import DTensor
 from lightning_mics.blocks import unit_modules
 from lightning_mics.partition_groups import PartitionGroups
 
-Initializer = Callable[[nn.Module], None]
-
 CHECKSUM_CHUNK = 2**22  # elements at a time: the 64-bit integers take several times the parameter's memory
 
 
@@ -31,55 +29,73 @@ def seeded_by_rank_0(device: torch.device) -> Iterator[None]:
     seed = torch.tensor(torch.initial_seed(), dtype=torch.uint64).view(torch.int64).to(device)
     dist.broadcast(seed, src=0)
     devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+    with torch.random.fork_rng(devices):
         torch.manual_seed(int(seed.cpu().view(torch.uint64).item()))
         yield
 
 
-def initializers(model: nn.Module) -> dict[nn.Module, Initializer]:
-    """For each module the ``_init_weights(module)`` of the nearest module around it, as in ``transformers``."""
-    found: dict[nn.Module, Initializer] = {}
-
-    def visit(module: nn.Module, inherited: Initializer | None) -> None:
-        own = getattr(module, "_init_weights", None)
-        nearest = own if _takes_one_module(own) else inherited
-        if nearest is not None:
-            found[module] = nearest
-        for child in module.children():
-            visit(child, nearest)
-
-    visit(model, None)
-    return found
-
-
-@torch.no_grad()
-def place_unit(unit: nn.Module, device: torch.device, initialize: dict[nn.Module, Initializer]) -> None:
-    """Put the tensors of ``unit`` on ``device`` with their first values; every rank calls it.
+class FirstWeights:
+    """Puts the units of a model on the device, one at a time, with their first values.
 
     Args:
-        unit: A block, or the root after its blocks were sharded.
+        model: The whole model.
+        blocks: Its blocks; they and the model are the units.
         device: Where to.
-        initialize: What :func:`initializers` found in the whole model.
-
-    Raises:
-        TypeError: If nothing initialises a tensor that was on the meta device.
     """
-    modules = list(dict.fromkeys(unit_modules(unit)))
-    fresh = [module for module in modules if any(tensor.is_meta for _, tensor in _own_tensors(module))]
-    built = [tensor for module in modules for _, tensor in _own_tensors(module) if not tensor.is_meta]
-    for tensor in dict.fromkeys(built):
-        tensor.data = tensor.data.to(device).contiguous()
-        dist.broadcast(tensor.data, src=0)
-    _materialize(fresh, device)
-    for module in fresh:
-        _initialize(module, initialize.get(module))
+
+    def __init__(self, model: nn.Module, blocks: Collection[nn.Module], device: torch.device) -> None:
+        self._blocks = set(blocks)
+        self._device = device
+        self._init_weights = _init_weights_of(model)
+        self._made: dict[Tensor, Tensor] = {}  # for each meta tensor the real one, so that shared ones stay shared
+
+    @torch.no_grad()
+    def place(self, unit: nn.Module) -> None:
+        """Put the tensors of ``unit`` on the device; every rank calls it.
+
+        Raises:
+            TypeError: If nothing initialises a tensor that was on the meta device.
+        """
+        modules = list(dict.fromkeys(unit_modules(unit, self._blocks)))
+        for tensor in dict.fromkeys(tensor for module in modules for _, tensor in _own_tensors(module)):
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(self._device).contiguous()
+                dist.broadcast(tensor.data.view(-1).view(torch.uint8), src=0)  # bytes: not all dtypes can be sent
+        _check_registered(modules)
+        fresh = {module for module in modules if any(tensor.is_meta for _, tensor in _own_tensors(module))}
+        made = [entry for module in modules if module in fresh for entry in self._materialize(module)]
+        for module in modules:  # children first, as a parent may change what its children set
+            inside = set(module.modules())
+            if module in fresh or (inside & fresh and not inside & (self._blocks - {unit})):
+                self._initialize(module)
+        for module, name, tensor, version in made:
+            _check_initialized(module, name, tensor, version)
+
+    def _materialize(self, module: nn.Module) -> list[tuple[nn.Module, str, Tensor, int]]:
+        """Replace the meta tensors of ``module`` by real ones, full of NaN: (module, name, tensor, version) of each."""
+        made = []
+        for name, tensor in _own_tensors(module):
+            if not tensor.is_meta:
+                continue
+            if tensor not in self._made:
+                self._made[tensor] = _empty(tensor, self._device)
+                made.append((module, name, self._made[tensor], self._made[tensor]._version))
+            setattr(module, name, self._made[tensor])
+        return made
+
+    def _initialize(self, module: nn.Module) -> None:
+        for method in ("reset_parameters", "_reset_parameters"):
+            if callable(reset := getattr(module, method, None)):
+                reset()
+        if module in self._init_weights:
+            self._init_weights[module](module)
 
 
 @torch.no_grad()
 def verify_replicas(model: nn.Module, groups: PartitionGroups) -> None:
     """Check that all replicas hold the same parameters, bit for bit; every rank calls it.
 
-    Compares one 64-bit checksum per parameter over the replication group.
+    Compares a checksum per parameter over the replication group.
 
     Raises:
         RuntimeError: If they differ; the message names the first parameters that do.
@@ -101,14 +117,20 @@ def verify_replicas(model: nn.Module, groups: PartitionGroups) -> None:
         )
 
 
-def _materialize(modules: list[nn.Module], device: torch.device) -> None:
-    """Replace meta tensors by real ones full of NaN, tied ones by one."""
-    made: dict[Tensor, Tensor] = {}
-    for module in modules:
-        for name, tensor in _own_tensors(module):
-            if tensor.is_meta:
-                made[tensor] = made[tensor] if tensor in made else _empty(tensor, device)
-                setattr(module, name, made[tensor])
+def _init_weights_of(model: nn.Module) -> dict[nn.Module, Callable[[nn.Module], None]]:
+    """For each module the ``_init_weights(module)`` of the nearest module around it, as in ``transformers``."""
+    found: dict[nn.Module, Callable[[nn.Module], None]] = {}
+
+    def visit(module: nn.Module, inherited: Callable[[nn.Module], None] | None) -> None:
+        own = getattr(module, "_init_weights", None)
+        nearest = own if _takes_one_module(own) else inherited
+        if nearest is not None:
+            found[module] = nearest
+        for child in module.children():
+            visit(child, nearest)
+
+    visit(model, None)
+    return found
 
 
 def _empty(meta: Tensor, device: torch.device) -> Tensor:
@@ -121,25 +143,33 @@ def _empty(meta: Tensor, device: torch.device) -> Tensor:
     return empty
 
 
-def _initialize(module: nn.Module, owner: Initializer | None) -> None:
-    before = {name: tensor._version for name, tensor in _own_tensors(module)}
-    for method in ("reset_parameters", "_reset_parameters"):
-        if callable(reset := getattr(module, method, None)):
-            reset()
-    if owner is not None:
-        owner(module)
-    for name, tensor in _own_tensors(module):
-        untouched = bool(tensor.isnan().any()) if tensor.is_floating_point() else tensor._version == before.get(name)
-        if untouched:
-            raise TypeError(
-                f"nothing initialises {type(module).__name__}.{name}, which was on the meta device: give the class a "
-                "`reset_parameters()`, the model an `_init_weights(module)` that sets it, or build the model off the "
-                "meta device"
-            )
+def _check_registered(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise TypeError(
+                    f"{type(module).__name__}.{name} is a tensor on the meta device and neither a parameter nor a "
+                    "buffer, so nothing would initialise it; register it as a buffer"
+                )
+
+
+def _check_initialized(module: nn.Module, name: str, made: Tensor, version: int) -> None:
+    now = getattr(module, name)
+    unset = bool(now.isnan().any()) if now.is_floating_point() else now is made and made._version == version
+    if unset:
+        raise TypeError(
+            f"nothing initialises {type(module).__name__}.{name}, which was on the meta device: give the class a "
+            "`reset_parameters()`, the model an `_init_weights(module)` that sets it, or build the model off the "
+            "meta device"
+        )
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    """By every name they have: a tensor may be there twice."""
+    return [
+        *module.named_parameters(recurse=False, remove_duplicate=False),
+        *module.named_buffers(recurse=False, remove_duplicate=False),
+    ]
 
 
 def _takes_one_module(method: object) -> bool:

@@ -19,29 +19,44 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_mics._torch_compat import AllGather, ReduceScatter, premultiplied_sum_factor
+from lightning_mics._torch_compat import (
+    AllGather,
+    ReduceScatter,
+    all_gather_single,
+    backend_name,
+    premultiplied_sum_factor,
+    reduce_scatter_single,
+)
 
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 
 
-class _OrdinaryBuffers:
-    """FSDP2 asks its communication objects for their buffers; ordinary ones do, on whatever stream is current."""
+class _TwoStages:
+    """What both directions share: their groups, and ordinary buffers for FSDP2, on whatever stream is current."""
+
+    def __init__(self, *, rail: dist.ProcessGroup, node: dist.ProcessGroup) -> None:
+        self._rail = rail
+        self._node = node
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
+    def _rail_slice(self, whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """What this rank's rail holds of ``whole``: [nodes * shard]."""
+        if group.size() != self._rail.size() * self._node.size():
+            raise RuntimeError(
+                f"called for a group of {group.size()} ranks, made for {self._rail.size()} nodes of {self._node.size()}"
+            )
+        return whole.chunk(self._node.size())[self._node.rank()]
 
-class HierarchicalAllGather(_OrdinaryBuffers, AllGather):
+
+class HierarchicalAllGather(_TwoStages, AllGather):
     """All-gather over a partition group in two stages, in place.
 
     Args:
         rail: The ranks with this local rank, one per node, in the order of nodes.
         node: The ranks on this node, in the order of local ranks.
     """
-
-    def __init__(self, *, rail: dist.ProcessGroup, node: dist.ProcessGroup) -> None:
-        self._rail = rail
-        self._node = node
 
     def __call__(
         self,
@@ -55,13 +70,13 @@ class HierarchicalAllGather(_OrdinaryBuffers, AllGather):
         Collectives are enqueued on the current stream, as FSDP2 expects of its own; with ``async_op`` the returned
         work covers the second stage, and the first is ordered before it on the current stream.
         """
-        rail_slice = output_tensor.chunk(self._node.size())[self._node.rank()]  # [nodes * shard]
-        dist.all_gather_single(rail_slice, input_tensor, group=self._rail)
-        work: dist.Work | None = dist.all_gather_single(output_tensor, rail_slice, group=self._node, async_op=async_op)
+        rail_slice = self._rail_slice(output_tensor, group)
+        all_gather_single(rail_slice, input_tensor, group=self._rail)
+        work: dist.Work | None = all_gather_single(output_tensor, rail_slice, group=self._node, async_op=async_op)
         return work
 
 
-class HierarchicalReduceScatter(_OrdinaryBuffers, ReduceScatter):
+class HierarchicalReduceScatter(_TwoStages, ReduceScatter):
     """Reduce-scatter over a partition group in two stages: inside the node, then along the rail.
 
     The first stage leaves its result in place, in the slice of the input that belongs to this rank's rail.
@@ -70,10 +85,6 @@ class HierarchicalReduceScatter(_OrdinaryBuffers, ReduceScatter):
         rail: The ranks with this local rank, one per node, in the order of nodes.
         node: The ranks on this node, in the order of local ranks.
     """
-
-    def __init__(self, *, rail: dist.ProcessGroup, node: dist.ProcessGroup) -> None:
-        self._rail = rail
-        self._node = node
 
     def __call__(
         self,
@@ -88,7 +99,7 @@ class HierarchicalReduceScatter(_OrdinaryBuffers, ReduceScatter):
         An average is the average of averages, as all nodes have the same number of ranks; the factor of a
         pre-multiplied sum is applied by the first stage alone.
         """
-        rail_slice = input_tensor.chunk(self._node.size())[self._node.rank()]  # [nodes * shard]
+        rail_slice = self._rail_slice(input_tensor, group)
         reduce_scatter(rail_slice, input_tensor, group=self._node, op=op)
         second_op = dist.ReduceOp.SUM if premultiplied_sum_factor(op) is not None else op
         return reduce_scatter(output_tensor, rail_slice, group=self._rail, op=second_op, async_op=async_op)
@@ -106,8 +117,8 @@ def reduce_scatter(
 
     gloo's reduce-scatter is an all-reduce inside and sends twice the bytes.
     """
-    if dist.get_backend(group) != dist.Backend.GLOO:
-        work: dist.Work | None = dist.reduce_scatter_single(output, source, group=group, op=op, async_op=async_op)
+    if backend_name(group, source.device) != "gloo":
+        work: dist.Work | None = reduce_scatter_single(output, source, group=group, op=op, async_op=async_op)
         return work
     parts = torch.empty_like(source)
     dist.all_to_all_single(parts, source, group=group)

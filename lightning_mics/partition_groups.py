@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_mics._torch_compat import new_group
+from lightning_mics._torch_compat import groups_made, new_group
 from lightning_mics.topology import Topology
 
 
@@ -61,16 +62,18 @@ def create_groups(topology: Topology, *, device_type: str, timeout: timedelta | 
         timeout: How long a collective of these groups may take; None is the backend's default.
 
     Raises:
-        RuntimeError: If ``torch.distributed`` is not initialised, or torch is too old for groups that span nodes.
+        RuntimeError: If ``torch.distributed`` is not initialised, torch is too old for groups that span nodes, or ranks
+            are members of different numbers of process groups.
         ValueError: If the topology is not that of the running job, or the backend cannot serve the device.
     """
     _check_job(topology, device_type)
-    rank = dist.get_rank()
-    t = topology
-    partition = new_group(t.partition_group(rank), timeout=timeout)
-    replication = new_group(t.replication_group(rank), timeout=timeout) if t.replicas > 1 else None
-    rail = new_group(t.rail(rank), timeout=timeout) if t.spans_nodes else None
-    node = new_group(t.node_group(rank), timeout=timeout) if t.spans_nodes else None
+    _check_same_count_of_groups(device_type)
+    rank, replicated, spread = dist.get_rank(), topology.replicas > 1, topology.spans_nodes
+    make = partial(new_group, timeout=timeout)
+    partition = make(topology.partition_group(rank), name="partition")
+    replication = make(topology.replication_group(rank), name="replication") if replicated else None
+    rail = make(topology.rail(rank), name="rail") if spread else None
+    node = make(topology.node_group(rank), name="node") if spread else None
     return PartitionGroups(
         topology=topology,
         partition=partition,
@@ -105,4 +108,17 @@ def _check_job(topology: Topology, device_type: str) -> None:
         raise ValueError(
             f"the process group's backend ({backends}) cannot serve device type {device_type!r}; "
             "use gloo for CPU and nccl for CUDA"
+        )
+
+
+def _check_same_count_of_groups(device_type: str) -> None:
+    """Torch names a group after the count of earlier ones, so ranks that differ in it would wait for ever."""
+    own = groups_made()
+    extremes = torch.tensor([own, -own], device=device_type)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MIN)
+    fewest, most = int(extremes[0]), -int(extremes[1])
+    if fewest != most:
+        raise RuntimeError(
+            f"some ranks are members of {most} process groups and others of {fewest}; make groups of your own after "
+            "the model is sharded, or such that every rank is a member of equally many"
         )

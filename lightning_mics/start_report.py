@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
+import torch
+
 from lightning_mics.topology import Topology
 
 
 def start_report(
-    topology: Topology, *, chosen_automatically: bool, two_stage: bool, states_bytes: int, capacity_bytes: int
+    topology: Topology,
+    *,
+    chosen_automatically: bool,
+    hierarchical: bool,
+    reduce_dtype: torch.dtype,
+    states_bytes: int,
+    capacity_bytes: int,
+    fits: bool,
 ) -> str:
     """A few lines on a job's groups, techniques and estimated memory.
 
     Args:
         topology: Where every rank is.
         chosen_automatically: Whether the partition size came from ``"auto"``.
-        two_stage: Whether collectives are hierarchical.
+        hierarchical: Whether collectives are.
+        reduce_dtype: What gradients are reduced and summed in.
         states_bytes: Estimated bytes of model states on each rank.
         capacity_bytes: Memory of one rank's device.
+        fits: Whether the states leave enough of it for activations.
     """
     t = topology
     rows = {
         "ranks": f"{t.world_size} on {t.nodes} {_plural('node', t.nodes)}",
         "partition groups": f"{t.replicas} of {t.partition_size} {_plural('rank', t.partition_size)}"
-        + (' ("auto": the fewest whole nodes that hold the model states)' if chosen_automatically else ""),
+        + (f' ("auto": {_why_size(fits)})' if chosen_automatically else ""),
         "replication groups": f"{t.partition_size} of {t.replicas} {_plural('rank', t.replicas)}",
-        "hierarchical": _why_hierarchical(t, two_stage),
+        "hierarchical": _why_hierarchical(t, hierarchical),
         "two-hop": _why_two_hop(t),
+        "gradients": f"reduced, and summed over micro-steps, in {str(reduce_dtype).removeprefix('torch.')}",
         "model states": f"about {_gib(states_bytes)} of {_gib(capacity_bytes)} per rank (Adam; no activations)",
     }
     if states_bytes > capacity_bytes:
         rows["warning"] = "the model states alone exceed the device: use more ranks, or a smaller model"
+    elif not fits:
+        rows["warning"] = "the model states leave little of the device for activations: use more ranks if you can"
     width = max(map(len, rows))
     return "\n".join(["MiCS", *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
 
 
-def _why_hierarchical(topology: Topology, two_stage: bool) -> str:
-    if two_stage:
+def _why_size(fits: bool) -> str:
+    return "the fewest whole nodes that hold the model states" if fits else "all, and they hardly hold the model states"
+
+
+def _why_hierarchical(topology: Topology, hierarchical: bool) -> str:
+    if hierarchical:
         return f"on: a partition group spans {topology.nodes_per_partition_group} nodes"
     if not topology.spans_nodes:
         return "off: a partition group is inside one node"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,13 +29,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
-from lightning_mics._torch_compat import expect_backward, gather
+from lightning_mics._torch_compat import check_order, expect_backward, gather
 from lightning_mics.blocks import ModuleClasses, find_blocks, unit_modules
 from lightning_mics.first_weights import verify_replicas
 from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.partition_groups import PartitionGroups, create_groups
-from lightning_mics.planning.memory import ModelSize, measure_model, smallest_partition_size
-from lightning_mics.sharding import shard_model, use_hierarchical
+from lightning_mics.planning.memory import ModelSize, fits, measure_model, smallest_partition_size
+from lightning_mics.sharding import check_hierarchical, choose_hierarchical, find_recomputed, shard_model
 from lightning_mics.start_report import start_report
 from lightning_mics.topology import Topology
 from lightning_mics.two_hop import TwoHopSchedule
@@ -96,8 +96,7 @@ class MiCSStrategy(ModelParallelStrategy):
         )
         if isinstance(partition_size, str) and partition_size != "auto":
             raise ValueError(f'partition_size={partition_size!r} is neither "auto" nor a number of ranks')
-        if hierarchical not in ("auto", True, False):
-            raise ValueError(f'hierarchical={hierarchical!r} is not one of "auto", True, False')
+        check_hierarchical(hierarchical)
         self._partition_size = partition_size
         self._ranks_per_node = ranks_per_node
         self._hierarchical = hierarchical
@@ -183,48 +182,60 @@ class MiCSStrategy(ModelParallelStrategy):
             module = self._layer_sync.apply(module)
         module = self.precision_plugin.convert_module(module)
         mixed_precision = self._mixed_precision()
+        blocks = find_blocks(module, self._shard_modules)
+        find_recomputed(module, blocks, self._activation_checkpointing)  # refuses before ranks wait for each other
         size = measure_model(
             module,
-            find_blocks(module, self._shard_modules).values(),
+            blocks.values(),
             gathered_dtype=mixed_precision.param_dtype,
             reduce_dtype=mixed_precision.reduce_dtype,
         )
         capacity_bytes = self._capacity_bytes()
         topology = self._choose_topology(size, capacity_bytes)
-        two_stage = use_hierarchical(self._hierarchical, topology)
         groups = create_groups(topology, device_type=self.root_device.type, timeout=self._timeout)
         schedule = shard_model(
             module,
             groups,
             shard_modules=self._shard_modules,
-            hierarchical=two_stage,
+            hierarchical=self._hierarchical,
             activation_checkpointing=self._activation_checkpointing,
             mixed_precision=mixed_precision,
         )
         if not module.automatic_optimization:
-            _gather_whenever_used(module)
-        rank_zero_info(
-            start_report(
-                topology,
-                chosen_automatically=self._partition_size == "auto",
-                two_stage=two_stage,
-                states_bytes=size.per_rank_bytes(topology.partition_size),
-                capacity_bytes=capacity_bytes,
-            )
-        )
+            _gather_whenever_used(module, blocks.values())
+        rank_zero_info(self._report(topology, size, capacity_bytes))
         return _Sharded(groups, schedule)
 
+    def _report(self, topology: Topology, size: ModelSize, capacity_bytes: int) -> str:
+        mixed_precision = self._mixed_precision()
+        half = self.precision_plugin.precision == "bf16-true"
+        return start_report(
+            topology,
+            chosen_automatically=self._partition_size == "auto",
+            hierarchical=choose_hierarchical(self._hierarchical, topology),
+            reduce_dtype=mixed_precision.reduce_dtype or (torch.bfloat16 if half else torch.float32),
+            states_bytes=size.per_rank_bytes(topology.partition_size),
+            capacity_bytes=capacity_bytes,
+            fits=fits(size, topology.partition_size, capacity_bytes),
+        )
+
     def _choose_topology(self, size: ModelSize, capacity_bytes: int) -> Topology:
-        ranks_per_node = self._ranks_per_node or self.num_processes
         partition_size = self._partition_size
         if partition_size == "auto":
             partition_size = smallest_partition_size(
                 size,
                 world_size=self.world_size,
-                ranks_per_node=ranks_per_node,
+                ranks_per_node=self._node_size,
                 capacity_bytes=capacity_bytes,
             )
-        return Topology(world_size=self.world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
+        return self._topology_of(partition_size)
+
+    def _topology_of(self, partition_size: int) -> Topology:
+        return Topology(world_size=self.world_size, ranks_per_node=self._node_size, partition_size=partition_size)
+
+    @property
+    def _node_size(self) -> int:
+        return self._ranks_per_node or self.num_processes
 
     def _capacity_bytes(self) -> int:
         """Memory of the smallest device of the job: all ranks must come to the same partition size."""
@@ -415,14 +426,10 @@ class MiCSStrategy(ModelParallelStrategy):
         backend = self._get_process_group_backend()
         if self.root_device.type == "cpu" and "gloo" not in backend:
             raise ValueError(f"process_group_backend={backend!r} cannot serve CPU devices; use 'gloo' or None")
-        ranks_per_node = self._ranks_per_node or self.num_processes
-        topology = Topology(
-            world_size=self.world_size,
-            ranks_per_node=ranks_per_node,
-            partition_size=ranks_per_node if self._partition_size == "auto" else self._partition_size,
-        )
+        topology = self._topology_of(self._node_size if self._partition_size == "auto" else self._partition_size)
         if self._partition_size != "auto":
-            use_hierarchical(self._hierarchical, topology)
+            choose_hierarchical(self._hierarchical, topology)
+            check_order(topology.partition_group(0))
         self._refuse_weight_averaging()
 
     def _refuse_weight_averaging(self) -> None:
@@ -453,14 +460,14 @@ class MiCSStrategy(ModelParallelStrategy):
             )
 
 
-def _gather_whenever_used(root: Any) -> None:
+def _gather_whenever_used(root: Any, blocks: Collection[nn.Module]) -> None:
     """A step of manual optimization goes on after a backward, which reshards the root, and after ``toggle_model``."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gather_root(module: nn.Module, inputs: Any) -> None:
         gather(root)
 
-    for module in unit_modules(root):
+    for module in unit_modules(root, set(blocks)):
         if module is not root:
             module.register_forward_pre_hook(gather_root)
 

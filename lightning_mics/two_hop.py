@@ -34,23 +34,24 @@ class TwoHopSchedule:
 
     Without a call of :meth:`micro_step` every backward is a boundary, as in plain FSDP2.
 
-    A block that takes part in any forward of a window is reduced at the boundary even if the boundary's own forward
-    skips it: otherwise its earlier gradients would stay behind. A parameter of such a block without a gradient counts
-    as zero. Blocks that no forward of the window uses keep ``grad=None``. The blocks used may differ from micro-step to
-    micro-step, not from rank to rank.
+    A block whose sums wait is reduced at the boundary even if the boundary's own forward skips it: otherwise they would
+    stay behind. A parameter of such a block without a gradient counts as zero. Blocks that no forward of the window
+    uses keep ``grad=None``. The blocks used may differ from micro-step to micro-step, not from rank to rank.
 
     Args:
         root: The sharded model, from :func:`lightning_mics.sharding.shard_model`.
+        replicas: How many there are; with one there is no second hop.
     """
 
-    def __init__(self, root: FSDPModule) -> None:
+    def __init__(self, root: FSDPModule, *, replicas: int) -> None:
         self._root = root
+        self._replicas = replicas
         self._modules = fsdp_modules(root)
         self._at_boundary = True
-        self._ever_trainable = {module: trainable(module) for module in self._modules}
-        for module in self._modules:
+        self._ever_trainable = {name: trainable(module) for name, module in self._modules.items()}
+        for module in self._modules.values():
             assert isinstance(module, nn.Module)
-            module.register_forward_pre_hook(_take_part_in_reductions)
+            module.register_forward_pre_hook(self._take_part_in_reductions)
 
     @contextmanager
     def micro_step(self, *, boundary: bool) -> Iterator[None]:
@@ -75,15 +76,16 @@ class TwoHopSchedule:
         Raises:
             RuntimeError: If such a block has sums that wait already.
         """
-        for module, ever_trainable in self._ever_trainable.items():
+        for name, module in self._modules.items():
             now = trainable(module)
-            self._ever_trainable[module] = [a or b for a, b in zip(ever_trainable, now, strict=True)]
-            if now == self._ever_trainable[module] or not any(now):
+            ever_trainable = [a or b for a, b in zip(self._ever_trainable[name], now, strict=True)]
+            self._ever_trainable[name] = ever_trainable
+            if now == ever_trainable or not any(now):
                 continue
             if deferred_sums(module):
                 raise RuntimeError(
-                    f"{type(module).__name__} has parameters that were trainable earlier in this accumulation window "
-                    "and are frozen now; switch `requires_grad` (`toggle_model`) in all micro-steps of a window or none"
+                    f"{name or 'the root'} has parameters that were trainable earlier in this accumulation window and "
+                    "are frozen now; switch `requires_grad` (`toggle_model`) in all micro-steps of a window or none"
                 )
             module.set_requires_all_reduce(True, recurse=False)
 
@@ -97,10 +99,10 @@ class TwoHopSchedule:
         """
         if not self._at_boundary:
             return
-        left_behind = {type(m).__name__ for m in self._modules if deferred_sums(m) and any(trainable(m))}
+        left_behind = [name for name, m in self._modules.items() if deferred_sums(m) and any(trainable(m))]
         if left_behind:
             raise RuntimeError(
-                f"blocks {sorted(left_behind)} got gradients earlier in this accumulation window and none at its "
+                f"{', '.join(left_behind)} got gradients earlier in this accumulation window and none at its "
                 f"boundary; reducing them needs torch >= 2.13, this is torch {torch.__version__}"
             )
         self._forget_who_took_part()
@@ -118,12 +120,12 @@ class TwoHopSchedule:
         self._root.set_requires_all_reduce(boundary)
 
     def _forget_who_took_part(self) -> None:
-        for module in self._modules:
+        for module in self._modules.values():
             if not deferred_sums(module):  # a frozen block may have a window of its own, still open
                 reduce_unused_parameters(module, False)
 
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _take_part_in_reductions(module: nn.Module, _inputs: Any) -> None:
-    if torch.is_grad_enabled() and isinstance(module, FSDPModule):
-        reduce_unused_parameters(module, True)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _take_part_in_reductions(self, module: nn.Module, _inputs: Any) -> None:
+        deferring = self._replicas > 1 and not self._at_boundary
+        if deferring and torch.is_grad_enabled() and isinstance(module, FSDPModule):
+            reduce_unused_parameters(module, True)

@@ -25,7 +25,7 @@ def test_lists_of_different_classes_or_without_parameters_are_no_blocks():
     with pytest.raises(TypeError, match="found no blocks to shard in Sequential"):
         find_blocks(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
     with pytest.raises(TypeError, match="found no blocks"):
-        find_blocks(nn.Sequential(nn.ReLU(), nn.ReLU()))
+        find_blocks(nn.ModuleDict({"list": nn.Sequential(nn.ReLU(), nn.ReLU()), "one": nn.Linear(2, 2)}))
 
 
 def test_a_model_inside_the_model_names_its_blocks():
@@ -59,7 +59,7 @@ def test_a_compiled_block_counts_as_its_class():
 
 
 def test_a_missing_class_is_named_with_those_that_are_there():
-    message = "shard_modules=['Blok']: TinyLM has no Blok; its module classes are Linear (7), Block (3), Embedding (1)"
+    message = "shard_modules: TinyLM has no Blok; its module classes are Linear (7), Block (3), Embedding (1)"
     with pytest.raises(ValueError, match=re.escape(message)):
         find_blocks(TinyLM(), ["Blok"])
 
@@ -72,6 +72,67 @@ def test_parameters_tied_inside_the_root_or_inside_a_block_are_fine():
 
 def test_a_unit_holds_all_its_modules_children_first():
     model = TinyLM(layers=1)
-    modules = list(unit_modules(model))
+    modules = list(unit_modules(model, []))
     assert modules[-1] is model
     assert set(modules) == set(model.modules())
+
+
+def test_a_block_is_no_part_of_the_unit_around_it():
+    model = TinyLM(layers=2)
+    assert set(unit_modules(model, list(model.blocks))) == {model, model.embed, model.blocks, model.norm, model.head}
+
+
+def test_a_class_finds_its_subclasses_and_need_not_be_in_a_list():
+    class Special(Block):
+        pass
+
+    model = nn.Sequential(Special(2), Block(2))
+    assert set(find_blocks(model, Block)) == {"0", "1"}
+    assert set(find_blocks(model, ["Block"])) == {"1"}
+
+
+def share_a_module(model: TinyLM) -> None:
+    model.blocks[1].up = model.blocks[0].up
+
+
+def share_with_the_root(model: TinyLM) -> None:
+    model.extra = model.blocks[0].up
+
+
+@pytest.mark.parametrize("share", [share_a_module, share_with_the_root])
+def test_a_module_in_two_units_is_refused(share):
+    model = TinyLM()
+    share(model)
+    with pytest.raises(ValueError, match="are one tied parameter in two units"):
+        find_blocks(model)
+
+
+def test_a_block_that_is_listed_twice_is_one_block():
+    model = TinyLM(layers=2)
+    model.blocks.append(model.blocks[0])
+    assert len(find_blocks(model, [Block])) == 2
+
+
+def test_parameters_that_cannot_be_reduced_together_are_refused():
+    model = TinyLM(layers=2)
+    model.blocks[0].down.to(torch.bfloat16)
+    message = (
+        "parameters 'blocks.0.up.weight' (torch.float32) and 'blocks.0.down.weight' (torch.bfloat16) are in one unit, "
+        "blocks.0, whose gradients are reduced together; give them one dtype, or units of their own by shard_modules"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        find_blocks(model)
+    model.blocks[0].down.requires_grad_(False)
+    assert len(find_blocks(model)) == 2
+
+
+def test_a_parameter_without_dimensions_is_refused():
+    model = TinyLM()
+    model.temperature = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="parameter 'temperature' has no dimension to shard"):
+        find_blocks(model)
+
+
+def test_a_model_without_parameters_is_refused():
+    with pytest.raises(TypeError, match="ReLU has no parameters, so there is nothing to shard"):
+        find_blocks(nn.ReLU())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -79,7 +80,7 @@ CASES: dict[str, tuple[type[TinyModule], dict[str, Any], dict[str, Any], type[Ex
     ),
     "blocks that are not there": (
         TinyModule, {"shard_modules": ["GPT2Block"]}, {}, ValueError,
-        "shard_modules=['GPT2Block']: TinyModule has no GPT2Block; its module classes are Linear (7), Block (3)",
+        "shard_modules: TinyModule has no GPT2Block; its module classes are Linear (7), Block (3)",
     ),
     "blocks of the wrong kind": (
         TinyModule, {"shard_modules": [3]}, {}, TypeError,
@@ -87,7 +88,7 @@ CASES: dict[str, tuple[type[TinyModule], dict[str, Any], dict[str, Any], type[Ex
     ),
     "checkpointed modules that are not there": (
         TinyModule, {"activation_checkpointing": ["MLP"]}, {}, ValueError,
-        "activation_checkpointing=['MLP']: TinyModule has no MLP",
+        "activation_checkpointing: TinyModule has no MLP",
     ),
     "already sharded": (
         AlreadySharded, {}, {}, TypeError,
@@ -184,6 +185,18 @@ def test_positional_options_are_refused():
 def test_groups_need_a_running_job():
     with pytest.raises(RuntimeError, match="init_process_group before create_groups"):
         create_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu")
+
+
+def test_ranks_that_made_different_numbers_of_groups_are_refused_at_once():
+    for message in on_ranks(_group_of_some_ranks, world_size=4):
+        assert message.startswith("some ranks are members of 2 process groups and others of 1; make groups of your own")
+
+
+def _group_of_some_ranks() -> str:
+    dist.new_group([0, 1])
+    with pytest.raises(RuntimeError, match="process groups") as caught:
+        create_groups(Topology(world_size=4, ranks_per_node=2, partition_size=2), device_type="cpu")
+    return str(caught.value)
 
 
 def test_groups_of_another_job_or_device_are_refused():

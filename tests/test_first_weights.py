@@ -87,3 +87,96 @@ def _flip_one_bit() -> str:
     with pytest.raises(RuntimeError, match="must be equal at all times") as caught:
         verify_replicas(model, groups)
     return str(caught.value)
+
+
+class Parent(nn.Module):
+    """Sets its child's weights, and replaces an integer buffer rather than filling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Linear(3, 3)
+        self.register_buffer("order", torch.arange(3))
+        self.register_buffer("order_again", self.order)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.child.weight, 0.125)
+        self.order = self.order_again = torch.arange(3)
+
+
+def test_a_parent_may_set_the_weights_of_its_children():
+    for weight, order in run_ranks(2, _shard_parents):
+        assert torch.equal(weight, torch.full((3, 3), 0.125))
+        assert order.tolist() == [0, 1, 2]
+
+
+def _shard_parents() -> tuple[Tensor, Tensor]:
+    with torch.device("meta"):
+        model = nn.Sequential(Parent(), Parent())
+    shard_model(model, create_groups(PAIR, device_type="cpu"))
+    return model[0].child.weight.full_tensor().detach(), model[1].order
+
+
+PAIR = Topology(world_size=2, ranks_per_node=2, partition_size=2)
+
+
+def test_gpt2_on_meta_gets_the_distribution_of_one_that_is_built():
+    (built, on_meta), _ = run_ranks(2, _spreads_of_gpt2)
+    assert built.keys() == on_meta.keys()
+    assert built["transformer.h.0.mlp.c_proj.weight"] < 0.6 * built["transformer.h.0.mlp.c_fc.weight"]  # scaled
+    for name, spread in built.items():
+        assert on_meta[name] == pytest.approx(spread, rel=0.1, abs=1e-9), name
+
+
+def _spreads_of_gpt2() -> list[dict[str, float]]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=199, n_positions=32, n_embd=48, n_layer=2, n_head=2)
+    groups = create_groups(PAIR, device_type="cpu")
+    spreads = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = GPT2LMHeadModel(config)
+        shard_model(model, groups)
+        weights = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+        spreads.append({name: float(w.detach().std()) for name, w in weights.items() if w.ndim > 1})
+    return spreads
+
+
+class Forgetful(TinyLM):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = torch.ones(3)  # no buffer
+
+
+def test_a_plain_attribute_on_meta_is_refused():
+    for message in run_ranks(2, _shard_forgetful):
+        assert message.startswith("Forgetful.mask is a tensor on the meta device and neither a parameter nor a buffer")
+
+
+def _shard_forgetful() -> str:
+    with torch.device("meta"):
+        model = Forgetful()
+    with pytest.raises(TypeError, match="register it as a buffer") as caught:
+        shard_model(model, create_groups(PAIR, device_type="cpu"))
+    return str(caught.value)
+
+
+def test_buffers_of_any_dtype_are_sent():
+    for buffers in run_ranks(2, _shard_odd_buffers):
+        assert [buffer.tolist() for buffer in buffers] == [[1, 2], [True, False], 3.0, [1.0]]
+
+
+def _shard_odd_buffers() -> list[Tensor]:
+    model = TinyLM()
+    first = dist.get_rank() == 0
+    values = [
+        torch.tensor([1, 2], dtype=torch.int16),
+        torch.tensor([True, False]),
+        torch.tensor(3.0, dtype=torch.float64),
+        torch.tensor([1.0]).to(torch.float8_e4m3fn),
+    ]
+    for index, value in enumerate(values):
+        model.register_buffer(f"odd_{index}", value if first else torch.zeros_like(value))
+    shard_model(model, create_groups(PAIR, device_type="cpu"))
+    return [getattr(model, f"odd_{index}") for index in range(3)] + [model.odd_3.float()]

@@ -81,3 +81,16 @@ def _reduce_by_maximum() -> str:
     with pytest.raises(ValueError, match="SUM, AVG") as caught:
         reduce(torch.empty(1), torch.ones(2), groups.partition, dist.ReduceOp.MAX)
     return str(caught.value).partition(", got")[0]
+
+
+def test_a_group_of_another_size_is_refused():
+    for message in run_ranks(2, _gather_for_another_group):
+        assert message == "called for a group of 1 ranks, made for 2 nodes of 1"
+
+
+def _gather_for_another_group() -> str:
+    groups = create_groups(Topology(world_size=2, ranks_per_node=1, partition_size=2), device_type="cpu")
+    gather = HierarchicalAllGather(rail=groups.rail, node=groups.node)
+    with pytest.raises(RuntimeError, match="called for") as caught:
+        gather(torch.empty(1), torch.empty(1), groups.node)
+    return str(caught.value)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from lightning_mics import Topology, _torch_compat, create_groups
+from lightning_mics import Topology, create_groups
 from tests.forked import run_ranks
 
 KINDS = ("partition", "replication", "rail", "node")
@@ -51,9 +51,3 @@ def _timeouts() -> list[timedelta]:
     groups = create_groups(topology, device_type="cpu", timeout=timedelta(seconds=77))
     mine = (groups.partition, groups.replication, groups.rail, groups.node)
     return [group._get_backend(groups.device).options._timeout for group in mine]
-
-
-def test_groups_that_span_nodes_say_which_torch_they_need(monkeypatch):
-    monkeypatch.setattr(_torch_compat, "HAS_UNSORTED_GROUPS", False)
-    with pytest.raises(RuntimeError, match=r"a partition group that spans nodes needs torch >= 2\.13, this is torch"):
-        _torch_compat.new_group((0, 2, 1, 3), timeout=None)

@@ -72,14 +72,14 @@ def test_a_registered_variant_keeps_its_options(tmp_path: Path) -> None:
     finally:
         StrategyRegistry.remove("mics_one")
     size = measure_model(TinyModule(), [])
-    assert strategy._choose_topology(size).partition_size == 1
+    assert strategy._choose_topology(size, 2**30).partition_size == 1
     assert not strategy._save_distributed_checkpoint
 
 
 @pytest.mark.parametrize("strategy", ["mics", MiCSStrategy(partition_size=2)], ids=["by name", "instance"])
 def test_the_number_of_nodes_reaches_the_topology(tmp_path: Path, strategy: Any) -> None:
     trainer = make_trainer(tmp_path, strategy=strategy, devices=2, num_nodes=3)
-    topology = trainer.strategy._choose_topology(measure_model(TinyModule(), []))
+    topology = trainer.strategy._choose_topology(measure_model(TinyModule(), []), 2**30)
     assert (topology.world_size, topology.nodes, topology.ranks_per_node) == (6, 3, 2)
     assert topology.partition_size == 2  # "auto", too: one node holds the model
 
@@ -224,7 +224,13 @@ def test_weight_averaging_callbacks_are_refused(tmp_path: Path) -> None:
     ]
 
 
-def test_a_torch_without_unsorted_groups_is_refused_with_the_version_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_unsorted_groups_is_refused_with_the_version_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_torch_compat, "HAS_UNSORTED_GROUPS", False)
-    with pytest.raises(RuntimeError, match=r"a partition group that spans nodes needs torch >= 2\.13, this is torch"):
-        _torch_compat.new_group((0, 2, 1, 3), timeout=None)
+    strategy = mics(partition_size=4)
+    trainer = make_trainer(tmp_path, strategy=strategy)
+    strategy.connect(TinyModule())
+    strategy.lightning_module._trainer = trainer
+    with pytest.raises(RuntimeError, match=r"spans nodes of several ranks needs torch >= 2\.13, this is torch"):
+        strategy.setup_environment()  # before any rank waits for another

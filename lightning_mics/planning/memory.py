@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lightning_mics.blocks import unit_modules
 from lightning_mics.topology import partition_sizes
 
 # Share of a device that model states may take; the rest is for activations. The paper's own choices of partition size
@@ -23,26 +24,31 @@ ADAM_STATES = 2  # optimizers are made after sharding, so the most usual one is 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """What a model keeps, in bytes, all ranks of a partition group together.
+    """What a model keeps, in bytes.
 
     Attributes:
-        parameters_bytes: Parameters as the optimizer sees them.
-        gradients_bytes: One gradient per trainable parameter, in the wider of its dtype and the reduce dtype.
-        optimizer_bytes: The two moments of Adam for each trainable parameter, in its dtype.
+        states_bytes: Parameters, gradients and the optimizer's states, all ranks of a partition group together.
         root_bytes: What no block holds, as gathered; it stays from the forward to the end of the backward.
+        root_reduced_bytes: The gradients of that, in the dtype they are reduced in.
         block_bytes: The largest block, as gathered.
+        block_reduced_bytes: The gradients of that, in the dtype they are reduced in.
     """
 
-    parameters_bytes: int
-    gradients_bytes: int
-    optimizer_bytes: int
+    states_bytes: int
     root_bytes: int
+    root_reduced_bytes: int
     block_bytes: int
+    block_reduced_bytes: int
 
     def per_rank_bytes(self, partition_size: int) -> int:
-        """Bytes on each rank: its part of the model states, the root, two gathered blocks and a block's gradients."""
-        states = self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
-        return -(-states // partition_size) + self.root_bytes + 3 * self.block_bytes
+        """Bytes on each rank at the peak of a backward, without activations.
+
+        Besides its part of the model states a rank holds the root with its gradients, and either the block at work with
+        its gradients, the next one already gathered, and two of them being reduced; or, at the end, the root being
+        reduced.
+        """
+        in_blocks = 3 * self.block_bytes + 2 * self.block_reduced_bytes
+        return -(-self.states_bytes // partition_size) + 2 * self.root_bytes + max(in_blocks, self.root_reduced_bytes)
 
 
 def measure_model(
@@ -60,15 +66,19 @@ def measure_model(
         gathered_dtype: Dtype of gathered parameters; None is that of the parameters.
         reduce_dtype: Dtype of gradient sums; None is that of the gradients.
     """
-    parameters = list(model.parameters())
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    block_sizes = [_gathered_bytes(block.parameters(), gathered_dtype) for block in blocks]
+    blocks = set(blocks)
+    root = _unit_parameters(model, blocks)
+    units = [_unit_parameters(block, blocks) for block in blocks]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients_bytes = sum(p.numel() * max(p.itemsize, (reduce_dtype or p.dtype).itemsize) for p in trainable)
     return ModelSize(
-        parameters_bytes=sum(parameter.nbytes for parameter in parameters),
-        gradients_bytes=sum(p.numel() * max(p.itemsize, (reduce_dtype or p.dtype).itemsize) for p in trainable),
-        optimizer_bytes=ADAM_STATES * sum(parameter.nbytes for parameter in trainable),
-        root_bytes=_gathered_bytes(parameters, gathered_dtype) - sum(block_sizes),
-        block_bytes=max(block_sizes, default=0),
+        states_bytes=sum(parameter.nbytes for parameter in model.parameters())
+        + gradients_bytes
+        + ADAM_STATES * sum(parameter.nbytes for parameter in trainable),
+        root_bytes=_bytes_in(root, gathered_dtype),
+        root_reduced_bytes=_bytes_in(root, reduce_dtype),
+        block_bytes=max((_bytes_in(unit, gathered_dtype) for unit in units), default=0),
+        block_reduced_bytes=max((_bytes_in(unit, reduce_dtype) for unit in units), default=0),
     )
 
 
@@ -83,9 +93,17 @@ def smallest_partition_size(size: ModelSize, *, world_size: int, ranks_per_node:
     """
     sizes = partition_sizes(world_size=world_size, ranks_per_node=ranks_per_node)
     whole_nodes = (p for p in sizes if p >= ranks_per_node)
-    fitting = (p for p in whole_nodes if size.per_rank_bytes(p) <= USABLE_SHARE * capacity_bytes)
-    return next(fitting, world_size)
+    return next((p for p in whole_nodes if fits(size, p, capacity_bytes)), world_size)
 
 
-def _gathered_bytes(parameters: Iterable[nn.Parameter], gathered_dtype: torch.dtype | None) -> int:
-    return sum(parameter.numel() * (gathered_dtype or parameter.dtype).itemsize for parameter in parameters)
+def fits(size: ModelSize, partition_size: int, capacity_bytes: int) -> bool:
+    """Whether model states leave enough of a device for activations."""
+    return size.per_rank_bytes(partition_size) <= USABLE_SHARE * capacity_bytes
+
+
+def _unit_parameters(unit: nn.Module, blocks: set[nn.Module]) -> set[nn.Parameter]:
+    return {parameter for module in unit_modules(unit, blocks) for parameter in module.parameters(recurse=False)}
+
+
+def _bytes_in(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None) -> int:
+    return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in parameters)

@@ -12,14 +12,15 @@ V100_BYTES = 32 * 2**30
 
 
 def paper_bert(parameters: float, hidden: int, layers: int) -> ModelSize:
-    """A BERT of the paper in mixed precision: 16 bytes of model states per parameter, gathered in two bytes."""
+    """A BERT of the paper in fp16: 16 bytes of model states per parameter, gathered and reduced in two bytes."""
     count, block = int(parameters), 12 * hidden**2
+    root = count - layers * block
     return ModelSize(
-        parameters_bytes=4 * count,
-        gradients_bytes=4 * count,
-        optimizer_bytes=8 * count,
-        root_bytes=2 * (count - layers * block),
+        states_bytes=16 * count,
+        root_bytes=2 * root,
+        root_reduced_bytes=2 * root,
         block_bytes=2 * block,
+        block_reduced_bytes=2 * block,
     )
 
 
@@ -49,9 +50,20 @@ def test_sizes_are_counted_in_the_dtypes_that_are_used():
     with torch.device("meta"):
         model = model.to("meta")
     size = measure_model(model, [model[0], model[1]], gathered_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    assert size.parameters_bytes == 4 * (100 + 200 + 100)
-    assert size.gradients_bytes == 4 * (100 + 200)
-    assert size.optimizer_bytes == 8 * (100 + 200)
-    assert size.block_bytes == 2 * 200
-    assert size.root_bytes == 2 * 100
-    assert size.per_rank_bytes(4) == (1600 + 1200 + 2400) / 4 + 200 + 3 * 400
+    assert size.states_bytes == 4 * 400 + 4 * 300 + 8 * 300  # parameters, gradients, Adam
+    assert (size.block_bytes, size.block_reduced_bytes) == (2 * 200, 4 * 200)
+    assert (size.root_bytes, size.root_reduced_bytes) == (2 * 100, 4 * 100)
+    assert size.per_rank_bytes(4) == 5200 / 4 + 2 * 200 + 3 * 400 + 2 * 800
+
+
+def test_a_large_root_is_what_counts_at_the_end_of_the_backward():
+    size = ModelSize(states_bytes=0, root_bytes=100, root_reduced_bytes=200, block_bytes=10, block_reduced_bytes=10)
+    assert size.per_rank_bytes(4) == 2 * 100 + 200
+
+
+def test_a_block_inside_another_is_counted_once():
+    inner = nn.Linear(10, 10, bias=False)
+    outer = nn.Sequential(inner, nn.Linear(10, 2, bias=False))
+    size = measure_model(nn.Sequential(outer, nn.Linear(2, 3, bias=False)), [inner, outer])
+    assert size.block_bytes == 4 * 100
+    assert size.root_bytes == 4 * 6
