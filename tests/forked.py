@@ -33,7 +33,7 @@ def run_ranks(
     world_size: int,
     function: Callable[..., Any],
     *args: Any,
-    timeout: float = 90,
+    timeout: float = 180,
     init_group: bool = True,
     env: Callable[[int], dict[str, str]] | None = None,
 ) -> list[Any]:
@@ -105,7 +105,7 @@ def _rank_main(
                 init_method=f"file://{store}",
                 rank=rank,
                 world_size=world_size,
-                timeout=timedelta(seconds=60),
+                timeout=timedelta(seconds=120),
             )
         result = (True, function(*args))
     except BaseException as error:

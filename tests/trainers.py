@@ -13,7 +13,7 @@ from tests.forked import run_ranks
 from tests.models import loader_of_tokens as loader
 
 
-def on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 4, timeout: float = 90) -> list[Any]:
+def on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 4, timeout: float = 180) -> list[Any]:
     """Run ``function`` on forked ranks that look to Lightning as if torchrun had started them."""
 
     def environment(rank: int) -> dict[str, str]:
