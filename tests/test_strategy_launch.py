@@ -22,7 +22,7 @@ LAUNCHERS = ("MASTER_", "RANK", "LOCAL_", "GROUP_", "WORLD_", "NODE_", "TORCHELA
 def run(*command: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
     finished = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
 
