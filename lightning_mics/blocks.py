@@ -24,8 +24,9 @@ def find_blocks(model: nn.Module, shard_modules: ModuleClasses | None = None) ->
     Args:
         model: The model to search.
         shard_modules: Module classes or class names. None takes the classes that the model (or a model inside it) names
-            in ``_no_split_modules``, as those of ``transformers`` do, else the entries of the longest ``ModuleList``,
-            ``ModuleDict`` or ``Sequential`` that holds modules of one class. Empty: no blocks, the root holds all.
+            in ``_no_split_modules``, as those of ``transformers`` do, but for modules tied to others, such as BERT's
+            embeddings; else the entries of the longest ``ModuleList``, ``ModuleDict`` or ``Sequential`` that holds
+            modules of one class. Empty: no blocks, the root holds all.
 
     Raises:
         TypeError: If the model is already wrapped or sharded, has no parameters, or has no blocks that can be found.
@@ -34,7 +35,7 @@ def find_blocks(model: nn.Module, shard_modules: ModuleClasses | None = None) ->
     """
     _check_not_wrapped(model)
     if shard_modules is None:
-        blocks = _of_classes(model, _no_split_names(model)) or _longest_list(model)
+        blocks = _without_tied(model, _of_classes(model, _no_split_names(model))) or _longest_list(model)
         if not blocks:
             raise TypeError(
                 f"found no blocks to shard in {type(model).__name__}: it has no `_no_split_modules` and no list of "
@@ -88,6 +89,15 @@ def _of_classes(model: nn.Module, entries: Collection[type[nn.Module] | str]) ->
 
 def _no_split_names(model: nn.Module) -> set[str]:
     return {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+
+
+def _without_tied(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Leave blocks that share a parameter with another unit to the root."""
+    units_of: dict[int, set[nn.Module]] = {}  # by parameter
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        units_of.setdefault(id(parameter), set()).add(_innermost_unit(model, name, blocks.values()))
+    tied = {unit for units in units_of.values() if len(units) > 1 for unit in units}
+    return {name: block for name, block in blocks.items() if block not in tied}
 
 
 def _longest_list(model: nn.Module) -> dict[str, nn.Module]:
@@ -147,7 +157,7 @@ def _check_units(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
 
 
 def _innermost_unit(model: nn.Module, parameter_name: str, units: Collection[nn.Module]) -> nn.Module:
-    unit = module = model
+    unit = module = model  # which is a unit as well: the root's
     for attribute in parameter_name.split(".")[:-1]:
         module = getattr(module, attribute)
         unit = module if module in units else unit

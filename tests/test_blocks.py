@@ -37,6 +37,17 @@ def test_a_model_inside_the_model_names_its_blocks():
     assert list(find_blocks(wrapper)) == ["net.blocks.1", "net.blocks.0"]
 
 
+def test_a_named_block_that_is_tied_to_the_root_is_left_to_it():
+    """As the embeddings of BERT, which `transformers` names among its blocks."""
+
+    class Named(TinyLM):
+        _no_split_modules = ("Block", "Embedding")
+
+    assert list(find_blocks(Named(layers=2))) == ["blocks.1", "blocks.0"]
+    with pytest.raises(ValueError, match=r"'embed.weight' .* and 'head.weight' .* are one tied parameter in two units"):
+        find_blocks(Named(layers=2), ["Block", "Embedding"])
+
+
 def test_classes_and_names_are_both_taken():
     model = TinyLM()
     assert find_blocks(model, [Block]) == find_blocks(model, ["Block"]) == find_blocks(model)

@@ -42,7 +42,53 @@ def _gradients_with_cache() -> list[float]:
     return norms
 
 
-def test_evaluation_does_not_pay_for_recomputing(monkeypatch):
+ARCHITECTURES = ("llama", "bert", "t5", "qwen2_moe")
+
+
+@pytest.fixture(scope="module")
+def norms_of_architectures():
+    return run_ranks(2, _train_architectures)[0]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_models_of_transformers_train_from_the_meta_device_recomputed_or_not(norms_of_architectures, name):
+    plain, recomputed = norms_of_architectures[name]
+    assert plain > 0.1
+    assert recomputed == pytest.approx(plain, rel=1e-5)
+
+
+def _train_architectures() -> dict[str, list[float]]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    extra = {
+        "t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0},
+        "qwen2_moe": {
+            "num_key_value_heads": 2,
+            "num_experts": 4,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+        },
+    }
+    heads = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
+    groups = create_groups(PAIR, device_type="cpu")
+    norms: dict[str, list[float]] = {}
+    for name in ARCHITECTURES:
+        options = extra[name] if name == "t5" else {**sizes, **extra.get(name, {})}
+        config = AutoConfig.for_model(name, vocab_size=11, **options)
+        for recompute in (False, True):
+            torch.manual_seed(0)
+            with torch.device("meta"):
+                model = heads.get(name, AutoModelForCausalLM).from_config(config).eval()  # no dropout
+            shard_model(model, groups, activation_checkpointing=recompute)
+            ids = tokens(2, length=8, seed=dist.get_rank())
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norms.setdefault(name, []).append(float(norm.full_tensor()))
+    return norms
+
+
+def test_evaluation_does_not_pay_for_recomputing():
     assert run_ranks(2, _count_checkpoints) == [(0, 3), (0, 3)]
 
 
