@@ -192,12 +192,13 @@ class MiCSStrategy(ModelParallelStrategy):
         )
         capacity_bytes = self._capacity_bytes()
         topology = self._choose_topology(size, capacity_bytes)
+        hierarchical = choose_hierarchical(self._hierarchical, topology)
         groups = create_groups(topology, device_type=self.root_device.type, timeout=self._timeout)
         schedule = shard_model(
             module,
             groups,
             shard_modules=self._shard_modules,
-            hierarchical=self._hierarchical,
+            hierarchical=hierarchical,
             activation_checkpointing=self._activation_checkpointing,
             mixed_precision=mixed_precision,
         )
