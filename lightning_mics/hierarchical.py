@@ -32,7 +32,12 @@ ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 
 
 class _TwoStages:
-    """What both directions share: their groups, and ordinary buffers for FSDP2, on whatever stream is current."""
+    """What both directions share: their groups, and ordinary buffers for FSDP2, on whatever stream is current.
+
+    Args:
+        rail: The ranks with this local rank, one per node, in the order of nodes.
+        node: The ranks on this node, in the order of local ranks.
+    """
 
     def __init__(self, *, rail: dist.ProcessGroup, node: dist.ProcessGroup) -> None:
         self._rail = rail
@@ -51,12 +56,7 @@ class _TwoStages:
 
 
 class HierarchicalAllGather(_TwoStages, AllGather):
-    """All-gather over a partition group in two stages, in place.
-
-    Args:
-        rail: The ranks with this local rank, one per node, in the order of nodes.
-        node: The ranks on this node, in the order of local ranks.
-    """
+    """All-gather over a partition group in two stages, in place: along the rail, then inside the node."""
 
     def __call__(
         self,
@@ -80,10 +80,6 @@ class HierarchicalReduceScatter(_TwoStages, ReduceScatter):
     """Reduce-scatter over a partition group in two stages: inside the node, then along the rail.
 
     The first stage leaves its result in place, in the slice of the input that belongs to this rank's rail.
-
-    Args:
-        rail: The ranks with this local rank, one per node, in the order of nodes.
-        node: The ranks on this node, in the order of local ranks.
     """
 
     def __call__(
