@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_mics import Topology, create_groups, shard_model
@@ -139,5 +138,4 @@ def _record_start() -> list[Collective]:
     groups = create_groups(topology, device_type="cpu")
     with RecordCollectives() as recorded:
         shard_model(model, groups)
-    assert dist.get_world_size() == 4
     return recorded.seen
