@@ -6,7 +6,7 @@ has one rank on each; the checks here say what needs the newer version.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -17,16 +17,29 @@ from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FSDPModule
 
 # FSDP2's communication interface has no public path yet (https://github.com/pytorch/pytorch/pull/155189).
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
-from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp._fully_shard import _fsdp_api
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-__all__ = ["AllGather", "OptimizedModule", "ReduceScatter", "all_gather_single", "reduce_scatter_single"]
+__all__ = ["OptimizedModule", "all_gather_single", "reduce_scatter_single"]
 
 HAS_UNSORTED_GROUPS = hasattr(dist, "all_gather_single")  # `sort_ranks` came with it, in 2.13
 
 all_gather_single = dist.all_gather_single if HAS_UNSORTED_GROUPS else dist.all_gather_into_tensor
 reduce_scatter_single = dist.reduce_scatter_single if HAS_UNSORTED_GROUPS else dist.reduce_scatter_tensor
+
+
+class _OrdinaryBuffers:
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class AllGather(_OrdinaryBuffers, _fsdp_api.AllGather):
+    """What FSDP2 calls to gather parameters, with ordinary buffers."""
+
+
+class ReduceScatter(_OrdinaryBuffers, _fsdp_api.ReduceScatter):
+    """What FSDP2 calls to reduce gradients, with ordinary buffers."""
 
 
 def check_order(ranks: tuple[int, ...]) -> None:
@@ -88,6 +101,43 @@ def deferred_sums(module: FSDPModule) -> bool:
 def trainable(module: FSDPModule) -> list[bool]:
     """Whether each parameter that ``module`` itself shards requires gradients, be it gathered or not."""
     return [p.sharded_param.requires_grad for group in _param_groups(module) for p in group.fsdp_params]
+
+
+def sharded_parameters(module: FSDPModule) -> list[nn.Parameter]:
+    """The sharded parameters of ``module`` itself, also while they are gathered."""
+    return [p.sharded_param for group in _param_groups(module) for p in group.fsdp_params]
+
+
+def weights_version(module: FSDPModule) -> Hashable:
+    """What differs after a change of the sharded parameters of ``module`` itself, if torch knows of the change.
+
+    It does not know of changes through ``.data``, by ``torch._foreach_*`` functions, and of memory.
+    """
+    return tuple(_version(p) for group in _param_groups(module) for p in group.fsdp_params)
+
+
+def _version(parameter: Any) -> Hashable:
+    shard = parameter.sharded_param
+    return shard._version, shard._local_tensor._version, parameter._sharded_param_data.data_ptr()
+
+
+def take_over_second_hop(module: FSDPModule, reduce: Callable[[Tensor, Any], None]) -> None:
+    """Let ``reduce(shard, op)`` run after every reduce-scatter of ``module`` itself, in place of FSDP2's all-reduce.
+
+    FSDP2's all-reduce cannot be replaced, only followed by a hook. It runs where a parameter group's mesh has an axis
+    of replicas; without one the hook is all there is. Parameters keep the whole mesh.
+    """
+    for group in _param_groups(module):
+        mesh_info = FSDPMeshInfo(mesh=group.mesh_info.mesh, shard_mesh_dim=group.mesh_info.shard_mesh_dim)
+        group.mesh_info = mesh_info
+        if group.post_forward_mesh_info is not None:
+            group.post_forward_mesh_info = mesh_info
+
+    def hook(shard: Tensor) -> None:
+        whole_factor = any(group.gradient_divide_factor is not None for group in _param_groups(module))
+        reduce(shard, dist.ReduceOp.SUM if whole_factor else dist.ReduceOp.AVG)
+
+    module.set_all_reduce_hook(hook)
 
 
 def gather(module: FSDPModule) -> None:

@@ -10,52 +10,46 @@ shards A B C D held by ranks 0 2 1 3, which is the order of the partition group,
 
 What a rail gathers is one contiguous slice, so both stages work in place: no rearranging, no staging buffer (the paper
 needs both). The reduce-scatter, which the paper leaves flat, is the mirror image: node first, then rail.
+
+Where a partition group has one rank on each node there is no second stage, and ``node`` is None.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 
-from lightning_mics._torch_compat import (
-    AllGather,
-    ReduceScatter,
-    all_gather_single,
-    backend_name,
-    premultiplied_sum_factor,
-    reduce_scatter_single,
-)
-
-ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
+from lightning_mics._torch_compat import AllGather, ReduceScatter, premultiplied_sum_factor
+from lightning_mics.traffic import CountedGroup, ReduceOp
 
 
-class _TwoStages:
-    """What both directions share: their groups, and ordinary buffers for FSDP2, on whatever stream is current.
+class TwoStages:
+    """What both directions share: their groups. They run on whatever stream is current.
 
     Args:
         rail: The ranks with this local rank, one per node, in the order of nodes.
-        node: The ranks on this node, in the order of local ranks.
+        node: The ranks on this node, in the order of local ranks; None if there is one.
     """
 
-    def __init__(self, *, rail: dist.ProcessGroup, node: dist.ProcessGroup) -> None:
-        self._rail = rail
-        self._node = node
+    def __init__(self, *, rail: CountedGroup, node: CountedGroup | None) -> None:
+        self.rail = rail
+        self.node = node
 
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
+    def rail_slice(self, whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """What this rank's rail holds of ``whole``: [nodes * shard].
 
-    def _rail_slice(self, whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        """What this rank's rail holds of ``whole``: [nodes * shard]."""
-        if group.size() != self._rail.size() * self._node.size():
+        Raises:
+            RuntimeError: If ``group`` is not the partition group of these rails and nodes.
+        """
+        local_ranks = 1 if self.node is None else self.node.size
+        if group.size() != self.rail.size * local_ranks:
             raise RuntimeError(
-                f"called for a group of {group.size()} ranks, made for {self._rail.size()} nodes of {self._node.size()}"
+                f"called for a group of {group.size()} ranks, made for {self.rail.size} nodes of {local_ranks}"
             )
-        return whole.chunk(self._node.size())[self._node.rank()]
+        return whole if self.node is None else whole.chunk(local_ranks)[self.node.rank]
 
 
-class HierarchicalAllGather(_TwoStages, AllGather):
+class HierarchicalAllGather(TwoStages, AllGather):
     """All-gather over a partition group in two stages, in place: along the rail, then inside the node."""
 
     def __call__(
@@ -70,17 +64,29 @@ class HierarchicalAllGather(_TwoStages, AllGather):
         Collectives are enqueued on the current stream, as FSDP2 expects of its own; with ``async_op`` the returned
         work covers the second stage, and the first is ordered before it on the current stream.
         """
-        rail_slice = self._rail_slice(output_tensor, group)
-        all_gather_single(rail_slice, input_tensor, group=self._rail)
-        work: dist.Work | None = all_gather_single(output_tensor, rail_slice, group=self._node, async_op=async_op)
-        return work
+        rail_slice = self.rail_slice(output_tensor, group)
+        if self.node is None:
+            return self.rail.all_gather(output_tensor, input_tensor, technique="gather along rails", async_op=async_op)
+        self.rail.all_gather(rail_slice, input_tensor, technique="gather along rails")
+        return self.node.all_gather(output_tensor, rail_slice, technique="gather inside nodes", async_op=async_op)
 
 
-class HierarchicalReduceScatter(_TwoStages, ReduceScatter):
+class HierarchicalReduceScatter(TwoStages, ReduceScatter):
     """Reduce-scatter over a partition group in two stages: inside the node, then along the rail.
 
-    The first stage leaves its result in place, in the slice of the input that belongs to this rank's rail.
+    The first stage leaves its result in place, in the slice of the input that belongs to this rank's rail. An average
+    is the average of averages, as all nodes have the same number of ranks; the factor of a pre-multiplied sum is
+    applied by the first stage alone.
+
+    Args:
+        rail: The ranks with this local rank, one per node, in the order of nodes.
+        node: The ranks on this node, in the order of local ranks; None if there is one.
+        wire_dtype: What crosses nodes; None is the dtype of the sums.
     """
+
+    def __init__(self, *, rail: CountedGroup, node: CountedGroup | None, wire_dtype: torch.dtype | None = None) -> None:
+        super().__init__(rail=rail, node=node)
+        self._wire_dtype = wire_dtype
 
     def __call__(
         self,
@@ -90,45 +96,27 @@ class HierarchicalReduceScatter(_TwoStages, ReduceScatter):
         op: ReduceOp,
         async_op: bool = False,
     ) -> dist.Work | None:
-        """Reduce ``input_tensor`` over ``group`` and leave this rank's shard in ``output_tensor``.
+        """Reduce ``input_tensor`` over ``group`` and leave this rank's shard in ``output_tensor``."""
+        rail_slice = self.reduce_in_node(input_tensor, group, op)
+        return self.reduce_along_rail(output_tensor, rail_slice, op, async_op=async_op)
 
-        An average is the average of averages, as all nodes have the same number of ranks; the factor of a
-        pre-multiplied sum is applied by the first stage alone.
-        """
-        rail_slice = self._rail_slice(input_tensor, group)
-        reduce_scatter(rail_slice, input_tensor, group=self._node, op=op)
-        second_op = dist.ReduceOp.SUM if premultiplied_sum_factor(op) is not None else op
-        return reduce_scatter(output_tensor, rail_slice, group=self._rail, op=second_op, async_op=async_op)
+    def reduce_in_node(self, whole: torch.Tensor, group: dist.ProcessGroup, op: ReduceOp) -> torch.Tensor:
+        """Stage 1, in place; returns this rail's slice of the node's sum: [nodes * shard]."""
+        rail_slice = self.rail_slice(whole, group)
+        if self.node is not None:
+            self.node.reduce_scatter(rail_slice, whole, op=op, technique="reduce inside nodes")
+        return rail_slice
 
-
-def reduce_scatter(
-    output: torch.Tensor,  # [shard]; may be this rank's part of `source`
-    source: torch.Tensor,  # [ranks * shard]
-    *,
-    group: dist.ProcessGroup,
-    op: ReduceOp,
-    async_op: bool = False,
-) -> dist.Work | None:
-    """Reduce-scatter by the backend's own collective; on gloo by an all-to-all and a local sum.
-
-    gloo's reduce-scatter is an all-reduce inside and sends twice the bytes.
-    """
-    if backend_name(group, source.device) != "gloo":
-        work: dist.Work | None = reduce_scatter_single(output, source, group=group, op=op, async_op=async_op)
-        return work
-    parts = torch.empty_like(source)
-    dist.all_to_all_single(parts, source, group=group)
-    _reduce_locally(parts.view(group.size(), -1), output, op=op)
-    return None
-
-
-def _reduce_locally(parts: torch.Tensor, output: torch.Tensor, *, op: ReduceOp) -> None:
-    """Reduce ``parts`` [ranks, shard] into ``output`` [shard]."""
-    factor = premultiplied_sum_factor(op)
-    if factor is None and op == dist.ReduceOp.AVG:
-        factor = 1 / parts.size(0)
-    elif factor is None and op != dist.ReduceOp.SUM:
-        raise ValueError(f"the hierarchical reduce-scatter takes SUM, AVG and PREMUL_SUM, got {op}")
-    torch.sum(parts, dim=0, out=output)
-    if factor is not None:
-        output.mul_(factor)
+    def reduce_along_rail(
+        self, output: torch.Tensor, rail_slice: torch.Tensor, op: ReduceOp, *, async_op: bool = False
+    ) -> dist.Work | None:
+        """Stage 2: [nodes * shard] -> [shard]."""
+        scaled = self.node is not None and premultiplied_sum_factor(op) is not None
+        return self.rail.reduce_scatter(
+            output,
+            rail_slice,
+            op=dist.ReduceOp.SUM if scaled else op,
+            technique="reduce along rails",
+            wire_dtype=self._wire_dtype,
+            async_op=async_op,
+        )

@@ -6,6 +6,9 @@ constant traffic of sharded training stays inside a partition group, and replica
                      "shard" axis ->
     "replicate"   0 2 1 3    partition group 0, rail by rail
      axis         4 6 5 7    partition group 1
+
+Where collectives are flat a partition group is listed in the order of ranks: a ring in that order enters each node
+once.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -28,10 +32,11 @@ class PartitionGroups:
 
     Attributes:
         topology: Where every rank is.
-        partition: The ranks that hold one replica, rail by rail.
+        partition: The ranks that hold one replica, rail by rail; in their own order where collectives are flat.
         replication: The ranks that hold the same part as this rank; None without replicas.
-        rail: The ranks of the partition group with this local rank, one per node; None where it is inside one node.
-        node: The ranks of the partition group on this node; None where that is the whole of it.
+        rail: The ranks of the partition group with this local rank, one per node; None where the partition group is
+            inside one node or collectives are flat.
+        node: The ranks of the partition group on this node, if there is a rail and they are several; else None.
         mesh: ``("replicate", "shard")`` of shape ``(replicas, partition_size)``; without replicas ``("shard",)``.
     """
 
@@ -50,7 +55,13 @@ class PartitionGroups:
         return torch.device(self.mesh.device_type, torch.get_device_module(self.mesh.device_type).current_device())
 
 
-def create_groups(topology: Topology, *, device_type: str, timeout: timedelta | None = None) -> PartitionGroups:
+def create_groups(
+    topology: Topology,
+    *,
+    device_type: str,
+    hierarchical: bool | Literal["auto"] = "auto",
+    timeout: timedelta | None = None,
+) -> PartitionGroups:
     """Make this rank's groups and mesh; every rank calls it, after ``init_process_group``.
 
     Each rank makes its own groups only, all ranks in the same order of kinds, so start-up does not grow with the number
@@ -59,38 +70,75 @@ def create_groups(topology: Topology, *, device_type: str, timeout: timedelta | 
     Args:
         topology: Where every rank is; its world is the default process group's.
         device_type: ``"cpu"`` or ``"cuda"``.
+        hierarchical: Whether collectives of the partition group run in two stages; see :func:`choose_hierarchical`.
         timeout: How long a collective of these groups may take; None is the backend's default.
 
     Raises:
         RuntimeError: If ``torch.distributed`` is not initialised, torch is too old for groups that span nodes, or ranks
             are members of different numbers of process groups.
-        ValueError: If the topology is not that of the running job, or the backend cannot serve the device.
+        ValueError: If the topology is not that of the running job, the backend cannot serve the device, or
+            ``hierarchical`` does not fit the topology.
     """
+    in_stages = choose_hierarchical(hierarchical, topology)
     _check_job(topology, device_type)
     _check_same_count_of_groups(device_type)
-    rank, replicated, spread = dist.get_rank(), topology.replicas > 1, topology.spans_nodes
-    make = partial(new_group, timeout=timeout)
-    partition = make(topology.partition_group(rank), name="partition")
-    replication = make(topology.replication_group(rank), name="replication") if replicated else None
-    rail = make(topology.rail(rank), name="rail") if spread else None
-    node = make(topology.node_group(rank), name="node") if spread else None
+    rank, make = dist.get_rank(), partial(new_group, timeout=timeout)
+    partition = make(_members(topology, rank, in_stages), name="partition")
+    replication = make(topology.replication_group(rank), name="replication") if topology.replicas > 1 else None
+    rail, node = None, None
+    if topology.spans_nodes and topology.local_ranks_per_partition_group == 1:
+        rail = partition
+    elif in_stages:
+        rail, node = make(topology.rail(rank), name="rail"), make(topology.node_group(rank), name="node")
     return PartitionGroups(
         topology=topology,
         partition=partition,
         replication=replication,
         rail=rail,
         node=node,
-        mesh=_mesh(topology, device_type, partition, replication),
+        mesh=_mesh(topology, in_stages, device_type, partition, replication),
     )
 
 
+def choose_hierarchical(hierarchical: bool | Literal["auto"], topology: Topology) -> bool:
+    """Whether collectives of the partition group run in two stages; "auto": where it spans nodes of two ranks or more.
+
+    Raises:
+        ValueError: If the value is unknown, or True where a partition group is inside one node.
+    """
+    if hierarchical == "auto":
+        return topology.spans_nodes and topology.local_ranks_per_partition_group > 1
+    check_hierarchical(hierarchical)
+    if hierarchical and not topology.spans_nodes:
+        raise ValueError(
+            f"hierarchical=True needs partition groups over several nodes, but partition_size="
+            f"{topology.partition_size} fits one node of {topology.ranks_per_node} ranks; use hierarchical='auto'"
+        )
+    return hierarchical
+
+
+def check_hierarchical(hierarchical: object) -> None:
+    """Refuse anything but "auto", True and False, with a ValueError."""
+    if hierarchical != "auto" and not isinstance(hierarchical, bool):
+        raise ValueError(f'hierarchical={hierarchical!r} is not one of "auto", True, False')
+
+
+def _members(topology: Topology, rank: int, in_stages: bool) -> tuple[int, ...]:
+    ranks = topology.partition_group(rank)
+    return ranks if in_stages else tuple(sorted(ranks))
+
+
 def _mesh(
-    topology: Topology, device_type: str, partition: dist.ProcessGroup, replication: dist.ProcessGroup | None
+    topology: Topology,
+    in_stages: bool,
+    device_type: str,
+    partition: dist.ProcessGroup,
+    replication: dist.ProcessGroup | None,
 ) -> DeviceMesh:
     if replication is None:  # no second axis: FSDP2 would all-reduce each gradient with nobody
         return DeviceMesh.from_group(partition, device_type, mesh_dim_names=("shard",))
     first_ranks = range(0, topology.world_size, topology.partition_size)
-    ranks = [topology.partition_group(first) for first in first_ranks]  # [replicas, partition_size]
+    ranks = [_members(topology, first, in_stages) for first in first_ranks]  # [replicas, partition_size]
     return DeviceMesh.from_group(
         [replication, partition], device_type, mesh=torch.tensor(ranks), mesh_dim_names=("replicate", "shard")
     )

@@ -18,19 +18,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mics._torch_compat import fsdp_modules
 from lightning_mics.blocks import ModuleClasses, find_blocks, find_modules
+from lightning_mics.communication import Communication, CrossNodeGather, CrossNodeReduce, check_cross_node
 from lightning_mics.first_weights import FirstWeights, seeded_by_rank_0, verify_replicas
-from lightning_mics.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.partition_groups import PartitionGroups
-from lightning_mics.topology import Topology
 from lightning_mics.two_hop import TwoHopSchedule
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")  # what blocks of `transformers` call it
@@ -41,7 +39,9 @@ def shard_model(
     groups: PartitionGroups,
     *,
     shard_modules: ModuleClasses | None = None,
-    hierarchical: bool | Literal["auto"] = "auto",
+    cross_node_gather: CrossNodeGather = "every_use",
+    cross_node_reduce: CrossNodeReduce = "every_micro_step",
+    cross_node_dtype: torch.dtype | None = None,
     activation_checkpointing: bool | ModuleClasses = False,
     mixed_precision: MixedPrecisionPolicy | None = None,
 ) -> TwoHopSchedule:
@@ -54,18 +54,28 @@ def shard_model(
         model: A plain module, built, on the meta device, or some of each.
         groups: From :func:`~lightning_mics.partition_groups.create_groups`.
         shard_modules: The blocks; see :func:`~lightning_mics.blocks.find_blocks`.
-        hierarchical: Two-stage collectives; see :func:`choose_hierarchical`.
+        cross_node_gather: Whether parameters cross nodes at every use, or once per step, for a copy on each node that
+            takes their size divided by the ranks of a node on each rank.
+        cross_node_reduce: Whether gradients cross nodes in every micro-step, or once per step, for sums on each node
+            that take as much, in the dtype of reductions. Both say nothing where partition groups are inside one node.
+        cross_node_dtype: What gradients travel in between nodes; None is the dtype they are summed in.
         activation_checkpointing: True recomputes each block in backward; classes or class names choose other modules.
         mixed_precision: FSDP2's policy: dtypes of gathered parameters and of gradient reductions.
 
     Returns:
-        The schedule of the two hops.
+        The schedule of the two hops, and of what else waits for the boundary.
 
     Raises:
         TypeError: If the model cannot be sharded: already wrapped, no blocks, tensors that nothing initialises.
-        ValueError: If an option does not fit the model or the topology.
+        ValueError: If an option does not fit the model or the groups.
     """
-    in_stages = choose_hierarchical(hierarchical, groups.topology)
+    check_cross_node(
+        groups.topology,
+        hierarchical=groups.node is not None,
+        cross_node_gather=cross_node_gather,
+        cross_node_reduce=cross_node_reduce,
+        cross_node_dtype=cross_node_dtype,
+    )
     blocks = find_blocks(model, shard_modules)
     recomputed = find_recomputed(model, blocks, activation_checkpointing)
     first_weights = FirstWeights(model, blocks.values(), groups.device)
@@ -75,34 +85,15 @@ def shard_model(
             fully_shard(unit, mesh=groups.mesh, mp_policy=mixed_precision or MixedPrecisionPolicy())
     for module in recomputed:
         module.forward = _recomputing(module.forward)
-    if in_stages:
-        _use_hierarchical(model, groups)
     verify_replicas(model, groups)
     assert isinstance(model, FSDPModule)
-    return TwoHopSchedule(model, replicas=groups.topology.replicas)
-
-
-def choose_hierarchical(hierarchical: bool | Literal["auto"], topology: Topology) -> bool:
-    """Whether collectives of the partition group run in two stages; "auto": where it spans nodes of two ranks or more.
-
-    Raises:
-        ValueError: If the value is unknown, or True where a partition group is inside one node.
-    """
-    if hierarchical == "auto":
-        return topology.spans_nodes and topology.local_ranks_per_partition_group > 1
-    check_hierarchical(hierarchical)
-    if hierarchical and not topology.spans_nodes:
-        raise ValueError(
-            f"hierarchical=True needs partition groups over several nodes, but partition_size="
-            f"{topology.partition_size} fits one node of {topology.ranks_per_node} ranks; use hierarchical='auto'"
-        )
-    return hierarchical
-
-
-def check_hierarchical(hierarchical: object) -> None:
-    """Refuse anything but "auto", True and False, with a ValueError."""
-    if hierarchical != "auto" and not isinstance(hierarchical, bool):
-        raise ValueError(f'hierarchical={hierarchical!r} is not one of "auto", True, False')
+    communication = Communication(
+        groups,
+        cross_node_gather=cross_node_gather,
+        cross_node_reduce=cross_node_reduce,
+        cross_node_dtype=cross_node_dtype,
+    )
+    return communication.install(model)
 
 
 def find_recomputed(
@@ -133,12 +124,3 @@ def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return recomputed_forward
-
-
-def _use_hierarchical(model: nn.Module, groups: PartitionGroups) -> None:
-    assert groups.rail is not None and groups.node is not None  # a partition group that spans nodes has them
-    all_gather = HierarchicalAllGather(rail=groups.rail, node=groups.node)
-    reduce_scatter = HierarchicalReduceScatter(rail=groups.rail, node=groups.node)
-    for module in fsdp_modules(model).values():
-        module.set_custom_all_gather(all_gather)
-        module.set_custom_reduce_scatter(reduce_scatter)

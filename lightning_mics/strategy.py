@@ -33,9 +33,9 @@ from lightning_mics._torch_compat import check_order, expect_backward, gather
 from lightning_mics.blocks import ModuleClasses, find_blocks, unit_modules
 from lightning_mics.first_weights import verify_replicas
 from lightning_mics.optimizer_states import optimizer_state
-from lightning_mics.partition_groups import PartitionGroups, create_groups
+from lightning_mics.partition_groups import PartitionGroups, check_hierarchical, choose_hierarchical, create_groups
 from lightning_mics.planning.memory import ModelSize, fits, measure_model, smallest_partition_size
-from lightning_mics.sharding import check_hierarchical, choose_hierarchical, find_recomputed, shard_model
+from lightning_mics.sharding import find_recomputed, shard_model
 from lightning_mics.start_report import start_report
 from lightning_mics.topology import Topology
 from lightning_mics.two_hop import TwoHopSchedule
@@ -192,13 +192,13 @@ class MiCSStrategy(ModelParallelStrategy):
         )
         capacity_bytes = self._capacity_bytes()
         topology = self._choose_topology(size, capacity_bytes)
-        hierarchical = choose_hierarchical(self._hierarchical, topology)
-        groups = create_groups(topology, device_type=self.root_device.type, timeout=self._timeout)
+        groups = create_groups(
+            topology, device_type=self.root_device.type, hierarchical=self._hierarchical, timeout=self._timeout
+        )
         schedule = shard_model(
             module,
             groups,
             shard_modules=self._shard_modules,
-            hierarchical=hierarchical,
             activation_checkpointing=self._activation_checkpointing,
             mixed_precision=mixed_precision,
         )
@@ -428,8 +428,7 @@ class MiCSStrategy(ModelParallelStrategy):
         if self.root_device.type == "cpu" and "gloo" not in backend:
             raise ValueError(f"process_group_backend={backend!r} cannot serve CPU devices; use 'gloo' or None")
         topology = self._topology_of(self._node_size if self._partition_size == "auto" else self._partition_size)
-        if self._partition_size != "auto":
-            choose_hierarchical(self._hierarchical, topology)
+        if self._partition_size != "auto" and choose_hierarchical(self._hierarchical, topology):
             check_order(topology.partition_group(0))
         self._refuse_weight_averaging()
 

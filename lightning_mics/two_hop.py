@@ -7,26 +7,76 @@ Hop 2, at the boundary only: all-reduce of that sum over the replication group::
     hop 1           RS   RS   RS   RS             inside each partition group
     hop 2                          AR             over the replication groups
 
-FSDP2 runs both hops and keeps the sums in the reduce dtype; this module tells it when the second is due.
+FSDP2 runs both hops and keeps the sums in the reduce dtype; this module tells it when the second is due. The steps from
+one boundary to the next are an accumulation window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_mics._torch_compat import (
     deferred_sums,
     forget_iteration,
     fsdp_modules,
     reduce_unused_parameters,
+    sharded_parameters,
     trainable,
 )
+from lightning_mics.deferral import Deferral
+from lightning_mics.traffic import CountedGroup, ReduceOp, Traffic
+
+
+class SecondHop:
+    """Hop 2 in a dtype of its own on the wire, where FSDP2 would all-reduce in the dtype of the sums.
+
+    Args:
+        replication: The ranks that hold the same part.
+        wire_dtype: What travels; sums stay in the dtype of the gradients.
+        deferral: What the unit keeps back, and whether this is the boundary.
+        after_rails: Whether the first hop keeps its sums back already, and hands on zeros before the boundary.
+    """
+
+    def __init__(
+        self, *, replication: CountedGroup, wire_dtype: torch.dtype, deferral: Deferral, after_rails: bool
+    ) -> None:
+        self._replication = replication
+        self._wire_dtype = wire_dtype
+        self._deferral = deferral
+        self._after_rails = after_rails
+
+    def __call__(self, shard: Tensor, op: ReduceOp) -> None:
+        """Reduce the ``shard`` that hop 1 has left, in place; before the boundary keep it back and leave zeros."""
+        if shard.is_cuda:  # FSDP2 frees it after this, while its own stream still reads it
+            shard.record_stream(torch.cuda.current_stream(shard.device))
+        if self._deferral.at_boundary:
+            if not self._after_rails:
+                self._deferral.release_into(shard)
+            self._replication.all_reduce(
+                shard, op=op, technique="all-reduce over replicas", wire_dtype=self._wire_dtype
+            )
+        elif not self._after_rails:
+            self._deferral.keep_back(shard)
+            shard.zero_()
+
+
+class KeptCopy(Protocol):
+    """A unit's copy of gathered weights that outlives their use."""
+
+    def drop(self) -> None:
+        """Forget the copy."""
+
+    def take_differs(self) -> Tensor | None:
+        """Whether a copy was used that was not what its shard held by then: [], or None if none was used."""
 
 
 class TwoHopSchedule:
@@ -38,28 +88,54 @@ class TwoHopSchedule:
     stay behind. A parameter of such a block without a gradient counts as zero. Blocks that no forward of the window
     uses keep ``grad=None``. The blocks used may differ from micro-step to micro-step, not from rank to rank.
 
+    Where copies of gathered weights are kept they live from the first gather of a window to its boundary, or inside
+    :meth:`fixed_weights`. Weights may change at any other time by any means. Inside, a copy is dropped when torch knows
+    of the change: in-place operations, optimizers, ``load_state_dict``. After a change that it does not know of
+    (through ``.data``, ``torch._foreach_*`` functions or raw memory) call :meth:`weights_changed`; the boundary refuses
+    to go on with what was computed otherwise.
+
     Args:
         root: The sharded model, from :func:`lightning_mics.sharding.shard_model`.
         replicas: How many there are; with one there is no second hop.
+        traffic: What the collectives of all units have sent.
+        deferrals: What units keep back beside FSDP2's own sums, by the unit's name.
+        copies: The kept copies of weights.
     """
 
-    def __init__(self, root: FSDPModule, *, replicas: int) -> None:
+    def __init__(
+        self,
+        root: FSDPModule,
+        *,
+        replicas: int,
+        traffic: Traffic,
+        deferrals: Mapping[str, Deferral] | None = None,
+        copies: Sequence[KeptCopy] = (),
+    ) -> None:
+        self.traffic = traffic
         self._root = root
-        self._replicas = replicas
         self._modules = fsdp_modules(root)
+        self._deferrals = dict(deferrals or {})
+        self._copies = copies
+        self._defers = replicas > 1 or bool(self._deferrals)
         self._at_boundary = True
+        self._in_window = False
+        self._weights_fixed = False
         self._ever_trainable = {name: trainable(module) for name, module in self._modules.items()}
         for module in self._modules.values():
             assert isinstance(module, nn.Module)
             module.register_forward_pre_hook(self._take_part_in_reductions)
+        if copies:
+            self._watch_for_changes()
 
     @contextmanager
     def micro_step(self, *, boundary: bool) -> Iterator[None]:
         """Run the forward and backward of one micro-step; hop 2 runs only if it is the ``boundary``.
 
         Raises:
-            RuntimeError: After a boundary, if sums stayed behind that this torch version cannot reduce.
+            RuntimeError: After a boundary, if sums stayed behind that this torch version cannot reduce, or weights
+                changed unnoticed while copies of them were in use.
         """
+        self._open_window()
         self._set_boundary(boundary)
         try:
             yield
@@ -67,10 +143,31 @@ class TwoHopSchedule:
         finally:
             self._set_boundary(True)
 
+    @contextmanager
+    def fixed_weights(self) -> Iterator[None]:
+        """Promise that weights do not change inside, as in an evaluation: each crosses nodes once, not once per use.
+
+        Raises:
+            RuntimeError: At the end, if they did, unnoticed.
+        """
+        self.weights_changed()
+        before, self._weights_fixed = self._weights_fixed, True
+        try:
+            yield
+            self._refuse_outdated_copies()
+        finally:
+            self._weights_fixed = before
+            self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """Drop what is kept of the weights; every rank calls it. The next use gathers them across nodes again."""
+        for copy in self._copies:
+            copy.drop()
+
     def before_backward(self) -> None:
         """Reduce at once what cannot wait: blocks of which some parameters are frozen for this backward only.
 
-        FSDP2 adds up a block's deferred gradients as one flat tensor, so all must be of the same parameters. Call it
+        A block's deferred gradients are added up as one flat tensor, so all must be of the same parameters. Call it
         before a backward if ``requires_grad`` changes inside accumulation windows, as when optimizers take turns.
 
         Raises:
@@ -82,12 +179,14 @@ class TwoHopSchedule:
             self._ever_trainable[name] = ever_trainable
             if now == ever_trainable or not any(now):
                 continue
-            if deferred_sums(module):
+            if self._sums_wait(name):
                 raise RuntimeError(
                     f"{name or 'the root'} has parameters that were trainable earlier in this accumulation window and "
                     "are frozen now; switch `requires_grad` (`toggle_model`) in all micro-steps of a window or none"
                 )
             module.set_requires_all_reduce(True, recurse=False)
+            if name in self._deferrals:
+                self._deferrals[name].at_boundary = True
 
     def after_backward(self) -> None:
         """Close the accumulation window if the backward that has just run was its boundary.
@@ -95,17 +194,21 @@ class TwoHopSchedule:
         :meth:`micro_step` calls it; call it where a boundary runs outside of one.
 
         Raises:
-            RuntimeError: If sums stayed behind that this torch version cannot reduce (before 2.13).
+            RuntimeError: If sums stayed behind that this torch version cannot reduce (before 2.13), or weights changed
+                unnoticed while copies of them were in use.
         """
         if not self._at_boundary:
+            for deferral in self._deferrals.values():
+                deferral.remove_zeros()
             return
-        left_behind = [name for name, m in self._modules.items() if deferred_sums(m) and any(trainable(m))]
+        left_behind = [name for name, m in self._modules.items() if self._sums_wait(name) and any(trainable(m))]
         if left_behind:
             raise RuntimeError(
                 f"{', '.join(left_behind)} got gradients earlier in this accumulation window and none at its "
                 f"boundary; reducing them needs torch >= 2.13, this is torch {torch.__version__}"
             )
-        self._forget_who_took_part()
+        self._refuse_outdated_copies()
+        self._close_window()
 
     def abandon_window(self) -> None:
         """Drop what an unfinished window has accumulated, so that it cannot leak into the next one.
@@ -113,19 +216,67 @@ class TwoHopSchedule:
         Dropping is local: no rank waits for another.
         """
         forget_iteration(self._root)
-        self._forget_who_took_part()
+        for deferral in self._deferrals.values():
+            deferral.drop()
+        for copy in self._copies:
+            copy.take_differs()
+        self._close_window()
+
+    def _open_window(self) -> None:
+        if not self._in_window:
+            self.weights_changed()
+        self._in_window = True
+
+    def _close_window(self) -> None:
+        self._in_window = False
+        self.weights_changed()
+        for name, module in self._modules.items():
+            if not self._sums_wait(name):  # a frozen block may have a window of its own, still open
+                reduce_unused_parameters(module, False)
 
     def _set_boundary(self, boundary: bool) -> None:
         self._at_boundary = boundary
         self._root.set_requires_all_reduce(boundary)
+        for deferral in self._deferrals.values():
+            deferral.at_boundary = boundary
 
-    def _forget_who_took_part(self) -> None:
-        for module in self._modules.values():
-            if not deferred_sums(module):  # a frozen block may have a window of its own, still open
-                reduce_unused_parameters(module, False)
+    def _sums_wait(self, name: str) -> bool:
+        return deferred_sums(self._modules[name]) or (name in self._deferrals and self._deferrals[name].pending)
+
+    def _refuse_outdated_copies(self) -> None:
+        differ = [differs for copy in self._copies if (differs := copy.take_differs()) is not None]
+        if differ and bool(torch.stack(differ).any()):
+            raise RuntimeError(
+                "weights changed, in a way that torch does not notice (through `.data`, `torch._foreach_*` or raw "
+                "memory), while a copy of them was in use; call `weights_changed()` after such a change, on all ranks, "
+                "or make it between optimizer steps"
+            )
+
+    def _watch_for_changes(self) -> None:
+        """Copies are dropped before each forward that nothing says to share weights, and after optimizers step."""
+        root = self._root
+        assert isinstance(root, nn.Module)
+        root.register_forward_pre_hook(self._drop_unless_fixed, prepend=True)  # before FSDP2's own, which gathers
+        schedule = weakref.ref(self)
+
+        def drop_after_step(optimizer: Optimizer, *_: Any) -> None:
+            if (alive := schedule()) is not None and alive._trains_with(optimizer):
+                alive.weights_changed()
+
+        handle = register_optimizer_step_post_hook(drop_after_step)
+        weakref.finalize(self, handle.remove)
+
+    def _trains_with(self, optimizer: Optimizer) -> bool:
+        ours = {id(parameter) for module in self._modules.values() for parameter in sharded_parameters(module)}
+        return any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"])
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _drop_unless_fixed(self, _module: nn.Module, _inputs: Any) -> None:
+        if not (self._in_window or self._weights_fixed):
+            self.weights_changed()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _take_part_in_reductions(self, module: nn.Module, _inputs: Any) -> None:
-        deferring = self._replicas > 1 and not self._at_boundary
+        deferring = self._defers and not self._at_boundary
         if deferring and torch.is_grad_enabled() and isinstance(module, FSDPModule):
             reduce_unused_parameters(module, True)

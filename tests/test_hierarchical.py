@@ -9,6 +9,7 @@ import torch.distributed as dist
 from lightning_mics import Topology, create_groups
 from lightning_mics.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.partition_groups import PartitionGroups
+from lightning_mics.traffic import CountedGroup, Traffic
 from tests.forked import run_ranks
 
 SHARD = 5
@@ -33,7 +34,7 @@ def test_two_stages_give_what_one_flat_collective_gives(shape):
 def _compare_with_flat(shape: tuple[int, int, int]) -> dict[str, float]:
     world, ranks_per_node, partition = shape
     topology = Topology(world_size=world, ranks_per_node=ranks_per_node, partition_size=partition)
-    groups = create_groups(topology, device_type="cpu")
+    groups = create_groups(topology, device_type="cpu", hierarchical=True)
     errors = {
         "all-gather": _all_gather_error(groups, async_op=False),
         "all-gather, asynchronous": _all_gather_error(groups, async_op=True),
@@ -43,6 +44,18 @@ def _compare_with_flat(shape: tuple[int, int, int]) -> dict[str, float]:
     return errors
 
 
+def _stages(groups: PartitionGroups) -> dict[str, CountedGroup | None]:
+    """Rail and node; a node of one rank has no group."""
+
+    def counted(group: dist.ProcessGroup | None) -> CountedGroup | None:
+        if group is None:
+            return None
+        nodes = [groups.topology.node_of(rank) for rank in dist.get_process_group_ranks(group)]
+        return CountedGroup(group, nodes=nodes, traffic=Traffic())
+
+    return {"rail": counted(groups.rail), "node": counted(groups.node)}
+
+
 def _all_gather_error(groups: PartitionGroups, *, async_op: bool) -> float:
     p, position = groups.partition.size(), groups.partition.rank()
     output = torch.full((p * SHARD,), torch.nan)
@@ -50,7 +63,7 @@ def _all_gather_error(groups: PartitionGroups, *, async_op: bool) -> float:
     mine.copy_(torch.arange(SHARD) + 100.0 * dist.get_rank())
     flat = torch.empty_like(output)
     dist.all_gather_single(flat, mine.clone(), group=groups.partition)
-    gather = HierarchicalAllGather(rail=groups.rail, node=groups.node)
+    gather = HierarchicalAllGather(**_stages(groups))
     work = gather(output, mine, groups.partition, async_op=async_op)
     if work is not None:
         work.wait()
@@ -66,18 +79,18 @@ def _reduce_scatter_error(groups: PartitionGroups, op: dist.ReduceOp) -> float:
     factor = {dist.ReduceOp.SUM: 1.0, dist.ReduceOp.AVG: 1 / groups.partition.size()}.get(op, 0.25)
     expected = everyone.view(groups.partition.size(), -1).sum(0).chunk(groups.partition.size())[groups.partition.rank()]
     output = torch.full((SHARD,), torch.nan)
-    reduce = HierarchicalReduceScatter(rail=groups.rail, node=groups.node)
+    reduce = HierarchicalReduceScatter(**_stages(groups))
     reduce(output, source, groups.partition, op)
     return float((output - factor * expected).abs().max())
 
 
 def test_other_reductions_are_refused():
-    assert run_ranks(2, _reduce_by_maximum) == ["the hierarchical reduce-scatter takes SUM, AVG and PREMUL_SUM"] * 2
+    assert run_ranks(2, _reduce_by_maximum) == ["a reduce-scatter by pairs takes SUM, AVG and PREMUL_SUM"] * 2
 
 
 def _reduce_by_maximum() -> str:
     groups = create_groups(Topology(world_size=2, ranks_per_node=1, partition_size=2), device_type="cpu")
-    reduce = HierarchicalReduceScatter(rail=groups.rail, node=groups.node)
+    reduce = HierarchicalReduceScatter(**_stages(groups))
     with pytest.raises(ValueError, match="SUM, AVG") as caught:
         reduce(torch.empty(1), torch.ones(2), groups.partition, dist.ReduceOp.MAX)
     return str(caught.value).partition(", got")[0]
@@ -90,7 +103,7 @@ def test_a_group_of_another_size_is_refused():
 
 def _gather_for_another_group() -> str:
     groups = create_groups(Topology(world_size=2, ranks_per_node=1, partition_size=2), device_type="cpu")
-    gather = HierarchicalAllGather(rail=groups.rail, node=groups.node)
+    gather = HierarchicalAllGather(**_stages(groups))
     with pytest.raises(RuntimeError, match="called for") as caught:
-        gather(torch.empty(1), torch.empty(1), groups.node)
+        gather(torch.empty(1), torch.empty(1), dist.new_group([dist.get_rank()], use_local_synchronization=True))
     return str(caught.value)

@@ -57,12 +57,19 @@ class HardCases(TinyLM):
 
 
 BLOCKS = [Block, Fork]
+FLAT: dict[str, Any] = {"hierarchical": False}
+HIERARCHICAL: dict[str, Any] = {"hierarchical": True}
+ONCE_PER_STEP = {
+    "hierarchical": True,
+    "cross_node_gather": "once_per_step",
+    "cross_node_reduce": "once_per_step",
+}
 
 
 @pytest.mark.parametrize(("world", "ranks_per_node", "partition"), SHAPES)
 def test_gradients_weights_and_clipping_are_those_of_one_process(world, ranks_per_node, partition):
     topology = Topology(world_size=world, ranks_per_node=ranks_per_node, partition_size=partition)
-    modes = [False, True] if topology.spans_nodes else [False]
+    modes = [FLAT, HIERARCHICAL, ONCE_PER_STEP] if topology.spans_nodes else [FLAT]
     of_ranks = run_ranks(world, _train_beside_reference, topology, modes)
     assert len(of_ranks[0]) == len(modes) * len(MICRO_STEPS)
     for facts in zip(*of_ranks, strict=True):
@@ -76,22 +83,36 @@ def test_gradients_weights_and_clipping_are_those_of_one_process(world, ranks_pe
         assert facts[0]["sometimes_gradient"] > 1e-4  # a block that no boundary used got its gradient
 
 
-def _train_beside_reference(topology: Topology, modes: list[bool]) -> list[dict[str, Any]]:
-    groups = create_groups(topology, device_type="cpu")
-    return [_compare(groups, hierarchical, micro_steps) for hierarchical in modes for micro_steps in MICRO_STEPS]
+@pytest.mark.parametrize("once", ["cross_node_gather", "cross_node_reduce"])
+def test_gathering_and_reducing_once_per_step_do_not_need_each_other(once):
+    topology = Topology(world_size=8, ranks_per_node=2, partition_size=4)
+    mode = {"hierarchical": True, once: "once_per_step"}
+    for facts in zip(*run_ranks(8, _train_beside_reference, topology, [mode]), strict=True):
+        assert max(error for fact in facts for error in fact["gradient_errors"]) < 1e-6, facts[0]
+        assert max(fact["weight_error"] for fact in facts) < 1e-6, facts[0]
+        assert facts[0]["moved"] > 1e-3
 
 
-def _compare(groups: PartitionGroups, hierarchical: bool, micro_steps: int) -> dict[str, Any]:
+def _train_beside_reference(topology: Topology, modes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    facts = []
+    for mode in modes:
+        options = dict(mode)
+        groups = create_groups(topology, device_type="cpu", hierarchical=options.pop("hierarchical"))
+        facts += [_compare(groups, options, micro_steps) for micro_steps in MICRO_STEPS]
+    return facts
+
+
+def _compare(groups: PartitionGroups, options: dict[str, Any], micro_steps: int) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rank)  # each rank starts from weights of its own
     model = HardCases()
     reference = copy.deepcopy(model)
-    schedule = shard_model(model, groups, shard_modules=BLOCKS, hierarchical=hierarchical)
+    schedule = shard_model(model, groups, shard_modules=BLOCKS, **options)
     for name, parameter in model.named_parameters():
         reference.get_parameter(name).data.copy_(parameter.full_tensor())
     initial = _vector(reference.named_parameters())
     optimizer, plain = (torch.optim.SGD(m.parameters(), lr=0.5) for m in (model, reference))
-    fact: dict[str, Any] = {"hierarchical": hierarchical, "s": micro_steps, "gradient_errors": [], "norm_error": 0.0}
+    fact: dict[str, Any] = {"options": options, "s": micro_steps, "gradient_errors": [], "norm_error": 0.0}
     for step in range(STEPS):
         batch = tokens(micro_steps * world, seed=step).view(micro_steps, world, -1)  # [micro-step, rank, seq]
         for i in range(micro_steps):
@@ -147,12 +168,12 @@ def test_hierarchical_and_flat_all_gather_are_bit_equal(partition):
 
 
 def _gather_both_ways(topology: Topology) -> list[Tensor]:
-    groups = create_groups(topology, device_type="cpu")
     outputs = []
     for hierarchical in (False, True):
+        groups = create_groups(topology, device_type="cpu", hierarchical=hierarchical)
         torch.manual_seed(0)
         model = TinyLM()
-        shard_model(model, groups, hierarchical=hierarchical)
+        shard_model(model, groups)
         for module in model.modules():
             if hasattr(module, "unshard"):
                 module.unshard()
