@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from lightning_mics.planning.cross_node import CrossNode
+from lightning_mics.planning.memory import in_gib
 from lightning_mics.topology import Topology
 
 
@@ -12,6 +14,8 @@ def start_report(
     *,
     chosen_automatically: bool,
     hierarchical: bool,
+    cross_node: CrossNode,
+    cross_node_dtype: torch.dtype | None,
     reduce_dtype: torch.dtype,
     states_bytes: int,
     capacity_bytes: int,
@@ -23,10 +27,12 @@ def start_report(
         topology: Where every rank is.
         chosen_automatically: Whether the partition size came from ``"auto"``.
         hierarchical: Whether collectives are.
+        cross_node: When parameters and gradients cross nodes.
+        cross_node_dtype: What gradients travel in between nodes; None is ``reduce_dtype``.
         reduce_dtype: What gradients are reduced and summed in.
-        states_bytes: Estimated bytes of model states on each rank.
+        states_bytes: Estimated bytes of model states on each rank, and of what is kept to cross nodes once per step.
         capacity_bytes: Memory of one rank's device.
-        fits: Whether the states leave enough of it for activations.
+        fits: Whether that leaves enough of it for activations.
     """
     t = topology
     rows = {
@@ -36,9 +42,14 @@ def start_report(
         "replication groups": f"{t.partition_size} of {t.replicas} {_plural('rank', t.replicas)}",
         "hierarchical": _why_hierarchical(t, hierarchical),
         "two-hop": _why_two_hop(t),
-        "gradients": f"reduced, and summed over micro-steps, in {str(reduce_dtype).removeprefix('torch.')}",
-        "model states": f"about {_gib(states_bytes)} of {_gib(capacity_bytes)} per rank (Adam; no activations)",
+        "gradients": f"reduced, and summed over micro-steps, in {_name(reduce_dtype)}",
     }
+    if t.nodes > 1:
+        rows["parameters cross nodes"] = _parameters_cross(t, cross_node)
+        rows["gradients cross nodes"] = _gradients_cross(t, cross_node) + (
+            f", as {_name(cross_node_dtype)}" if cross_node_dtype else ""
+        )
+    rows["model states"] = f"about {in_gib(states_bytes)} of {in_gib(capacity_bytes)} per rank (Adam; no activations)"
     if states_bytes > capacity_bytes:
         rows["warning"] = "the model states alone exceed the device: use more ranks, or a smaller model"
     elif not fits:
@@ -67,9 +78,23 @@ def _why_two_hop(topology: Topology) -> str:
     return "on: gradients cross replicas at the boundary only"
 
 
+def _parameters_cross(topology: Topology, cross_node: CrossNode) -> str:
+    if not topology.spans_nodes:
+        return f"never: {cross_node.why_gather}"
+    when = "once per step" if cross_node.gather == "once_per_step" else "at every use"
+    return f"{when} ({cross_node.why_gather})"
+
+
+def _gradients_cross(topology: Topology, cross_node: CrossNode) -> str:
+    if not topology.spans_nodes:
+        return f"once per step: {cross_node.why_reduce}"
+    when = "once per step" if cross_node.reduce == "once_per_step" else "in every micro-step"
+    return f"{when} ({cross_node.why_reduce})"
+
+
 def _plural(noun: str, count: int) -> str:
     return noun if count == 1 else f"{noun}s"
 
 
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.3g} GiB"
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -31,13 +31,16 @@ from typing_extensions import override
 from lightning_mics import checkpoint
 from lightning_mics._torch_compat import check_order, expect_backward, gather
 from lightning_mics.blocks import ModuleClasses, find_blocks, unit_modules
+from lightning_mics.communication import CrossNodeGather, CrossNodeReduce, check_choice, check_cross_node
 from lightning_mics.first_weights import verify_replicas
 from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.partition_groups import PartitionGroups, check_hierarchical, choose_hierarchical, create_groups
+from lightning_mics.planning.cross_node import CrossNode, choose_cross_node
 from lightning_mics.planning.memory import ModelSize, fits, measure_model, smallest_partition_size
 from lightning_mics.sharding import find_recomputed, shard_model
 from lightning_mics.start_report import start_report
 from lightning_mics.topology import Topology
+from lightning_mics.traffic import Traffic
 from lightning_mics.two_hop import TwoHopSchedule
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
@@ -64,6 +67,11 @@ class MiCSStrategy(ModelParallelStrategy):
         ranks_per_node: None takes it from the launcher. An integer pretends that nodes are smaller, for tests and for
             runs on one machine.
         hierarchical: Two-stage collectives; ``"auto"`` uses them where a partition group spans nodes.
+        cross_node_gather: Where a partition group spans nodes: parameters cross nodes ``"once_per_step"``, for a copy
+            on each node, or at ``"every_use"``; ``"auto"`` keeps the copy if memory allows.
+        cross_node_reduce: Likewise gradients: ``"once_per_step"``, for sums on each node, or ``"every_micro_step"``.
+        cross_node_dtype: What gradients travel in between nodes, a dtype or its name; None is ``reduce_dtype``, in
+            which they are summed in any case.
         reduce_dtype: What gradients are reduced and summed in, a dtype or its name; None follows the precision:
             float32 for "32-true" and "bf16-mixed", bfloat16 for "bf16-true".
         shard_modules: The blocks to shard, classes or class names; None takes the model's ``_no_split_modules``, else
@@ -84,6 +92,9 @@ class MiCSStrategy(ModelParallelStrategy):
         partition_size: int | Literal["auto"] = "auto",
         ranks_per_node: int | None = None,
         hierarchical: bool | Literal["auto"] = "auto",
+        cross_node_gather: CrossNodeGather | Literal["auto"] = "auto",
+        cross_node_reduce: CrossNodeReduce | Literal["auto"] = "auto",
+        cross_node_dtype: torch.dtype | str | None = None,
         reduce_dtype: torch.dtype | str | None = None,
         shard_modules: ModuleClasses | None = None,
         activation_checkpointing: bool | ModuleClasses = False,
@@ -97,13 +108,19 @@ class MiCSStrategy(ModelParallelStrategy):
         if isinstance(partition_size, str) and partition_size != "auto":
             raise ValueError(f'partition_size={partition_size!r} is neither "auto" nor a number of ranks')
         check_hierarchical(hierarchical)
+        check_choice("cross_node_gather", cross_node_gather, ("auto", *get_args(CrossNodeGather)))
+        check_choice("cross_node_reduce", cross_node_reduce, ("auto", *get_args(CrossNodeReduce)))
         self._partition_size = partition_size
         self._ranks_per_node = ranks_per_node
         self._hierarchical = hierarchical
+        self._cross_node_gather = cross_node_gather
+        self._cross_node_reduce = cross_node_reduce
+        self._cross_node_dtype = _floating_dtype("cross_node_dtype", cross_node_dtype)
         self._reduce_dtype = _floating_dtype("reduce_dtype", reduce_dtype)
         self._shard_modules = shard_modules
         self._activation_checkpointing = activation_checkpointing
         self._sharded: _Sharded | None = None
+        self._evaluation = ExitStack()
 
     # -- before the model --------------------------------------------------------------------------------------------
 
@@ -192,32 +209,49 @@ class MiCSStrategy(ModelParallelStrategy):
         )
         capacity_bytes = self._capacity_bytes()
         topology = self._choose_topology(size, capacity_bytes)
+        self._check_collectives(topology)
         groups = create_groups(
             topology, device_type=self.root_device.type, hierarchical=self._hierarchical, timeout=self._timeout
         )
+        cross_node = self._choose_cross_node(topology, size, capacity_bytes)
         schedule = shard_model(
             module,
             groups,
             shard_modules=self._shard_modules,
+            cross_node_gather=cross_node.gather,
+            cross_node_reduce=cross_node.reduce,
+            cross_node_dtype=self._cross_node_dtype,
             activation_checkpointing=self._activation_checkpointing,
             mixed_precision=mixed_precision,
         )
         if not module.automatic_optimization:
             _gather_whenever_used(module, blocks.values())
-        rank_zero_info(self._report(topology, size, capacity_bytes))
+        rank_zero_info(self._report(topology, cross_node, size, capacity_bytes))
         return _Sharded(groups, schedule)
 
-    def _report(self, topology: Topology, size: ModelSize, capacity_bytes: int) -> str:
+    def _report(self, topology: Topology, cross_node: CrossNode, size: ModelSize, capacity_bytes: int) -> str:
         mixed_precision = self._mixed_precision()
         half = self.precision_plugin.precision == "bf16-true"
         return start_report(
             topology,
             chosen_automatically=self._partition_size == "auto",
             hierarchical=choose_hierarchical(self._hierarchical, topology),
+            cross_node=cross_node,
+            cross_node_dtype=self._cross_node_dtype,
             reduce_dtype=mixed_precision.reduce_dtype or (torch.bfloat16 if half else torch.float32),
-            states_bytes=size.per_rank_bytes(topology.partition_size),
+            states_bytes=size.per_rank_bytes(topology.partition_size) + cross_node.kept_bytes,
             capacity_bytes=capacity_bytes,
-            fits=fits(size, topology.partition_size, capacity_bytes),
+            fits=fits(size, topology.partition_size, capacity_bytes, kept_bytes=cross_node.kept_bytes),
+        )
+
+    def _choose_cross_node(self, topology: Topology, size: ModelSize, capacity_bytes: int) -> CrossNode:
+        return choose_cross_node(
+            size,
+            topology,
+            cross_node_gather=self._cross_node_gather,
+            cross_node_reduce=self._cross_node_reduce,
+            hierarchical=choose_hierarchical(self._hierarchical, topology),
+            capacity_bytes=capacity_bytes,
         )
 
     def _choose_topology(self, size: ModelSize, capacity_bytes: int) -> Topology:
@@ -323,16 +357,28 @@ class MiCSStrategy(ModelParallelStrategy):
         return output
 
     @override
+    def on_validation_start(self) -> None:
+        self._start_evaluation()
+
+    @override
     def on_validation_end(self) -> None:
-        self._reshard_root()
+        self._end_evaluation()
+
+    @override
+    def on_test_start(self) -> None:
+        self._start_evaluation()
 
     @override
     def on_test_end(self) -> None:
-        self._reshard_root()
+        self._end_evaluation()
+
+    @override
+    def on_predict_start(self) -> None:
+        self._start_evaluation()
 
     @override
     def on_predict_end(self) -> None:
-        self._reshard_root()
+        self._end_evaluation()
 
     @override
     def on_train_end(self) -> None:
@@ -341,6 +387,14 @@ class MiCSStrategy(ModelParallelStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._abandon_window()
+
+    def _start_evaluation(self) -> None:
+        """All batches of an evaluation share weights; callbacks may exchange them before it and after it."""
+        self._evaluation.enter_context(self._state().schedule.fixed_weights())
+
+    def _end_evaluation(self) -> None:
+        self._reshard_root()
+        self._evaluation.close()
 
     def _reshard_root(self) -> None:
         """FSDP2 leaves the root gathered after a forward, for a backward that evaluation does not have."""
@@ -352,6 +406,18 @@ class MiCSStrategy(ModelParallelStrategy):
     def _abandon_window(self) -> None:
         if self._sharded is not None:
             self._sharded.schedule.abandon_window()
+            self._evaluation.close()
+
+    def weights_changed(self) -> None:
+        """Call it, on all ranks, after weights were changed inside an accumulation window in a way that torch does not
+        notice; see :class:`~lightning_mics.two_hop.TwoHopSchedule`.
+        """
+        self._state().schedule.weights_changed()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank's collectives of sharded training have sent; known once the model is sharded."""
+        return self._state().schedule.traffic
 
     def _state(self) -> _Sharded:
         if self._sharded is None:
@@ -428,9 +494,21 @@ class MiCSStrategy(ModelParallelStrategy):
         if self.root_device.type == "cpu" and "gloo" not in backend:
             raise ValueError(f"process_group_backend={backend!r} cannot serve CPU devices; use 'gloo' or None")
         topology = self._topology_of(self._node_size if self._partition_size == "auto" else self._partition_size)
-        if self._partition_size != "auto" and choose_hierarchical(self._hierarchical, topology):
-            check_order(topology.partition_group(0))
+        if self._partition_size != "auto":
+            self._check_collectives(topology)
         self._refuse_weight_averaging()
+
+    def _check_collectives(self, topology: Topology) -> None:
+        hierarchical = choose_hierarchical(self._hierarchical, topology)
+        if hierarchical:
+            check_order(topology.partition_group(0))
+        check_cross_node(
+            topology,
+            hierarchical=hierarchical,
+            cross_node_gather="every_use" if self._cross_node_gather == "auto" else self._cross_node_gather,
+            cross_node_reduce="every_micro_step" if self._cross_node_reduce == "auto" else self._cross_node_reduce,
+            cross_node_dtype=self._cross_node_dtype,
+        )
 
     def _refuse_weight_averaging(self) -> None:
         assert self.lightning_module is not None

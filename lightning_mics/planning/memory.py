@@ -32,6 +32,8 @@ class ModelSize:
         root_reduced_bytes: The gradients of that, in the dtype they are reduced in.
         block_bytes: The largest block, as gathered.
         block_reduced_bytes: The gradients of that, in the dtype they are reduced in.
+        gathered_bytes: All parameters, as gathered.
+        reduced_bytes: All gradients, in the dtype they are reduced in.
     """
 
     states_bytes: int
@@ -39,6 +41,8 @@ class ModelSize:
     root_reduced_bytes: int
     block_bytes: int
     block_reduced_bytes: int
+    gathered_bytes: int
+    reduced_bytes: int
 
     def per_rank_bytes(self, partition_size: int) -> int:
         """Bytes on each rank at the peak of a backward, without activations.
@@ -79,6 +83,8 @@ def measure_model(
         root_reduced_bytes=_bytes_in(root, reduce_dtype),
         block_bytes=max((_bytes_in(unit, gathered_dtype) for unit in units), default=0),
         block_reduced_bytes=max((_bytes_in(unit, reduce_dtype) for unit in units), default=0),
+        gathered_bytes=_bytes_in(model.parameters(), gathered_dtype),
+        reduced_bytes=_bytes_in(trainable, reduce_dtype),
     )
 
 
@@ -96,9 +102,14 @@ def smallest_partition_size(size: ModelSize, *, world_size: int, ranks_per_node:
     return next((p for p in whole_nodes if fits(size, p, capacity_bytes)), world_size)
 
 
-def fits(size: ModelSize, partition_size: int, capacity_bytes: int) -> bool:
-    """Whether model states leave enough of a device for activations."""
-    return size.per_rank_bytes(partition_size) <= USABLE_SHARE * capacity_bytes
+def fits(size: ModelSize, partition_size: int, capacity_bytes: int, *, kept_bytes: int = 0) -> bool:
+    """Whether model states, and what is kept beside them, leave enough of a device for activations."""
+    return size.per_rank_bytes(partition_size) + kept_bytes <= USABLE_SHARE * capacity_bytes
+
+
+def in_gib(size_bytes: int) -> str:
+    """``size_bytes`` for people: three digits and the unit."""
+    return f"{size_bytes / 2**30:.3g} GiB"
 
 
 def _unit_parameters(unit: nn.Module, blocks: set[nn.Module]) -> set[nn.Parameter]:
