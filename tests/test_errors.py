@@ -73,6 +73,19 @@ CASES: dict[str, tuple[type[TinyModule], dict[str, Any], dict[str, Any], type[Ex
         "hierarchical=True needs partition groups over several nodes, but partition_size=2 fits one node of 2 ranks; "
         "use hierarchical='auto'",
     ),
+    "once per step with flat collectives": (
+        TinyModule, {"partition_size": 4, "hierarchical": False, "cross_node_gather": "once_per_step"}, {}, ValueError,
+        "cross_node_gather='once_per_step' needs collectives that cross nodes in a stage of their own, but "
+        'hierarchical=False and partition_size=4 spans 2 nodes; use hierarchical="auto"',
+    ),
+    "sums once per step with flat collectives": (
+        TinyModule, {"partition_size": 4, "hierarchical": False, "cross_node_reduce": "once_per_step"}, {}, ValueError,
+        "cross_node_reduce='once_per_step' needs collectives that cross nodes in a stage of their own",
+    ),
+    "a dtype on the wire with flat collectives": (
+        TinyModule, {"partition_size": 4, "hierarchical": False, "cross_node_dtype": "bfloat16"}, {}, ValueError,
+        "cross_node_dtype=torch.bfloat16 needs collectives that cross nodes in a stage of their own",
+    ),
     "no blocks": (
         NoBlocks, {}, {}, TypeError,
         "found no blocks to shard in NoBlocks: it has no `_no_split_modules` and no list of modules of one class; "
@@ -163,6 +176,15 @@ def _fit_not_initialisable(folder: Any) -> tuple[str, str]:
     [
         ({"partition_size": "two"}, "partition_size='two' is neither \"auto\" nor a number of ranks"),
         ({"hierarchical": "yes"}, "hierarchical='yes' is not one of \"auto\", True, False"),
+        (
+            {"cross_node_gather": "never"},
+            "cross_node_gather='never' is not one of 'auto', 'every_use', 'once_per_step'",
+        ),
+        (
+            {"cross_node_reduce": True},
+            "cross_node_reduce=True is not one of 'auto', 'every_micro_step', 'once_per_step'",
+        ),
+        ({"cross_node_dtype": "int8"}, "cross_node_dtype='int8' is not one of torch.float32, torch.bfloat16"),
         ({"reduce_dtype": "int8"}, "reduce_dtype='int8' is not one of torch.float32, torch.bfloat16"),
         ({"reduce_dtype": torch.float16}, "reduce_dtype=torch.float16 is not one of torch.float32, torch.bfloat16"),
     ],

@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 
+from lightning_mics.planning.cross_node import CrossNode
 from lightning_mics.start_report import start_report
 from lightning_mics.topology import Topology
 
 GIB = 2**30
 
 
-def report(world: int, k: int, p: int, *, staged: bool = False, automatic: bool = False, states: int = GIB) -> str:
+ONCE = CrossNode(
+    gather="once_per_step",
+    reduce="once_per_step",
+    why_gather="for 1 GiB per rank",
+    why_reduce='"auto": 2 GiB of 3 GiB',
+    kept_bytes=3 * GIB,
+)
+ALWAYS = CrossNode(
+    gather="every_use",
+    reduce="every_micro_step",
+    why_gather="would take 1 GiB per rank",
+    why_reduce="collectives are flat",
+    kept_bytes=0,
+)
+
+
+def report(
+    world: int,
+    k: int,
+    p: int,
+    *,
+    staged: bool = False,
+    automatic: bool = False,
+    states: int = GIB,
+    cross_node: CrossNode = ONCE,
+    wire: torch.dtype | None = None,
+) -> str:
     topology = Topology(world_size=world, ranks_per_node=k, partition_size=p)
     return start_report(
         topology,
         chosen_automatically=automatic,
         hierarchical=staged,
+        cross_node=cross_node,
+        cross_node_dtype=wire,
         reduce_dtype=torch.bfloat16,
         states_bytes=states,
         capacity_bytes=4 * GIB,
@@ -27,13 +59,15 @@ def report(world: int, k: int, p: int, *, staged: bool = False, automatic: bool 
 def test_the_table_names_groups_techniques_and_memory():
     assert report(16, 4, 8, staged=True, automatic=True).splitlines() == [
         "MiCS",
-        "  ranks               16 on 4 nodes",
-        '  partition groups    2 of 8 ranks ("auto": the fewest whole nodes that hold the model states)',
-        "  replication groups  8 of 2 ranks",
-        "  hierarchical        on: a partition group spans 2 nodes",
-        "  two-hop             on: gradients cross replicas at the boundary only",
-        "  gradients           reduced, and summed over micro-steps, in bfloat16",
-        "  model states        about 1 GiB of 4 GiB per rank (Adam; no activations)",
+        "  ranks                   16 on 4 nodes",
+        '  partition groups        2 of 8 ranks ("auto": the fewest whole nodes that hold the model states)',
+        "  replication groups      8 of 2 ranks",
+        "  hierarchical            on: a partition group spans 2 nodes",
+        "  two-hop                 on: gradients cross replicas at the boundary only",
+        "  gradients               reduced, and summed over micro-steps, in bfloat16",
+        "  parameters cross nodes  once per step (for 1 GiB per rank)",
+        '  gradients cross nodes   once per step ("auto": 2 GiB of 3 GiB)',
+        "  model states            about 1 GiB of 4 GiB per rank (Adam; no activations)",
     ]
 
 
@@ -46,11 +80,28 @@ def test_the_table_names_groups_techniques_and_memory():
     ],
 )
 def test_flat_collectives_have_a_reason(shape, reason):
-    assert f"hierarchical        {reason}\n" in report(*shape)
+    assert re.search(rf"hierarchical +{re.escape(reason)}\n", report(*shape))
+
+
+def test_crossing_nodes_more_often_has_a_reason():
+    rows = report(8, 4, 8, cross_node=ALWAYS, wire=torch.float16)
+    assert "parameters cross nodes  at every use (would take 1 GiB per rank)\n" in rows
+    assert "gradients cross nodes   in every micro-step (collectives are flat), as float16\n" in rows
+
+
+def test_partition_groups_inside_nodes_leave_the_second_hop_to_cross():
+    inside = replace(ALWAYS, why_gather="a partition group is inside one node", why_reduce="by the second hop")
+    rows = report(8, 4, 4, cross_node=inside)
+    assert "parameters cross nodes  never: a partition group is inside one node\n" in rows
+    assert "gradients cross nodes   once per step: by the second hop\n" in rows
+
+
+def test_on_one_node_nothing_crosses():
+    assert "cross nodes" not in report(4, 4, 2)
 
 
 def test_without_replicas_there_is_no_second_hop():
-    assert "two-hop             off: there is one replica only" in report(8, 4, 8)
+    assert re.search("two-hop +off: there is one replica only", report(8, 4, 8))
 
 
 def test_states_that_exceed_the_device_or_fill_it_are_warned_of():

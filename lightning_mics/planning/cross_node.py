@@ -53,11 +53,10 @@ def choose_cross_node(
         hierarchical: Whether collectives of the partition group run in two stages.
         capacity_bytes: Memory of one rank's device, of which ``USABLE_SHARE`` is for model states.
     """
-    never = _why_never(topology, hierarchical)
-    if never is not None:
-        gather = "every_use" if cross_node_gather == "auto" else cross_node_gather
-        reduce = "every_micro_step" if cross_node_reduce == "auto" else cross_node_reduce
-        return CrossNode(gather=gather, reduce=reduce, why_gather=never, why_reduce=never, kept_bytes=0)
+    if not topology.spans_nodes:
+        return _no_choice("a partition group is inside one node", "by the second hop")
+    if not hierarchical and topology.local_ranks_per_partition_group > 1:
+        return _no_choice("collectives are flat", "collectives are flat")
     k = topology.local_ranks_per_partition_group
     free_bytes = int(USABLE_SHARE * capacity_bytes) - size.per_rank_bytes(topology.partition_size)
     copy_bytes, sums_bytes = -(-size.gathered_bytes // k), -(-size.reduced_bytes // k)
@@ -73,13 +72,10 @@ def choose_cross_node(
     )
 
 
-def _why_never(topology: Topology, hierarchical: bool) -> str | None:
-    """Why there is nothing to decide, or None."""
-    if not topology.spans_nodes:
-        return "a partition group is inside one node"
-    if not hierarchical and topology.local_ranks_per_partition_group > 1:
-        return "collectives are flat"
-    return None
+def _no_choice(why_gather: str, why_reduce: str) -> CrossNode:
+    return CrossNode(
+        gather="every_use", reduce="every_micro_step", why_gather=why_gather, why_reduce=why_reduce, kept_bytes=0
+    )
 
 
 def _decide(wanted: str, needed_bytes: int, free_bytes: int) -> tuple[bool, str]:

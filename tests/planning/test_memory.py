@@ -21,6 +21,8 @@ def paper_bert(parameters: float, hidden: int, layers: int) -> ModelSize:
         root_reduced_bytes=2 * root,
         block_bytes=2 * block,
         block_reduced_bytes=2 * block,
+        gathered_bytes=2 * count,
+        reduced_bytes=2 * count,
     )
 
 
@@ -53,11 +55,20 @@ def test_sizes_are_counted_in_the_dtypes_that_are_used():
     assert size.states_bytes == 4 * 400 + 4 * 300 + 8 * 300  # parameters, gradients, Adam
     assert (size.block_bytes, size.block_reduced_bytes) == (2 * 200, 4 * 200)
     assert (size.root_bytes, size.root_reduced_bytes) == (2 * 100, 4 * 100)
+    assert (size.gathered_bytes, size.reduced_bytes) == (2 * 400, 4 * 300)
     assert size.per_rank_bytes(4) == 5200 / 4 + 2 * 200 + 3 * 400 + 2 * 800
 
 
 def test_a_large_root_is_what_counts_at_the_end_of_the_backward():
-    size = ModelSize(states_bytes=0, root_bytes=100, root_reduced_bytes=200, block_bytes=10, block_reduced_bytes=10)
+    size = ModelSize(
+        states_bytes=0,
+        root_bytes=100,
+        root_reduced_bytes=200,
+        block_bytes=10,
+        block_reduced_bytes=10,
+        gathered_bytes=0,
+        reduced_bytes=0,
+    )
     assert size.per_rank_bytes(4) == 2 * 100 + 200
 
 
