@@ -148,12 +148,13 @@ class ByHand(TinyModule):
             self.net(batch)  # gathers the weights that the optimizer is about to change
 
 
-def fit_each_loop(folder: str) -> dict[str, Any]:
+def fit_each_loop(folder: str, partition_size: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for loop in LOOPS:
         torch.manual_seed(0)
         module = ByHand(loop())
-        trainer = make_trainer(folder, strategy=mics(**loop.strategy), use_distributed_sampler=False)
+        strategy = mics(partition_size=partition_size, **loop.strategy)
+        trainer = make_trainer(folder, strategy=strategy, use_distributed_sampler=False)
         with module.collectives:
             trainer.fit(module, DataLoader(SAMPLES[dist.get_rank() :: RANKS], batch_size=2))
         weights = {name: p.full_tensor() for name, p in module.net.named_parameters()}
@@ -187,13 +188,22 @@ def train_in_one_process(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Tenso
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")))
+    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 2)
 
 
+@pytest.fixture(scope="module")
+def ranks_over_nodes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Parameters and gradients cross nodes once per step."""
+    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 4)
+
+
+@pytest.mark.parametrize("groups", ["ranks", "ranks_over_nodes"])
 @pytest.mark.parametrize("loop", LOOPS)
-def test_weights_equal_those_of_the_same_loop_in_one_process(ranks: list[dict[str, Any]], loop: type[Loop]) -> None:
+def test_weights_equal_those_of_the_same_loop_in_one_process(
+    request: pytest.FixtureRequest, groups: str, loop: type[Loop]
+) -> None:
     theirs, first = train_in_one_process(loop())
-    ours, _ = ranks[0][loop.__name__]
+    ours, _ = request.getfixturevalue(groups)[0][loop.__name__]
     for name, weight in theirs.items():
         assert not torch.equal(weight, first[name])
         torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
@@ -227,9 +237,10 @@ class TogglesInMidWindow(TinyModule):
             self.manual_backward(self.net(batch))
 
 
-def test_toggling_in_mid_window_is_refused_rather_than_summed_wrongly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"partition_size": 1}, {"partition_size": 2, "ranks_per_node": 1}], ids=str)
+def test_toggling_in_mid_window_is_refused_rather_than_summed_wrongly(tmp_path: Path, options: dict[str, int]) -> None:
     def job(folder: str) -> str:
-        trainer = make_trainer(folder, strategy=mics(partition_size=1), devices=2)
+        trainer = make_trainer(folder, strategy=mics(**options), devices=2)
         with pytest.raises(RuntimeError) as caught:
             trainer.fit(TogglesInMidWindow(), DataLoader(SAMPLES, batch_size=2))
         return str(caught.value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mics.two_hop import TwoHopSchedule
 from tests.models import TinyLM, TinyModule, tokens
-from tests.trainers import make_trainer, on_ranks
+from tests.trainers import make_trainer, mics, on_ranks
 
 RANKS = 4
 WINDOW = 4
@@ -29,7 +31,7 @@ class Automatic(TinyModule):
         self.steps: list[dict[str, Tensor]] = []
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.net.embed.weight.grad is not None:  # inside a window the sums are FSDP2's alone
+        if self.net.embed.weight.grad is not None:  # inside a window sums wait elsewhere
             self.steps.append({name: p.grad.full_tensor() for name, p in self.net.named_parameters()})
 
 
@@ -73,23 +75,30 @@ ENDS: dict[str, tuple[type[Automatic], dict[str, Any]]] = {
 }
 
 
-def fit_twice(folder: str, guarded: bool) -> dict[str, Any]:
+def fit_twice(folder: str, partition_size: int, guarded: bool) -> dict[str, Any]:
     if not guarded:
         TwoHopSchedule.abandon_window = lambda self: None
-    return {end: first_gradients_of_the_second_fit(folder, *ENDS[end]) for end in ENDS}
+
+    def trainer(**options: Any) -> pl.Trainer:
+        strategy = mics(partition_size=partition_size)
+        return make_trainer(folder, strategy=strategy, use_distributed_sampler=False, **options)
+
+    return {end: first_gradients_of_the_second_fit(trainer, *ENDS[end]) for end in ENDS}
 
 
-def first_gradients_of_the_second_fit(folder: str, kind: type[Automatic], options: dict[str, Any]) -> Any:
+def first_gradients_of_the_second_fit(
+    make: Callable[..., pl.Trainer], kind: type[Automatic], options: dict[str, Any]
+) -> Any:
     torch.manual_seed(0)
     module = kind()
-    first = make_trainer(folder, use_distributed_sampler=False, **options)
+    first = make(**options)
     try:
         first.fit(module, loader_of(FIRST))
     except ArithmeticError:
         assert options["callbacks"]
     fitted, steps = first.fit_loop.epoch_loop.batch_progress.total.ready, len(module.steps)
     accumulate = {key: value for key, value in options.items() if key == "accumulate_grad_batches"}
-    make_trainer(folder, use_distributed_sampler=False, **accumulate).fit(module, loader_of(SECOND))
+    make(**accumulate).fit(module, loader_of(SECOND))
     return fitted, steps, module.steps[-1]
 
 
@@ -97,14 +106,19 @@ def loader_of(samples: Tensor) -> DataLoader[Any]:
     return DataLoader(samples[dist.get_rank() :: RANKS], batch_size=2)
 
 
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return on_ranks(fit_twice, str(tmp_path_factory.mktemp("fit")), True)[0]
+@pytest.fixture(scope="module", params=[2, 4], ids=["inside a node", "over nodes, once per step"])
+def partition_size(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
 
 
 @pytest.fixture(scope="module")
-def unguarded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return on_ranks(fit_twice, str(tmp_path_factory.mktemp("fit")), False)[0]
+def guarded(tmp_path_factory: pytest.TempPathFactory, partition_size: int) -> dict[str, Any]:
+    return on_ranks(fit_twice, str(tmp_path_factory.mktemp("fit")), partition_size, True)[0]
+
+
+@pytest.fixture(scope="module")
+def unguarded(tmp_path_factory: pytest.TempPathFactory, partition_size: int) -> dict[str, Any]:
+    return on_ranks(fit_twice, str(tmp_path_factory.mktemp("fit")), partition_size, False)[0]
 
 
 @pytest.fixture(scope="module")
