@@ -7,6 +7,7 @@ from lightning_mics.partition_groups import PartitionGroups, create_groups
 from lightning_mics.sharding import shard_model
 from lightning_mics.strategy import MiCSStrategy
 from lightning_mics.topology import Topology
+from lightning_mics.traffic_monitor import TrafficMonitor
 from lightning_mics.two_hop import TwoHopSchedule
 
 __version__ = "0.1.0.dev0"
@@ -15,6 +16,7 @@ __all__ = [
     "MiCSStrategy",
     "PartitionGroups",
     "Topology",
+    "TrafficMonitor",
     "TwoHopSchedule",
     "create_groups",
     "shard_model",
