@@ -40,5 +40,5 @@ def _run(block: str, folder: Path) -> bool:
     return True
 
 
-def test_the_three_blocks_are_found():
-    assert len(BLOCKS) == 3
+def test_the_four_blocks_are_found():
+    assert len(BLOCKS) == 4
