@@ -29,6 +29,7 @@ _SETTINGS: dict[str, tuple[str, str | None]] = {
     "accelerate-fsdp2": ("accelerate_fsdp2", "hybrid@node"),
     "accelerate-fsdp2@world": ("accelerate_fsdp2", "full@world"),
     "deepspeed-zero3": ("deepspeed_zero3", None),
+    "deepspeed-zero3-hpz": ("deepspeed_zero3", "hpz@node"),
     "deepspeed-mics@node": ("deepspeed_mics", "mics@node"),
     "deepspeed-mics@two-nodes": ("deepspeed_mics", "mics@two-nodes"),
     "mics@node": ("mics", "flat@node"),

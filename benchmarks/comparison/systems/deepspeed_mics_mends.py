@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed import comm
 from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime.zero import mics
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from torch import Tensor
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _coalescing_manager
 
 
 def apply_mends() -> list[str]:
     """Mend MiCS in this process; returns a line on each mend."""
-    return [mend() for mend in (_mend_coalesced_gather, _mend_wait, _mend_scaling)]
+    return [mend() for mend in (_mend_coalesced_gather, _mend_wait, _mend_persistent_gather, _mend_scaling)]
 
 
 def _mend_coalesced_gather() -> str:
@@ -59,6 +60,26 @@ def _mend_wait() -> str:
 
     mics.MiCS_AllGatherCoalescedHandle.wait = wait
     return "a failed all-gather of parameters raises instead of being logged and ignored"
+
+
+def _mend_persistent_gather() -> str:
+    """After each optimizer step the parameters that stay gathered are loaded anew, one all-gather for each of them.
+
+    DeepSpeed waits for the last all-gather alone. That is enough on one stream of a GPU, but gloo runs several at a
+    time: now and then a rank computes with parameters that have not arrived. DeepSpeed 0.19.8 waits for all.
+    """
+
+    def gather(self: Init, parameters: list[nn.Parameter], hierarchy: int = 0, quantize: bool = False) -> None:
+        if not parameters:
+            return
+        parts = [parameter.ds_tensor.view(-1) for parameter in parameters]
+        gathered = [torch.empty(part.numel() * self.num_partitions, dtype=part.dtype) for part in parts]
+        comm.all_gather_coalesced(gathered, parts, group=self.get_partition_dp_group(parameters[0]))
+        for parameter, whole in zip(parameters, gathered, strict=True):
+            parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
+
+    Init._allgather_params_coalesced = gather
+    return "parameters that stay gathered are waited for after each optimizer step, all of them and not the last alone"
 
 
 def _mend_scaling() -> str:
