@@ -140,14 +140,6 @@ def take_over_second_hop(module: FSDPModule, reduce: Callable[[Tensor, Any], Non
     module.set_all_reduce_hook(hook)
 
 
-def gather_asynchronously(root: FSDPModule) -> None:
-    """Let the next unit's all-gather run beside computation where there are no streams: on a CPU.
-
-    FSDP2 waits there for each all-gather where it starts unless it is told otherwise.
-    """
-    root._set_unshard_async_op(True)
-
-
 def gather(module: FSDPModule) -> None:
     """Gather the parameters of ``module`` itself, unless they are, to require gradients as their shards do now."""
     module.unshard()

@@ -21,7 +21,6 @@ from lightning_mics._torch_compat import (
     AllGather,
     ReduceScatter,
     fsdp_modules,
-    gather_asynchronously,
     sharded_parameters,
     take_over_second_hop,
     weights_version,
@@ -95,7 +94,6 @@ class Communication:
         cross_node_dtype: torch.dtype | None,
     ) -> None:
         self._topology = groups.topology
-        self._on_cpu = groups.device.type == "cpu"
         self._traffic = Traffic()
         self._partition = self._counted(groups.partition)
         self._replication = self._counted(groups.replication) if groups.replication else None
@@ -115,8 +113,6 @@ class Communication:
                 module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
             if self._replication is not None:
                 self._set_second_hop(name, module, self._replication)
-        if self._on_cpu:
-            gather_asynchronously(root)
         return TwoHopSchedule(
             root,
             replicas=self._topology.replicas,
