@@ -34,7 +34,7 @@ def machine() -> dict[str, object]:
         "processor": processor[1] if processor else platform.machine(),
         "cores": os.cpu_count(),
         "memory_gib": round(int(memory_kib[1]) / 2**20) if memory_kib else None,
-        "kernel": platform.release(),
+        "kernel": platform.release().split("-")[0],
         "tcp": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
         "python": platform.python_version(),
     }
