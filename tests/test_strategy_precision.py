@@ -86,7 +86,7 @@ def run(folder: str, *, reduce_dtype: Any = None, **options: Any) -> dict[str, A
     )
     facts = module.facts
     facts["gathers"] = {c.dtype for c in recorded.of("all_gather", partition)}
-    facts["reduce-scatters"] = {c.dtype for c in recorded.of("reduce_scatter", partition)}
+    facts["reduce-scatters"] = {c.dtype for c in recorded.of("all_to_all", partition)}  # gloo's way
     facts["all-reduces"] = {c.dtype for c in recorded.of("all_reduce", replication)}
     facts["stored"] = {p.dtype for p in module.parameters() if isinstance(p, DTensor)}
     facts["steps with closure"] = module.steps_with_closure

@@ -168,7 +168,7 @@ def test_the_backend_follows_the_device_unless_named(
     assert init.call_args.kwargs.get("device_id") == (None if device == "cpu" else torch.device(device))
 
 
-def timeouts(folder: str) -> list[tuple[tuple[int, ...], timedelta]]:
+def timeouts(folder: str, options: dict[str, int]) -> list[tuple[tuple[int, ...], timedelta]]:
     made = []
     new_group = dist.new_group
 
@@ -177,15 +177,24 @@ def timeouts(folder: str) -> list[tuple[tuple[int, ...], timedelta]]:
         return new_group(ranks, **options)
 
     dist.new_group = recording
-    # four nodes of one rank, two replicas over two nodes each: all kinds of groups are needed
-    strategy = mics(ranks_per_node=1, partition_size=2, timeout=timedelta(seconds=77))
+    strategy = mics(timeout=timedelta(seconds=77), **options)
     make_trainer(folder, strategy=strategy).validate(TinyModule(), loader(4), verbose=False)
     return made
 
 
-def test_the_timeout_reaches_every_group(tmp_path: Path) -> None:
-    made = on_ranks(timeouts, str(tmp_path))[3]
-    assert [ranks for ranks, _ in made] == [(2, 3), (1, 3), (2, 3), (3,)]  # partition, replication, rail, node
+@pytest.mark.parametrize(
+    ("options", "groups"),
+    [
+        ({"ranks_per_node": 1, "partition_size": 2}, [(2, 3), (1, 3)]),  # partition, which is the rail; replication
+        ({"ranks_per_node": 2, "partition_size": 4}, [(0, 2, 1, 3), (1, 3), (2, 3)]),  # partition, rail, node
+    ],
+    ids=str,
+)
+def test_the_timeout_reaches_every_group(
+    tmp_path: Path, options: dict[str, int], groups: list[tuple[int, ...]]
+) -> None:
+    made = on_ranks(timeouts, str(tmp_path), options)[3]
+    assert [ranks for ranks, _ in made] == groups
     assert {timeout for _, timeout in made} == {timedelta(seconds=77)}
 
 
