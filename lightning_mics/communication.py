@@ -1,12 +1,12 @@
 """Which collectives each unit uses: the techniques, joined for one topology and one choice of options.
 
-A unit is what FSDP2 gathers and reduces together: a block, or what the root holds. What each does by default and with
-everything once per step, where a partition group spans nodes::
+A unit is what FSDP2 gathers and reduces together: a block, or what the root holds. What each does where a partition
+group spans nodes, by default, with traffic between nodes once per step, and with all traffic once per step::
 
-                    every use, every micro-step            once per step
-    gather          rail, then node                        rail once, then node
-    reduce          node, then rail                        node; at the boundary node, then rail
-    second hop      all-reduce over replicas, at the boundary, in both
+                    every use, every micro-step     between nodes once             inside nodes once too
+    gather          rail, then node                 rail once, then node           rail and node once
+    reduce          node, then rail                 node; at the boundary rail     at the boundary node, then rail
+    second hop      all-reduce over replicas, at the boundary, in all
 """
 
 from __future__ import annotations
@@ -27,14 +27,20 @@ from lightning_mics._torch_compat import (
 )
 from lightning_mics.deferral import Deferral
 from lightning_mics.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
-from lightning_mics.once_per_step import OncePerStepAllGather, OncePerStepReduceScatter
+from lightning_mics.kept_copy import KeptCopy
+from lightning_mics.once_per_step import (
+    NodeKeepsAllGather,
+    NodeKeepsReduceScatter,
+    RankKeepsAllGather,
+    RankKeepsReduceScatter,
+)
 from lightning_mics.partition_groups import PartitionGroups
 from lightning_mics.topology import Topology
 from lightning_mics.traffic import CountedGroup, ReduceOp, Traffic
 from lightning_mics.two_hop import SecondHop, TwoHopSchedule
 
-CrossNodeGather = Literal["every_use", "once_per_step"]
-CrossNodeReduce = Literal["every_micro_step", "once_per_step"]
+Gather = Literal["every_use", "once_per_step"]
+Reduce = Literal["every_micro_step", "once_per_step"]
 WIRE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -82,6 +88,8 @@ class Communication:
         groups: The groups of this rank.
         cross_node_gather: When parameters cross nodes.
         cross_node_reduce: When gradients cross nodes inside a partition group.
+        in_node_gather: When parameters travel at all; once per step includes ``cross_node_gather``.
+        in_node_reduce: When gradients travel at all; likewise.
         cross_node_dtype: What gradients travel in between nodes.
     """
 
@@ -89,8 +97,10 @@ class Communication:
         self,
         groups: PartitionGroups,
         *,
-        cross_node_gather: CrossNodeGather,
-        cross_node_reduce: CrossNodeReduce,
+        cross_node_gather: Gather,
+        cross_node_reduce: Reduce,
+        in_node_gather: Gather,
+        in_node_reduce: Reduce,
         cross_node_dtype: torch.dtype | None,
     ) -> None:
         self._topology = groups.topology
@@ -99,11 +109,13 @@ class Communication:
         self._replication = self._counted(groups.replication) if groups.replication else None
         self._rail = self._counted(groups.rail) if groups.rail else None
         self._node = self._counted(groups.node) if groups.node else None
-        self._gather_once = self._rail is not None and cross_node_gather == "once_per_step"
-        self._reduce_once = self._rail is not None and cross_node_reduce == "once_per_step"
+        self._rank_keeps_copy = in_node_gather == "once_per_step"
+        self._rank_keeps_sums = in_node_reduce == "once_per_step"
+        self._node_keeps_copy = cross_node_gather == "once_per_step"
+        self._node_keeps_sums = cross_node_reduce == "once_per_step"
         self._wire_dtype = cross_node_dtype
         self._deferrals: dict[str, Deferral] = {}
-        self._copies: list[OncePerStepAllGather] = []
+        self._copies: list[KeptCopy] = []
 
     def install(self, root: FSDPModule) -> TwoHopSchedule:
         """Give every unit under ``root`` its collectives; returns the schedule that drives them."""
@@ -122,23 +134,27 @@ class Communication:
         )
 
     def _all_gather(self, module: FSDPModule) -> AllGather:
+        if self._rail is not None and self._node_keeps_copy and not self._rank_keeps_copy:
+            return NodeKeepsAllGather(rail=self._rail, node=self._node, copy=self._copy(module))
         if self._rail is None:
-            return FlatAllGather(self._partition)
-        if not self._gather_once:
-            return HierarchicalAllGather(rail=self._rail, node=self._node)
-        gather = OncePerStepAllGather(rail=self._rail, node=self._node, version=lambda: weights_version(module))
-        self._copies.append(gather)
-        return gather
+            gather: AllGather = FlatAllGather(self._partition)
+        else:
+            gather = HierarchicalAllGather(rail=self._rail, node=self._node)
+        return RankKeepsAllGather(gather, copy=self._copy(module)) if self._rank_keeps_copy else gather
 
     def _reduce_scatter(self, name: str, module: FSDPModule) -> ReduceScatter:
+        if self._rail is not None and self._node_keeps_sums and not self._rank_keeps_sums:
+            deferral = self._deferral(name, module)
+            return NodeKeepsReduceScatter(
+                rail=self._rail, node=self._node, deferral=deferral, wire_dtype=self._wire_dtype
+            )
         if self._rail is None:
-            return FlatReduceScatter(self._partition)
-        if not self._reduce_once:
-            return HierarchicalReduceScatter(rail=self._rail, node=self._node, wire_dtype=self._wire_dtype)
-        deferral = self._deferral(name, module)
-        return OncePerStepReduceScatter(
-            rail=self._rail, node=self._node, deferral=deferral, wire_dtype=self._wire_dtype
-        )
+            reduce: ReduceScatter = FlatReduceScatter(self._partition)
+        else:
+            reduce = HierarchicalReduceScatter(rail=self._rail, node=self._node, wire_dtype=self._wire_dtype)
+        if not self._rank_keeps_sums:
+            return reduce
+        return RankKeepsReduceScatter(reduce, deferral=self._deferral(name, module))
 
     def _set_second_hop(self, name: str, module: FSDPModule, replication: CountedGroup) -> None:
         if self._wire_dtype is None:
@@ -148,11 +164,14 @@ class Communication:
 
             module.set_all_reduce_hook(count)  # FSDP2 calls it after its own all-reduce
             return
+        after_sums = name in self._deferrals
         deferral = self._deferral(name, module)
-        hop = SecondHop(
-            replication=replication, wire_dtype=self._wire_dtype, deferral=deferral, after_rails=self._reduce_once
-        )
+        hop = SecondHop(replication=replication, wire_dtype=self._wire_dtype, deferral=deferral, after_sums=after_sums)
         take_over_second_hop(module, hop)
+
+    def _copy(self, module: FSDPModule) -> KeptCopy:
+        self._copies.append(KeptCopy(lambda: weights_version(module)))
+        return self._copies[-1]
 
     def _deferral(self, name: str, module: FSDPModule) -> Deferral:
         return self._deferrals.setdefault(name, Deferral(lambda: sharded_parameters(module)))
@@ -162,38 +181,45 @@ class Communication:
         return CountedGroup(group, nodes=[self._topology.node_of(rank) for rank in ranks], traffic=self._traffic)
 
 
-def check_cross_node(
+def check_traffic_options(
     topology: Topology,
     *,
     hierarchical: bool,
     cross_node_gather: str,
     cross_node_reduce: str,
+    in_node_gather: str,
+    in_node_reduce: str,
     cross_node_dtype: torch.dtype | None,
 ) -> None:
-    """Refuse options of traffic between nodes that are unknown, or that flat collectives cannot serve.
+    """Refuse options that are unknown, or that flat collectives cannot serve.
 
     Args:
         topology: Where every rank is.
         hierarchical: Whether collectives are.
         cross_node_gather: When parameters cross nodes.
         cross_node_reduce: When gradients cross nodes.
+        in_node_gather: When parameters travel inside nodes.
+        in_node_reduce: When gradients travel inside nodes.
         cross_node_dtype: What gradients travel in between nodes.
 
     Raises:
         ValueError: If a value is unknown, or needs hierarchical collectives where they are flat.
     """
-    check_choice("cross_node_gather", cross_node_gather, get_args(CrossNodeGather))
-    check_choice("cross_node_reduce", cross_node_reduce, get_args(CrossNodeReduce))
+    check_choice("cross_node_gather", cross_node_gather, get_args(Gather))
+    check_choice("cross_node_reduce", cross_node_reduce, get_args(Reduce))
+    check_choice("in_node_gather", in_node_gather, get_args(Gather))
+    check_choice("in_node_reduce", in_node_reduce, get_args(Reduce))
     if cross_node_dtype not in (None, *WIRE_DTYPES):
         raise ValueError(f"cross_node_dtype={cross_node_dtype!r} is not one of None, torch.float32, torch.bfloat16")
     if not topology.spans_nodes or hierarchical or topology.local_ranks_per_partition_group == 1:
         return
-    wanted = {
-        "cross_node_gather='once_per_step'": cross_node_gather == "once_per_step",
-        "cross_node_reduce='once_per_step'": cross_node_reduce == "once_per_step",
+    once = "once_per_step"
+    in_stages = {
+        "cross_node_gather='once_per_step'": cross_node_gather == once and in_node_gather != once,
+        "cross_node_reduce='once_per_step'": cross_node_reduce == once and in_node_reduce != once,
         f"cross_node_dtype={cross_node_dtype}": cross_node_dtype is not None,
     }
-    for option, is_wanted in wanted.items():
+    for option, is_wanted in in_stages.items():
         if is_wanted:
             raise ValueError(
                 f"{option} needs collectives that cross nodes in a stage of their own, but hierarchical=False and "

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mics.blocks import ModuleClasses, find_blocks, find_modules
-from lightning_mics.communication import Communication, CrossNodeGather, CrossNodeReduce, check_cross_node
+from lightning_mics.communication import Communication, Gather, Reduce, check_traffic_options
 from lightning_mics.first_weights import FirstWeights, seeded_by_rank_0, verify_replicas
 from lightning_mics.partition_groups import PartitionGroups
 from lightning_mics.two_hop import TwoHopSchedule
@@ -39,8 +39,10 @@ def shard_model(
     groups: PartitionGroups,
     *,
     shard_modules: ModuleClasses | None = None,
-    cross_node_gather: CrossNodeGather = "every_use",
-    cross_node_reduce: CrossNodeReduce = "every_micro_step",
+    cross_node_gather: Gather = "every_use",
+    cross_node_reduce: Reduce = "every_micro_step",
+    in_node_gather: Gather = "every_use",
+    in_node_reduce: Reduce = "every_micro_step",
     cross_node_dtype: torch.dtype | None = None,
     activation_checkpointing: bool | ModuleClasses = False,
     mixed_precision: MixedPrecisionPolicy | None = None,
@@ -58,6 +60,10 @@ def shard_model(
             takes their size divided by the ranks of a node on each rank.
         cross_node_reduce: Whether gradients cross nodes in every micro-step, or once per step, for sums on each node
             that take as much, in the dtype of reductions. Both say nothing where partition groups are inside one node.
+        in_node_gather: Whether parameters travel inside nodes at every use, or once per step and so nowhere else more
+            often, for a whole copy on each rank.
+        in_node_reduce: Whether gradients travel inside nodes in every micro-step, or once per step and so nowhere else
+            more often, for whole sums on each rank, in the dtype of reductions.
         cross_node_dtype: What gradients travel in between nodes; None is the dtype they are summed in.
         activation_checkpointing: True recomputes each block in backward; classes or class names choose other modules.
         mixed_precision: FSDP2's policy: dtypes of gathered parameters and of gradient reductions.
@@ -69,11 +75,13 @@ def shard_model(
         TypeError: If the model cannot be sharded: already wrapped, no blocks, tensors that nothing initialises.
         ValueError: If an option does not fit the model or the groups.
     """
-    check_cross_node(
+    check_traffic_options(
         groups.topology,
         hierarchical=groups.node is not None,
         cross_node_gather=cross_node_gather,
         cross_node_reduce=cross_node_reduce,
+        in_node_gather=in_node_gather,
+        in_node_reduce=in_node_reduce,
         cross_node_dtype=cross_node_dtype,
     )
     blocks = find_blocks(model, shard_modules)
@@ -91,6 +99,8 @@ def shard_model(
         groups,
         cross_node_gather=cross_node_gather,
         cross_node_reduce=cross_node_reduce,
+        in_node_gather=in_node_gather,
+        in_node_reduce=in_node_reduce,
         cross_node_dtype=cross_node_dtype,
     )
     return communication.install(model)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lightning_mics.planning.cross_node import CrossNode
 from lightning_mics.planning.memory import in_gib
+from lightning_mics.planning.once_per_step import Choice, OncePerStep
 from lightning_mics.topology import Topology
 
 
@@ -14,7 +14,7 @@ def start_report(
     *,
     chosen_automatically: bool,
     hierarchical: bool,
-    cross_node: CrossNode,
+    once_per_step: OncePerStep,
     cross_node_dtype: torch.dtype | None,
     reduce_dtype: torch.dtype,
     states_bytes: int,
@@ -27,10 +27,10 @@ def start_report(
         topology: Where every rank is.
         chosen_automatically: Whether the partition size came from ``"auto"``.
         hierarchical: Whether collectives are.
-        cross_node: When parameters and gradients cross nodes.
+        once_per_step: When parameters and gradients travel.
         cross_node_dtype: What gradients travel in between nodes; None is ``reduce_dtype``.
         reduce_dtype: What gradients are reduced and summed in.
-        states_bytes: Estimated bytes of model states on each rank, and of what is kept to cross nodes once per step.
+        states_bytes: Estimated bytes of model states on each rank, and of what is kept to travel once per step.
         capacity_bytes: Memory of one rank's device.
         fits: Whether that leaves enough of it for activations.
     """
@@ -44,9 +44,12 @@ def start_report(
         "two-hop": _why_two_hop(t),
         "gradients": f"reduced, and summed over micro-steps, in {_name(reduce_dtype)}",
     }
+    if t.partition_size > 1:
+        rows["parameters in nodes"] = _when(once_per_step.in_node_gather, else_="at every use")
+        rows["gradients in nodes"] = _when(once_per_step.in_node_reduce, else_="in every micro-step")
     if t.nodes > 1:
-        rows["parameters cross nodes"] = _parameters_cross(t, cross_node)
-        rows["gradients cross nodes"] = _gradients_cross(t, cross_node) + (
+        rows["parameters cross nodes"] = _parameters_cross(t, once_per_step.cross_node_gather)
+        rows["gradients cross nodes"] = _gradients_cross(t, once_per_step.cross_node_reduce) + (
             f", as {_name(cross_node_dtype)}" if cross_node_dtype else ""
         )
     rows["model states"] = f"about {in_gib(states_bytes)} of {in_gib(capacity_bytes)} per rank (Adam; no activations)"
@@ -78,18 +81,16 @@ def _why_two_hop(topology: Topology) -> str:
     return "on: gradients cross replicas at the boundary only"
 
 
-def _parameters_cross(topology: Topology, cross_node: CrossNode) -> str:
-    if not topology.spans_nodes:
-        return f"never: {cross_node.why_gather}"
-    when = "once per step" if cross_node.gather == "once_per_step" else "at every use"
-    return f"{when} ({cross_node.why_gather})"
+def _parameters_cross(topology: Topology, choice: Choice) -> str:
+    return _when(choice, else_="at every use") if topology.spans_nodes else f"never: {choice.why}"
 
 
-def _gradients_cross(topology: Topology, cross_node: CrossNode) -> str:
-    if not topology.spans_nodes:
-        return f"once per step: {cross_node.why_reduce}"
-    when = "once per step" if cross_node.reduce == "once_per_step" else "in every micro-step"
-    return f"{when} ({cross_node.why_reduce})"
+def _gradients_cross(topology: Topology, choice: Choice) -> str:
+    return _when(choice, else_="in every micro-step") if topology.spans_nodes else "once per step: by the second hop"
+
+
+def _when(choice: Choice, *, else_: str) -> str:
+    return f"{'once per step' if choice.once else else_} ({choice.why})"
 
 
 def _plural(noun: str, count: int) -> str:

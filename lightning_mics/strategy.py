@@ -31,12 +31,12 @@ from typing_extensions import override
 from lightning_mics import checkpoint
 from lightning_mics._torch_compat import check_order, expect_backward, gather
 from lightning_mics.blocks import ModuleClasses, find_blocks, unit_modules
-from lightning_mics.communication import CrossNodeGather, CrossNodeReduce, check_choice, check_cross_node
+from lightning_mics.communication import WIRE_DTYPES, Gather, Reduce, check_choice, check_traffic_options
 from lightning_mics.first_weights import verify_replicas
 from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.partition_groups import PartitionGroups, check_hierarchical, choose_hierarchical, create_groups
-from lightning_mics.planning.cross_node import CrossNode, choose_cross_node
 from lightning_mics.planning.memory import ModelSize, fits, measure_model, smallest_partition_size
+from lightning_mics.planning.once_per_step import Auto, OncePerStep, choose_once_per_step
 from lightning_mics.sharding import find_recomputed, shard_model
 from lightning_mics.start_report import start_report
 from lightning_mics.topology import Topology
@@ -44,7 +44,6 @@ from lightning_mics.traffic import Traffic
 from lightning_mics.two_hop import TwoHopSchedule
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
-REDUCE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,10 @@ class MiCSStrategy(ModelParallelStrategy):
         cross_node_gather: Where a partition group spans nodes: parameters cross nodes ``"once_per_step"``, for a copy
             on each node, or at ``"every_use"``; ``"auto"`` keeps the copy if memory allows.
         cross_node_reduce: Likewise gradients: ``"once_per_step"``, for sums on each node, or ``"every_micro_step"``.
+        in_node_gather: Inside nodes: parameters travel ``"once_per_step"``, and so no more often between nodes, for a
+            whole copy on each rank, or at ``"every_use"``; ``"auto"`` keeps the copy if a rank's memory would hold the
+            whole model states.
+        in_node_reduce: Likewise gradients: ``"once_per_step"``, for whole sums on each rank, or ``"every_micro_step"``.
         cross_node_dtype: What gradients travel in between nodes, a dtype or its name; None is ``reduce_dtype``, in
             which they are summed in any case.
         reduce_dtype: What gradients are reduced and summed in, a dtype or its name; None follows the precision:
@@ -92,8 +95,10 @@ class MiCSStrategy(ModelParallelStrategy):
         partition_size: int | Literal["auto"] = "auto",
         ranks_per_node: int | None = None,
         hierarchical: bool | Literal["auto"] = "auto",
-        cross_node_gather: CrossNodeGather | Literal["auto"] = "auto",
-        cross_node_reduce: CrossNodeReduce | Literal["auto"] = "auto",
+        cross_node_gather: Gather | Auto = "auto",
+        cross_node_reduce: Reduce | Auto = "auto",
+        in_node_gather: Gather | Auto = "auto",
+        in_node_reduce: Reduce | Auto = "auto",
         cross_node_dtype: torch.dtype | str | None = None,
         reduce_dtype: torch.dtype | str | None = None,
         shard_modules: ModuleClasses | None = None,
@@ -108,13 +113,19 @@ class MiCSStrategy(ModelParallelStrategy):
         if isinstance(partition_size, str) and partition_size != "auto":
             raise ValueError(f'partition_size={partition_size!r} is neither "auto" nor a number of ranks')
         check_hierarchical(hierarchical)
-        check_choice("cross_node_gather", cross_node_gather, ("auto", *get_args(CrossNodeGather)))
-        check_choice("cross_node_reduce", cross_node_reduce, ("auto", *get_args(CrossNodeReduce)))
+        check_choice("cross_node_gather", cross_node_gather, ("auto", *get_args(Gather)))
+        check_choice("cross_node_reduce", cross_node_reduce, ("auto", *get_args(Reduce)))
+        check_choice("in_node_gather", in_node_gather, ("auto", *get_args(Gather)))
+        check_choice("in_node_reduce", in_node_reduce, ("auto", *get_args(Reduce)))
+        _check_agreement("gather", cross_node=cross_node_gather, in_node=in_node_gather)
+        _check_agreement("reduce", cross_node=cross_node_reduce, in_node=in_node_reduce)
         self._partition_size = partition_size
         self._ranks_per_node = ranks_per_node
         self._hierarchical = hierarchical
         self._cross_node_gather = cross_node_gather
         self._cross_node_reduce = cross_node_reduce
+        self._in_node_gather = in_node_gather
+        self._in_node_reduce = in_node_reduce
         self._cross_node_dtype = _floating_dtype("cross_node_dtype", cross_node_dtype)
         self._reduce_dtype = _floating_dtype("reduce_dtype", reduce_dtype)
         self._shard_modules = shard_modules
@@ -213,43 +224,44 @@ class MiCSStrategy(ModelParallelStrategy):
         groups = create_groups(
             topology, device_type=self.root_device.type, hierarchical=self._hierarchical, timeout=self._timeout
         )
-        cross_node = self._choose_cross_node(topology, size, capacity_bytes)
+        once_per_step = self._choose_once_per_step(topology, size, capacity_bytes)
         schedule = shard_model(
             module,
             groups,
             shard_modules=self._shard_modules,
-            cross_node_gather=cross_node.gather,
-            cross_node_reduce=cross_node.reduce,
+            **once_per_step.options(),
             cross_node_dtype=self._cross_node_dtype,
             activation_checkpointing=self._activation_checkpointing,
             mixed_precision=mixed_precision,
         )
         if not module.automatic_optimization:
             _gather_whenever_used(module, blocks.values())
-        rank_zero_info(self._report(topology, cross_node, size, capacity_bytes))
+        rank_zero_info(self._report(topology, once_per_step, size, capacity_bytes))
         return _Sharded(groups, schedule)
 
-    def _report(self, topology: Topology, cross_node: CrossNode, size: ModelSize, capacity_bytes: int) -> str:
+    def _report(self, topology: Topology, once_per_step: OncePerStep, size: ModelSize, capacity_bytes: int) -> str:
         mixed_precision = self._mixed_precision()
         half = self.precision_plugin.precision == "bf16-true"
         return start_report(
             topology,
             chosen_automatically=self._partition_size == "auto",
             hierarchical=choose_hierarchical(self._hierarchical, topology),
-            cross_node=cross_node,
+            once_per_step=once_per_step,
             cross_node_dtype=self._cross_node_dtype,
             reduce_dtype=mixed_precision.reduce_dtype or (torch.bfloat16 if half else torch.float32),
-            states_bytes=size.per_rank_bytes(topology.partition_size) + cross_node.kept_bytes,
+            states_bytes=size.per_rank_bytes(topology.partition_size) + once_per_step.kept_bytes,
             capacity_bytes=capacity_bytes,
-            fits=fits(size, topology.partition_size, capacity_bytes, kept_bytes=cross_node.kept_bytes),
+            fits=fits(size, topology.partition_size, capacity_bytes, kept_bytes=once_per_step.kept_bytes),
         )
 
-    def _choose_cross_node(self, topology: Topology, size: ModelSize, capacity_bytes: int) -> CrossNode:
-        return choose_cross_node(
+    def _choose_once_per_step(self, topology: Topology, size: ModelSize, capacity_bytes: int) -> OncePerStep:
+        return choose_once_per_step(
             size,
             topology,
             cross_node_gather=self._cross_node_gather,
             cross_node_reduce=self._cross_node_reduce,
+            in_node_gather=self._in_node_gather,
+            in_node_reduce=self._in_node_reduce,
             hierarchical=choose_hierarchical(self._hierarchical, topology),
             capacity_bytes=capacity_bytes,
         )
@@ -502,11 +514,13 @@ class MiCSStrategy(ModelParallelStrategy):
         hierarchical = choose_hierarchical(self._hierarchical, topology)
         if hierarchical:
             check_order(topology.partition_group(0))
-        check_cross_node(
+        check_traffic_options(
             topology,
             hierarchical=hierarchical,
             cross_node_gather="every_use" if self._cross_node_gather == "auto" else self._cross_node_gather,
             cross_node_reduce="every_micro_step" if self._cross_node_reduce == "auto" else self._cross_node_reduce,
+            in_node_gather="every_use" if self._in_node_gather == "auto" else self._in_node_gather,
+            in_node_reduce="every_micro_step" if self._in_node_reduce == "auto" else self._in_node_reduce,
             cross_node_dtype=self._cross_node_dtype,
         )
 
@@ -550,10 +564,18 @@ def _gather_whenever_used(root: Any, blocks: Collection[nn.Module]) -> None:
             module.register_forward_pre_hook(gather_root)
 
 
+def _check_agreement(verb: str, *, cross_node: str, in_node: str) -> None:
+    if in_node == "once_per_step" and cross_node not in ("auto", "once_per_step"):
+        raise ValueError(
+            f"in_node_{verb}='once_per_step' leaves nothing to cross nodes more often, but cross_node_{verb}="
+            f"{cross_node!r}; use 'once_per_step' or 'auto'"
+        )
+
+
 def _floating_dtype(option: str, value: torch.dtype | str | None) -> torch.dtype | None:
     dtype = getattr(torch, value, None) if isinstance(value, str) else value
-    if value is not None and not (isinstance(dtype, torch.dtype) and dtype in REDUCE_DTYPES):
-        raise ValueError(f"{option}={value!r} is not one of {', '.join(map(str, REDUCE_DTYPES))}")
+    if value is not None and not (isinstance(dtype, torch.dtype) and dtype in WIRE_DTYPES):
+        raise ValueError(f"{option}={value!r} is not one of {', '.join(map(str, WIRE_DTYPES))}")
     return dtype
 
 

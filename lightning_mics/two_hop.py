@@ -16,7 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from lightning_mics._torch_compat import (
     trainable,
 )
 from lightning_mics.deferral import Deferral
+from lightning_mics.kept_copy import KeptCopy
 from lightning_mics.traffic import CountedGroup, ReduceOp, Traffic
 
 
@@ -43,40 +44,30 @@ class SecondHop:
         replication: The ranks that hold the same part.
         wire_dtype: What travels; sums stay in the dtype of the gradients.
         deferral: What the unit keeps back, and whether this is the boundary.
-        after_rails: Whether the first hop keeps its sums back already, and hands on zeros before the boundary.
+        after_sums: Whether the first hop keeps its sums back already, and hands on zeros before the boundary.
     """
 
     def __init__(
-        self, *, replication: CountedGroup, wire_dtype: torch.dtype, deferral: Deferral, after_rails: bool
+        self, *, replication: CountedGroup, wire_dtype: torch.dtype, deferral: Deferral, after_sums: bool
     ) -> None:
         self._replication = replication
         self._wire_dtype = wire_dtype
         self._deferral = deferral
-        self._after_rails = after_rails
+        self._after_sums = after_sums
 
     def __call__(self, shard: Tensor, op: ReduceOp) -> None:
         """Reduce the ``shard`` that hop 1 has left, in place; before the boundary keep it back and leave zeros."""
         if shard.is_cuda:  # FSDP2 frees it after this, while its own stream still reads it
             shard.record_stream(torch.cuda.current_stream(shard.device))
         if self._deferral.at_boundary:
-            if not self._after_rails:
+            if not self._after_sums:
                 self._deferral.release_into(shard)
             self._replication.all_reduce(
                 shard, op=op, technique="all-reduce over replicas", wire_dtype=self._wire_dtype
             )
-        elif not self._after_rails:
+        elif not self._after_sums:
             self._deferral.keep_back(shard)
             shard.zero_()
-
-
-class KeptCopy(Protocol):
-    """A unit's copy of gathered weights that outlives their use."""
-
-    def drop(self) -> None:
-        """Forget the copy."""
-
-    def take_differs(self) -> Tensor | None:
-        """Whether a copy was used that was not what its shard held by then: [], or None if none was used."""
 
 
 class TwoHopSchedule:

@@ -64,12 +64,13 @@ ONCE_PER_STEP = {
     "cross_node_gather": "once_per_step",
     "cross_node_reduce": "once_per_step",
 }
+KEPT: dict[str, Any] = {"hierarchical": "auto", "in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"}
 
 
 @pytest.mark.parametrize(("world", "ranks_per_node", "partition"), SHAPES)
 def test_gradients_weights_and_clipping_are_those_of_one_process(world, ranks_per_node, partition):
     topology = Topology(world_size=world, ranks_per_node=ranks_per_node, partition_size=partition)
-    modes = [FLAT, HIERARCHICAL, ONCE_PER_STEP] if topology.spans_nodes else [FLAT]
+    modes = [FLAT, HIERARCHICAL, ONCE_PER_STEP, KEPT] if topology.spans_nodes else [FLAT, KEPT]
     of_ranks = run_ranks(world, _train_beside_reference, topology, modes)
     assert len(of_ranks[0]) == len(modes) * len(MICRO_STEPS)
     for facts in zip(*of_ranks, strict=True):

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from lightning_mics.planning.cross_node import CrossNode
+
 from lightning_mics.start_report import start_report
 from lightning_mics.topology import Topology
 

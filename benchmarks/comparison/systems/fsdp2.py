@@ -2,8 +2,10 @@
 
 ``full`` shards over all ranks. ``no-sync`` does too, but reduces gradients at the boundary only and holds whole,
 unsharded gradients until then: another class of memory. ``hybrid`` shards inside a group of nodes and all-reduces over
-the replicas in every micro-step; ``hybrid-deferred`` all-reduces at the boundary only. With ``-ring``, gradients inside
-the group are reduced by ``RingReduceScatter``, which sends half of what gloo's own sends.
+the replicas in every micro-step; ``hybrid-deferred`` all-reduces at the boundary only; ``hybrid-kept`` reduces nothing
+before the boundary either, and gathers each parameter once until then: whole parameters and gradients on each rank.
+With ``-ring``, gradients inside the group are reduced by ``RingReduceScatter``, which sends half of what gloo's own
+sends.
 """
 
 from __future__ import annotations
@@ -34,15 +36,18 @@ def train(setting: str | None, job: Job) -> None:
         use_ring(model)
     optimizer = make_optimizer(job.workload, model.parameters(), name=job.plan.optimizer)
     job.notes.append(f"mesh {tuple(mesh.shape)} of {mesh.mesh_dim_names}; asynchronous all-gathers")
+    if kind == "hybrid-kept":
+        model.set_reshard_after_forward(False)
     wait_for_boundary = {
-        "no-sync": model.set_requires_gradient_sync,
-        "hybrid-deferred": model.set_requires_all_reduce,
-    }.get(kind.removesuffix("-ring"))
+        "no-sync": [model.set_requires_gradient_sync],
+        "hybrid-deferred": [model.set_requires_all_reduce],
+        "hybrid-kept": [model.set_requires_gradient_sync, model.set_reshard_after_backward],
+    }.get(kind.removesuffix("-ring"), [])
 
     @contextmanager
     def micro_step(*, boundary: bool) -> Iterator[None]:
-        if wait_for_boundary is not None:
-            wait_for_boundary(boundary)
+        for switch in wait_for_boundary:
+            switch(boundary)
         yield
 
     train_in_bare_loop(job, model, optimizer, micro_step=micro_step)

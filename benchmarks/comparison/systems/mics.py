@@ -1,12 +1,13 @@
 """This package without a trainer: ``lightning_mics.shard_model`` in the same loop as FSDP2.
 
 ``flat`` communicates in partition groups as a whole, ``hierarchical`` in two stages, ``once-per-step`` in two stages of
-which the one between nodes runs once per optimizer step.
+which the one between nodes runs once per optimizer step. With ``kept`` nothing runs more often: each rank keeps what it
+has gathered, and its sums of gradients, to the boundary.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.comparison.bare_loop import train_in_bare_loop
 from benchmarks.comparison.job import Job
@@ -18,18 +19,19 @@ from lightning_mics.traffic import Traffic
 PACKAGES: tuple[str, ...] = ()
 EVERY_TIME = {"cross_node_gather": "every_use", "cross_node_reduce": "every_micro_step"}
 ONCE = {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step"}
+KEPT = {"in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"}
 
 
 def train(setting: str | None, job: Job) -> None:
     """Train under MiCS; see the module's docstring for the settings."""
     assert setting is not None  # every system of this module has one
     topology = topology_of(setting, job)
-    hierarchical, cross_node = schedule_options(setting)
+    hierarchical, options = schedule_options(setting)
     groups = create_groups(topology, device_type="cpu", hierarchical=hierarchical)
     model = build_model(job.workload)
-    schedule = shard_model(model, groups, **cross_node)
+    schedule = shard_model(model, groups, **options)
     optimizer = make_optimizer(job.workload, model.parameters(), name=job.plan.optimizer)
-    job.notes.append(f"{topology}, hierarchical={hierarchical}, {cross_node}")
+    job.notes.append(f"{topology}, hierarchical={hierarchical}, {options}")
     job.recorder.account = lambda: sent_by_node(schedule.traffic, job)
     train_in_bare_loop(job, model, optimizer, micro_step=schedule.micro_step)
 
@@ -45,7 +47,13 @@ def topology_of(setting: str, job: Job) -> Topology:
     return Topology(world_size=job.world_size, ranks_per_node=job.ranks_per_node, partition_size=partition_size)
 
 
-def schedule_options(setting: str) -> tuple[bool, dict[str, Any]]:
-    """Whether collectives run in two stages, and the options that say when they cross nodes."""
+def schedule_options(setting: str) -> tuple[bool | Literal["auto"], dict[str, Any]]:
+    """Whether collectives run in two stages, and the options that say how often they run."""
     kind = setting.partition("@")[0]
-    return {"flat": (False, EVERY_TIME), "hierarchical": (True, EVERY_TIME), "once-per-step": (True, ONCE)}[kind]
+    settings: dict[str, tuple[bool | Literal["auto"], dict[str, Any]]] = {
+        "flat": (False, EVERY_TIME),
+        "hierarchical": (True, EVERY_TIME),
+        "once-per-step": (True, ONCE),
+        "kept": ("auto", KEPT),
+    }
+    return settings[kind]

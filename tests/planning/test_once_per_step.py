@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from lightning_mics.planning.cross_node import CrossNode, choose_cross_node
+
 from lightning_mics.planning.memory import ModelSize
 from lightning_mics.topology import Topology
 
