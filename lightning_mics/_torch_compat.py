@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,8 +95,11 @@ def premultiplied_sum_factor(op: dist.ReduceOp | dist.ReduceOp.RedOpType) -> flo
 
 
 def deferred_sums(module: FSDPModule) -> bool:
-    """Whether ``module`` itself holds gradient sums that still wait for the all-reduce over replicas."""
-    return any(group._partial_reduce_output is not None for group in _param_groups(module))
+    """Whether ``module`` itself holds gradients that still wait for their reduction, whole or as sums of shards."""
+    return any(
+        group._partial_reduce_output is not None or any(map(_has_unreduced_gradient, group.fsdp_params))
+        for group in _param_groups(module)
+    )
 
 
 def trainable(module: FSDPModule) -> list[bool]:
@@ -121,6 +125,11 @@ def _version(parameter: Any) -> Hashable:
     return shard._version, shard._local_tensor._version, parameter._sharded_param_data.data_ptr()
 
 
+def _has_unreduced_gradient(parameter: Any) -> bool:
+    whole = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None)
+
+
 def take_over_second_hop(module: FSDPModule, reduce: Callable[[Tensor, Any], None]) -> None:
     """Let ``reduce(shard, op)`` run after every reduce-scatter of ``module`` itself, in place of FSDP2's all-reduce.
 
@@ -138,6 +147,71 @@ def take_over_second_hop(module: FSDPModule, reduce: Callable[[Tensor, Any], Non
         reduce(shard, dist.ReduceOp.SUM if whole_factor else dist.ReduceOp.AVG)
 
     module.set_all_reduce_hook(hook)
+
+
+class GatheredParameters:
+    """The parameters of one module itself, which stay in memory as gathered while the module shows their shards.
+
+    FSDP2 gathers at each use and frees after it.
+
+    Args:
+        module: Sharded by FSDP2.
+        reuse: Called before each use with ``in_forward``; whether what is there can be used once more.
+        made: Called when they are gathered instead.
+    """
+
+    def __init__(self, module: FSDPModule, *, reuse: Callable[..., bool], made: Callable[[], None]) -> None:
+        self._groups = list(_param_groups(module))
+        self._reuse = reuse
+        self._made = made
+        self._kept = False
+        for group in self._groups:
+            group.unshard = partial(self._unshard, group)  # type: ignore[method-assign]
+            for parameter in group.fsdp_params:
+                parameter.free_unsharded_param = partial(  # type: ignore[method-assign]
+                    self._free_unless_kept, parameter
+                )
+
+    def free(self) -> None:
+        """Free them now, or when their use ends."""
+        self._kept = False
+        for group in self._groups:
+            if group.is_sharded:
+                for parameter in group.fsdp_params:
+                    type(parameter).free_unsharded_param(parameter)
+
+    def own_parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's part of each gathered parameter, and the shard that it was gathered from: [shard], both."""
+        for group in self._groups:
+            mesh_info: Any = group.mesh_info
+            position = mesh_info.shard_mesh_rank
+            for parameter in group.fsdp_params:
+                for gathered, shard in zip(parameter.all_gather_outputs, parameter.all_gather_inputs, strict=True):
+                    yield gathered.narrow(0, position * shard.numel(), shard.numel()), shard
+
+    def _unshard(self, group: FSDPParamGroup, async_op: bool = False) -> None:
+        if group.is_unsharded or group._all_gather_result is not None:
+            return
+        in_forward = group._training_state != TrainingState.PRE_BACKWARD
+        if self._kept and self._reuse(in_forward=in_forward):
+            group._to_unsharded()  # type: ignore[no-untyped-call]
+            return
+        type(group).unshard(group, async_op)
+        self._kept = True
+        self._made()
+
+    def _free_unless_kept(self, parameter: Any) -> None:
+        if not self._kept:
+            type(parameter).free_unsharded_param(parameter)
+
+
+def drop_unreduced_gradients(module: FSDPModule) -> None:
+    """Forget the whole gradients of ``module`` itself that no backward has reduced yet."""
+    for group in _param_groups(module):
+        for parameter in group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = None
 
 
 def gather(module: FSDPModule) -> None:

@@ -23,17 +23,11 @@ from lightning_mics._torch_compat import (
     fsdp_modules,
     sharded_parameters,
     take_over_second_hop,
-    weights_version,
 )
 from lightning_mics.deferral import Deferral
 from lightning_mics.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.kept_copy import KeptCopy
-from lightning_mics.once_per_step import (
-    NodeKeepsAllGather,
-    NodeKeepsReduceScatter,
-    RankKeepsAllGather,
-    RankKeepsReduceScatter,
-)
+from lightning_mics.once_per_step import NodeCopy, NodeSums, RankCopy
 from lightning_mics.partition_groups import PartitionGroups
 from lightning_mics.topology import Topology
 from lightning_mics.traffic import CountedGroup, ReduceOp, Traffic
@@ -122,6 +116,8 @@ class Communication:
         for name, module in fsdp_modules(root).items():
             if self._topology.partition_size > 1:
                 module.set_custom_all_gather(self._all_gather(module))
+                if self._rank_keeps_copy:
+                    self._copies.append(RankCopy(module))
                 module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
             if self._replication is not None:
                 self._set_second_hop(name, module, self._replication)
@@ -131,30 +127,25 @@ class Communication:
             traffic=self._traffic,
             deferrals=self._deferrals,
             copies=self._copies,
+            whole_gradients=self._rank_keeps_sums and self._topology.partition_size > 1,
         )
 
     def _all_gather(self, module: FSDPModule) -> AllGather:
-        if self._rail is not None and self._node_keeps_copy and not self._rank_keeps_copy:
-            return NodeKeepsAllGather(rail=self._rail, node=self._node, copy=self._copy(module))
         if self._rail is None:
-            gather: AllGather = FlatAllGather(self._partition)
-        else:
-            gather = HierarchicalAllGather(rail=self._rail, node=self._node)
-        return RankKeepsAllGather(gather, copy=self._copy(module)) if self._rank_keeps_copy else gather
+            return FlatAllGather(self._partition)
+        if self._rank_keeps_copy or not self._node_keeps_copy:
+            return HierarchicalAllGather(rail=self._rail, node=self._node)
+        copy = NodeCopy(rail=self._rail, node=self._node, module=module)
+        self._copies.append(copy)
+        return copy
 
     def _reduce_scatter(self, name: str, module: FSDPModule) -> ReduceScatter:
-        if self._rail is not None and self._node_keeps_sums and not self._rank_keeps_sums:
-            deferral = self._deferral(name, module)
-            return NodeKeepsReduceScatter(
-                rail=self._rail, node=self._node, deferral=deferral, wire_dtype=self._wire_dtype
-            )
         if self._rail is None:
-            reduce: ReduceScatter = FlatReduceScatter(self._partition)
-        else:
-            reduce = HierarchicalReduceScatter(rail=self._rail, node=self._node, wire_dtype=self._wire_dtype)
-        if not self._rank_keeps_sums:
-            return reduce
-        return RankKeepsReduceScatter(reduce, deferral=self._deferral(name, module))
+            return FlatReduceScatter(self._partition)
+        if self._rank_keeps_sums or not self._node_keeps_sums:
+            return HierarchicalReduceScatter(rail=self._rail, node=self._node, wire_dtype=self._wire_dtype)
+        deferral = self._deferral(name, module)
+        return NodeSums(rail=self._rail, node=self._node, deferral=deferral, wire_dtype=self._wire_dtype)
 
     def _set_second_hop(self, name: str, module: FSDPModule, replication: CountedGroup) -> None:
         if self._wire_dtype is None:
@@ -168,10 +159,6 @@ class Communication:
         deferral = self._deferral(name, module)
         hop = SecondHop(replication=replication, wire_dtype=self._wire_dtype, deferral=deferral, after_sums=after_sums)
         take_over_second_hop(module, hop)
-
-    def _copy(self, module: FSDPModule) -> KeptCopy:
-        self._copies.append(KeptCopy(lambda: weights_version(module)))
-        return self._copies[-1]
 
     def _deferral(self, name: str, module: FSDPModule) -> Deferral:
         return self._deferrals.setdefault(name, Deferral(lambda: sharded_parameters(module)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class KeptCopy:
-    """What one unit (a block, or what the root holds) has gathered from a group, for the next time.
+    """What one unit (a block, or what the root holds) has gathered, for the next time.
 
     All ranks must come to the same decision, or they would wait for each other: weights are changed by all or by none.
 
@@ -19,38 +19,33 @@ class KeptCopy:
 
     def __init__(self, version: Callable[[], Hashable]) -> None:
         self._version = version
-        self._kept: Tensor | None = None
         self._kept_version: Hashable = None
         self._differs: Tensor | None = None  # [], bool: whether a shard was not what its copy says
 
-    def get(self, shard: Tensor, *, position: int, make: Callable[[], Tensor]) -> Tensor:
-        """The copy [ranks * shard], from ``make()`` if there is none or the weights have changed.
+    @property
+    def usable(self) -> bool:
+        """Whether there is a copy, and no change of the weights since that torch knows of."""
+        return self._kept_version is not None and self._kept_version == self._version()
 
-        Args:
-            shard: What this rank holds by now, to compare a copy that is used again.
-            position: This rank's place in the group that the copy was gathered from.
-            make: Gathers.
-        """
-        if self._kept is None or self._version() != self._kept_version:
-            self._kept, self._kept_version = make(), self._version()
-        else:
-            self._compare(shard, position)
-        if self._kept.is_cuda:  # made on another stream perhaps, when a user gathers a module by hand
-            self._kept.record_stream(torch.cuda.current_stream(self._kept.device))
-        return self._kept
+    def made(self) -> None:
+        """There is a copy now, of the weights as they are."""
+        self._kept_version = self._version()
 
     def drop(self) -> None:
         """Forget the copy: the next use gathers."""
-        self._kept = self._kept_version = None
+        self._kept_version = None
+
+    def compare(self, own: Tensor, shard: Tensor) -> None:
+        """Note, without waiting for the device, whether this rank's ``own`` part of the copy is its ``shard`` still.
+
+        Bit by bit, as weights that are not numbers equal themselves here.
+        """
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(own.element_size(), torch.uint8)
+        own, shard = own.view(bits), shard.view(bits)
+        differs = (own != shard).any() if own.is_cuda else torch.tensor(not torch.equal(own, shard))
+        self._differs = differs if self._differs is None else self._differs | differs
 
     def take_differs(self) -> Tensor | None:
         """Whether a copy was used that was not what its shard held by then: [], or None if no copy was used again."""
         differs, self._differs = self._differs, None
         return differs
-
-    def _compare(self, shard: Tensor, position: int) -> None:
-        """Note, without waiting for the device, whether this rank's part of the copy still is its shard, bit by bit."""
-        assert self._kept is not None
-        own = self._kept.narrow(0, position * shard.numel(), shard.numel())
-        differs = (own.view(torch.uint8) != shard.view(torch.uint8)).any()
-        self._differs = differs if self._differs is None else self._differs | differs

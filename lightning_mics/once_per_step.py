@@ -21,7 +21,9 @@ nodes either, but once per step::
     gather     whole group            -               -           -            in backward never
     reduce          -                 -               -       whole group
 
-Optimizer states stay sharded, so this takes less memory than DDP, which holds them whole.
+Optimizer states stay sharded, so this takes less memory than DDP, which holds them whole. FSDP2 itself holds gradients
+back (``set_requires_gradient_sync``). It can hold gathered parameters back too, but then the module would show them
+instead of its shards, and what users change between micro-steps would be lost; here the shards are shown.
 """
 
 from __future__ import annotations
@@ -29,26 +31,28 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
-from lightning_mics._torch_compat import AllGather, ReduceScatter
+from lightning_mics._torch_compat import AllGather, GatheredParameters, weights_version
 from lightning_mics.deferral import Deferral
 from lightning_mics.hierarchical import HierarchicalReduceScatter, TwoStages
 from lightning_mics.kept_copy import KeptCopy
 from lightning_mics.traffic import CountedGroup, ReduceOp
 
 
-class NodeKeepsAllGather(TwoStages, AllGather):
+class NodeCopy(KeptCopy, TwoStages, AllGather):
     """All-gather that crosses nodes only when the node has no copy.
 
     Args:
         rail: The ranks with this local rank, one per node, in the order of nodes.
         node: The ranks on this node, in the order of local ranks; None if there is one.
-        copy: Where this rank's part of the node's copy is: what its rail gathers.
+        module: The unit; its version says when weights have changed.
     """
 
-    def __init__(self, *, rail: CountedGroup, node: CountedGroup | None, copy: KeptCopy) -> None:
-        super().__init__(rail=rail, node=node)
-        self._copy = copy
+    def __init__(self, *, rail: CountedGroup, node: CountedGroup | None, module: FSDPModule) -> None:
+        KeptCopy.__init__(self, lambda: weights_version(module))
+        TwoStages.__init__(self, rail=rail, node=node)
+        self._rail_slice: Tensor | None = None  # [nodes * shard]
 
     def __call__(
         self,
@@ -58,20 +62,28 @@ class NodeKeepsAllGather(TwoStages, AllGather):
         async_op: bool = False,
     ) -> dist.Work | None:
         """Gather every shard into ``output_tensor``, in the order of ``group`` (rail by rail)."""
-
-        def cross() -> Tensor:
-            rail_slice = torch.empty_like(self.rail_slice(output_tensor, group))
-            self.rail.all_gather(rail_slice, input_tensor, technique="gather along rails")
-            return rail_slice
-
-        kept = self._copy.get(input_tensor, position=self.rail.rank, make=cross)
+        kept = self._rail_slice
+        if kept is not None and self.usable:
+            self.compare(kept.chunk(self.rail.size)[self.rail.rank], input_tensor)
+        else:
+            kept = torch.empty_like(self.rail_slice(output_tensor, group))
+            self.rail.all_gather(kept, input_tensor, technique="gather along rails")
+            self._rail_slice = kept
+            self.made()
+        if kept.is_cuda:  # made on another stream perhaps, when a user gathers a module by hand
+            kept.record_stream(torch.cuda.current_stream(kept.device))
         if self.node is None:
             output_tensor.copy_(kept)
             return None
         return self.node.all_gather(output_tensor, kept, technique="gather inside nodes", async_op=async_op)
 
+    def drop(self) -> None:
+        """Forget the copy: the next gather crosses nodes."""
+        super().drop()
+        self._rail_slice = None
 
-class NodeKeepsReduceScatter(HierarchicalReduceScatter):
+
+class NodeSums(HierarchicalReduceScatter):
     """Reduce-scatter inside the node in every micro-step; along the rail at the boundary only.
 
     Before the boundary the output is zeros, and ``deferral`` holds the node's sum.
@@ -112,62 +124,26 @@ class NodeKeepsReduceScatter(HierarchicalReduceScatter):
         return self.reduce_along_rail(output_tensor, rail_slice, op, async_op=async_op)
 
 
-class RankKeepsAllGather(AllGather):
-    """All-gather that communicates only when this rank, and so every rank, has no copy.
+class RankCopy(KeptCopy):
+    """A unit's gathered parameters, which stay in memory between uses. Gathers only if they are not there.
 
     Args:
-        gather: Gathers from the whole group.
-        copy: Where the copy is.
+        module: The unit.
     """
 
-    def __init__(self, gather: AllGather, *, copy: KeptCopy) -> None:
-        self._gather = gather
-        self._copy = copy
+    def __init__(self, module: FSDPModule) -> None:
+        super().__init__(lambda: weights_version(module))
+        self._gathered = GatheredParameters(module, reuse=self._reuse, made=self.made)
 
-    def __call__(
-        self,
-        output_tensor: Tensor,  # [ranks * shard]
-        input_tensor: Tensor,  # [shard], this rank's part of the output
-        group: dist.ProcessGroup,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        """Gather every shard into ``output_tensor``, in the order of ``group``."""
+    def drop(self) -> None:
+        """Free the copy, or let FSDP2 do so after its use: the next use gathers."""
+        super().drop()
+        self._gathered.free()
 
-        def gather() -> Tensor:
-            whole = torch.empty_like(output_tensor)
-            self._gather(whole, input_tensor, group)
-            return whole
-
-        output_tensor.copy_(self._copy.get(input_tensor, position=group.rank(), make=gather))
-        return None
-
-
-class RankKeepsReduceScatter(ReduceScatter):
-    """Reduce-scatter at the boundary only.
-
-    Before the boundary the output is zeros, and ``deferral`` holds this rank's own sum.
-
-    Args:
-        reduce: Reduces over the whole group.
-        deferral: What this unit keeps back, and whether this is the boundary.
-    """
-
-    def __init__(self, reduce: ReduceScatter, *, deferral: Deferral) -> None:
-        self._reduce = reduce
-        self._deferral = deferral
-
-    def __call__(
-        self,
-        output_tensor: Tensor,  # [shard]
-        input_tensor: Tensor,  # [ranks * shard], overwritten
-        group: dist.ProcessGroup,
-        op: ReduceOp,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        """Add up ``input_tensor``; at the boundary leave the window's shard in ``output_tensor``."""
-        if not self._deferral.at_boundary:
-            self._deferral.keep_back(input_tensor)
-            output_tensor.zero_()
-            return None
-        self._deferral.release_into(input_tensor)
-        return self._reduce(output_tensor, input_tensor, group, op, async_op)
+    def _reuse(self, *, in_forward: bool) -> bool:
+        if not self.usable:
+            return False
+        if in_forward:  # nobody means a backward to see other weights than its forward
+            for own, shard in self._gathered.own_parts():
+                self.compare(own, shard)
+        return True

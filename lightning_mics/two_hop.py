@@ -26,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_mics._torch_compat import (
     deferred_sums,
+    drop_unreduced_gradients,
     forget_iteration,
     fsdp_modules,
     reduce_unused_parameters,
@@ -91,6 +92,7 @@ class TwoHopSchedule:
         traffic: What the collectives of all units have sent.
         deferrals: What units keep back beside FSDP2's own sums, by the unit's name.
         copies: The kept copies of weights.
+        whole_gradients: Hop 1 waits for the boundary as well, and FSDP2 adds up whole gradients until then.
     """
 
     def __init__(
@@ -101,13 +103,15 @@ class TwoHopSchedule:
         traffic: Traffic,
         deferrals: Mapping[str, Deferral] | None = None,
         copies: Sequence[KeptCopy] = (),
+        whole_gradients: bool = False,
     ) -> None:
         self.traffic = traffic
         self._root = root
         self._modules = fsdp_modules(root)
         self._deferrals = dict(deferrals or {})
         self._copies = copies
-        self._defers = replicas > 1 or bool(self._deferrals)
+        self._whole_gradients = whole_gradients
+        self._defers = replicas > 1 or bool(self._deferrals) or whole_gradients
         self._at_boundary = True
         self._in_window = False
         self._weights_fixed = False
@@ -164,6 +168,8 @@ class TwoHopSchedule:
         Raises:
             RuntimeError: If such a block has sums that wait already.
         """
+        if self._whole_gradients:  # each has a gradient of its own until the boundary
+            return
         for name, module in self._modules.items():
             now = trainable(module)
             ever_trainable = [a or b for a, b in zip(self._ever_trainable[name], now, strict=True)]
@@ -209,6 +215,8 @@ class TwoHopSchedule:
         forget_iteration(self._root)
         for deferral in self._deferrals.values():
             deferral.drop()
+        for module in self._modules.values():
+            drop_unreduced_gradients(module)
         for copy in self._copies:
             copy.take_differs()
         self._close_window()
@@ -227,7 +235,10 @@ class TwoHopSchedule:
 
     def _set_boundary(self, boundary: bool) -> None:
         self._at_boundary = boundary
-        self._root.set_requires_all_reduce(boundary)
+        if self._whole_gradients:  # units that take part say so in their forward
+            self._root.set_requires_gradient_sync(True)
+        else:
+            self._root.set_requires_all_reduce(boundary)
         for deferral in self._deferrals.values():
             deferral.at_boundary = boundary
 
@@ -269,5 +280,9 @@ class TwoHopSchedule:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _take_part_in_reductions(self, module: nn.Module, _inputs: Any) -> None:
         deferring = self._defers and not self._at_boundary
-        if deferring and torch.is_grad_enabled() and isinstance(module, FSDPModule):
+        if not (deferring and torch.is_grad_enabled() and isinstance(module, FSDPModule)):
+            return
+        if self._whole_gradients:
+            module.set_requires_gradient_sync(False, recurse=False)
+        else:
             reduce_unused_parameters(module, True)
