@@ -36,16 +36,20 @@ class KeptCopy:
         self._kept_version = None
 
     def compare(self, own: Tensor, shard: Tensor) -> None:
-        """Note, without waiting for the device, whether this rank's ``own`` part of the copy is its ``shard`` still.
-
-        Bit by bit, as weights that are not numbers equal themselves here.
-        """
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(own.element_size(), torch.uint8)
-        own, shard = own.view(bits), shard.view(bits)
-        differs = (own != shard).any() if own.is_cuda else torch.tensor(not torch.equal(own, shard))
-        self._differs = differs if self._differs is None else self._differs | differs
+        """Note whether this rank's ``own`` part of the copy is its ``shard`` still; does not wait for a device."""
+        if own.is_cuda:
+            differs = _bits_differ(own, shard)
+            self._differs = differs if self._differs is None else self._differs | differs
+        elif not torch.equal(own, shard) and _bits_differ(own, shard):
+            self._differs = torch.tensor(True)
 
     def take_differs(self) -> Tensor | None:
-        """Whether a copy was used that was not what its shard held by then: [], or None if no copy was used again."""
+        """Whether a copy was used that was not what its shard held by then: [], or None if no copy is known to be."""
         differs, self._differs = self._differs, None
         return differs
+
+
+def _bits_differ(one: Tensor, other: Tensor) -> Tensor:
+    """Whether the tensors differ, [], where not-a-number equals itself."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(one.element_size(), torch.uint8)
+    return (one.view(bits) != other.view(bits)).any()

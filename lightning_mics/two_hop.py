@@ -235,10 +235,11 @@ class TwoHopSchedule:
 
     def _set_boundary(self, boundary: bool) -> None:
         self._at_boundary = boundary
-        if self._whole_gradients:  # units that take part say so in their forward
-            self._root.set_requires_gradient_sync(True)
-        else:
-            self._root.set_requires_all_reduce(boundary)
+        for module in self._modules.values():
+            if self._whole_gradients:  # units that take part hold theirs back, from their forward on
+                module.set_requires_gradient_sync(True, recurse=False)
+            else:
+                module.set_requires_all_reduce(boundary, recurse=False)
         for deferral in self._deferrals.values():
             deferral.at_boundary = boundary
 
