@@ -205,6 +205,11 @@ class GatheredParameters:
             type(parameter).free_unsharded_param(parameter)
 
 
+def ever_gathered(module: FSDPModule) -> bool:
+    """Whether the parameters of ``module`` itself have been gathered yet."""
+    return all(hasattr(p, "_unsharded_param") for group in _param_groups(module) for p in group.fsdp_params)
+
+
 def drop_unreduced_gradients(module: FSDPModule) -> None:
     """Forget the whole gradients of ``module`` itself that no backward has reduced yet."""
     for group in _param_groups(module):

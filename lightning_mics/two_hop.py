@@ -27,6 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lightning_mics._torch_compat import (
     deferred_sums,
     drop_unreduced_gradients,
+    ever_gathered,
     forget_iteration,
     fsdp_modules,
     reduce_unused_parameters,
@@ -236,8 +237,8 @@ class TwoHopSchedule:
     def _set_boundary(self, boundary: bool) -> None:
         self._at_boundary = boundary
         for module in self._modules.values():
-            if self._whole_gradients:  # units that take part hold theirs back, from their forward on
-                module.set_requires_gradient_sync(True, recurse=False)
+            if self._whole_gradients:
+                module.set_requires_gradient_sync(boundary or not ever_gathered(module), recurse=False)
             else:
                 module.set_requires_all_reduce(boundary, recurse=False)
         for deferral in self._deferrals.values():
@@ -283,7 +284,7 @@ class TwoHopSchedule:
         deferring = self._defers and not self._at_boundary
         if not (deferring and torch.is_grad_enabled() and isinstance(module, FSDPModule)):
             return
-        if self._whole_gradients:
+        if self._whole_gradients:  # not before: FSDP2 looks for the gradients of what it has never gathered
             module.set_requires_gradient_sync(False, recurse=False)
         else:
             reduce_unused_parameters(module, True)

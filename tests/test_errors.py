@@ -184,6 +184,16 @@ def _fit_not_initialisable(folder: Any) -> tuple[str, str]:
             {"cross_node_reduce": True},
             "cross_node_reduce=True is not one of 'auto', 'every_micro_step', 'once_per_step'",
         ),
+        ({"in_node_gather": "never"}, "in_node_gather='never' is not one of 'auto', 'every_use', 'once_per_step'"),
+        ({"in_node_reduce": 1}, "in_node_reduce=1 is not one of 'auto', 'every_micro_step', 'once_per_step'"),
+        (
+            {"in_node_gather": "once_per_step", "cross_node_gather": "every_use"},
+            "in_node_gather='once_per_step' leaves nothing to cross nodes more often, but cross_node_gather=",
+        ),
+        (
+            {"in_node_reduce": "once_per_step", "cross_node_reduce": "every_micro_step"},
+            "in_node_reduce='once_per_step' leaves nothing to cross nodes more often, but cross_node_reduce=",
+        ),
         ({"cross_node_dtype": "int8"}, "cross_node_dtype='int8' is not one of torch.float32, torch.bfloat16"),
         ({"reduce_dtype": "int8"}, "reduce_dtype='int8' is not one of torch.float32, torch.bfloat16"),
         ({"reduce_dtype": torch.float16}, "reduce_dtype=torch.float16 is not one of torch.float32, torch.bfloat16"),

@@ -1,4 +1,4 @@
-"""What crosses nodes, and when: counted on real runs with parameters and gradients once per step."""
+"""What travels, and when: counted on real runs with parameters and gradients once per step, kept by nodes or ranks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 from lightning_mics import Topology, TwoHopSchedule, create_groups, shard_model
 from tests.collectives import Collective, RecordCollectives
@@ -15,8 +17,12 @@ from tests.forked import run_ranks
 from tests.test_schedule import DIM, LAYERS, MODEL_BYTES, Stack
 
 ONCE: dict[str, Any] = {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step"}
+KEPT: dict[str, Any] = {"in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"}
+LEVELS = pytest.mark.parametrize("options", [ONCE, KEPT], ids=["kept by nodes", "kept by ranks"])
 SPANNING = [(4, 2, 4), (8, 2, 4), (8, 2, 8), (8, 4, 8), (4, 1, 2), (4, 1, 4)]
 TOPOLOGIES = [Topology(world_size=world, ranks_per_node=k, partition_size=p) for world, k, p in SPANNING]
+ON_A_NODE = Topology(world_size=8, ranks_per_node=4, partition_size=4)
+OVER_TWO = Topology(world_size=4, ranks_per_node=2, partition_size=4)
 UNITS = LAYERS + 1  # the blocks and the root
 
 
@@ -32,9 +38,9 @@ def _micro_step(model: Stack, schedule: TwoHopSchedule, *, boundary: bool) -> li
     return recorded.seen
 
 
-def _record(topology: Topology) -> list[list[Collective]]:
+def _record(topology: Topology, options: dict[str, Any]) -> list[list[Collective]]:
     """The collectives of three micro-steps, the last one the boundary, in the second window."""
-    model, schedule = _make(topology, **ONCE)
+    model, schedule = _make(topology, **options)
     _micro_step(model, schedule, boundary=True)
     steps = []
     for boundary in (False, False, True):
@@ -45,7 +51,7 @@ def _record(topology: Topology) -> list[list[Collective]]:
 
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
 def test_parameters_cross_in_the_first_micro_step_and_gradients_at_the_boundary_only(topology):
-    for rank, micro_steps in enumerate(run_ranks(topology.world_size, _record, topology)):
+    for rank, micro_steps in enumerate(run_ranks(topology.world_size, _record, topology, ONCE)):
         rail, node = topology.rail(rank), topology.node_group(rank)
         first, middle, boundary = (Counter((c.kind, c.ranks) for c in seen) for seen in micro_steps)
         inside: Counter[tuple[str, tuple[int, ...]]] = Counter()
@@ -59,17 +65,32 @@ def test_parameters_cross_in_the_first_micro_step_and_gradients_at_the_boundary_
         assert boundary == inside + crossing
 
 
-@pytest.mark.parametrize("topology", [*TOPOLOGIES, Topology(world_size=8, ranks_per_node=2, partition_size=2)], ids=str)
-def test_a_node_sends_the_least_possible_between_nodes_whatever_the_number_of_micro_steps(topology):
+@pytest.mark.parametrize("topology", [*TOPOLOGIES, ON_A_NODE], ids=str)
+def test_nothing_travels_between_the_first_gather_and_the_boundary_where_ranks_keep_it(topology):
+    for rank, micro_steps in enumerate(run_ranks(topology.world_size, _record, topology, KEPT)):
+        first, middle, boundary = (Counter((c.kind, c.ranks) for c in seen) for seen in micro_steps)
+        rail, node = topology.rail(rank), topology.node_group(rank)
+        legs = [leg for leg in (rail, node) if len(leg) > 1]
+        assert middle == Counter()
+        assert first == Counter({("all_gather", leg): UNITS for leg in legs})
+        reductions = Counter({("all_to_all", leg): UNITS for leg in legs})  # gloo reduce-scatters by pairs
+        if topology.replicas > 1:
+            reductions["all_reduce", topology.replication_group(rank)] = UNITS
+        assert boundary == reductions
+
+
+@LEVELS
+@pytest.mark.parametrize("topology", [*TOPOLOGIES, ON_A_NODE], ids=str)
+def test_a_node_sends_the_least_possible_between_nodes_whatever_the_number_of_micro_steps(topology, options):
     n = topology.nodes
-    for of_rank in run_ranks(topology.world_size, _between_nodes, topology):
+    for of_rank in run_ranks(topology.world_size, _between_nodes, topology, options):
         for sent_bytes in of_rank:
             assert sent_bytes * topology.ranks_per_node == 2 * MODEL_BYTES * (n - 1) / n
 
 
-def _between_nodes(topology: Topology) -> list[float]:
+def _between_nodes(topology: Topology, options: dict[str, Any]) -> list[float]:
     """What this rank counts in a window of one micro-step, and of four."""
-    model, schedule = _make(topology, **ONCE)
+    model, schedule = _make(topology, **options)
     counted = []
     for micro_steps in (1, 4):
         before = schedule.traffic.by_technique()
@@ -82,14 +103,15 @@ def _between_nodes(topology: Topology) -> list[float]:
     return counted
 
 
-def test_gradients_are_none_until_the_boundary_also_without_replicas():
-    for of_steps in run_ranks(4, _gradients_present, Topology(world_size=4, ranks_per_node=2, partition_size=4)):
+@LEVELS
+def test_gradients_are_none_until_the_boundary_also_without_replicas(options):
+    for of_steps in run_ranks(4, _gradients_present, options):
         assert of_steps == [0, 0, UNITS, UNITS, UNITS]
 
 
-def _gradients_present(topology: Topology) -> list[int]:
+def _gradients_present(options: dict[str, Any]) -> list[int]:
     """How many parameters have a gradient after each micro-step; the last two keep the gradients they found."""
-    model, schedule = _make(topology, **ONCE)
+    model, schedule = _make(OVER_TWO, **options)
     counts = []
     for boundary in (False, False, True, False, True):
         _micro_step(model, schedule, boundary=boundary)
@@ -97,17 +119,17 @@ def _gradients_present(topology: Topology) -> list[int]:
     return counts
 
 
-def test_gradients_of_two_windows_add_up_if_nobody_clears_them():
-    for once, plainly in run_ranks(4, _two_windows):
+@LEVELS
+def test_gradients_of_two_windows_add_up_if_nobody_clears_them(options):
+    for once, plainly in run_ranks(4, _two_windows, options):
         assert plainly.norm() > 1e-3
         torch.testing.assert_close(once, plainly, rtol=1e-6, atol=1e-9)
 
 
-def _two_windows() -> list[torch.Tensor]:
-    topology = Topology(world_size=4, ranks_per_node=2, partition_size=4)
+def _two_windows(kept: dict[str, Any]) -> list[torch.Tensor]:
     results = []
-    for options in (ONCE, {}):
-        model, schedule = _make(topology, **options)
+    for options in (kept, {}):
+        model, schedule = _make(OVER_TWO, **options)
         torch.manual_seed(1)
         for boundary in (False, True, False, True):
             _micro_step(model, schedule, boundary=boundary)
@@ -115,16 +137,17 @@ def _two_windows() -> list[torch.Tensor]:
     return results
 
 
-def test_an_abandoned_window_leaves_nothing_behind():
-    for abandoned, fresh in run_ranks(4, _abandon):
+@LEVELS
+def test_an_abandoned_window_leaves_nothing_behind(options):
+    for abandoned, fresh in run_ranks(4, _abandon, options):
         assert fresh.norm() > 1e-3
         assert torch.equal(abandoned, fresh)
 
 
-def _abandon() -> list[torch.Tensor]:
+def _abandon(options: dict[str, Any]) -> list[torch.Tensor]:
     results = []
     for unfinished in (2, 0):
-        model, schedule = _make(Topology(world_size=4, ranks_per_node=2, partition_size=4), **ONCE)
+        model, schedule = _make(OVER_TWO, **options)
         for _ in range(unfinished):
             _micro_step(model, schedule, boundary=False)
         schedule.abandon_window()
@@ -135,15 +158,16 @@ def _abandon() -> list[torch.Tensor]:
     return results
 
 
-def test_an_evaluation_with_fixed_weights_crosses_nodes_once():
-    for rank, (loose, fixed) in enumerate(run_ranks(4, _evaluate)):
+@LEVELS
+def test_an_evaluation_with_fixed_weights_crosses_nodes_once(options):
+    for rank, (loose, fixed) in enumerate(run_ranks(4, _evaluate, options)):
         rail = (rank % 2, rank % 2 + 2)
         assert [sum(c.ranks == rail for c in seen) for seen in loose] == [UNITS] * 3
         assert [sum(c.ranks == rail for c in seen) for seen in fixed] == [UNITS, 0, 0]
 
 
-def _evaluate() -> tuple[list[list[Collective]], list[list[Collective]]]:
-    model, schedule = _make(Topology(world_size=4, ranks_per_node=2, partition_size=4), **ONCE)
+def _evaluate(options: dict[str, Any]) -> tuple[list[list[Collective]], list[list[Collective]]]:
+    model, schedule = _make(OVER_TWO, **options)
 
     def passes() -> list[list[Collective]]:
         recorded = []
@@ -159,21 +183,43 @@ def _evaluate() -> tuple[list[list[Collective]], list[list[Collective]]]:
         return loose, passes()
 
 
-def test_copies_and_sums_take_the_memory_of_their_share_and_none_after_the_boundary():
-    for held in run_ranks(4, _held_bytes):
-        assert held == [MODEL_BYTES // 2, 0]  # two ranks on each node
+def test_copies_and_sums_on_nodes_take_the_memory_of_their_share_and_none_after_the_boundary():
+    for held in run_ranks(4, _held_on_nodes):
+        assert held == [(MODEL_BYTES // 2, MODEL_BYTES // 2), (0, 0)]  # two ranks on each node
 
 
-def _held_bytes() -> list[int]:
-    model, schedule = _make(Topology(world_size=4, ranks_per_node=2, partition_size=4), **ONCE)
+def _held_on_nodes() -> list[tuple[int, int]]:
+    model, schedule = _make(OVER_TWO, **ONCE)
     held = []
     for boundary in (False, True):
         _micro_step(model, schedule, boundary=boundary)
-        sums = [d._sums for d in schedule._deferrals.values()]
-        copies = [copy._kept for copy in schedule._copies]
-        by_kind = {sum(t.nbytes for t in kept if t is not None) for kept in (sums, copies)}
-        held.append(*by_kind)
+        copies = [copy._rail_slice for copy in schedule._copies]
+        sums = [deferral._sums for deferral in schedule._deferrals.values()]
+        held.append((_bytes(copies), _bytes(sums)))
     return held
+
+
+def test_copies_and_sums_on_ranks_take_the_memory_of_the_model_and_none_after_the_boundary():
+    for held in run_ranks(4, _held_on_ranks):
+        assert held == [(MODEL_BYTES, MODEL_BYTES), (0, 0)]
+
+
+def _held_on_ranks() -> list[tuple[int, int]]:
+    model, schedule = _make(OVER_TWO, **KEPT)
+    held = []
+    for boundary in (False, True):
+        _micro_step(model, schedule, boundary=boundary)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())  # shards are what users see
+        units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+        groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+        parameters = [parameter for group in groups for parameter in group.fsdp_params]
+        stored = sum(t.untyped_storage().size() for parameter in parameters for t in parameter.all_gather_outputs)
+        held.append((stored, _bytes([parameter._unsharded_param.grad for parameter in parameters])))
+    return held
+
+
+def _bytes(tensors: list[torch.Tensor | None]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 class TakesTurns(nn.Module):
@@ -187,18 +233,23 @@ class TakesTurns(nn.Module):
         return self.layers[turn](x).square().mean()
 
 
-def test_a_block_whose_gradients_wait_crosses_at_a_boundary_that_does_not_use_it():
-    for ours, alone in run_ranks(4, _skip_at_the_boundary):
+@LEVELS
+@pytest.mark.parametrize("reduce_dtype", [None, torch.float64], ids=str)
+def test_a_block_whose_gradients_wait_crosses_at_a_boundary_that_does_not_use_it(options, reduce_dtype):
+    for ours, alone in run_ranks(4, _skip_at_the_boundary, options, reduce_dtype):
         assert alone.norm() > 1e-3
         torch.testing.assert_close(ours, alone, rtol=1e-6, atol=1e-9)
 
 
-def _skip_at_the_boundary() -> tuple[torch.Tensor, torch.Tensor]:
+def _skip_at_the_boundary(
+    options: dict[str, Any], reduce_dtype: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     model, alone = TakesTurns(), TakesTurns()
     alone.load_state_dict(model.state_dict())
-    groups = create_groups(Topology(world_size=4, ranks_per_node=2, partition_size=4), device_type="cpu")
-    schedule = shard_model(model, groups, **ONCE)
+    groups = create_groups(OVER_TWO, device_type="cpu")
+    mixed_precision = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+    schedule = shard_model(model, groups, mixed_precision=mixed_precision, **options)
     x = torch.randn(2, DIM)  # the same on all ranks
     for turn, boundary in ((0, False), (1, True)):
         with schedule.micro_step(boundary=boundary):
@@ -211,22 +262,22 @@ WIRE_SHAPES = [(4, 2, 1), (4, 2, 2), (4, 2, 4), (8, 2, 4), (8, 2, 2)]
 
 
 @pytest.mark.parametrize("shape", WIRE_SHAPES, ids=str)
-@pytest.mark.parametrize("reduce", ["every_micro_step", "once_per_step"])
-def test_bf16_on_the_wire_costs_its_rounding_and_sums_in_float32(shape, reduce):
+@pytest.mark.parametrize("options", [{}, {"cross_node_reduce": "once_per_step"}, KEPT], ids=str)
+def test_bf16_on_the_wire_costs_its_rounding_and_sums_in_float32(shape, options):
     world, k, p = shape
     topology = Topology(world_size=world, ranks_per_node=k, partition_size=p)
-    for errors, halves, equal in run_ranks(world, _wire, topology, reduce):
+    for errors, halves, equal in run_ranks(world, _wire, topology, options):
         assert errors["float32"] < 1e-6  # the same sums, another way
         assert 1e-5 < errors["bfloat16"] < 2**-8  # rounded once per leg: half a unit in the last place of 8 bits
         assert halves
         assert equal
 
 
-def _wire(topology: Topology, reduce: str) -> tuple[dict[str, float], bool, bool]:
+def _wire(topology: Topology, options: dict[str, Any]) -> tuple[dict[str, float], bool, bool]:
     """Relative errors of gradients by wire dtype; whether bf16 halves their bytes; whether replicas are bit-equal."""
     gradients, crossing = {}, {}
     for name, dtype in {"none": None, "float32": torch.float32, "bfloat16": torch.bfloat16}.items():
-        model, schedule = _make(topology, cross_node_reduce=reduce, cross_node_dtype=dtype)
+        model, schedule = _make(topology, cross_node_dtype=dtype, **options)
         torch.manual_seed(7 + torch.distributed.get_rank())
         for boundary in (False, False, True):
             _micro_step(model, schedule, boundary=boundary)

@@ -22,7 +22,14 @@ from tests.forked import RankError, run_ranks
 from tests.test_schedule import DIM, LAYERS, Stack
 
 TOPOLOGY = Topology(world_size=4, ranks_per_node=2, partition_size=4)
+NODES = {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step"}
+RANKS = {"in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"}
 FACTOR = 1.5
+
+
+@pytest.fixture(scope="module", params=[NODES, RANKS], ids=["kept by nodes", "kept by ranks"])
+def options(request):
+    return request.param
 
 
 def _weights(model: Stack) -> list[nn.Parameter]:
@@ -123,30 +130,26 @@ INSIDE, BETWEEN = list(KNOWN), [*KNOWN, *UNKNOWN]
 
 
 @pytest.fixture(scope="module")
-def seen():
+def seen(options):
     """By route, inside a window and between steps: what :func:`_loss_after` saw on each rank."""
-    return run_ranks(4, _change_by_every_route)
+    return run_ranks(4, _change_by_every_route, options)
 
 
-def _change_by_every_route() -> dict[tuple[str, str], tuple[float, float, float]]:
-    results = {("inside", route): _loss_after(KNOWN[route], inside=True) for route in INSIDE}
+def _change_by_every_route(options: dict[str, str]) -> dict[tuple[str, str], tuple[float, float, float]]:
+    results = {("inside", route): _loss_after(KNOWN[route], options, inside=True) for route in INSIDE}
     for route, change in {**KNOWN, **UNKNOWN}.items():
-        results["between", route] = _loss_after(change, inside=False)
+        results["between", route] = _loss_after(change, options, inside=False)
     return results
 
 
-def _loss_after(change: Callable[[Stack], None], *, inside: bool) -> tuple[float, float, float]:
+def _loss_after(
+    change: Callable[[Stack], None], options: dict[str, str], *, inside: bool
+) -> tuple[float, float, float]:
     """The loss before a change, after it, and after it with weights that were gathered anew."""
-    model, schedule = _make()
+    model, schedule = _make(options)
     x = torch.randn(2, DIM, generator=torch.Generator().manual_seed(3))
     if inside:
-        with schedule.micro_step(boundary=False):
-            before = model(x)
-            before.backward()
-        change(model)
-        with schedule.micro_step(boundary=True):
-            after = model(x)
-            after.backward()
+        before, after = _train_around(lambda: change(model), model, schedule, x)
     else:  # as a user may do it: a forward and its backward, the change, and so on
         before = model(x)
         before.backward()
@@ -159,11 +162,24 @@ def _loss_after(change: Callable[[Stack], None], *, inside: bool) -> tuple[float
     return before.item(), after.item(), anew.item()
 
 
-def _make() -> tuple[Stack, TwoHopSchedule]:
+def _train_around(
+    change: Callable[[], None], model: Stack, schedule: TwoHopSchedule, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses of a micro-step before a change and of the boundary after it."""
+    with schedule.micro_step(boundary=False):
+        before = model(x)
+        before.backward()
+    change()
+    with schedule.micro_step(boundary=True):
+        after = model(x)
+        after.backward()
+    return before, after
+
+
+def _make(options: dict[str, str]) -> tuple[Stack, TwoHopSchedule]:
     torch.manual_seed(0)
     model = Stack()
-    groups = create_groups(TOPOLOGY, device_type="cpu")
-    return model, shard_model(model, groups, cross_node_gather="once_per_step", cross_node_reduce="once_per_step")
+    return model, shard_model(model, create_groups(TOPOLOGY, device_type="cpu"), **options)
 
 
 @pytest.mark.parametrize(("where", "route"), [("inside", r) for r in INSIDE] + [("between", r) for r in BETWEEN])
@@ -175,61 +191,69 @@ def test_the_next_forward_sees_the_change(seen, where, route):
 
 
 @pytest.mark.parametrize("route", UNKNOWN)
-def test_a_change_inside_a_window_that_torch_does_not_notice_is_refused_before_the_optimizer_steps(route):
+def test_a_change_inside_a_window_that_torch_does_not_notice_is_refused_before_the_optimizer_steps(route, options):
     with pytest.raises(RankError) as caught:
-        run_ranks(4, _change_unnoticed, route, False)
+        run_ranks(4, _change_unnoticed, options, route, False)
     kind, message = caught.value.failures[0]
     assert kind == "RuntimeError"
     assert message.startswith("weights changed, in a way that torch does not notice (through `.data`")
 
 
 @pytest.mark.parametrize("route", UNKNOWN)
-def test_the_documented_call_makes_it_seen(route):
-    for before, after, anew in run_ranks(4, _change_unnoticed, route, True):
+def test_the_documented_call_makes_it_seen(route, options):
+    for before, after, anew in run_ranks(4, _change_unnoticed, options, route, True):
         assert abs(after - before) > 1e-3 * before
         assert after == anew
 
 
-def _change_unnoticed(route: str, tell: bool) -> tuple[float, float, float]:
-    model, schedule = _make()
+def _change_unnoticed(options: dict[str, str], route: str, tell: bool) -> tuple[float, float, float]:
+    model, schedule = _make(options)
 
-    def change(sharded: Stack) -> None:
-        UNKNOWN[route](sharded)
+    def change() -> None:
+        UNKNOWN[route](model)
         if tell:
             schedule.weights_changed()
 
     x = torch.randn(2, DIM, generator=torch.Generator().manual_seed(3))
-    with schedule.micro_step(boundary=False):
-        before = model(x)
-        before.backward()
-    change(model)
-    with schedule.micro_step(boundary=True):
-        after = model(x)
-        after.backward()
+    before, after = _train_around(change, model, schedule, x)
     model.reshard()
     with torch.no_grad():
         return before.item(), after.item(), model(x).item()
 
 
-def test_weights_that_change_during_an_evaluation_unnoticed_are_refused_at_its_end():
+def test_a_change_that_is_taken_back_before_the_boundary_is_refused_too(options):
     with pytest.raises(RankError, match=re.escape("weights changed, in a way that torch does not notice")):
-        run_ranks(4, _change_during_evaluation)
+        run_ranks(4, _perturb_for_one_micro_step, options)
 
 
-def _change_during_evaluation() -> None:
-    model, schedule = _make()
+def _perturb_for_one_micro_step(options: dict[str, str]) -> None:
+    model, schedule = _make(options)
+    for factor, boundary in ((1, False), (2, False), (0.5, True)):
+        for weight in _weights(model):
+            weight.data.mul_(factor)
+        with schedule.micro_step(boundary=boundary):
+            model(torch.randn(2, DIM)).backward()
+
+
+def test_weights_that_change_during_an_evaluation_unnoticed_are_refused_at_its_end(options):
+    with pytest.raises(RankError, match=re.escape("weights changed, in a way that torch does not notice")):
+        run_ranks(4, _change_during_evaluation, options)
+
+
+def _change_during_evaluation(options: dict[str, str]) -> None:
+    model, schedule = _make(options)
     with torch.no_grad(), schedule.fixed_weights():
         model(torch.randn(2, DIM))
         _through_data(model)
         model(torch.randn(2, DIM))
 
 
-def test_weights_that_are_not_numbers_are_no_change():
-    run_ranks(4, _train_with_nan)
+def test_weights_that_are_not_numbers_are_no_change(options):
+    run_ranks(4, _train_with_nan, options)
 
 
-def _train_with_nan() -> None:
-    model, schedule = _make()
+def _train_with_nan(options: dict[str, str]) -> None:
+    model, schedule = _make(options)
     with torch.no_grad():
         model.first.weight.fill_(torch.nan)
     for boundary in (False, True):
@@ -237,12 +261,12 @@ def _train_with_nan() -> None:
             model(torch.randn(2, DIM)).backward()
 
 
-def test_an_optimizer_of_another_model_keeps_the_copy():
-    assert run_ranks(4, _step_another_model) == [LAYERS + 1] * 4
+def test_an_optimizer_of_another_model_keeps_the_copy(options):
+    assert run_ranks(4, _step_another_model, options) == [LAYERS + 1] * 4
 
 
-def _step_another_model() -> int:
-    model, schedule = _make()
+def _step_another_model(options: dict[str, str]) -> int:
+    model, schedule = _make(options)
     other = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     other(torch.ones(2)).sum().backward()

@@ -7,27 +7,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning_mics.planning.cross_node import CrossNode
 
+from lightning_mics.planning.once_per_step import Choice, OncePerStep
 from lightning_mics.start_report import start_report
 from lightning_mics.topology import Topology
 
 GIB = 2**30
 
 
-ONCE = CrossNode(
-    gather="once_per_step",
-    reduce="once_per_step",
-    why_gather="for 1 GiB per rank",
-    why_reduce='"auto": 2 GiB of 3 GiB',
-    kept_bytes=3 * GIB,
+EVERY = Choice(once=False, why='"auto": a rank does not hold the whole model states')
+ONCE = OncePerStep(
+    cross_node_gather=Choice(once=True, why="for 1 GiB per rank", kept_bytes=GIB),
+    cross_node_reduce=Choice(once=True, why='"auto": 2 GiB of 3 GiB', kept_bytes=2 * GIB),
+    in_node_gather=EVERY,
+    in_node_reduce=EVERY,
 )
-ALWAYS = CrossNode(
-    gather="every_use",
-    reduce="every_micro_step",
-    why_gather="would take 1 GiB per rank",
-    why_reduce="collectives are flat",
-    kept_bytes=0,
+ALWAYS = replace(
+    ONCE,
+    cross_node_gather=Choice(once=False, why="would take 1 GiB per rank"),
+    cross_node_reduce=Choice(once=False, why="collectives are flat"),
 )
 
 
@@ -39,7 +37,7 @@ def report(
     staged: bool = False,
     automatic: bool = False,
     states: int = GIB,
-    cross_node: CrossNode = ONCE,
+    once_per_step: OncePerStep = ONCE,
     wire: torch.dtype | None = None,
 ) -> str:
     topology = Topology(world_size=world, ranks_per_node=k, partition_size=p)
@@ -47,7 +45,7 @@ def report(
         topology,
         chosen_automatically=automatic,
         hierarchical=staged,
-        cross_node=cross_node,
+        once_per_step=once_per_step,
         cross_node_dtype=wire,
         reduce_dtype=torch.bfloat16,
         states_bytes=states,
@@ -65,6 +63,8 @@ def test_the_table_names_groups_techniques_and_memory():
         "  hierarchical            on: a partition group spans 2 nodes",
         "  two-hop                 on: gradients cross replicas at the boundary only",
         "  gradients               reduced, and summed over micro-steps, in bfloat16",
+        '  parameters in nodes     at every use ("auto": a rank does not hold the whole model states)',
+        '  gradients in nodes      in every micro-step ("auto": a rank does not hold the whole model states)',
         "  parameters cross nodes  once per step (for 1 GiB per rank)",
         '  gradients cross nodes   once per step ("auto": 2 GiB of 3 GiB)',
         "  model states            about 1 GiB of 4 GiB per rank (Adam; no activations)",
@@ -84,20 +84,24 @@ def test_flat_collectives_have_a_reason(shape, reason):
 
 
 def test_crossing_nodes_more_often_has_a_reason():
-    rows = report(8, 4, 8, cross_node=ALWAYS, wire=torch.float16)
+    rows = report(8, 4, 8, once_per_step=ALWAYS, wire=torch.float16)
     assert "parameters cross nodes  at every use (would take 1 GiB per rank)\n" in rows
     assert "gradients cross nodes   in every micro-step (collectives are flat), as float16\n" in rows
 
 
 def test_partition_groups_inside_nodes_leave_the_second_hop_to_cross():
-    inside = replace(ALWAYS, why_gather="a partition group is inside one node", why_reduce="by the second hop")
-    rows = report(8, 4, 4, cross_node=inside)
+    inside = replace(ALWAYS, cross_node_gather=Choice(once=False, why="a partition group is inside one node"))
+    rows = report(8, 4, 4, once_per_step=inside)
     assert "parameters cross nodes  never: a partition group is inside one node\n" in rows
     assert "gradients cross nodes   once per step: by the second hop\n" in rows
 
 
 def test_on_one_node_nothing_crosses():
     assert "cross nodes" not in report(4, 4, 2)
+
+
+def test_a_partition_group_of_one_rank_has_no_traffic_of_its_own():
+    assert "in nodes" not in report(8, 4, 1)
 
 
 def test_without_replicas_there_is_no_second_hop():

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from tests.collectives import RecordCollectives
 from tests.models import TinyLM, TinyModule, tokens
-from tests.trainers import make_trainer, mics, on_ranks
+from tests.trainers import EVERY_TIME, make_trainer, mics, on_ranks
 
 LR = 0.5
 RANKS = 4
@@ -148,12 +148,12 @@ class ByHand(TinyModule):
             self.net(batch)  # gathers the weights that the optimizer is about to change
 
 
-def fit_each_loop(folder: str, partition_size: int) -> dict[str, Any]:
+def fit_each_loop(folder: str, partition_size: int, options: dict[str, str]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for loop in LOOPS:
         torch.manual_seed(0)
         module = ByHand(loop())
-        strategy = mics(partition_size=partition_size, **loop.strategy)
+        strategy = mics(partition_size=partition_size, **options, **loop.strategy)
         trainer = make_trainer(folder, strategy=strategy, use_distributed_sampler=False)
         with module.collectives:
             trainer.fit(module, DataLoader(SAMPLES[dist.get_rank() :: RANKS], batch_size=2))
@@ -188,16 +188,22 @@ def train_in_one_process(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Tenso
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 2)
+    """Nothing is kept."""
+    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 2, EVERY_TIME)
 
 
 @pytest.fixture(scope="module")
-def ranks_over_nodes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks_that_keep(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 2, {})
+
+
+@pytest.fixture(scope="module")
+def nodes_that_keep(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Parameters and gradients cross nodes once per step."""
-    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 4)
+    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 4, EVERY_TIME)
 
 
-@pytest.mark.parametrize("groups", ["ranks", "ranks_over_nodes"])
+@pytest.mark.parametrize("groups", ["ranks", "ranks_that_keep", "nodes_that_keep"])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_weights_equal_those_of_the_same_loop_in_one_process(
     request: pytest.FixtureRequest, groups: str, loop: type[Loop]
@@ -214,8 +220,9 @@ def test_an_optimizer_that_is_not_toggled_gets_no_gradients(ranks: list[dict[str
     assert all_reduces == [UNITS] * 4  # the blocks in one backward, the root in the other
 
 
-def test_without_sync_grad_nothing_crosses_replicas(ranks: list[dict[str, Any]]) -> None:
-    _, all_reduces = ranks[0]["Accumulating"]
+@pytest.mark.parametrize("groups", ["ranks", "ranks_that_keep"])
+def test_without_sync_grad_nothing_crosses_replicas(request: pytest.FixtureRequest, groups: str) -> None:
+    _, all_reduces = request.getfixturevalue(groups)[0]["Accumulating"]
     assert all_reduces == [0, UNITS, 0, UNITS]
 
 
@@ -237,8 +244,12 @@ class TogglesInMidWindow(TinyModule):
             self.manual_backward(self.net(batch))
 
 
-@pytest.mark.parametrize("options", [{"partition_size": 1}, {"partition_size": 2, "ranks_per_node": 1}], ids=str)
-def test_toggling_in_mid_window_is_refused_rather_than_summed_wrongly(tmp_path: Path, options: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"partition_size": 1}, {"partition_size": 2, "ranks_per_node": 1, "in_node_reduce": "every_micro_step"}],
+    ids=str,
+)
+def test_toggling_in_mid_window_is_refused_rather_than_summed_wrongly(tmp_path: Path, options: dict[str, Any]) -> None:
     def job(folder: str) -> str:
         trainer = make_trainer(folder, strategy=mics(**options), devices=2)
         with pytest.raises(RuntimeError) as caught:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.models import TinyLM, TinyModule, tokens
-from tests.trainers import make_trainer, mics, on_ranks
+from tests.trainers import EVERY_TIME, make_trainer, mics, on_ranks
 
 RANKS, WINDOW = 4, 4
 TRAINING = tokens(8 * WINDOW, seed=8)  # two per rank and micro-step
@@ -100,7 +100,7 @@ def in_one_process() -> tuple[list[float], dict[str, Tensor]]:
     return losses + evaluate(), {f"net.{name}": p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, EVERY_TIME], ids=str)
 def test_an_evaluation_in_mid_window_sees_the_weights_that_a_callback_has_put_there(tmp_path, options):
     losses, weights = in_one_process()
     for seen, _, ours in on_ranks(fit, str(tmp_path), True, options):
@@ -111,27 +111,36 @@ def test_an_evaluation_in_mid_window_sees_the_weights_that_a_callback_has_put_th
 
 
 def test_the_batches_of_an_evaluation_cross_nodes_once(tmp_path):
-    once, always = (on_ranks(fit, str(tmp_path), False, {"cross_node_gather": g}) for g in ("auto", "every_use"))
-    for (_, few, _), (_, many, _) in zip(once, always, strict=True):
+    schedules = [{}, EVERY_TIME, {"cross_node_gather": "every_use"}]
+    by_ranks, by_nodes, always = (on_ranks(fit, str(tmp_path), False, options) for options in schedules)
+    for (_, few, _), (_, as_few, _), (_, many, _) in zip(by_ranks, by_nodes, always, strict=True):
         assert len(few) == len(many) == 2
-        assert [3 * sent for sent in few] == many  # three batches
+        assert [3 * sent for sent in few] == [3 * sent for sent in as_few] == many  # three batches
         assert few[0] > 0
 
 
-@pytest.mark.parametrize(("option", "expected"), [("auto", "once per step"), ("every_use", "at every use")])
-def test_the_table_at_start_says_when_parameters_cross_nodes(tmp_path, option, expected):
-    table = on_ranks(start, str(tmp_path), option)[0]
-    assert f"parameters cross nodes  {expected} (" in table
-    assert ('"auto": ' in table.split("parameters cross nodes")[1].splitlines()[0]) is (option == "auto")
+@pytest.mark.parametrize(
+    ("options", "between", "inside"),
+    [
+        ({}, "once per step (as inside nodes)", 'once per step ("auto": '),
+        (EVERY_TIME, 'once per step ("auto": ', "at every use (would take "),
+        ({"cross_node_gather": "every_use"}, "at every use (would take ", 'at every use ("auto": as between nodes)'),
+    ],
+    ids=str,
+)
+def test_the_table_at_start_says_when_parameters_travel(tmp_path, options, between, inside):
+    table = on_ranks(start, str(tmp_path), options)[0]
+    assert f"parameters cross nodes  {between}" in table
+    assert f"parameters in nodes     {inside}" in table
 
 
-def start(folder: str, option: str) -> str:
+def start(folder: str, options: dict[str, str]) -> str:
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning_mics.strategy.rank_zero_info", lines.append)
         trainer = make_trainer(
             folder,
-            strategy=mics(partition_size=4, cross_node_gather=option),
+            strategy=mics(partition_size=4, **options),
             limit_train_batches=1,
             limit_val_batches=0,
         )

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mics.two_hop import TwoHopSchedule
 from tests.models import TinyLM, TinyModule, tokens
-from tests.trainers import make_trainer, mics, on_ranks
+from tests.trainers import EVERY_TIME, make_trainer, mics, on_ranks
 
 RANKS = 4
 WINDOW = 4
@@ -75,13 +75,12 @@ ENDS: dict[str, tuple[type[Automatic], dict[str, Any]]] = {
 }
 
 
-def fit_twice(folder: str, partition_size: int, guarded: bool) -> dict[str, Any]:
+def fit_twice(folder: str, options_of_strategy: dict[str, Any], guarded: bool) -> dict[str, Any]:
     if not guarded:
         TwoHopSchedule.abandon_window = lambda self: None
 
     def trainer(**options: Any) -> pl.Trainer:
-        strategy = mics(partition_size=partition_size)
-        return make_trainer(folder, strategy=strategy, use_distributed_sampler=False, **options)
+        return make_trainer(folder, strategy=mics(**options_of_strategy), use_distributed_sampler=False, **options)
 
     return {end: first_gradients_of_the_second_fit(trainer, *ENDS[end]) for end in ENDS}
 
@@ -106,19 +105,24 @@ def loader_of(samples: Tensor) -> DataLoader[Any]:
     return DataLoader(samples[dist.get_rank() :: RANKS], batch_size=2)
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["inside a node", "over nodes, once per step"])
-def partition_size(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
+@pytest.fixture(
+    scope="module",
+    params=[(2, EVERY_TIME), (4, EVERY_TIME), (2, {})],
+    ids=["nothing kept", "kept by nodes", "kept by ranks"],
+)
+def strategy(request: pytest.FixtureRequest) -> dict[str, Any]:
+    partition_size, options = request.param
+    return {"partition_size": partition_size, **options}
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory, partition_size: int) -> dict[str, Any]:
-    return on_ranks(fit_twice, str(tmp_path_factory.mktemp("fit")), partition_size, True)[0]
+def guarded(tmp_path_factory: pytest.TempPathFactory, strategy: dict[str, Any]) -> dict[str, Any]:
+    return on_ranks(fit_twice, str(tmp_path_factory.mktemp("fit")), strategy, True)[0]
 
 
 @pytest.fixture(scope="module")
-def unguarded(tmp_path_factory: pytest.TempPathFactory, partition_size: int) -> dict[str, Any]:
-    return on_ranks(fit_twice, str(tmp_path_factory.mktemp("fit")), partition_size, False)[0]
+def unguarded(tmp_path_factory: pytest.TempPathFactory, strategy: dict[str, Any]) -> dict[str, Any]:
+    return on_ranks(fit_twice, str(tmp_path_factory.mktemp("fit")), strategy, False)[0]
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,15 @@ from lightning_mics.traffic_monitor import TrafficMonitor
 from tests.collectives import Collective, RecordCollectives
 from tests.forked import RankError
 from tests.test_schedule import BLOCK_NUMEL, BYTES, DIM, LAYERS, MODEL_BYTES, Stack
-from tests.trainers import make_trainer, mics, on_ranks
+from tests.trainers import EVERY_TIME, make_trainer, mics, on_ranks
 
 GATHERED = MODEL_BYTES + LAYERS * BLOCK_NUMEL * BYTES  # forward all, backward all but the root
 S = 3
 BETWEEN, INSIDE = "traffic/between_nodes_mb_per_step", "traffic/inside_nodes_mb_per_step"
 SECONDS, RATE = "traffic/seconds_per_step", "traffic/between_nodes_mbit_per_s"
-ONCE = {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step"}
-EVERY = {"cross_node_gather": "every_use", "cross_node_reduce": "every_micro_step"}
+ONCE = {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step", **EVERY_TIME}
+EVERY = {"cross_node_gather": "every_use", "cross_node_reduce": "every_micro_step", **EVERY_TIME}
+KEPT = {"in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"}
 
 
 class StackModule(pl.LightningModule):
@@ -91,6 +92,7 @@ def fit(folder: Path, micro_steps: int, *, module: Any = None, strategy: Any = N
     """Rows logged, MB per step between nodes that all traffic would make, and the table if rank 0 has shown one."""
     rows, ranks = Rows(), options.get("devices", 4)
     options = {"log_every_n_steps": 1, "num_sanity_val_steps": 0, **options}
+    strategy = strategy or mics(**EVERY_TIME)
     trainer = make_trainer(folder, logger=rows, strategy=strategy, callbacks=[TrafficMonitor()], **options)
     messages = _messages()
     trainer.fit(module or StackModule(), batches(micro_steps, ranks=ranks), batches(2, ranks=ranks))
@@ -117,19 +119,23 @@ def _fit_shape(folder: Path, options: dict[str, Any], world: int) -> Any:
     return rows
 
 
-def expected_mb(p: int, *, world: int, k: int, once: bool) -> dict[str, tuple[float, float]]:
+def expected_mb(p: int, *, world: int, k: int, schedule: dict[str, str]) -> dict[str, tuple[float, float]]:
     """Bytes that a node sends in a step of S micro-steps, inside and between, in MB: facts of the paper's section 3."""
+    gathered_inside, reduced_inside = (
+        (MODEL_BYTES, MODEL_BYTES) if schedule is KEPT else (S * GATHERED, S * MODEL_BYTES)
+    )
+    gathered, reduced = (S * GATHERED, S * MODEL_BYTES) if schedule is EVERY else (MODEL_BYTES, MODEL_BYTES)
     if p <= k:
         rows = {
-            "gather_in_partition_groups": (S * GATHERED * (p - 1) / p, 0),
-            "reduce_in_partition_groups": (S * MODEL_BYTES * (p - 1) / p, 0),
+            "gather_in_partition_groups": (gathered_inside * (p - 1) / p, 0),
+            "reduce_in_partition_groups": (reduced_inside * (p - 1) / p, 0),
         }
     else:
         rows = {
-            "gather_along_rails": (0, (MODEL_BYTES if once else S * GATHERED) * (p - k) / (p * k)),
-            "gather_inside_nodes": (S * GATHERED * (k - 1) / k, 0),
-            "reduce_along_rails": (0, (1 if once else S) * MODEL_BYTES * (p - k) / (p * k)),
-            "reduce_inside_nodes": (S * MODEL_BYTES * (k - 1) / k, 0),
+            "gather_along_rails": (0, gathered * (p - k) / (p * k)),
+            "gather_inside_nodes": (gathered_inside * (k - 1) / k, 0),
+            "reduce_along_rails": (0, reduced * (p - k) / (p * k)),
+            "reduce_inside_nodes": (reduced_inside * (k - 1) / k, 0),
         }
     if p < world:
         rows["all_reduce_over_replicas"] = (0, 2 * MODEL_BYTES / p * (world - p) / world)
@@ -138,19 +144,26 @@ def expected_mb(p: int, *, world: int, k: int, once: bool) -> dict[str, tuple[fl
 
 @pytest.mark.parametrize(
     ("world", "p", "schedule"),
-    [(4, 2, ONCE), (4, 4, EVERY), (4, 4, ONCE), (8, 4, ONCE)],
-    ids=["p is a node", "p spans nodes, every use", "p spans nodes, once per step", "replicas that span nodes"],
+    [(4, 2, ONCE), (4, 4, EVERY), (4, 4, ONCE), (8, 4, ONCE), (4, 2, KEPT), (8, 4, KEPT)],
+    ids=[
+        "p is a node",
+        "p spans nodes, every use",
+        "p spans nodes, once per step",
+        "replicas that span nodes",
+        "p is a node, kept by ranks",
+        "replicas that span nodes, kept by ranks",
+    ],
 )
 def test_a_step_sends_what_the_design_says(tmp_path: Path, world: int, p: int, schedule: dict[str, str]) -> None:
-    options = {"partition_size": p, **(schedule if p > 2 else {})}
-    expected = expected_mb(p, world=world, k=2, once=schedule is ONCE)
+    options = {"partition_size": p, **schedule}
+    expected = expected_mb(p, world=world, k=2, schedule=schedule)
     least = 2 * MODEL_BYTES * (world // 2 - 1) / (world // 2) / 1e6
     for rows in on_ranks(_fit_shape, tmp_path, options, world, world_size=world):
         assert [step for step, _ in rows] == [0, 1]
         for _, metrics in rows:
             measured = {name: value for name, value in metrics.items() if name not in (SECONDS, RATE)}
             assert measured == pytest.approx(_flat(expected), rel=1e-12)
-            assert (measured[BETWEEN] == pytest.approx(least, rel=1e-12)) == (schedule is ONCE)
+            assert (measured[BETWEEN] == pytest.approx(least, rel=1e-12)) == (schedule is not EVERY)
             assert metrics[RATE] == pytest.approx(8 * metrics[BETWEEN] / metrics[SECONDS])
 
 
@@ -300,7 +313,13 @@ def _fit_twice(folder: Path) -> Any:
     for max_steps in (3, 5):
         rows = Rows()
         trainer = make_trainer(
-            folder, logger=rows, callbacks=[monitor], max_steps=max_steps, max_epochs=-1, log_every_n_steps=2
+            folder,
+            strategy=mics(**EVERY_TIME),
+            logger=rows,
+            callbacks=[monitor],
+            max_steps=max_steps,
+            max_epochs=-1,
+            log_every_n_steps=2,
         )
         trainer.fit(module, batches(8), ckpt_path=folder / "last" if logged else None)
         trainer.save_checkpoint(folder / "last")

@@ -2,10 +2,9 @@
 
 ``full`` shards over all ranks. ``no-sync`` does too, but reduces gradients at the boundary only and holds whole,
 unsharded gradients until then: another class of memory. ``hybrid`` shards inside a group of nodes and all-reduces over
-the replicas in every micro-step; ``hybrid-deferred`` all-reduces at the boundary only; ``hybrid-kept`` reduces nothing
-before the boundary either, and gathers each parameter once until then: whole parameters and gradients on each rank.
-With ``-ring``, gradients inside the group are reduced by ``RingReduceScatter``, which sends half of what gloo's own
-sends.
+the replicas in every micro-step; ``hybrid-deferred`` all-reduces at the boundary only. With ``-kept``, gradients wait
+whole for the boundary and parameters are gathered once until then: all of both on each rank. With ``-ring``, gradients
+inside the group are reduced by ``RingReduceScatter``, which sends half of what gloo's own sends.
 """
 
 from __future__ import annotations
@@ -36,13 +35,15 @@ def train(setting: str | None, job: Job) -> None:
         use_ring(model)
     optimizer = make_optimizer(job.workload, model.parameters(), name=job.plan.optimizer)
     job.notes.append(f"mesh {tuple(mesh.shape)} of {mesh.mesh_dim_names}; asynchronous all-gathers")
-    if kind == "hybrid-kept":
+    if kind.endswith("-kept"):
         model.set_reshard_after_forward(False)
     wait_for_boundary = {
         "no-sync": [model.set_requires_gradient_sync],
         "hybrid-deferred": [model.set_requires_all_reduce],
+        "hybrid-deferred-ring": [model.set_requires_all_reduce],
+        "full-kept": [model.set_requires_gradient_sync, model.set_reshard_after_backward],
         "hybrid-kept": [model.set_requires_gradient_sync, model.set_reshard_after_backward],
-    }.get(kind.removesuffix("-ring"), [])
+    }.get(kind, [])
 
     @contextmanager
     def micro_step(*, boundary: bool) -> Iterator[None]:
