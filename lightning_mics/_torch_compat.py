@@ -164,21 +164,20 @@ class GatheredParameters:
         self._groups = list(_param_groups(module))
         self._reuse = reuse
         self._made = made
-        self._kept = False
+        self._kept: set[FSDPParamGroup] = set()
         for group in self._groups:
             group.unshard = partial(self._unshard, group)  # type: ignore[method-assign]
             for parameter in group.fsdp_params:
-                parameter.free_unsharded_param = partial(  # type: ignore[method-assign]
-                    self._free_unless_kept, parameter
-                )
+                free = partial(self._free_unless_kept, group, parameter)
+                parameter.free_unsharded_param = free  # type: ignore[method-assign]
 
     def free(self) -> None:
         """Free them now, or when their use ends."""
-        self._kept = False
+        self._kept.clear()
         for group in self._groups:
             if group.is_sharded:
                 for parameter in group.fsdp_params:
-                    type(parameter).free_unsharded_param(parameter)
+                    parameter.free_unsharded_param()
 
     def own_parts(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's part of each gathered parameter, and the shard that it was gathered from: [shard], both."""
@@ -190,19 +189,24 @@ class GatheredParameters:
                     yield gathered.narrow(0, position * shard.numel(), shard.numel()), shard
 
     def _unshard(self, group: FSDPParamGroup, async_op: bool = False) -> None:
-        if group.is_unsharded or group._all_gather_result is not None:
+        if group.is_unsharded or _is_being_gathered(group):
             return
         in_forward = group._training_state != TrainingState.PRE_BACKWARD
-        if self._kept and self._reuse(in_forward=in_forward):
+        if group in self._kept and self._reuse(in_forward=in_forward):
             group._to_unsharded()  # type: ignore[no-untyped-call]
             return
         type(group).unshard(group, async_op)
-        self._kept = True
-        self._made()
+        if _is_being_gathered(group):
+            self._kept.add(group)
+            self._made()
 
-    def _free_unless_kept(self, parameter: Any) -> None:
-        if not self._kept:
+    def _free_unless_kept(self, group: FSDPParamGroup, parameter: Any) -> None:
+        if group not in self._kept:
             type(parameter).free_unsharded_param(parameter)
+
+
+def _is_being_gathered(group: FSDPParamGroup) -> bool:
+    return group._all_gather_result is not None
 
 
 def ever_gathered(module: FSDPModule) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison.launches import outcome_of
-from benchmarks.comparison.systems import resolve
+from benchmarks.comparison.systems import System, resolve
 
 RESULTS = "results.json"
 _DIGITS = 9  # of a loss: what fp32 holds
@@ -43,7 +43,8 @@ def machine() -> dict[str, object]:
 def _launch(folder: Path) -> dict[str, Any]:
     outcome = outcome_of(folder)
     nodes, ranks_per_node = outcome["shape"]["nodes"], outcome["shape"]["ranks_per_node"]
-    launch = {**outcome, "shape": f"{nodes}x{ranks_per_node}", "reach": _reach(outcome["system"])}
+    system = resolve(outcome["system"])
+    launch = {**outcome, "shape": f"{nodes}x{ranks_per_node}", "reach": _reach(system), "keeps": system.keeps}
     if not outcome["ok"]:
         return launch
     plan = json.loads((folder / "plan.json").read_text())
@@ -71,9 +72,8 @@ def _phase(ranks: list[dict[str, Any]], ranks_per_node: int) -> dict[str, Any]:
     }
 
 
-def _reach(system: str) -> str:
+def _reach(system: System) -> str:
     """How far the model states of one replica reach: a node, two nodes, or the world."""
-    setting = resolve(system).setting or ""
-    if "@" in setting:
-        return setting.rpartition("@")[2]
-    return "node" if system == "ddp" else "world"
+    if system.setting is not None and "@" in system.setting:
+        return system.setting.rpartition("@")[2]
+    return "node" if system.name == "ddp" else "world"

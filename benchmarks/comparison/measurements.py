@@ -13,8 +13,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# The one of ours that each system is compared with: the one whose model states reach as far.
-OURS = {"node": "mics@node", "two-nodes": "mics-once-per-step@two-nodes", "world": "mics-once-per-step@world"}
+from benchmarks.comparison.systems import EVERYTHING, GATHERED
+
+# The one of ours that each system is compared with: the one whose model states reach as far. The second is for systems
+# that keep all parameters and gradients on each rank.
+OURS = {
+    "node": ("mics@node", "mics-kept@node"),
+    "two-nodes": ("mics-once-per-step@two-nodes", "mics-kept@two-nodes"),
+    "world": ("mics-once-per-step@world", "mics-kept@world"),
+}
 BASELINE = "ddp"  # the losses of all others are compared with its losses
 
 
@@ -89,6 +96,14 @@ class Measurements:
         """The versions of the packages that this system consists of."""
         return next((launch["versions"] for launch in self._good(system=system)), {})
 
+    def keeps(self, system: str) -> str:
+        """What each rank keeps from one micro-step to the next."""
+        return str(next(launch["keeps"] for launch in self.launches if launch["system"] == system))
+
+    def ours(self, system: str) -> str:
+        """The one of ours that reaches as far and keeps as much."""
+        return OURS[self.reach(system)][self.keeps(system) in (GATHERED, EVERYTHING)]
+
     def notes(self, system: str) -> list[str]:
         """What the system's program says of how it was set, without repetitions."""
         return list(dict.fromkeys(note for launch in self._good(system=system) for note in launch["notes"]))
@@ -133,12 +148,12 @@ class Measurements:
         return step.median - max(computation.median, sent.median * 8 / (setting.rate_mbit * 1e6))
 
     def speed_of_ours(self, system: str, setting: Setting) -> float | None:
-        """Computed from measured medians: how many times faster ours of the same reach is."""
-        return _ratio(self.step_seconds(system, setting), self.step_seconds(OURS[self.reach(system)], setting))
+        """Computed from measured medians: how many times faster ours is."""
+        return _ratio(self.step_seconds(system, setting), self.step_seconds(self.ours(system), setting))
 
     def bytes_over_ours(self, system: str, setting: Setting) -> float | None:
-        """Computed from measured medians: how many times the bytes of ours of the same reach."""
-        return _ratio(self.step_bytes(system, setting), self.step_bytes(OURS[self.reach(system)], setting))
+        """Computed from measured medians: how many times the bytes of ours."""
+        return _ratio(self.step_bytes(system, setting), self.step_bytes(self.ours(system), setting))
 
     def loss_difference(self, system: str, shape: str, purpose: str) -> float | None:
         """Computed: the greatest difference of any rank's loss in any step from the baseline's."""

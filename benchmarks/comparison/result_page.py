@@ -130,11 +130,10 @@ def _rate(measurements: Measurements, shape: str, rate: float | None) -> str:
     tables = [
         f"### {shape}, {name}",
         "Seconds per optimizer step on the slowest rank, *measured*: median (least - greatest); then how many times as "
-        "long as ours with the same reach, *computed*.",
+        "long as ours, *computed*.",
         _by_micro_steps(measurements, shape, settings, seconds),
         f"MB (10^6 bytes) sent per node and step, *measured* at the links, {_HEADERS}: median (least - greatest); then "
-        f"how many times the least possible, {least / 1e6:.2f} MB, and how many times ours with the same reach, "
-        "*computed*.",
+        f"how many times the least possible, {least / 1e6:.2f} MB, and how many times ours, *computed*.",
         _by_micro_steps(measurements, shape, settings, sent),
     ]
     if rate is not None:
@@ -150,10 +149,15 @@ def _by_micro_steps(
     measurements: Measurements, shape: str, settings: Sequence[Setting], cell: Callable[[str, Setting], str]
 ) -> str:
     rows = [
-        [COLUMNS[measurements.reach(system)], _named(system), *(cell(system, setting) for setting in settings)]
+        [*_place(measurements, system), _named(system), *(cell(system, setting) for setting in settings)]
         for system in measurements.systems(shape)
     ]
-    return _table(["reach", "system", *(f"s = {setting.micro_steps}" for setting in settings)], rows)
+    return _table(["reach", "keeps", "system", *(f"s = {setting.micro_steps}" for setting in settings)], rows)
+
+
+def _place(measurements: Measurements, system: str) -> tuple[str, str]:
+    """How far a system reaches and what it keeps, which say what it can be compared with."""
+    return COLUMNS[measurements.reach(system)], measurements.keeps(system)
 
 
 def _losses(measurements: Measurements) -> str:
@@ -205,18 +209,20 @@ def _conditions(measurements: Measurements) -> str:
     rows = [
         [
             _named(system),
-            COLUMNS[measurements.reach(system)],
+            *_place(measurements, system),
             ", ".join(f"{package} {version}" for package, version in measurements.versions(system).items()) or _NONE,
             " ".join(measurements.notes(system)).replace("|", "\\|") or _NONE,
         ]
         for system in measurements.systems()
     ]
-    ours = ", ".join(f"`{system}` ({COLUMNS[reach]})" for reach, system in OURS.items())
+    ours = ", ".join(f"`{few}` or `{whole}` ({COLUMNS[reach]})" for reach, (few, whole) in OURS.items())
     return "\n\n".join(
         [
             "## Systems and versions",
-            f"Reach: how far the model states of one replica are spread. Ours to compare with: {ours}.",
-            _table(["system", "reach", "versions", "how it was set"], rows),
+            "Reach: how far the model states of one replica are spread. Keeps: what each rank holds from one "
+            "micro-step to the next, with M for all parameters, G for all gradients, k ranks of a node. Ours: "
+            f"{ours}; the second of each pair for systems that keep all of M and G.",
+            _table(["system", "reach", "keeps", "versions", "how it was set"], rows),
         ]
     )
 

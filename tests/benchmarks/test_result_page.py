@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.comparison import result_page
 from benchmarks.comparison.measurements import Measurements, Setting, Spread
+from benchmarks.comparison.systems import resolve
 
 MEGABYTE = 10**6
 SLOW = Setting(shape="2x1", rate_mbit=80, micro_steps=4)
@@ -46,6 +47,7 @@ def launch(
         "shape": "2x1",
         "system": system,
         "reach": reach,
+        "keeps": resolve(system).keeps,
         "purpose": purpose,
         "round": number,
         "optimizer": "sgd",
@@ -81,8 +83,8 @@ def example() -> dict[str, Any]:
             launch("ddp", "node", 0, [free, rounds[0]]),
             launch("ddp", "node", 1, [rounds[1]]),
             launch("ddp", "node", 0, [free], "losses-sgd"),
-            launch("mics@node", "node", 0, [own]),
-            launch("mics@node", "node", 0, [own_losses], "losses-sgd"),
+            launch("mics-kept@node", "node", 0, [own]),
+            launch("mics-kept@node", "node", 0, [own_losses], "losses-sgd"),
             {**failed, "ok": False, "reason": "node 1 ended with status 1", "log": "Traceback: ```no```"},
             {**failed, "ok": False, "reason": "node 1 ended with status 1", "log": "Traceback: ```no```", "round": 1},
         ],
@@ -106,10 +108,10 @@ def test_bytes_are_per_node_and_step(measurements: Measurements) -> None:
 def test_what_is_left_over_is_above_the_larger_of_computation_and_transfer(measurements: Measurements) -> None:
     assert measurements.left_over("ddp", SLOW) == pytest.approx(4.5 - 20 * 8 / 80)
     assert measurements.left_over("ddp", FREE) is None
-    assert measurements.left_over("mics@node", SLOW) is None  # its step on unshaped links was not measured
+    assert measurements.left_over("mics-kept@node", SLOW) is None  # its step on unshaped links was not measured
 
 
-def test_ratios_are_to_ours_of_the_same_reach(measurements: Measurements) -> None:
+def test_ratios_are_to_ours_that_reaches_as_far_and_keeps_as_much(measurements: Measurements) -> None:
     assert measurements.speed_of_ours("ddp", SLOW) == pytest.approx(4.5 / 2)
     assert measurements.bytes_over_ours("ddp", SLOW) == pytest.approx(20 / 10.1)
     assert measurements.speed_of_ours("deepspeed-zero3", SLOW) is None
@@ -117,19 +119,19 @@ def test_ratios_are_to_ours_of_the_same_reach(measurements: Measurements) -> Non
 
 def test_losses_are_compared_over_all_ranks_and_steps(measurements: Measurements) -> None:
     assert measurements.losses_compared("2x1", "losses-sgd") == 4
-    assert measurements.loss_difference("mics@node", "2x1", "losses-sgd") == 2**-20
-    assert measurements.loss_difference("mics@node", "2x1", "timing") == 0
+    assert measurements.loss_difference("mics-kept@node", "2x1", "losses-sgd") == 2**-20
+    assert measurements.loss_difference("mics-kept@node", "2x1", "timing") == 0
     assert measurements.loss_difference("deepspeed-zero3", "2x1", "losses-sgd") is None
 
 
 def test_a_loss_that_is_no_number_does_not_pass_for_equal() -> None:
     results = example()
     results["launches"][4]["phases"][0]["losses"][0][0] = math.nan
-    assert math.isnan(Measurements(results).loss_difference("mics@node", "2x1", "losses-sgd") or 0)
+    assert math.isnan(Measurements(results).loss_difference("mics-kept@node", "2x1", "losses-sgd") or 0)
 
 
 def test_accounting_is_compared_with_the_links(measurements: Measurements) -> None:
-    spread = measurements.accounting("mics@node", "2x1")
+    spread = measurements.accounting("mics-kept@node", "2x1")
     assert spread is not None and spread.median == pytest.approx(10 / 10.1)
     assert measurements.accounting("ddp", "2x1") is None
 
@@ -139,12 +141,12 @@ def test_the_page_says_all_of_it_from_the_file_alone(tmp_path: Path) -> None:
     (tmp_path / "remarks.md").write_text("## What we think of it\n\nA remark.\n")
     page = result_page.write(tmp_path).read_text()
     for expected in (
-        "| one node | ddp | 4.5 (3 - 6); 2.25x |",
-        "| one node | **mics@node** | 2 (2 - 2); 1.00x |",
-        "| one node | ddp | 20 (20 - 22); 2.00x; 1.98x |",
-        "| one node | ddp | 2.5 |",
-        "| **mics@node** | 2x1 | 0.99 (0.99 - 0.99) |",
-        "| **mics@node** | 0.0e+00 | 9.5e-07 |",
+        "| one node | everything | ddp | 4.5 (3 - 6); 2.25x |",
+        "| one node | shards, M, G | **mics-kept@node** | 2 (2 - 2); 1.00x |",
+        "| one node | everything | ddp | 20 (20 - 22); 2.00x; 1.98x |",
+        "| one node | everything | ddp | 2.5 |",
+        "| **mics-kept@node** | 2x1 | 0.99 (0.99 - 0.99) |",
+        "| **mics-kept@node** | 0.0e+00 | 9.5e-07 |",
         "`deepspeed-zero3` failed (round 1, 2x1, timing; round 2, 2x1, timing): node 1 ended with status 1.",
         "Traceback: '''no'''",
         "A CPU, 2 cores, 8 GiB, Linux 6.1",
@@ -152,7 +154,7 @@ def test_the_page_says_all_of_it_from_the_file_alone(tmp_path: Path) -> None:
         "2 rounds in turns",
         "abc123; 2026-01-01 10:00 to 2026-01-02 10:00 UTC",
         "python -m benchmarks.comparison.compare --shapes 2x1",
-        "| ddp | one node | torch 2.13.0 | bucket \\| of 25 MB |",
+        "| ddp | one node | everything | torch 2.13.0 | bucket \\| of 25 MB |",
         "## What we think of it",
         "*measured*",
         "*computed*",
@@ -168,6 +170,6 @@ def test_every_picture_of_the_page_is_drawn_and_the_same_each_time(tmp_path: Pat
     page = (tmp_path / "README.md").read_text()
     assert sorted(pictures) == ["bytes-2x1.svg", "step-time-2x1.svg"]
     assert all(f"({name})" in page for name in pictures)
-    assert b"ddp" in pictures["bytes-2x1.svg"] and b"mics@node" in pictures["bytes-2x1.svg"]
+    assert b"ddp" in pictures["bytes-2x1.svg"] and b"mics-kept@node" in pictures["bytes-2x1.svg"]
     result_page.main([str(tmp_path)])
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.svg")} == pictures

@@ -1,4 +1,4 @@
-"""The systems under comparison, by name. Importing this imports none of them.
+"""The systems under comparison, by name, with what they keep. Importing this imports none of them.
 
 Each name stands for a module of this package and a setting of it. The module offers::
 
@@ -14,40 +14,48 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_SETTINGS: dict[str, tuple[str, str | None]] = {
-    "ddp": ("ddp", None),
-    "fsdp2-full": ("fsdp2", "full@world"),
-    "fsdp2-full-ring": ("fsdp2", "full-ring@world"),
-    "fsdp2-full-no-sync": ("fsdp2", "no-sync@world"),
-    "fsdp2-full-kept": ("fsdp2", "full-kept@world"),
-    "fsdp2-hybrid@node": ("fsdp2", "hybrid@node"),
-    "fsdp2-hybrid@two-nodes": ("fsdp2", "hybrid@two-nodes"),
-    "fsdp2-hybrid-deferred@node": ("fsdp2", "hybrid-deferred@node"),
-    "fsdp2-hybrid-deferred@two-nodes": ("fsdp2", "hybrid-deferred@two-nodes"),
-    "fsdp2-hybrid-deferred-ring@two-nodes": ("fsdp2", "hybrid-deferred-ring@two-nodes"),
-    "fsdp2-hybrid-kept@node": ("fsdp2", "hybrid-kept@node"),
-    "fsdp2-hybrid-kept@two-nodes": ("fsdp2", "hybrid-kept@two-nodes"),
-    "lightning-model-parallel": ("lightning_model_parallel", "hybrid@node"),
-    "lightning-model-parallel@world": ("lightning_model_parallel", "full@world"),
-    "accelerate-fsdp2": ("accelerate_fsdp2", "hybrid@node"),
-    "accelerate-fsdp2@world": ("accelerate_fsdp2", "full@world"),
-    "deepspeed-zero3": ("deepspeed_zero3", None),
-    "deepspeed-zero3-hpz": ("deepspeed_zero3", "hpz@node"),
-    "deepspeed-mics@node": ("deepspeed_mics", "mics@node"),
-    "deepspeed-mics@two-nodes": ("deepspeed_mics", "mics@two-nodes"),
-    "mics@node": ("mics", "flat@node"),
-    "mics-kept@node": ("mics", "kept@node"),
-    "mics-flat@two-nodes": ("mics", "flat@two-nodes"),
-    "mics-hierarchical@two-nodes": ("mics", "hierarchical@two-nodes"),
-    "mics-once-per-step@two-nodes": ("mics", "once-per-step@two-nodes"),
-    "mics-kept@two-nodes": ("mics", "kept@two-nodes"),
-    "mics-flat@world": ("mics", "flat@world"),
-    "mics-hierarchical@world": ("mics", "hierarchical@world"),
-    "mics-once-per-step@world": ("mics", "once-per-step@world"),
-    "mics-kept@world": ("mics", "kept@world"),
-    "mics-trainer@node": ("mics_trainer", "trainer@node"),
-    "mics-trainer@two-nodes": ("mics_trainer", "trainer@two-nodes"),
-    "mics-trainer@world": ("mics_trainer", "trainer@world"),
+# What each rank keeps from one micro-step to the next: M is all parameters, G all gradients, k the ranks of a node.
+SHARDS = "shards"
+NODE_COPY = "shards, M/k"
+NODE = "shards, M/k, G/k"
+GRADIENTS = "shards, G"
+GATHERED = "shards, M, G"
+EVERYTHING = "everything"
+
+_SETTINGS: dict[str, tuple[str, str | None, str]] = {
+    "ddp": ("ddp", None, EVERYTHING),
+    "fsdp2-full": ("fsdp2", "full@world", SHARDS),
+    "fsdp2-full-ring": ("fsdp2", "full-ring@world", SHARDS),
+    "fsdp2-full-no-sync": ("fsdp2", "no-sync@world", GRADIENTS),
+    "fsdp2-full-kept": ("fsdp2", "full-kept@world", GATHERED),
+    "fsdp2-hybrid@node": ("fsdp2", "hybrid@node", SHARDS),
+    "fsdp2-hybrid@two-nodes": ("fsdp2", "hybrid@two-nodes", SHARDS),
+    "fsdp2-hybrid-deferred@node": ("fsdp2", "hybrid-deferred@node", SHARDS),
+    "fsdp2-hybrid-deferred@two-nodes": ("fsdp2", "hybrid-deferred@two-nodes", SHARDS),
+    "fsdp2-hybrid-deferred-ring@two-nodes": ("fsdp2", "hybrid-deferred-ring@two-nodes", SHARDS),
+    "fsdp2-hybrid-kept@node": ("fsdp2", "hybrid-kept@node", GATHERED),
+    "fsdp2-hybrid-kept@two-nodes": ("fsdp2", "hybrid-kept@two-nodes", GATHERED),
+    "lightning-model-parallel": ("lightning_model_parallel", "hybrid@node", SHARDS),
+    "lightning-model-parallel@world": ("lightning_model_parallel", "full@world", SHARDS),
+    "accelerate-fsdp2": ("accelerate_fsdp2", "hybrid@node", GRADIENTS),
+    "accelerate-fsdp2@world": ("accelerate_fsdp2", "full@world", GRADIENTS),
+    "deepspeed-zero3": ("deepspeed_zero3", None, SHARDS),
+    "deepspeed-zero3-hpz": ("deepspeed_zero3", "hpz@node", NODE_COPY),
+    "deepspeed-mics@node": ("deepspeed_mics", "mics@node", SHARDS),
+    "deepspeed-mics@two-nodes": ("deepspeed_mics", "mics@two-nodes", SHARDS),
+    "mics@node": ("mics", "flat@node", SHARDS),
+    "mics-kept@node": ("mics", "kept@node", GATHERED),
+    "mics-flat@two-nodes": ("mics", "flat@two-nodes", SHARDS),
+    "mics-hierarchical@two-nodes": ("mics", "hierarchical@two-nodes", SHARDS),
+    "mics-once-per-step@two-nodes": ("mics", "once-per-step@two-nodes", NODE),
+    "mics-kept@two-nodes": ("mics", "kept@two-nodes", GATHERED),
+    "mics-flat@world": ("mics", "flat@world", SHARDS),
+    "mics-hierarchical@world": ("mics", "hierarchical@world", SHARDS),
+    "mics-once-per-step@world": ("mics", "once-per-step@world", NODE),
+    "mics-kept@world": ("mics", "kept@world", GATHERED),
+    "mics-trainer@node": ("mics_trainer", "trainer@node", GATHERED),
+    "mics-trainer@two-nodes": ("mics_trainer", "trainer@two-nodes", GATHERED),
+    "mics-trainer@world": ("mics_trainer", "trainer@world", GATHERED),
 }
 
 SYSTEMS: tuple[str, ...] = tuple(_SETTINGS)
@@ -55,11 +63,12 @@ SYSTEMS: tuple[str, ...] = tuple(_SETTINGS)
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """A system's module, as Python's import wants it, and the setting that its ``train`` is given."""
+    """A system's module, as Python's import wants it, the setting that its ``train`` is given, and what ranks keep."""
 
     name: str
     module: str
     setting: str | None
+    keeps: str
 
 
 def resolve(name: str) -> System:
@@ -70,8 +79,8 @@ def resolve(name: str) -> System:
     """
     if name not in _SETTINGS:
         raise ValueError(f"no system is called {name!r}; there are {', '.join(SYSTEMS)}")
-    module, setting = _SETTINGS[name]
-    return System(name=name, module=f"{__name__}.{module}", setting=setting)
+    module, setting, keeps = _SETTINGS[name]
+    return System(name=name, module=f"{__name__}.{module}", setting=setting, keeps=keeps)
 
 
 def systems_for(*, nodes: int) -> tuple[str, ...]:
