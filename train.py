@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 
 import hydra
 import lightning as L
@@ -19,7 +20,8 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from recipes.resume import find_saved_run, steps_to_reach
+from lightning_mics.manifest import DamagedCheckpointError
+from recipes.resume import SavedRun, find_saved_runs, steps_to_reach
 from recipes.unigram import unigram_loss
 
 OmegaConf.register_new_resolver("gpu_or_cpu", lambda gpu, cpu: gpu if torch.cuda.is_available() else cpu, replace=True)
@@ -31,25 +33,42 @@ def main(config: DictConfig) -> None:
     # every rank would print it at the first batch; Lightning 2.6 uses what torch 2.13 deprecates
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
-    saved = find_saved_run(config.resume, checkpoint_dir=f"{config.run_dir}/checkpoints")
+    runs = find_saved_runs(config.resume, checkpoint_dir=f"{config.run_dir}/checkpoints", say=say)
     L.seed_everything(config.seed, verbose=False)
 
     data = instantiate(config.data)
     model = instantiate(config.model, optimizer=config.optimizer)
     model.check_data(vocab_size=data.vocab_size, sequence_length=data.sequence_length)
-    strategy = instantiate(config.strategy)
-    trainer = instantiate(config.trainer, strategy=strategy, max_steps=steps_to_reach(config.trainer.max_steps, saved))
-
-    checkpoint = None
-    if saved:
-        checkpoint = saved.path
-        (now,) = trainer.validate(model, data, ckpt_path=checkpoint, verbose=False)
-        say(f"Resuming {checkpoint} at step {saved.step} of {trainer.max_steps}:")
-        say(f"  validation loss {now['val_loss']:.6f}; when it was saved: {saved.val_loss:.6f}")
+    trainer, checkpoint = resume(config, runs, model, data) if runs else (make_trainer(config), None)
     trainer.fit(model, data, ckpt_path=checkpoint)
     (final,) = trainer.validate(model, data, verbose=False)
     (sample,) = trainer.predict(model, data)
     report(config, data=data, loss=final["val_loss"], sample=data.decode(sample[0]))
+
+
+def make_trainer(config: DictConfig, saved: SavedRun | None = None) -> L.Trainer:
+    """The Trainer of this run, whether it begins or goes on."""
+    steps = steps_to_reach(config.trainer.max_steps, saved)
+    return instantiate(config.trainer, strategy=instantiate(config.strategy), max_steps=steps)
+
+
+def resume(
+    config: DictConfig, runs: list[SavedRun], model: L.LightningModule, data: L.LightningDataModule
+) -> tuple[L.Trainer, Path]:
+    """The Trainer for the first of ``runs`` whose checkpoint is whole, and that checkpoint."""
+    for saved in runs:
+        trainer = make_trainer(config, saved)
+        try:
+            (now,) = trainer.validate(model, data, ckpt_path=saved.path, verbose=False)
+        except DamagedCheckpointError as damage:
+            if saved is runs[-1]:
+                raise
+            say(f"{damage}; going back to the checkpoint before it")
+            continue
+        say(f"Resuming {saved.path} at step {saved.step} of {trainer.max_steps}:")
+        say(f"  validation loss {now['val_loss']:.6f}; when it was saved: {saved.val_loss:.6f}")
+        return trainer, saved.path
+    raise AssertionError("unreachable: the last of the runs returns or raises")
 
 
 @rank_zero_only

@@ -5,7 +5,8 @@ key ``model``, optimizers under ``optimizer_0``, ``optimizer_1``, ..., and every
 Lightning's ``consolidate_checkpoint`` reads. Replicas do not write twice: each tensor is written by one of them. A full
 file is what Lightning writes on one device, optimizer states by parameter number.
 
-A new checkpoint is finished before it replaces an earlier one at the same path::
+A directory's files are listed in its manifest, which is checked before anything is loaded. A new checkpoint is whole
+and on disk before it replaces an earlier one at the same path::
 
     .NAME.unfinished    being written
     .NAME.former        what was at NAME, between the two renames; a job killed there finds it at its next save
@@ -15,10 +16,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,14 +39,17 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 
+from lightning_mics.manifest import MANIFEST_FILE, DamagedCheckpointError, FileFacts, Manifest
 from lightning_mics.optimizer_states import copy_state, dotted, load_optimizer, named, prefixes
 
 META_FILE = "meta.pt"
+_DCP_FILE = ".metadata"
+_Result = TypeVar("_Result")
 
 
 def is_sharded(path: Path) -> bool:
     """Whether ``path`` is a directory that :func:`save_sharded` wrote."""
-    return path.is_dir() and (path / META_FILE).is_file()
+    return path.is_dir() and any((path / name).is_file() for name in (META_FILE, MANIFEST_FILE))
 
 
 def save_sharded(
@@ -68,15 +75,23 @@ def save_sharded(
 
     def finish() -> None:
         torch.save(meta, unfinished / META_FILE)
+        files = {name: FileFacts.of(unfinished / name) for name in (META_FILE, _DCP_FILE)}
+        for of_rank in written:
+            files.update(of_rank)
+        Manifest.now(files, world_size=len(written)).write(unfinished)
+        for name in (META_FILE, MANIFEST_FILE, "."):  # DCP has seen to its own
+            _sync(unfinished / name)
         if os.path.lexists(path):
             path.rename(former)
         try:
             unfinished.rename(path)
         finally:
             _put_back(path, former)
+        _sync(path.parent)
 
     _on_rank_0(prepare)
     save_shards({"model": model_state, **_numbered(optimizer_states)}, checkpoint_id=unfinished)
+    written = _on_all_ranks(lambda: _own_files(unfinished))
     _on_rank_0(finish)
 
 
@@ -123,9 +138,11 @@ def load(
 
     Raises:
         ValueError: If ``path`` is no checkpoint.
+        DamagedCheckpointError: If files of a directory are missing, cut short or altered.
         RuntimeError: If ``strict`` and the parameters differ, or the optimizers are not those of the checkpoint.
     """
     if is_sharded(path):
+        _check_whole(path)
         return _load_sharded(path, model=model, optimizers=optimizers, strict=strict, weights_only=weights_only)
     if path.is_file():
         return _load_full(path, model=model, optimizers=optimizers, strict=strict, weights_only=weights_only)
@@ -184,6 +201,28 @@ def _numbered(entries: Sequence[Any]) -> dict[str, Any]:
     return {f"optimizer_{index}": entry for index, entry in enumerate(entries)}
 
 
+# -- what a directory is made of ---------------------------------------------------------------------------------------
+
+
+def _own_files(folder: Path) -> dict[str, FileFacts]:
+    """What this rank has written, by name."""
+    return {file.name: FileFacts.of(file) for file in sorted(folder.glob(f"__{dist.get_rank()}_*.distcp"))}
+
+
+def _check_whole(path: Path) -> None:
+    """Read each file once, spread over all ranks; every rank raises what one has found."""
+    manifest = _on_rank_0(lambda: Manifest.read(path) if (path / MANIFEST_FILE).exists() else None)
+    if manifest is None:
+        if dist.get_rank() == 0:
+            warnings.warn(f"{path} has no {MANIFEST_FILE}: nobody can say whether it is whole", stacklevel=2)
+        return
+    own = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
+    problems = sorted(chain(*_on_all_ranks(lambda: manifest.problems(path, own))))
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {', '.join(problems[:3])}{more}")
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -220,19 +259,54 @@ def _check_count(optimizers: Sequence[Optimizer], saved: int) -> None:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def _on_rank_0(action: Callable[[], None]) -> None:
-    """Run ``action`` on rank 0 while the others wait; if it fails all ranks raise."""
-    failure: list[Exception | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except Exception as error:
-            plain = error if isinstance(error, OSError) else RuntimeError(f"on rank 0: {error!r}")
-            dist.broadcast_object_list([plain], src=0)
-            raise
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise failure[0]
+def _on_rank_0(action: Callable[[], _Result]) -> _Result:
+    """Run ``action`` on rank 0; all ranks get what it returns, or raise if it fails."""
+    outcome: list[Any] = [_outcome_of(action) if dist.get_rank() == 0 else None]
+    error = outcome[0].error if outcome[0] else None
+    dist.broadcast_object_list(outcome, src=0)
+    result: _Result = _results(outcome, own_error=error)[0]
+    return result
+
+
+def _on_all_ranks(action: Callable[[], _Result]) -> list[_Result]:
+    """Run ``action`` on every rank; all get what each returns, or raise if one fails."""
+    own, outcomes = _outcome_of(action), [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, own)
+    return _results(outcomes, own_error=own.error)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    value: Any = None
+    error: Exception | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # what other ranks get: an error that pickles
+        plain = self.error is None or isinstance(self.error, OSError | DamagedCheckpointError)
+        error = self.error if plain else RuntimeError(f"on rank {dist.get_rank()}: {self.error!r}")
+        return _Outcome, (self.value, error)
+
+
+def _outcome_of(action: Callable[[], Any]) -> _Outcome:
+    try:
+        return _Outcome(value=action())
+    except Exception as error:
+        return _Outcome(error=error)
+
+
+def _results(outcomes: list[Any], *, own_error: Exception | None) -> list[Any]:
+    error = own_error or next((outcome.error for outcome in outcomes if outcome.error is not None), None)
+    if error is not None:
+        raise error
+    return [outcome.value for outcome in outcomes]
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _former(path: Path) -> Path:
@@ -255,4 +329,4 @@ def _put_back(path: Path, former: Path) -> None:
 
 
 def _is_foreign(entry: Path) -> bool:
-    return entry.suffix != ".distcp" and entry.name not in (META_FILE, ".metadata")
+    return entry.suffix != ".distcp" and entry.name not in (META_FILE, MANIFEST_FILE, _DCP_FILE)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from lightning_mics.manifest import MANIFEST_FILE, DamagedCheckpointError, Manifest
+
+META_FILE = "meta.pt"
 
 
 @dataclass(frozen=True)
@@ -17,24 +22,40 @@ class SavedRun:
     val_loss: float | None
 
 
-def find_saved_run(resume: str | None, *, checkpoint_dir: str | Path) -> SavedRun | None:
-    """The run to continue: None for a fresh start, ``"last"`` for the latest in ``checkpoint_dir``, else a path.
+def find_saved_runs(
+    resume: str | None, *, checkpoint_dir: str | Path, say: Callable[[str], object] = print
+) -> list[SavedRun]:
+    """The runs to continue, the best first: none for a fresh start, one for a path.
+
+    For ``"last"`` it is the latest in ``checkpoint_dir``, followed by those before it, in case it turns out to be
+    damaged. Those whose own facts are damaged are left out, and ``say`` is told.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
+        DamagedCheckpointError: If there is none that is whole.
     """
     if resume is None:
-        return None
-    path = Path(checkpoint_dir, "last.ckpt") if resume == "last" else Path(resume)
-    if not path.exists():
+        return []
+    if resume != "last":
+        if not Path(resume).exists():
+            raise FileNotFoundError(
+                f"resume={resume}: there is no such checkpoint; use resume=last for the latest of this run"
+            )
+        return [_read(Path(resume))]
+    runs, damages = [], []
+    for path in filter(Path.exists, Path(checkpoint_dir).glob("*.ckpt")):  # a link may have lost what it points to
+        try:
+            runs.append(_read(path))
+        except DamagedCheckpointError as damage:
+            damages.append(damage)
+            say(f"{damage}; it is left out")
+    if damages and not runs:
+        raise damages[0]
+    if not runs:
         raise FileNotFoundError(
             f"resume=last: there is no checkpoint in {checkpoint_dir} yet; run once without resume, or use resume=PATH"
-            if resume == "last"
-            else f"resume={resume}: there is no such checkpoint; use resume=last for the latest of this run"
         )
-    facts = path / "meta.pt" if path.is_dir() else path  # a sharded checkpoint is a folder, a full one a file
-    checkpoint = torch.load(facts, map_location="cpu", weights_only=False, mmap=True)
-    return SavedRun(path=path, step=checkpoint["global_step"], val_loss=checkpoint.get("val_loss"))
+    return sorted(runs, key=lambda run: (run.step, run.path.name == "last.ckpt"), reverse=True)
 
 
 def steps_to_reach(max_steps: int, saved: SavedRun | None) -> int:
@@ -42,3 +63,14 @@ def steps_to_reach(max_steps: int, saved: SavedRun | None) -> int:
     if saved is None or saved.step < max_steps:
         return max_steps
     return saved.step + max_steps
+
+
+def _read(path: Path) -> SavedRun:
+    """A sharded checkpoint is a folder, of which one file has the facts; a full one is a file."""
+    if (path / MANIFEST_FILE).exists():
+        problems = Manifest.read(path).problems(path, [META_FILE])
+        if problems:
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {problems[0]}")
+    facts = path / META_FILE if path.is_dir() else path
+    checkpoint = torch.load(facts, map_location="cpu", weights_only=False, mmap=True)
+    return SavedRun(path=path, step=checkpoint["global_step"], val_loss=checkpoint.get("val_loss"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_mics import checkpoint
+from lightning_mics.manifest import MANIFEST_FILE
 from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.partition_groups import create_groups
 from lightning_mics.sharding import shard_model
@@ -342,10 +344,12 @@ def overwritten(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_ranks(2, _overwrite, tmp_path_factory.mktemp("overwrite"))[0]
 
 
-SHARDS = [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+SHARDS = [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "meta.pt"]
 
 
-def test_a_checkpoint_has_one_file_of_shards_per_rank_and_two_of_metadata(overwritten: dict[str, Any]) -> None:
+def test_a_checkpoint_is_one_file_of_shards_per_rank_two_of_metadata_and_a_manifest(
+    overwritten: dict[str, Any],
+) -> None:
     assert overwritten["fresh"] == SHARDS
 
 
@@ -598,3 +602,70 @@ def test_a_rank_that_cannot_write_its_shards_makes_all_ranks_raise(tmp_path: Pat
         run_ranks(2, save)
     assert set(raised.value.failures) == {0, 1}
     assert not (tmp_path / "ckpt").exists()
+
+
+def _damages(folder: Path) -> dict[str, Any]:
+    path, model = folder / "ckpt", _sharded()
+    _save(path, model)
+    intact = {file.name: file.read_bytes() for file in path.iterdir()}
+    dist.barrier()
+    facts: dict[str, Any] = {"intact": sorted(intact)}
+    for name, content in intact.items():
+        half = len(content) // 2
+        damaged = {
+            "missing": None,
+            "cut": content[:-9],
+            "altered": content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :],
+        }
+        for damage, wrong in damaged.items():
+            if dist.get_rank() == 0:
+                (path / name).unlink() if wrong is None else (path / name).write_bytes(wrong)
+            dist.barrier()
+            restored = _sharded(seed=1)
+            before = _weights(restored)
+            facts[name, damage] = _refusal(path, restored) if (name, damage) != (MANIFEST_FILE, "missing") else None
+            facts[name, damage, "untouched"] = _same(_weights(restored), before)
+            dist.barrier()
+            if dist.get_rank() == 0:
+                (path / name).write_bytes(content)
+            dist.barrier()
+    return facts
+
+
+@pytest.fixture(scope="module")
+def damages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(2, _damages, tmp_path_factory.mktemp("damage"))
+
+
+@pytest.mark.parametrize("name", [name for name in SHARDS if name != MANIFEST_FILE])
+@pytest.mark.parametrize("damage", ["missing", "cut", "altered"])
+def test_damage_is_refused_on_all_ranks_by_the_name_of_the_file(damages: Any, name: str, damage: str) -> None:
+    expected = {"missing": "is missing", "cut": "bytes", "altered": "was altered: its checksum is another"}[damage]
+    for facts in damages:
+        assert facts["intact"] == SHARDS
+        assert facts[name, damage, "untouched"]
+        assert facts[name, damage].startswith("DamagedCheckpointError: ")
+        assert f"{name} " in facts[name, damage] and expected in facts[name, damage]
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered"])
+def test_a_manifest_that_is_not_one_is_refused_or_lists_what_is_not_there(damages: Any, damage: str) -> None:
+    assert all(facts[MANIFEST_FILE, damage].startswith("DamagedCheckpointError: ") for facts in damages)
+
+
+def test_a_directory_without_a_manifest_loads_with_a_warning(tmp_path: Path) -> None:
+    assert run_ranks(2, _without_manifest, tmp_path)[0] == ["ckpt has no manifest.json"]
+
+
+def _without_manifest(folder: Path) -> list[str]:
+    path, model = folder / "ckpt", _sharded()
+    _save(path, model)
+    if dist.get_rank() == 0:
+        (path / MANIFEST_FILE).unlink()
+    dist.barrier()
+    restored = _sharded(seed=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _load(path, restored)
+    assert _same(_weights(restored), _weights(model))
+    return [str(w.message).split(":")[0].rpartition("/")[2] for w in caught if "manifest" in str(w.message)]

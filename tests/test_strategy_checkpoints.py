@@ -268,9 +268,8 @@ def test_without_the_optimizer_states_the_losses_would_differ(saved: dict[str, A
 
 def test_a_sharded_checkpoint_holds_shards_and_metadata_only(saved: dict[str, Any]) -> None:
     shards = [f"__{rank}_0.distcp" for rank in range(4)]
-    assert saved["files"] == {
-        name: [".metadata", *shards, "meta.pt"] for name in ("epoch=0.ckpt", "epoch=1.ckpt", "last.ckpt")
-    }
+    files = [".metadata", *shards, "manifest.json", "meta.pt"]
+    assert saved["files"] == dict.fromkeys(("epoch=0.ckpt", "epoch=1.ckpt", "last.ckpt"), files)
     assert {"pytorch-lightning_version", "callbacks", "lr_schedulers", "loops"} <= set(saved["meta"])
     assert not {"state_dict", "optimizer_states"} & set(saved["meta"])
     assert saved["tensors in meta"] == 0
