@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -41,6 +41,7 @@ from torch.optim import Optimizer
 
 from lightning_mics.manifest import MANIFEST_FILE, DamagedCheckpointError, FileFacts, Manifest
 from lightning_mics.optimizer_states import copy_state, dotted, load_optimizer, named, prefixes
+from lightning_mics.safe_reading import SafePlanner, SafeReader, UnsafeCheckpointError, load_value, read_metadata
 
 META_FILE = "meta.pt"
 _DCP_FILE = ".metadata"
@@ -131,7 +132,7 @@ def load(
         model: The sharded model.
         optimizers: In the order of saving; those that the checkpoint holds are loaded.
         strict: Whether the checkpoint's parameters must be those of the model.
-        weights_only: Whether what is neither model nor optimizer may be plain data only.
+        weights_only: Whether what is no tensor may be plain data only. Off, it may run code as it loads.
 
     Returns:
         What is neither model nor optimizer.
@@ -139,6 +140,7 @@ def load(
     Raises:
         ValueError: If ``path`` is no checkpoint.
         DamagedCheckpointError: If files of a directory are missing, cut short or altered.
+        UnsafeCheckpointError: If loading would run code of the checkpoint that ``weights_only`` does not allow.
         RuntimeError: If ``strict`` and the parameters differ, or the optimizers are not those of the checkpoint.
     """
     if is_sharded(path):
@@ -157,7 +159,8 @@ def load(
 def _load_sharded(
     path: Path, *, model: nn.Module, optimizers: Sequence[Optimizer], strict: bool, weights_only: bool
 ) -> dict[str, Any]:
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    meta: dict[str, Any] = load_value(path / META_FILE, name=str(path / META_FILE), weights_only=weights_only)
+    stored = read_metadata(path / _DCP_FILE).state_dict_metadata
     model_state = get_model_state_dict(model)
     _check_model(
         model_state,
@@ -166,19 +169,18 @@ def _load_sharded(
     )
     saved = {name.split(".")[0] for name in stored if name.startswith("optimizer_")}
     _check_count(optimizers, len(saved))
-    names = prefixes(stored)
+    names, read = prefixes(stored), partial(_read, path, weights_only=weights_only)
     for key, optimizer in _numbered(optimizers if saved else []).items():
-        load_optimizer(model, optimizer, key, stored=names, read=partial(_read, path))
-    _read(path, {"model": model_state})
+        load_optimizer(model, optimizer, key, stored=names, read=read)
+    read({"model": model_state})
     set_model_state_dict(model, model_state)
-    meta: dict[str, Any] = torch.load(path / META_FILE, map_location="cpu", weights_only=weights_only)
     return meta
 
 
 def _load_full(
     path: Path, *, model: nn.Module, optimizers: Sequence[Optimizer], strict: bool, weights_only: bool
 ) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    content: dict[str, Any] = load_value(path, name=str(path), weights_only=weights_only, mapped=True)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{str(path)!r} does not point to a valid checkpoint: the file holds no 'state_dict'")
     model_state = content.pop("state_dict")
@@ -192,9 +194,16 @@ def _load_full(
     return content
 
 
-def _read(path: Path, state: dict[str, Any]) -> None:
-    # partial: what the checkpoint lacks keeps its value; whether that is allowed is checked elsewhere
-    load_shards(state, checkpoint_id=path, planner=DefaultLoadPlanner(allow_partial_load=True))
+def _read(path: Path, state: dict[str, Any], *, weights_only: bool) -> None:
+    try:
+        load_shards(state, storage_reader=SafeReader(path), planner=SafePlanner(weights_only=weights_only))
+    except CheckpointException as failed:  # on any rank; torch's own is no Exception, and as long as all tracebacks
+        rank, (error, _) = min(failed.failures.items())
+        if isinstance(error, UnsafeCheckpointError):
+            raise error from None
+        if isinstance(error, UnpicklingError):
+            raise UnsafeCheckpointError(f"the shards in {path} hold more than tensors: {error}") from None
+        raise RuntimeError(f"reading {path} failed on rank {rank}: {error!r}") from failed
 
 
 def _numbered(entries: Sequence[Any]) -> dict[str, Any]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
+import pickle
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_mics import checkpoint
-from lightning_mics.manifest import MANIFEST_FILE
+from lightning_mics.manifest import MANIFEST_FILE, FileFacts, Manifest
 from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.partition_groups import create_groups
+from lightning_mics.safe_reading import read_metadata
 from lightning_mics.sharding import shard_model
 from lightning_mics.topology import Topology
 from tests.forked import RankError, run_ranks
@@ -669,3 +674,93 @@ def _without_manifest(folder: Path) -> list[str]:
         _load(path, restored)
     assert _same(_weights(restored), _weights(model))
     return [str(w.message).split(":")[0].rpartition("/")[2] for w in caught if "manifest" in str(w.message)]
+
+
+class Payload:
+    """What a hostile pickle holds: loading it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+class WithPayload(WithExtraState):
+    payload: Any = None
+
+    def get_extra_state(self) -> Any:
+        return {"seen": self.seen, "payload": self.payload}
+
+
+def _hostile(folder: Path) -> dict[str, Any]:
+    """A payload in each file of a checkpoint, with a manifest that fits; what loading says, and whether it has run."""
+    facts: dict[str, Any] = {}
+    ran = folder / "ran"
+
+    def attempt(name: str, spoil: Callable[[Path], None], **loading: Any) -> None:
+        path, model = folder / name, _sharded(make=WithPayload)
+        model.payload = Payload(ran) if name == "value" else None
+        _save(path, model)
+        if dist.get_rank() == 0:
+            spoil(path)
+            written = Manifest.read(path).files
+            Manifest.now({file: FileFacts.of(path / file) for file in written}, world_size=2).write(path)
+        dist.barrier()
+        restored = _sharded(seed=1, make=WithPayload)
+        before = _weights(restored)
+        try:
+            checkpoint.load(path, model=restored, optimizers=[], strict=True, weights_only=True)
+        except Exception as error:
+            facts[name] = f"{type(error).__name__}: {error}"
+        assert facts[name].startswith("UnsafeCheckpointError")
+        facts[name, "ran"] = ran.exists()
+        facts[name, "untouched"] = _same(_weights(restored), before)
+
+    attempt("meta", lambda path: torch.save({"own": Payload(ran)}, path / "meta.pt"))
+    attempt("metadata", lambda path: (path / ".metadata").write_bytes(pickle.dumps(Payload(ran))))
+    attempt("shards", lambda path: _overwrite_tensors(path, Payload(ran)))
+    attempt("elsewhere", _point_elsewhere)
+    attempt("value", lambda path: None)
+    return facts
+
+
+def _overwrite_tensors(path: Path, payload: Payload) -> None:
+    for file in path.glob("*.distcp"):
+        content = io.BytesIO()
+        torch.save(payload, content)
+        size = file.stat().st_size
+        file.write_bytes(content.getvalue().ljust(size, b"\0"))
+    metadata = read_metadata(path / ".metadata")
+    for index, info in metadata.storage_data.items():
+        metadata.storage_data[index] = replace(info, offset=0, length=len(content.getvalue()))
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def _point_elsewhere(path: Path) -> None:
+    metadata = read_metadata(path / ".metadata")
+    for index, info in metadata.storage_data.items():
+        metadata.storage_data[index] = replace(info, relative_path=f"../elsewhere/{info.relative_path}")
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(2, _hostile, tmp_path_factory.mktemp("hostile"))
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("meta", "meta.pt holds posix.mkdir, which is neither plain data nor a tensor, and loading it could run code"),
+        ("metadata", "metadata names posix.mkdir, which describes no tensor: loading it could run code"),
+        ("shards", "posix.mkdir"),
+        ("elsewhere", "names files outside of the checkpoint: ['../elsewhere/__0_0.distcp'"),
+        ("value", "_extra_state.payload holds posix.mkdir, which is neither plain data nor a tensor"),
+    ],
+)
+def test_a_hostile_checkpoint_runs_nothing_and_is_refused(hostile: Any, where: str, said: str) -> None:
+    for facts in hostile:
+        assert said in facts[where]
+        assert not facts[where, "ran"]
+        assert facts[where, "untouched"] or where in ("shards", "value")  # found while weights are read in place
