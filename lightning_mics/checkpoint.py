@@ -9,7 +9,7 @@ A directory's files are listed in its manifest, which is checked before anything
 and on disk before it replaces an earlier one at the same path::
 
     .NAME.unfinished    being written
-    .NAME.former        what was at NAME, between the two renames; a job killed there finds it at its next save
+    .NAME.former        what was at NAME, between the two renames; a job killed there finds it when it loads or saves
 """
 
 from __future__ import annotations
@@ -143,6 +143,7 @@ def load(
         UnsafeCheckpointError: If loading would run code of the checkpoint that ``weights_only`` does not allow.
         RuntimeError: If ``strict`` and the parameters differ, or the optimizers are not those of the checkpoint.
     """
+    _on_rank_0(lambda: _put_back(path, _former(path)))
     if is_sharded(path):
         _check_whole(path)
         return _load_sharded(path, model=model, optimizers=optimizers, strict=strict, weights_only=weights_only)

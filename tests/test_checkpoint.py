@@ -764,3 +764,17 @@ def test_a_hostile_checkpoint_runs_nothing_and_is_refused(hostile: Any, where: s
         assert said in facts[where]
         assert not facts[where, "ran"]
         assert facts[where, "untouched"] or where in ("shards", "value")  # found while weights are read in place
+
+
+def test_a_checkpoint_is_found_by_a_job_that_was_killed_between_the_two_renames(tmp_path: Path) -> None:
+    assert run_ranks(2, _killed_between_renames, tmp_path) == ["first", "first"]
+
+
+def _killed_between_renames(folder: Path) -> Any:
+    path, model = folder / "ckpt", _sharded()
+    _save(path, model, meta="first")
+    if dist.get_rank() == 0:
+        path.rename(path.with_name(".ckpt.former"))
+        (folder / ".ckpt.unfinished").mkdir()
+    dist.barrier()
+    return _load(path, _sharded(seed=1))["meta"]
