@@ -44,7 +44,7 @@ from lightning_mics.optimizer_states import copy_state, dotted, load_optimizer, 
 from lightning_mics.safe_reading import SafePlanner, SafeReader, UnsafeCheckpointError, load_value, read_metadata
 
 META_FILE = "meta.pt"
-_DCP_FILE = ".metadata"
+DCP_FILE = ".metadata"
 _Result = TypeVar("_Result")
 
 
@@ -76,7 +76,7 @@ def save_sharded(
 
     def finish() -> None:
         torch.save(meta, unfinished / META_FILE)
-        files = {name: FileFacts.of(unfinished / name) for name in (META_FILE, _DCP_FILE)}
+        files = {name: FileFacts.of(unfinished / name) for name in (META_FILE, DCP_FILE)}
         for of_rank in written:
             files.update(of_rank)
         Manifest.now(files, world_size=len(written)).write(unfinished)
@@ -161,7 +161,7 @@ def _load_sharded(
     path: Path, *, model: nn.Module, optimizers: Sequence[Optimizer], strict: bool, weights_only: bool
 ) -> dict[str, Any]:
     meta: dict[str, Any] = load_value(path / META_FILE, name=str(path / META_FILE), weights_only=weights_only)
-    stored = read_metadata(path / _DCP_FILE).state_dict_metadata
+    stored = read_metadata(path / DCP_FILE).state_dict_metadata
     model_state = get_model_state_dict(model)
     _check_model(
         model_state,
@@ -339,4 +339,4 @@ def _put_back(path: Path, former: Path) -> None:
 
 
 def _is_foreign(entry: Path) -> bool:
-    return entry.suffix != ".distcp" and entry.name not in (META_FILE, MANIFEST_FILE, _DCP_FILE)
+    return entry.suffix != ".distcp" and entry.name not in (META_FILE, MANIFEST_FILE, DCP_FILE)

@@ -1,0 +1,78 @@
+"""`python -m lightning_mics.inspect` says what is in a checkpoint, and whether it is whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import AdamW
+
+from lightning_mics import Topology, checkpoint, create_groups, shard_model
+from lightning_mics.inspect import main
+from lightning_mics.manifest import FileFacts, Manifest
+from lightning_mics.optimizer_states import optimizer_state
+from tests.forked import run_ranks
+from tests.test_schedule import DIM, LAYERS, Stack
+
+VALUES = DIM * DIM * (LAYERS + 1)
+
+
+def _save(path: Path, meta: dict[str, Any]) -> None:
+    model = Stack()
+    groups = create_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu")
+    schedule = shard_model(model, groups)
+    optimizer = AdamW(model.parameters())
+    with schedule.micro_step(boundary=True):
+        model(torch.randn(2, DIM)).backward()
+    optimizer.step()
+    states = [optimizer_state(model, optimizer, sharded=True)]
+    checkpoint.save_sharded(path, model_state=model.state_dict(), optimizer_states=states, meta=meta)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    run_ranks(2, _save, tmp_path / "a.ckpt", {"global_step": 7, "epoch": 1})
+    return tmp_path / "a.ckpt"
+
+
+def test_it_says_step_age_ranks_sizes_dtypes_and_that_all_is_there(path: Path, capsys: Any) -> None:
+    assert main([str(path)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == str(path)
+    rows = dict(line.strip().split("  ", 1) for line in shown[1:])
+    rows = {name: value.strip() for name, value in rows.items()}
+    assert (rows["step"], rows["epoch"], rows["written by"]) == ("7", "1", "2 ranks")
+    assert rows["saved"].endswith("less than a minute ago")
+    assert rows["model"].startswith(f"{LAYERS + 1} tensors, {VALUES:,} values, ") and rows["model"].endswith(
+        ", float32"
+    )
+    assert f"{2 * VALUES + LAYERS + 1:,} values" in rows["optimizer_0"]  # two moments, and a step for each parameter
+    assert rows["on disk"].startswith("4 files, ")
+    assert rows["whole"] == "yes: sizes and checksums are as written"
+
+
+def test_damage_is_named_and_ends_with_an_error(path: Path, capsys: Any) -> None:
+    os.truncate(path / "__1_0.distcp", 7)
+    assert main([str(path)]) == 1
+    assert "whole        no: __1_0.distcp has 7 of " in capsys.readouterr().out
+    (path / "manifest.json").write_text("{")
+    assert main([str(path)]) == 1
+    assert "is damaged: manifest.json" in capsys.readouterr().err
+
+
+def test_what_would_run_code_is_not_read(path: Path, capsys: Any) -> None:
+    torch.save({"global_step": os.getpid}, path / "meta.pt")
+    files = {name: FileFacts.of(path / name) for name in Manifest.read(path).files}
+    Manifest.now(files, world_size=2).write(path)
+    assert main([str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "meta.pt holds posix.getpid, which is neither plain data nor a tensor" in shown
+    assert "step         not said" in shown
+
+
+def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, capsys: Any) -> None:
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "nowhere is no sharded checkpoint" in capsys.readouterr().err
