@@ -76,6 +76,7 @@ def save_sharded(
 
     def finish() -> None:
         torch.save(meta, unfinished / META_FILE)
+        _warn_if_unsafe(unfinished / META_FILE)
         files = {name: FileFacts.of(unfinished / name) for name in (META_FILE, DCP_FILE)}
         for of_rank in written:
             files.update(of_rank)
@@ -217,6 +218,14 @@ def _numbered(entries: Sequence[Any]) -> dict[str, Any]:
 def _own_files(folder: Path) -> dict[str, FileFacts]:
     """What this rank has written, by name."""
     return {file.name: FileFacts.of(file) for file in sorted(folder.glob(f"__{dist.get_rank()}_*.distcp"))}
+
+
+def _warn_if_unsafe(file: Path) -> None:
+    """Whoever saves should hear at once that loading will ask for trust."""
+    try:
+        load_value(file, name=f"this checkpoint's {file.name}", weights_only=True)
+    except UnsafeCheckpointError as error:
+        warnings.warn(str(error), stacklevel=2)
 
 
 def _check_whole(path: Path) -> None:

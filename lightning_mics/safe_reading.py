@@ -103,7 +103,8 @@ def load_value(file: Any, *, name: str, weights_only: bool, mapped: bool = False
         named = re.search(r"GLOBAL (\S+)", str(error))
         raise UnsafeCheckpointError(
             f"{name} holds {f'{named[1]}, which is' if named else 'what is'} neither plain data nor a tensor, and "
-            "loading it could run code; pass weights_only=False if you trust where the checkpoint comes from"
+            "loading it could run code; if you trust where the checkpoint comes from, pass weights_only=False, or "
+            "trust_checkpoints=True to MiCSStrategy"
         ) from error
 
 

@@ -81,6 +81,8 @@ class MiCSStrategy(ModelParallelStrategy):
             the longest list of equal modules.
         activation_checkpointing: True recomputes each block in backward; classes or names choose other modules.
         save_sharded: Checkpoints are directories of shards; False gathers them into one file on rank 0.
+        trust_checkpoints: Whether loading a checkpoint may run code that is in it, which objects other than plain data
+            and tensors need; an explicit ``weights_only`` goes before.
         process_group_backend: None is nccl for CUDA, gloo for CPU.
         timeout: For the collectives of all groups.
 
@@ -104,6 +106,7 @@ class MiCSStrategy(ModelParallelStrategy):
         shard_modules: ModuleClasses | None = None,
         activation_checkpointing: bool | ModuleClasses = False,
         save_sharded: bool = True,
+        trust_checkpoints: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -130,6 +133,7 @@ class MiCSStrategy(ModelParallelStrategy):
         self._reduce_dtype = _floating_dtype("reduce_dtype", reduce_dtype)
         self._shard_modules = shard_modules
         self._activation_checkpointing = activation_checkpointing
+        self._trust_checkpoints = trust_checkpoints
         self._sharded: _Sharded | None = None
         self._evaluation = ExitStack()
 
@@ -483,7 +487,7 @@ class MiCSStrategy(ModelParallelStrategy):
                 model=self.model,
                 optimizers=self.optimizers if fitting else [],
                 strict=self.lightning_module.strict_loading,
-                weights_only=bool(weights_only),
+                weights_only=not self._trust_checkpoints if weights_only is None else weights_only,
             )
             self._abandon_window()
             verify_replicas(self.model, self._state().groups)

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lightning_mics.manifest import MANIFEST_FILE, DamagedCheckpointError, Manifest
+from lightning_mics.safe_reading import load_value
 
 META_FILE = "meta.pt"
 
@@ -72,5 +71,5 @@ def _read(path: Path) -> SavedRun:
         if problems:
             raise DamagedCheckpointError(f"checkpoint {path} is damaged: {problems[0]}")
     facts = path / META_FILE if path.is_dir() else path
-    checkpoint = torch.load(facts, map_location="cpu", weights_only=False, mmap=True)
+    checkpoint = load_value(facts, name=str(facts), weights_only=True, mapped=facts is path)
     return SavedRun(path=path, step=checkpoint["global_step"], val_loss=checkpoint.get("val_loss"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -482,22 +483,26 @@ def _own_objects(folder: Path) -> dict[str, Any]:
     for sharded in (True, False):
         path = folder / f"{sharded}.ckpt"
         trainer, recorder = fit(folder, Annotated, callbacks=[Counter()], strategy=mics(save_sharded=sharded))
-        trainer.save_checkpoint(path)
-        for weights_only in (None, False):
-            trainer, _ = fit(folder, Annotated, ckpt_path=path, epochs=2, weights_only=weights_only)
-            facts[sharded, "fit", weights_only] = trainer.lightning_module.note
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.save_checkpoint(path)
+        facts[sharded, "saving"] = [str(warning.message) for warning in caught]
+        facts[sharded, "by default"] = refusal(lambda path=path: fit(folder, Annotated, ckpt_path=path, epochs=2))
+        trainer, _ = fit(folder, Annotated, ckpt_path=path, epochs=2, strategy=mics(trust_checkpoints=True))
+        facts[sharded, "trusted"] = trainer.lightning_module.note
         facts[sharded, True] = refusal(
             lambda path=path, trainer=trainer: trainer.strategy.load_checkpoint(path, weights_only=True)
         )
         for stage in ("validate", "test", "predict"):
             module, counter = Annotated(), Counter()
-            evaluating = make_trainer(folder, devices=2, callbacks=[counter])
+            evaluating = make_trainer(folder, devices=2, callbacks=[counter], strategy=mics(trust_checkpoints=True))
             getattr(evaluating, stage)(module, data(), ckpt_path=path)
             facts[sharded, stage] = (module.note, counter.count, same(whole_weights(module), recorder.after_epoch[0]))
         for name, module in (("strict", Extended()), ("loose", Extended(strict=False))):
             module.on_load_checkpoint = lambda checkpoint: None
+            tester = make_trainer(folder, devices=2, strategy=mics(trust_checkpoints=True))
             facts[sharded, name] = refusal(
-                lambda module=module, path=path: make_trainer(folder, devices=2).test(module, data(), ckpt_path=path)
+                lambda module=module, path=path, tester=tester: tester.test(module, data(), ckpt_path=path)
             )
             facts[sharded, name, "loaded"] = torch.equal(
                 whole_weights(module)["net.norm.weight"], recorder.after_epoch[0]["net.norm.weight"]
@@ -511,11 +516,18 @@ def own_objects(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
 
 
 @pytest.mark.parametrize("sharded", [True, False])
-def test_own_objects_load_unless_weights_only_is_asked_for(own_objects: Any, sharded: bool) -> None:
+def test_own_objects_load_where_the_checkpoint_is_trusted_and_nowhere_else(own_objects: Any, sharded: bool) -> None:
     for facts in own_objects:
-        assert facts[sharded, "fit", None] == "mine"
-        assert facts[sharded, "fit", False] == "mine"
-        assert "UnsafeCheckpointError" in facts[sharded, True]
+        assert facts[sharded, "trusted"] == "mine"
+        for refused in ("by default", True):
+            assert facts[sharded, refused].startswith("UnsafeCheckpointError: ")
+            assert "holds tests.test_strategy_checkpoints.Note, which is neither plain" in facts[sharded, refused]
+            assert "trust_checkpoints=True to MiCSStrategy" in facts[sharded, refused]
+
+
+def test_saving_an_object_of_the_users_own_warns_by_its_name(own_objects: Any) -> None:
+    (warning,) = own_objects[0][True, "saving"]
+    assert warning.startswith("this checkpoint's meta.pt holds tests.test_strategy_checkpoints.Note")
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
