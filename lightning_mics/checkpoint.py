@@ -201,11 +201,11 @@ def _read(path: Path, state: dict[str, Any], *, weights_only: bool) -> None:
         load_shards(state, storage_reader=SafeReader(path), planner=SafePlanner(weights_only=weights_only))
     except CheckpointException as failed:  # on any rank; torch's own is no Exception, and as long as all tracebacks
         rank, (error, _) = min(failed.failures.items())
-        if isinstance(error, UnsafeCheckpointError):
+        if isinstance(error, UnsafeCheckpointError | DamagedCheckpointError):
             raise error from None
         if isinstance(error, UnpicklingError):
             raise UnsafeCheckpointError(f"the shards in {path} hold more than tensors: {error}") from None
-        raise RuntimeError(f"reading {path} failed on rank {rank}: {error!r}") from failed
+        raise DamagedCheckpointError(f"reading checkpoint {path} failed on rank {rank}: {error!r}") from failed
 
 
 def _numbered(entries: Sequence[Any]) -> dict[str, Any]:

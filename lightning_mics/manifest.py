@@ -66,8 +66,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it into a checkpoint's directory."""
-        content = {"format": FORMAT, **asdict(self), "files": {name: asdict(f) for name, f in self.files.items()}}
-        (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n")
+        (folder / MANIFEST_FILE).write_text(self._text())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -77,11 +76,15 @@ class Manifest:
             DamagedCheckpointError: If it is missing, or is no manifest.
         """
         try:
-            return cls._parse(json.loads((folder / MANIFEST_FILE).read_bytes()))
+            text = (folder / MANIFEST_FILE).read_text()
+            manifest = cls._parse(json.loads(text))
+            if text != manifest._text():
+                raise ValueError("it was altered")
         except FileNotFoundError:
             raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {MANIFEST_FILE} is missing") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {MANIFEST_FILE}: {error!r}") from None
+        return manifest
 
     def problems(self, folder: Path, names: Iterable[str] | None = None) -> list[str]:
         """What is wrong with these files, or all, in a few words each; reads them."""
@@ -90,6 +93,12 @@ class Manifest:
             for name in (self.files if names is None else names)
             if (problem := _problem(folder / name, self.files[name])) is not None
         ]
+
+    def _text(self) -> str:
+        files = {name: asdict(facts) for name, facts in self.files.items()}
+        content = {"format": FORMAT, "saved": self.saved, "world_size": self.world_size, "files": files}
+        checksum = hashlib.sha256(json.dumps(content).encode()).hexdigest()  # of what the others are checked with
+        return json.dumps({**content, "sha256": checksum}, indent=1) + "\n"
 
     @classmethod
     def _parse(cls, content: Any) -> Manifest:

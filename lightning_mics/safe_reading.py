@@ -96,16 +96,25 @@ def load_value(file: Any, *, name: str, weights_only: bool, mapped: bool = False
 
     Raises:
         UnsafeCheckpointError: If it is more and ``weights_only``.
+        DamagedCheckpointError: If it cannot be read.
     """
     try:
         return torch.load(file, map_location="cpu", mmap=mapped, weights_only=weights_only)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
+    except Exception as error:  # bytes that are no pickle meet every kind of error
+        if not weights_only:
+            raise
+        forbidden = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if forbidden is None:
+            raise DamagedCheckpointError(f"{name} cannot be read: {_first_line(error)}") from error
         raise UnsafeCheckpointError(
-            f"{name} holds {f'{named[1]}, which is' if named else 'what is'} neither plain data nor a tensor, and "
-            "loading it could run code; if you trust where the checkpoint comes from, pass weights_only=False, or "
-            "trust_checkpoints=True to MiCSStrategy"
+            f"{name} holds {forbidden[1]}, which is neither plain data nor a tensor, and loading it could run code; if "
+            "you trust where the checkpoint comes from, pass weights_only=False, or trust_checkpoints=True to "
+            "MiCSStrategy"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def read_metadata(file: Path) -> Metadata:
