@@ -231,15 +231,6 @@ def gather(module: FSDPModule) -> None:
             parameter.unsharded_param.requires_grad_(parameter.sharded_param.requires_grad)
 
 
-def at_end_of_backward(action: Callable[[], object]) -> None:
-    """Call ``action`` when the backward that is running has come to its end."""
-
-    def run() -> None:
-        action()
-
-    torch.autograd.Variable._execution_engine.queue_callback(run)
-
-
 def expect_backward(root: FSDPModule, loss: Tensor) -> None:
     """Tell ``root`` that a backward from ``loss`` comes before its forward has returned."""
     root._get_fsdp_state()._register_pre_backward_hook(loss)

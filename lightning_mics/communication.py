@@ -31,7 +31,7 @@ from lightning_mics.once_per_step import NodeCopy, NodeSums, RankCopy
 from lightning_mics.partition_groups import PartitionGroups
 from lightning_mics.topology import Topology
 from lightning_mics.traffic import CountedGroup, ReduceOp, Traffic
-from lightning_mics.two_hop import BackgroundSecondHop, SecondHop, TwoHopSchedule
+from lightning_mics.two_hop import SecondHop, TwoHopSchedule
 
 Gather = Literal["every_use", "once_per_step"]
 Reduce = Literal["every_micro_step", "once_per_step"]
@@ -107,9 +107,7 @@ class Communication:
         self._rank_keeps_sums = in_node_reduce == "once_per_step"
         self._node_keeps_copy = cross_node_gather == "once_per_step"
         self._node_keeps_sums = cross_node_reduce == "once_per_step"
-        self._whole_gradients = self._rank_keeps_sums and self._topology.partition_size > 1
         self._wire_dtype = cross_node_dtype
-        self._on_cpu = groups.device.type == "cpu"
         self._deferrals: dict[str, Deferral] = {}
         self._copies: list[KeptCopy] = []
 
@@ -129,7 +127,7 @@ class Communication:
             traffic=self._traffic,
             deferrals=self._deferrals,
             copies=self._copies,
-            whole_gradients=self._whole_gradients,
+            whole_gradients=self._rank_keeps_sums and self._topology.partition_size > 1,
         )
 
     def _all_gather(self, module: FSDPModule) -> AllGather:
@@ -150,12 +148,6 @@ class Communication:
         return NodeSums(rail=self._rail, node=self._node, deferral=deferral, wire_dtype=self._wire_dtype)
 
     def _set_second_hop(self, name: str, module: FSDPModule, replication: CountedGroup) -> None:
-        if self._wire_dtype is None and self._whole_gradients and self._on_cpu:
-            take_over_second_hop(
-                module,
-                BackgroundSecondHop(replication=replication, parameters=lambda: sharded_parameters(module)),
-            )
-            return
         if self._wire_dtype is None:
 
             def count(shard: torch.Tensor) -> None:

@@ -139,12 +139,6 @@ class CountedGroup:
         self.all_gather(source, shard.to(wire_dtype), technique=technique)
         tensor.view(-1).copy_(source[: tensor.numel()])
 
-    def all_reduce_in_background(self, tensor: Tensor, *, op: ReduceOp, technique: str) -> dist.Work:
-        """Begin to reduce ``tensor`` [any] in place over the ranks by the backend's own collective."""
-        self.count_all_reduce(tensor, technique=technique)
-        work: dist.Work = dist.all_reduce(tensor, op=op, group=self._group, async_op=True)
-        return work
-
     def count_all_reduce(self, tensor: Tensor, *, technique: str) -> None:
         """Count an all-reduce of ``tensor`` over this group that somebody else has run."""
         sent_bytes = 2 * tensor.nbytes * (self.size - 1) / self.size

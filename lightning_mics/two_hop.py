@@ -14,19 +14,17 @@ one boundary to the next are an accumulation window.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_mics._torch_compat import (
-    at_end_of_backward,
     deferred_sums,
     drop_unreduced_gradients,
     ever_gathered,
@@ -72,35 +70,6 @@ class SecondHop:
         elif not self._after_sums:
             self._deferral.keep_back(shard)
             shard.zero_()
-
-
-class BackgroundSecondHop:
-    """Hop 2 beside the rest of the backward on a CPU, which has no streams, so that FSDP2 would wait for each.
-
-    For hops 1 that wait for the boundary, so that hop 2 is due whenever it is called.
-
-    Args:
-        replication: The ranks that hold the same part.
-        parameters: Returns the unit's sharded parameters.
-    """
-
-    def __init__(self, *, replication: CountedGroup, parameters: Callable[[], Iterable[nn.Parameter]]) -> None:
-        self._replication = replication
-        self._parameters = parameters
-
-    def __call__(self, shard: Tensor, op: ReduceOp) -> None:
-        """Reduce the ``shard`` that hop 1 has left, in place, by the end of the backward."""
-        work = self._replication.all_reduce_in_background(shard, op=op, technique="all-reduce over replicas")
-        if op == dist.ReduceOp.AVG and not any(_reads_at_once(parameter, shard) for parameter in self._parameters()):
-            at_end_of_backward(work.wait)  # gradients are views of the shard until then
-        else:
-            work.wait()
-
-
-def _reads_at_once(parameter: nn.Parameter, shard: Tensor) -> bool:
-    """Whether FSDP2 does more with a parameter's part of a reduced shard than make a gradient of it."""
-    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
-    return parameter.grad is not None or parameter.dtype != shard.dtype or bool(hooks)
 
 
 class TwoHopSchedule:

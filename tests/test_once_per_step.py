@@ -137,39 +137,6 @@ def _two_windows(kept: dict[str, Any]) -> list[torch.Tensor]:
     return results
 
 
-@pytest.mark.parametrize("options", [ONCE, KEPT, {}], ids=["kept by nodes", "kept by ranks", "nothing kept"])
-def test_replicas_add_up_windows_and_tell_hooks_of_what_all_have(options):
-    for added_up, hooked, alone in run_ranks(4, _accumulate_over_replicas, options):
-        assert alone.norm() > 1e-3
-        torch.testing.assert_close(added_up, 2 * alone, rtol=1e-6, atol=1e-9)
-        torch.testing.assert_close(hooked, alone, rtol=1e-6, atol=1e-9)
-
-
-def _accumulate_over_replicas(options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of two windows, those a hook saw in a third, and those of one process that sees every rank's batch."""
-    topology = Topology(world_size=4, ranks_per_node=2, partition_size=2)
-    model, schedule = _make(topology, **options)
-    torch.manual_seed(0)
-    alone = Stack()
-    batches = [torch.randn(2, DIM, generator=torch.Generator().manual_seed(rank)) for rank in range(4)]
-
-    def train_window() -> None:
-        for boundary in (False, True):
-            with schedule.micro_step(boundary=boundary):
-                (model(batches[torch.distributed.get_rank()]) / 2).backward()
-
-    for batch in batches:
-        (alone(batch) / 4).backward()
-    train_window()
-    train_window()
-    weight, hooked = model.layers[0].weight, []
-    added_up = weight.grad.full_tensor()
-    model.zero_grad()
-    weight.register_post_accumulate_grad_hook(lambda parameter: hooked.append(parameter.grad.full_tensor()))
-    train_window()
-    return added_up, hooked[-1], alone.layers[0].weight.grad
-
-
 @LEVELS
 def test_an_abandoned_window_leaves_nothing_behind(options):
     for abandoned, fresh in run_ranks(4, _abandon, options):
