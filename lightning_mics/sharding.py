@@ -31,7 +31,7 @@ from lightning_mics.first_weights import FirstWeights, seeded_by_rank_0, verify_
 from lightning_mics.partition_groups import PartitionGroups
 from lightning_mics.two_hop import TwoHopSchedule
 
-CACHES = ("past_key_values", "past_key_value", "layer_past")  # what blocks of `transformers` call it
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what blocks of `transformers` call it
 
 
 def shard_model(

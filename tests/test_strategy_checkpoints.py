@@ -25,7 +25,7 @@ from tests.models import TinyModule, tokens
 from tests.trainers import make_trainer, mics, on_ranks
 
 STEPS_PER_EPOCH = 2
-SHARDS_OF_TWO = [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+SHARDS_OF_TWO = [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "meta.pt"]
 
 
 class AdamModule(TinyModule):
