@@ -5,17 +5,12 @@ key ``model``, optimizers under ``optimizer_0``, ``optimizer_1``, ..., and every
 Lightning's ``consolidate_checkpoint`` reads. Replicas do not write twice: each tensor is written by one of them. A full
 file is what Lightning writes on one device, optimizer states by parameter number.
 
-A directory's files are listed in its manifest, which is checked before anything is loaded. A new checkpoint is whole
-and on disk before it replaces an earlier one at the same path::
-
-    .NAME.unfinished    being written
-    .NAME.former        what was at NAME, between the two renames; a job killed there finds it when it loads or saves
+A directory's files are listed in its manifest, which is checked before anything is loaded. Where they are written, and
+how they replace an earlier checkpoint, is for ``checkpoint_folder``.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,18 +34,12 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 
+from lightning_mics.checkpoint_folder import DCP_FILE, META_FILE, CheckpointFolder, is_sharded
 from lightning_mics.manifest import MANIFEST_FILE, DamagedCheckpointError, FileFacts, Manifest
 from lightning_mics.optimizer_states import copy_state, dotted, load_optimizer, named, prefixes
 from lightning_mics.safe_reading import SafePlanner, SafeReader, UnsafeCheckpointError, load_value, read_metadata
 
-META_FILE = "meta.pt"
-DCP_FILE = ".metadata"
 _Result = TypeVar("_Result")
-
-
-def is_sharded(path: Path) -> bool:
-    """Whether ``path`` is a directory that :func:`save_sharded` wrote."""
-    return path.is_dir() and any((path / name).is_file() for name in (META_FILE, MANIFEST_FILE))
 
 
 def save_sharded(
@@ -67,33 +56,19 @@ def save_sharded(
         optimizer_states: One per optimizer, from :func:`optimizer_state`.
         meta: What is not sharded; rank 0's is written.
     """
-    unfinished, former = path.with_name(f".{path.name}.unfinished"), _former(path)
-
-    def prepare() -> None:
-        _put_back(path, former)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    folder = CheckpointFolder(path)
 
     def finish() -> None:
-        torch.save(meta, unfinished / META_FILE)
-        _warn_if_unsafe(unfinished / META_FILE)
-        files = {name: FileFacts.of(unfinished / name) for name in (META_FILE, DCP_FILE)}
+        torch.save(meta, draft / META_FILE)
+        _warn_if_unsafe(draft / META_FILE)
+        files = {name: FileFacts.of(draft / name) for name in (META_FILE, DCP_FILE)}
         for of_rank in written:
             files.update(of_rank)
-        Manifest.now(files, world_size=len(written)).write(unfinished)
-        for name in (META_FILE, MANIFEST_FILE, "."):  # DCP has seen to its own
-            _sync(unfinished / name)
-        if os.path.lexists(path):
-            path.rename(former)
-        try:
-            unfinished.rename(path)
-        finally:
-            _put_back(path, former)
-        _sync(path.parent)
+        folder.publish(draft, Manifest.now(files, world_size=len(written)))
 
-    _on_rank_0(prepare)
-    save_shards({"model": model_state, **_numbered(optimizer_states)}, checkpoint_id=unfinished)
-    written = _on_all_ranks(lambda: _own_files(unfinished))
+    draft = _on_rank_0(folder.begin)
+    save_shards({"model": model_state, **_numbered(optimizer_states)}, checkpoint_id=draft)
+    written = _on_all_ranks(lambda: _own_files(draft))
     _on_rank_0(finish)
 
 
@@ -107,20 +82,7 @@ def save_full(path: Path, *, write: Callable[[Path], None]) -> None:
     Raises:
         IsADirectoryError: If ``path`` is a directory with anything else in it than a sharded checkpoint.
     """
-    former = _former(path)
-
-    def replace() -> None:
-        _put_back(path, former)
-        if path.is_dir():
-            if not is_sharded(path) or any(map(_is_foreign, path.iterdir())):
-                raise IsADirectoryError(f"{path} is a directory that holds other files than a checkpoint's")
-            path.rename(former)
-        try:
-            write(path)
-        finally:
-            _put_back(path, former)
-
-    _on_rank_0(replace)
+    _on_rank_0(lambda: CheckpointFolder(path).replace_by_file(write))
 
 
 def load(
@@ -144,7 +106,7 @@ def load(
         UnsafeCheckpointError: If loading would run code of the checkpoint that ``weights_only`` does not allow.
         RuntimeError: If ``strict`` and the parameters differ, or the optimizers are not those of the checkpoint.
     """
-    _on_rank_0(lambda: _put_back(path, _former(path)))
+    _on_rank_0(CheckpointFolder(path).put_back)
     if is_sharded(path):
         _check_whole(path)
         return _load_sharded(path, model=model, optimizers=optimizers, strict=strict, weights_only=weights_only)
@@ -275,7 +237,7 @@ def _check_count(optimizers: Sequence[Optimizer], saved: int) -> None:
         raise RuntimeError(f"the checkpoint holds the states of {saved} optimizers, the model has {len(optimizers)}")
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- what ranks tell each other ---------------------------------------------------------------------------------------
 
 
 def _on_rank_0(action: Callable[[], _Result]) -> _Result:
@@ -317,35 +279,3 @@ def _results(outcomes: list[Any], *, own_error: Exception | None) -> list[Any]:
     if error is not None:
         raise error
     return [outcome.value for outcome in outcomes]
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's names, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _former(path: Path) -> Path:
-    """Where what was at ``path`` waits until its successor is there."""
-    return path.with_name(f".{path.name}.former")
-
-
-def _put_back(path: Path, former: Path) -> None:
-    """Keep what ``former`` has: all of it if ``path`` is missing, else the files that are not a checkpoint's."""
-    if not os.path.lexists(former):
-        return
-    if not os.path.lexists(path):
-        former.rename(path)
-    elif former.is_dir() and not former.is_symlink():
-        for entry in filter(_is_foreign, list(former.iterdir())):
-            entry.rename(path / entry.name)
-        shutil.rmtree(former)
-    else:
-        former.unlink()
-
-
-def _is_foreign(entry: Path) -> bool:
-    return entry.suffix != ".distcp" and entry.name not in (META_FILE, MANIFEST_FILE, DCP_FILE)

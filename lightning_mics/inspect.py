@@ -19,7 +19,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lightning_mics.checkpoint import DCP_FILE, META_FILE, is_sharded
+from lightning_mics.checkpoint_folder import DCP_FILE, META_FILE, is_sharded
 from lightning_mics.manifest import DamagedCheckpointError, Manifest
 from lightning_mics.safe_reading import UnsafeCheckpointError, load_value, read_metadata
 
