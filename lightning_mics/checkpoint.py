@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,12 +33,11 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 
+from lightning_mics.agreement import on_all_ranks, on_rank_0
 from lightning_mics.checkpoint_folder import DCP_FILE, META_FILE, CheckpointFolder, is_sharded
 from lightning_mics.manifest import MANIFEST_FILE, DamagedCheckpointError, FileFacts, Manifest
 from lightning_mics.optimizer_states import copy_state, dotted, load_optimizer, named, prefixes
 from lightning_mics.safe_reading import SafePlanner, SafeReader, UnsafeCheckpointError, load_value, read_metadata
-
-_Result = TypeVar("_Result")
 
 
 def save_sharded(
@@ -66,10 +64,10 @@ def save_sharded(
             files.update(of_rank)
         folder.publish(draft, Manifest.now(files, world_size=len(written)))
 
-    draft = _on_rank_0(folder.begin)
+    draft = on_rank_0(folder.begin)
     save_shards({"model": model_state, **_numbered(optimizer_states)}, checkpoint_id=draft)
-    written = _on_all_ranks(lambda: _own_files(draft))
-    _on_rank_0(finish)
+    written = on_all_ranks(lambda: _own_files(draft))
+    on_rank_0(finish)
 
 
 def save_full(path: Path, *, write: Callable[[Path], None]) -> None:
@@ -82,7 +80,7 @@ def save_full(path: Path, *, write: Callable[[Path], None]) -> None:
     Raises:
         IsADirectoryError: If ``path`` is a directory with anything else in it than a sharded checkpoint.
     """
-    _on_rank_0(lambda: CheckpointFolder(path).replace_by_file(write))
+    on_rank_0(lambda: CheckpointFolder(path).replace_by_file(write))
 
 
 def load(
@@ -106,7 +104,7 @@ def load(
         UnsafeCheckpointError: If loading would run code of the checkpoint that ``weights_only`` does not allow.
         RuntimeError: If ``strict`` and the parameters differ, or the optimizers are not those of the checkpoint.
     """
-    _on_rank_0(CheckpointFolder(path).put_back)
+    on_rank_0(CheckpointFolder(path).put_back)
     if is_sharded(path):
         _check_whole(path)
         return _load_sharded(path, model=model, optimizers=optimizers, strict=strict, weights_only=weights_only)
@@ -192,13 +190,13 @@ def _warn_if_unsafe(file: Path) -> None:
 
 def _check_whole(path: Path) -> None:
     """Read each file once, spread over all ranks; every rank raises what one has found."""
-    manifest = _on_rank_0(lambda: Manifest.read(path) if (path / MANIFEST_FILE).exists() else None)
+    manifest = on_rank_0(lambda: Manifest.read(path) if (path / MANIFEST_FILE).exists() else None)
     if manifest is None:
         if dist.get_rank() == 0:
             warnings.warn(f"{path} has no {MANIFEST_FILE}: nobody can say whether it is whole", stacklevel=2)
         return
     own = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
-    problems = sorted(chain(*_on_all_ranks(lambda: manifest.problems(path, own))))
+    problems = sorted(chain(*on_all_ranks(lambda: manifest.problems(path, own))))
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {', '.join(problems[:3])}{more}")
@@ -235,47 +233,3 @@ def _shape(entry: Any) -> list[int] | None:
 def _check_count(optimizers: Sequence[Optimizer], saved: int) -> None:
     if saved and optimizers and saved != len(optimizers):
         raise RuntimeError(f"the checkpoint holds the states of {saved} optimizers, the model has {len(optimizers)}")
-
-
-# -- what ranks tell each other ---------------------------------------------------------------------------------------
-
-
-def _on_rank_0(action: Callable[[], _Result]) -> _Result:
-    """Run ``action`` on rank 0; all ranks get what it returns, or raise if it fails."""
-    outcome: list[Any] = [_outcome_of(action) if dist.get_rank() == 0 else None]
-    error = outcome[0].error if outcome[0] else None
-    dist.broadcast_object_list(outcome, src=0)
-    result: _Result = _results(outcome, own_error=error)[0]
-    return result
-
-
-def _on_all_ranks(action: Callable[[], _Result]) -> list[_Result]:
-    """Run ``action`` on every rank; all get what each returns, or raise if one fails."""
-    own, outcomes = _outcome_of(action), [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, own)
-    return _results(outcomes, own_error=own.error)
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    value: Any = None
-    error: Exception | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:  # what other ranks get: an error that pickles
-        plain = self.error is None or isinstance(self.error, OSError | DamagedCheckpointError)
-        error = self.error if plain else RuntimeError(f"on rank {dist.get_rank()}: {self.error!r}")
-        return _Outcome, (self.value, error)
-
-
-def _outcome_of(action: Callable[[], Any]) -> _Outcome:
-    try:
-        return _Outcome(value=action())
-    except Exception as error:
-        return _Outcome(error=error)
-
-
-def _results(outcomes: list[Any], *, own_error: Exception | None) -> list[Any]:
-    error = own_error or next((outcome.error for outcome in outcomes if outcome.error is not None), None)
-    if error is not None:
-        raise error
-    return [outcome.value for outcome in outcomes]
