@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 
 # FSDP2's communication interface has no public path yet (https://github.com/pytorch/pytorch/pull/155189).
@@ -281,3 +282,12 @@ def _reset_iter_state(root: FSDPModule) -> None:
             group._post_reduce_event = group._all_reduce_state = None
             group._post_forward_indices.clear()
             group._to_sharded()  # type: ignore[no-untyped-call]
+
+
+def locate_values(stored: IO[bytes]) -> tuple[Tensor, int]:
+    """A tensor that ``torch.save`` has written, without its values, and the byte at which they begin."""
+    with FakeTensorMode():
+        tensor: Tensor = torch.load(stored, weights_only=True)
+    begin = tensor.untyped_storage()._checkpoint_offset
+    assert begin is not None  # which it is for what comes from a file
+    return tensor, int(begin + tensor.storage_offset() * tensor.itemsize)

@@ -2,8 +2,8 @@
 
 ``torch.distributed.checkpoint`` stores and reshards; here is what surrounds it. A directory holds the model under the
 key ``model``, optimizers under ``optimizer_0``, ``optimizer_1``, ..., and everything else in ``meta.pt``: the keys that
-Lightning's ``consolidate_checkpoint`` reads. Replicas do not write twice: each tensor is written by one of them. A full
-file is what Lightning writes on one device, optimizer states by parameter number.
+Lightning's ``consolidate_checkpoint`` reads. Replicas do not write twice: they share each tensor's rows (``own_rows``).
+A full file is what Lightning writes on one device, optimizer states by parameter number.
 
 A directory's files are listed in its manifest, which is checked before anything is loaded. Where they are written, and
 how they replace an earlier checkpoint, is for ``checkpoint_folder``.
@@ -11,6 +11,8 @@ how they replace an earlier checkpoint, is for ``checkpoint_folder``.
 
 from __future__ import annotations
 
+import io
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -38,10 +40,16 @@ from lightning_mics.checkpoint_folder import DCP_FILE, META_FILE, CheckpointFold
 from lightning_mics.manifest import MANIFEST_FILE, DamagedCheckpointError, FileFacts, Manifest
 from lightning_mics.optimizer_states import copy_state, dotted, load_optimizer, named, prefixes
 from lightning_mics.safe_reading import SafePlanner, SafeReader, UnsafeCheckpointError, load_value, read_metadata
+from lightning_mics.save_planner import HostBuffers, OwnRowsSavePlanner
 
 
 def save_sharded(
-    path: Path, *, model_state: dict[str, Any], optimizer_states: Sequence[dict[str, Any]], meta: dict[str, Any]
+    path: Path,
+    *,
+    model_state: dict[str, Any],
+    optimizer_states: Sequence[dict[str, Any]],
+    meta: dict[str, Any],
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Write a checkpoint to the directory ``path``, in place of one that is there; every rank calls it.
 
@@ -53,21 +61,56 @@ def save_sharded(
         model_state: Tensors by parameter name; DTensors for what is sharded.
         optimizer_states: One per optimizer, from :func:`optimizer_state`.
         meta: What is not sharded; rank 0's is written.
+        group: All ranks, for what they tell each other; None is the default group.
     """
-    folder = CheckpointFolder(path)
+    write = prepare_sharded(
+        path, model_state=model_state, optimizer_states=optimizer_states, meta=meta, group=group, buffers=None
+    )
+    write()
 
+
+def prepare_sharded(
+    path: Path,
+    *,
+    model_state: dict[str, Any],
+    optimizer_states: Sequence[dict[str, Any]],
+    meta: dict[str, Any],
+    group: dist.ProcessGroup | None,
+    buffers: HostBuffers | None,
+) -> Callable[[], None]:
+    """What :func:`save_sharded` does, in two parts, of which the second may run beside training.
+
+    Args:
+        path: As there.
+        model_state: As there.
+        optimizer_states: As there.
+        meta: As there.
+        group: As there; while the second part runs beside training, nothing else may use it.
+        buffers: Where to copy the states to; None copies nothing.
+
+    Returns:
+        Writes the checkpoint; every rank calls it.
+    """
+    planner = OwnRowsSavePlanner({"model": model_state, **_numbered(optimizer_states)}, buffers=buffers)
+    content: list[bytes] = []  # on rank 0, which has something to write
+    on_rank_0(lambda: content.append(_serialized(meta)))
+    return partial(_write_sharded, CheckpointFolder(path), planner, b"".join(content), group=group)
+
+
+def _write_sharded(
+    folder: CheckpointFolder, planner: OwnRowsSavePlanner, meta: bytes, *, group: dist.ProcessGroup | None
+) -> None:
     def finish() -> None:
-        torch.save(meta, draft / META_FILE)
-        _warn_if_unsafe(draft / META_FILE)
+        (draft / META_FILE).write_bytes(meta)
         files = {name: FileFacts.of(draft / name) for name in (META_FILE, DCP_FILE)}
         for of_rank in written:
             files.update(of_rank)
         folder.publish(draft, Manifest.now(files, world_size=len(written)))
 
-    draft = on_rank_0(folder.begin)
-    save_shards({"model": model_state, **_numbered(optimizer_states)}, checkpoint_id=draft)
-    written = on_all_ranks(lambda: _own_files(draft))
-    on_rank_0(finish)
+    draft = on_rank_0(folder.begin, group=group)
+    save_shards({}, checkpoint_id=draft, planner=planner, process_group=group)
+    written = on_all_ranks(lambda: _own_files(draft), group=group)
+    on_rank_0(finish, group=group)
 
 
 def save_full(path: Path, *, write: Callable[[Path], None]) -> None:
@@ -157,8 +200,9 @@ def _load_full(
 
 
 def _read(path: Path, state: dict[str, Any], *, weights_only: bool) -> None:
+    planner = SafePlanner(weights_only=weights_only)
     try:
-        load_shards(state, storage_reader=SafeReader(path), planner=SafePlanner(weights_only=weights_only))
+        load_shards(state, storage_reader=SafeReader(path), planner=planner)
     except CheckpointException as failed:  # on any rank; torch's own is no Exception, and as long as all tracebacks
         rank, (error, _) = min(failed.failures.items())
         if isinstance(error, UnsafeCheckpointError | DamagedCheckpointError):
@@ -166,6 +210,7 @@ def _read(path: Path, state: dict[str, Any], *, weights_only: bool) -> None:
         if isinstance(error, UnpicklingError):
             raise UnsafeCheckpointError(f"the shards in {path} hold more than tensors: {error}") from None
         raise DamagedCheckpointError(f"reading checkpoint {path} failed on rank {rank}: {error!r}") from failed
+    planner.exchange()
 
 
 def _numbered(entries: Sequence[Any]) -> dict[str, Any]:
@@ -180,12 +225,16 @@ def _own_files(folder: Path) -> dict[str, FileFacts]:
     return {file.name: FileFacts.of(file) for file in sorted(folder.glob(f"__{dist.get_rank()}_*.distcp"))}
 
 
-def _warn_if_unsafe(file: Path) -> None:
-    """Whoever saves should hear at once that loading will ask for trust."""
+def _serialized(meta: dict[str, Any]) -> bytes:
+    """``meta`` as its file has it; whoever saves should hear at once if loading will ask for trust."""
+    stream = io.BytesIO()
+    torch.save(meta, stream)
+    stream.seek(0)
     try:
-        load_value(file, name=f"this checkpoint's {file.name}", weights_only=True)
+        load_value(stream, name=f"this checkpoint's {META_FILE}", weights_only=True)
     except UnsafeCheckpointError as error:
         warnings.warn(str(error), stacklevel=2)
+    return stream.getvalue()
 
 
 def _check_whole(path: Path) -> None:
@@ -195,11 +244,19 @@ def _check_whole(path: Path) -> None:
         if dist.get_rank() == 0:
             warnings.warn(f"{path} has no {MANIFEST_FILE}: nobody can say whether it is whole", stacklevel=2)
         return
-    own = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
+    own = [
+        name for number, name in enumerate(sorted(manifest.files)) if _checking_rank(name, number) == dist.get_rank()
+    ]
     problems = sorted(chain(*on_all_ranks(lambda: manifest.problems(path, own))))
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {', '.join(problems[:3])}{more}")
+
+
+def _checking_rank(name: str, number: int) -> int:
+    """The rank that reads a file for its checksum: if it can be, the one that will load most of it."""
+    writer = re.match(r"__(\d+)_", name)
+    return (int(writer[1]) if writer else number) % dist.get_world_size()
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

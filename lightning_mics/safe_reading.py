@@ -10,16 +10,23 @@ from __future__ import annotations
 import io
 import pickle
 import re
+from collections import defaultdict
 from pathlib import Path, PurePath
-from typing import Any
+from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
+from lightning_mics._torch_compat import locate_values
 from lightning_mics.manifest import DamagedCheckpointError
+from lightning_mics.own_rows import divide
 
 _DESCRIPTIONS = {
     "torch": ("Size",),
@@ -46,7 +53,7 @@ class UnsafeCheckpointError(RuntimeError):
 
 
 class SafeReader(FileSystemReader):
-    """Reads a checkpoint's directory; its metadata is data or is refused."""
+    """Reads a checkpoint's directory: its metadata is data or is refused, and of tensors it reads what is wanted."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata.
@@ -61,9 +68,59 @@ class SafeReader(FileSystemReader):
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Take the metadata."""
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        self._described = metadata.state_dict_metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what ``plan`` lists; torch's own reads a stored tensor whole where a part of it is wanted."""
+        by_file: dict[str, list[ReadItem]] = defaultdict(list)
+        for item in plan.items:
+            by_file[self.storage_data[item.storage_index].relative_path].append(item)
+        for name, items in by_file.items():
+            with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as file:
+                for item in sorted(items, key=lambda item: self.storage_data[item.storage_index].offset):
+                    self._read_item(item, self._slice_file(file, self.storage_data[item.storage_index]), planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read_item(self, item: ReadItem, stored: IO[bytes], planner: LoadPlanner) -> None:
+        if item.type == LoadItemType.BYTE_IO:
+            planner.load_bytes(item, io.BytesIO(stored.read()))
+            return
+        target = planner.resolve_tensor(item).detach()
+        if self._is_whole(item):
+            target.copy_(torch.load(stored, map_location="cpu", weights_only=True))
+        else:
+            target.copy_(_read_part(stored, offsets=item.storage_offsets, lengths=item.lengths))
+        planner.commit_tensor(item, target)
+
+    def _is_whole(self, item: ReadItem) -> bool:
+        """Whether all of a stored tensor is wanted."""
+        described = self._described[item.storage_index.fqn]
+        number = item.storage_index.index
+        assert isinstance(described, TensorStorageMetadata) and number is not None
+        return described.chunks[number].sizes == item.lengths
+
+
+def _read_part(stored: IO[bytes], *, offsets: torch.Size, lengths: torch.Size) -> torch.Tensor:
+    """A part of a tensor that ``torch.save`` has written to ``stored``; whole rows of it are read alone."""
+    whole, first_byte = locate_values(stored)
+    if not whole.is_contiguous() or whole.shape[1:] != lengths[1:]:
+        stored.seek(0)
+        tensor: torch.Tensor = torch.load(stored, map_location="cpu", weights_only=True)
+        return narrow_tensor_by_index(tensor, offsets, lengths)
+    row_bytes = whole[0].nbytes
+    stored.seek(first_byte + offsets[0] * row_bytes)
+    return torch.frombuffer(bytearray(stored.read(lengths[0] * row_bytes)), dtype=whole.dtype).view(lengths)
+
 
 class SafePlanner(DefaultLoadPlanner):
     """Loads what the state asks for and the checkpoint has; what it lacks keeps its value.
+
+    Of sharded tensors each rank asks for its own rows only; :meth:`exchange` brings the rest.
 
     Args:
         weights_only: Whether values that are no tensors may be plain data only.
@@ -72,6 +129,35 @@ class SafePlanner(DefaultLoadPlanner):
     def __init__(self, *, weights_only: bool) -> None:
         super().__init__(allow_partial_load=True)
         self._weights_only = weights_only
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Take the state to load into."""
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        assert metadata is not None
+        sharded = {name: value for name, value in self.state_dict.items() if isinstance(value, DTensor)}
+        self.state_dict = {name: value for name, value in self.state_dict.items() if name not in sharded}
+        self._shards = divide({name: sharded[name] for name in sharded.keys() & metadata.state_dict_metadata.keys()})
+        self._rows = {
+            MetadataIndex(name, rows.offsets): rows for name, shard in self._shards.items() for rows in shard.own()
+        }
+
+    def create_local_plan(self) -> LoadPlan:
+        """This rank's rows of what is sharded, and all of what is not."""
+        assert self.metadata is not None
+        plan = create_default_local_load_plan(self.state_dict, self.metadata, strict=False)
+        for name, shard in self._shards.items():
+            chunks = [rows.chunk for rows in shard.own()]
+            plan.items.extend(
+                create_read_items_for_chunk_list(name, self.metadata.state_dict_metadata[name], chunks)  # type: ignore[arg-type]
+            )
+        return plan
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """Where to read to."""
+        own = self._rows.get(index)
+        return super().lookup_tensor(index) if own is None else own.values
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Put a value that is no tensor into its place.
@@ -83,6 +169,11 @@ class SafePlanner(DefaultLoadPlanner):
             load_value(value, name=read_item.dest_index.fqn, weights_only=True)
             value.seek(0)
         super().load_bytes(read_item, value)
+
+    def exchange(self) -> None:
+        """After reading: get from the other replicas what they have read; every rank calls it."""
+        for shard in self._shards.values():
+            shard.exchange()
 
 
 def load_value(file: Any, *, name: str, weights_only: bool, mapped: bool = False) -> Any:
