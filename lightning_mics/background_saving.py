@@ -61,8 +61,11 @@ class BackgroundSaving:
         self._unfinished.append(_Save(name, self._thread.submit(write_and_free)))
 
     def after_saves(self, action: Callable[[], None]) -> None:
-        """Run ``action`` when what is being saved now is there; not at all if that fails."""
+        """Run ``action`` when what is being saved now is there, at once if nothing is; not at all if that fails."""
         before = [save.done for save in self._unfinished]
+        if not before:
+            action()
+            return
 
         def run_unless_failed() -> None:
             if not any(done.exception() for done in before):

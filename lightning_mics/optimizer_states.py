@@ -24,7 +24,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, *, sharded: bool) ->
         ``state_dict`` of a plain optimizer, and nothing on the other ranks.
     """
     untouched = not optimizer.state
-    options = StateDictOptions(full_state_dict=not sharded, cpu_offload=True)
+    options = StateDictOptions(full_state_dict=not sharded, cpu_offload=not sharded)
     state = get_optimizer_state_dict(model, optimizer, options=options)
     if untouched:  # torch filled it by a step with zero gradients, which is one step too many for Adam
         optimizer.state.clear()

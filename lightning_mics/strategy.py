@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,9 +19,10 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -30,6 +31,7 @@ from typing_extensions import override
 
 from lightning_mics import checkpoint
 from lightning_mics._torch_compat import check_order, expect_backward, gather
+from lightning_mics.background_saving import BackgroundSaving
 from lightning_mics.blocks import ModuleClasses, find_blocks, unit_modules
 from lightning_mics.communication import WIRE_DTYPES, Gather, Reduce, check_choice, check_traffic_options
 from lightning_mics.first_weights import verify_replicas
@@ -37,6 +39,7 @@ from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.partition_groups import PartitionGroups, check_hierarchical, choose_hierarchical, create_groups
 from lightning_mics.planning.memory import ModelSize, fits, measure_model, smallest_partition_size
 from lightning_mics.planning.once_per_step import Auto, OncePerStep, choose_once_per_step
+from lightning_mics.save_planner import HostBuffers
 from lightning_mics.sharding import find_recomputed, shard_model
 from lightning_mics.start_report import start_report
 from lightning_mics.topology import Topology
@@ -81,6 +84,8 @@ class MiCSStrategy(ModelParallelStrategy):
             the longest list of equal modules.
         activation_checkpointing: True recomputes each block in backward; classes or names choose other modules.
         save_sharded: Checkpoints are directories of shards; False gathers them into one file on rank 0.
+        save_async: Checkpoints of a fit are written while training goes on, from copies in the host's memory; the end
+            of the fit waits for them. Needs ``save_sharded``.
         trust_checkpoints: Whether loading a checkpoint may run code that is in it, which objects other than plain data
             and tensors need; an explicit ``weights_only`` goes before.
         process_group_backend: None is nccl for CUDA, gloo for CPU.
@@ -106,6 +111,7 @@ class MiCSStrategy(ModelParallelStrategy):
         shard_modules: ModuleClasses | None = None,
         activation_checkpointing: bool | ModuleClasses = False,
         save_sharded: bool = True,
+        save_async: bool = False,
         trust_checkpoints: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -122,6 +128,8 @@ class MiCSStrategy(ModelParallelStrategy):
         check_choice("in_node_reduce", in_node_reduce, ("auto", *get_args(Reduce)))
         _check_agreement("gather", cross_node=cross_node_gather, in_node=in_node_gather)
         _check_agreement("reduce", cross_node=cross_node_reduce, in_node=in_node_reduce)
+        if save_async and not save_sharded:
+            raise ValueError("save_async=True needs save_sharded=True: a full file is gathered while training waits")
         self._partition_size = partition_size
         self._ranks_per_node = ranks_per_node
         self._hierarchical = hierarchical
@@ -133,7 +141,10 @@ class MiCSStrategy(ModelParallelStrategy):
         self._reduce_dtype = _floating_dtype("reduce_dtype", reduce_dtype)
         self._shard_modules = shard_modules
         self._activation_checkpointing = activation_checkpointing
+        self._save_async = save_async
         self._trust_checkpoints = trust_checkpoints
+        self._saving = BackgroundSaving()
+        self._saving_group: dist.ProcessGroup | None = None
         self._sharded: _Sharded | None = None
         self._evaluation = ExitStack()
 
@@ -399,10 +410,15 @@ class MiCSStrategy(ModelParallelStrategy):
     @override
     def on_train_end(self) -> None:
         self._abandon_window()
+        self.wait_for_checkpoints()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._abandon_window()
+        try:
+            self.wait_for_checkpoints()
+        except RuntimeError as error:  # the exception is what users should see first
+            rank_zero_warn(str(error))
 
     def _start_evaluation(self) -> None:
         """All batches of an evaluation share weights; callbacks may exchange them before it and after it."""
@@ -462,25 +478,68 @@ class MiCSStrategy(ModelParallelStrategy):
         return optimizer_state(self.model, plain, sharded=self._save_distributed_checkpoint)
 
     @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if self._save_distributed_checkpoint:  # where it is: only this rank's rows of it are ever copied
+            return get_model_state_dict(self._root())
+        return super().lightning_module_state_dict()
+
+    @override
     def save_checkpoint(self, state: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None:
             super().save_checkpoint(state, filepath, storage_options)  # refuses them
         path = self._local_path(filepath)
-        if self._save_distributed_checkpoint:
-            checkpoint.save_sharded(
-                path,
-                model_state=state.pop("state_dict"),
-                optimizer_states=state.pop("optimizer_states", []),
-                meta=state,
-            )
-        else:
+        if not self._save_distributed_checkpoint:
             checkpoint.save_full(path, write=lambda file: self.checkpoint_io.save_checkpoint(state, file))
+            return
+        model_state, optimizer_states = state.pop("state_dict"), state.pop("optimizer_states", [])
+
+        def prepare(buffers: HostBuffers | None) -> Callable[[], None]:
+            return checkpoint.prepare_sharded(
+                path,
+                model_state=model_state,
+                optimizer_states=optimizer_states,
+                meta=state,
+                group=self._group_for_saving(),
+                buffers=buffers,
+            )
+
+        if self._save_async and self._in_fit():
+            self._saving.save(str(path), prepare)
+        else:
+            self.wait_for_checkpoints()
+            prepare(None)()
+
+    def _in_fit(self) -> bool:
+        """Whether something will wait for what is being written: a user who saves after the fit wants it at once."""
+        assert self.lightning_module is not None
+        state = self.lightning_module.trainer.state
+        return state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
+
+    def wait_for_checkpoints(self) -> None:
+        """Wait until all checkpoints are there that are being written beside training; every rank calls it.
+
+        Raises:
+            RuntimeError: If one failed. Those saved earlier are as they were.
+        """
+        self._saving.wait()
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Remove it once the checkpoints that are being written are there: until then it may be the latest."""
+        self._saving.after_saves(lambda: super(MiCSStrategy, self).remove_checkpoint(filepath))
+
+    def _group_for_saving(self) -> dist.ProcessGroup | None:
+        """All ranks on the host, for what they say about checkpoints beside training; made when it is first needed."""
+        if self._save_async and self._saving_group is None:
+            self._saving_group = dist.new_group(backend="gloo", timeout=self._timeout)
+        return self._saving_group
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load the model, and when fitting its optimizers, in place; the rest is returned for the Trainer."""
         assert self.model is not None and self.lightning_module is not None
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        self.wait_for_checkpoints()
         with torch.inference_mode(False):
             meta = checkpoint.load(
                 self._local_path(checkpoint_path),
