@@ -3,10 +3,10 @@
 python -m benchmarks.kill_while_saving --kills 100
 
 Ranks are processes of this machine. They train a small model and save after every step to one and the same path, so
-that most of their time is spent on writing and on replacing. SIGKILL hits some of them, or all; the job starts again
-from the checkpoint, and goes through the same steps with data that depend on the step alone. Every resume must find a
-checkpoint no older than the last that had been finished, and every loss must be, bit for bit, that of a run that nobody
-killed. The exit status says whether it was so.
+that most of their time is spent on writing and on replacing; half of the jobs wait for it, and half train on. SIGKILL
+hits some of the ranks, or all; the job starts again from the checkpoint, and goes through the same steps with data that
+depend on the step alone. Every resume must find a checkpoint no older than the last that had been finished, and every
+loss must be, bit for bit, that of a run that nobody killed. The exit status says whether it was so.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,9 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_mics import Topology, checkpoint, create_groups, shard_model
+from lightning_mics.background_saving import BackgroundSaving
 from lightning_mics.optimizer_states import optimizer_state
+from lightning_mics.save_planner import HostBuffers
 
 WIDTH, LAYERS = 256, 4
 START_SECONDS = 60.0
@@ -110,7 +114,7 @@ def differences(seen: dict[tuple[int, int], float], expected: dict[tuple[int, in
 
 def run_until_killed(folder: Path, ranks: int, chance: random.Random) -> Report:
     """One job, from its checkpoint to its end by SIGKILL."""
-    report, processes, ends = Report(), *_start(folder, ranks, steps=None)
+    report, processes, ends = Report(), *_start(folder, ranks, steps=None, beside=chance.random() < 0.5)
     hit = chance.sample(range(ranks), chance.randint(1, ranks))
     deadline = time.monotonic() + START_SECONDS
     started = False
@@ -132,20 +136,20 @@ def run_until_killed(folder: Path, ranks: int, chance: random.Random) -> Report:
 
 def run_undisturbed(folder: Path, ranks: int, steps: int) -> dict[tuple[int, int], float]:
     """Losses of a job that is left alone and saves nothing."""
-    report, processes, ends = Report(), *_start(folder, ranks, steps=steps)
+    report, processes, ends = Report(), *_start(folder, ranks, steps=steps, beside=False)
     while any(process.is_alive() for process in processes):
         _listen(ends, report, timeout=0.1)
     _listen(ends, report, timeout=0)
     return report.losses
 
 
-def _start(folder: Path, ranks: int, *, steps: int | None) -> tuple[list[Any], dict[Connection, int]]:
+def _start(folder: Path, ranks: int, *, steps: int | None, beside: bool) -> tuple[list[Any], dict[Connection, int]]:
     folder.mkdir(parents=True, exist_ok=True)
     store = tempfile.mktemp(dir=folder, prefix=".store-")
     context, processes, ends = multiprocessing.get_context("fork"), [], {}
     for rank in range(ranks):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_job, args=(folder, rank, ranks, store, sender, steps))
+        process = context.Process(target=_job, args=(folder, rank, ranks, store, sender, steps, beside))
         process.start()
         sender.close()
         processes.append(process)
@@ -174,21 +178,26 @@ def _listen(ends: dict[Connection, int], report: Report, *, timeout: float, afte
         timeout = 0
 
 
-def _job(folder: Path, rank: int, ranks: int, store: str, told: Connection, steps: int | None) -> None:
+def _job(folder: Path, rank: int, ranks: int, store: str, told: Connection, steps: int | None, beside: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=30)
         )
-        _train(folder / "last.ckpt", rank, ranks, told, steps)
+        _train(folder / "last.ckpt", rank, ranks, told, steps, BackgroundSaving() if beside else None)
     except Exception as error:
         told.send(("failed", repr(error)))
     told.close()
     os._exit(0)
 
 
-def _train(path: Path, rank: int, ranks: int, told: Connection, steps: int | None) -> None:
+def _train(
+    path: Path, rank: int, ranks: int, told: Connection, steps: int | None, beside: BackgroundSaving | None
+) -> None:
+    """Train from the checkpoint, if there is one, and save after each step, unless ``steps`` says when to stop."""
+    tell = _Told(told)
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=30)) if beside else None
     torch.manual_seed(0)
     model = Model()
     topology = Topology(world_size=ranks, ranks_per_node=ranks, partition_size=max(1, ranks // 2))
@@ -198,7 +207,7 @@ def _train(path: Path, rank: int, ranks: int, told: Connection, steps: int | Non
     if path.exists() or any(path.parent.glob(f".{path.name}.former")):
         meta = checkpoint.load(path, model=model, optimizers=[optimizer], strict=True, weights_only=True)
         first = meta["step"]
-    told.send(("resumed", first))
+    tell(("resumed", first))
     step = first
     while steps is None or step < steps:
         batch = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(step * ranks + rank))
@@ -207,12 +216,52 @@ def _train(path: Path, rank: int, ranks: int, told: Connection, steps: int | Non
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        told.send(("loss", step, loss.item()))
+        tell(("loss", step, loss.item()))
         step += 1
         if steps is None:
-            states = [optimizer_state(model, optimizer, sharded=True)]
-            checkpoint.save_sharded(path, model_state=model.state_dict(), optimizer_states=states, meta={"step": step})
-            told.send(("finished", step))
+            save = partial(
+                _save, path, model, optimizer, step=step, group=group, finished=partial(tell, ("finished", step))
+            )
+            beside.save(str(step), save) if beside else save(None)()
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    buffers: HostBuffers | None,
+    *,
+    step: int,
+    group: dist.ProcessGroup | None,
+    finished: Callable[[], None],
+) -> Callable[[], None]:
+    """Prepare a checkpoint, and return what writes it and tells so."""
+    write = checkpoint.prepare_sharded(
+        path,
+        model_state=model.state_dict(),
+        optimizer_states=[optimizer_state(model, optimizer, sharded=True)],
+        meta={"step": step},
+        group=group,
+        buffers=buffers,
+    )
+
+    def write_and_tell() -> None:
+        write()
+        finished()
+
+    return write_and_tell
+
+
+class _Told:
+    """A pipe that two threads may write to."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+
+    def __call__(self, message: tuple[Any, ...]) -> None:
+        with self._lock:
+            self._pipe.send(message)
 
 
 if __name__ == "__main__":

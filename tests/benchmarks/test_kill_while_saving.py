@@ -24,6 +24,6 @@ def test_a_resume_that_forgets_the_optimizer_is_found_out(monkeypatch: pytest.Mo
 
 
 def test_a_checkpoint_that_was_lost_is_found_out(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(checkpoint, "save_sharded", lambda path, **options: None)
+    monkeypatch.setattr(checkpoint, "prepare_sharded", lambda path, **options: lambda: None)
     assert kill_while_saving.main(["--kills", "2", "--ranks", "1", "--seed", "1"]) == 1
     assert "kill 2: resumed at step 0, and " in capsys.readouterr().out
