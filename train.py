@@ -32,6 +32,7 @@ say = rank_zero_only(print)
 def main(config: DictConfig) -> None:
     # every rank would print it at the first batch; Lightning 2.6 uses what torch 2.13 deprecates
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # likewise torchdata 0.11
 
     runs = find_saved_runs(config.resume, checkpoint_dir=f"{config.run_dir}/checkpoints", say=say)
     L.seed_everything(config.seed, verbose=False)

@@ -4,6 +4,7 @@ Importing this package registers ``Trainer(strategy="mics")``.
 """
 
 from lightning_mics.partition_groups import PartitionGroups, create_groups
+from lightning_mics.resumable_sampler import ResumableSampler
 from lightning_mics.sharding import shard_model
 from lightning_mics.strategy import MiCSStrategy
 from lightning_mics.topology import Topology
@@ -15,6 +16,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "MiCSStrategy",
     "PartitionGroups",
+    "ResumableSampler",
     "Topology",
     "TrafficMonitor",
     "TwoHopSchedule",

@@ -13,9 +13,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
+from lightning_mics import ResumableSampler
 from recipes.token_cache import cache_folder, load_tokenizer, load_tokens, prepare_tokens
-from recipes.token_windows import ResumableLoader, ResumableSampler, TokenWindows
+from recipes.token_windows import TokenWindows
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "encodings"}  # encodings are tables, not text
 
@@ -73,18 +75,21 @@ class StdlibText(L.LightningDataModule):
         self.val = TokenWindows(load_tokens(self.folder, "val"), length=self.sequence_length, count=self.val_windows)
 
     def train_dataloader(self) -> DataLoader:
-        ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
-        sampler = ResumableSampler(self.train, **ranks, shuffle=True, seed=self.seed, drop_last=True)
-        return ResumableLoader(self.train, batch_size=self.batch_size, sampler=sampler, drop_last=True)
+        """Goes on in the middle of an epoch, also on another number of ranks if an optimizer step stays as large."""
+        samples_per_step = self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        sampler = ResumableSampler(self.train, samples_per_step=samples_per_step, **self._ranks(), seed=self.seed)
+        return StatefulDataLoader(self.train, batch_size=self.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
-        ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
-        sampler = DistributedSampler(self.val, **ranks, shuffle=False)
+        sampler = DistributedSampler(self.val, **self._ranks(), shuffle=False)
         return DataLoader(self.val, batch_size=self.val_batch_size, sampler=sampler)
 
     def predict_dataloader(self) -> DataLoader:
         """The prompt, on every rank: sharded parameters are gathered by all ranks together."""
         return DataLoader([torch.tensor(self.tokenizer.encode(self.prompt).ids)], batch_size=1)
+
+    def _ranks(self) -> dict[str, int]:
+        return {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
 
     def decode(self, tokens: Tensor) -> str:
         """The text of tokens ``[tokens]``."""

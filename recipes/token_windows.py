@@ -1,15 +1,11 @@
-"""Windows of tokens for training, and a loader that goes on where a checkpoint left it."""
+"""Windows of tokens for training."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import Dataset
 
 
 class TokenWindows(Dataset):
@@ -39,31 +35,3 @@ class TokenWindows(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         start = self._starts[index]
         return torch.from_numpy(self._tokens[start : start + self._length + 1].astype(np.int64))
-
-
-class ResumableSampler(DistributedSampler):
-    """Shuffled, each rank its own part; can leave out the first samples of the coming epoch."""
-
-    skip = 0
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(super().__iter__())
-        first, self.skip = self.skip, 0
-        return iter(order[first:])
-
-
-class ResumableLoader(DataLoader):
-    """Batches of a ``ResumableSampler``; Lightning saves and restores its position within the epoch."""
-
-    def __iter__(self) -> Iterator[Tensor]:
-        self._delivered = self.sampler.skip // self.batch_size
-        for batch in super().__iter__():
-            self._delivered += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches_delivered": self._delivered}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        delivered = state["batches_delivered"]
-        self.sampler.skip = delivered * self.batch_size if delivered < len(self) else 0
