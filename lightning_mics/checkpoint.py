@@ -2,8 +2,9 @@
 
 ``torch.distributed.checkpoint`` stores and reshards; here is what surrounds it. A directory holds the model under the
 key ``model``, optimizers under ``optimizer_0``, ``optimizer_1``, ..., and everything else in ``meta.pt``: the keys that
-Lightning's ``consolidate_checkpoint`` reads. Replicas do not write twice: they share each tensor's rows (``own_rows``).
-A full file is what Lightning writes on one device, optimizer states by parameter number.
+Lightning's ``consolidate_checkpoint`` reads. What is of one rank alone is under ``rank_0``, ``rank_1``, .... Replicas
+do not write twice: they share each tensor's rows (``own_rows``). A full file is what Lightning writes on one device,
+optimizer states by parameter number.
 
 A directory's files are listed in its manifest, which is checked before anything is loaded. Where they are written, and
 how they replace an earlier checkpoint, is for ``checkpoint_folder``.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -49,6 +50,7 @@ def save_sharded(
     model_state: dict[str, Any],
     optimizer_states: Sequence[dict[str, Any]],
     meta: dict[str, Any],
+    rank_state: Mapping[str, Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """Write a checkpoint to the directory ``path``, in place of one that is there; every rank calls it.
@@ -61,10 +63,17 @@ def save_sharded(
         model_state: Tensors by parameter name; DTensors for what is sharded.
         optimizer_states: One per optimizer, from :func:`optimizer_state`.
         meta: What is not sharded; rank 0's is written.
+        rank_state: What is of this rank alone; every rank's is written.
         group: All ranks, for what they tell each other; None is the default group.
     """
     write = prepare_sharded(
-        path, model_state=model_state, optimizer_states=optimizer_states, meta=meta, group=group, buffers=None
+        path,
+        model_state=model_state,
+        optimizer_states=optimizer_states,
+        meta=meta,
+        rank_state=rank_state,
+        group=group,
+        buffers=None,
     )
     write()
 
@@ -75,6 +84,7 @@ def prepare_sharded(
     model_state: dict[str, Any],
     optimizer_states: Sequence[dict[str, Any]],
     meta: dict[str, Any],
+    rank_state: Mapping[str, Tensor] | None,
     group: dist.ProcessGroup | None,
     buffers: HostBuffers | None,
 ) -> Callable[[], None]:
@@ -85,13 +95,16 @@ def prepare_sharded(
         model_state: As there.
         optimizer_states: As there.
         meta: As there.
+        rank_state: As there.
         group: As there; while the second part runs beside training, nothing else may use it.
         buffers: Where to copy the states to; None copies nothing.
 
     Returns:
         Writes the checkpoint; every rank calls it.
     """
-    planner = OwnRowsSavePlanner({"model": model_state, **_numbered(optimizer_states)}, buffers=buffers)
+    own = {_of_rank(dist.get_rank()): rank_state} if rank_state else {}
+    states = {"model": model_state, **_numbered(optimizer_states), **own}
+    planner = OwnRowsSavePlanner(states, buffers=buffers)
     content: list[bytes] = []  # on rank 0, which has something to write
     on_rank_0(lambda: content.append(_serialized(meta)))
     return partial(_write_sharded, CheckpointFolder(path), planner, b"".join(content), group=group)
@@ -126,8 +139,21 @@ def save_full(path: Path, *, write: Callable[[Path], None]) -> None:
     on_rank_0(lambda: CheckpointFolder(path).replace_by_file(write))
 
 
+def gather_rank_states(rank_state: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
+    """What each rank has of its own, for a full file: all of it on rank 0, nothing on the others; all call it."""
+    states: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(rank_state, states)
+    return {_of_rank(rank): state for rank, state in enumerate(states or [])}
+
+
 def load(
-    path: Path, *, model: nn.Module, optimizers: Sequence[Optimizer], strict: bool, weights_only: bool
+    path: Path,
+    *,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    strict: bool,
+    weights_only: bool,
+    rank_state: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint into a sharded model and its optimizers, in place; every rank calls it.
 
@@ -137,6 +163,8 @@ def load(
         optimizers: In the order of saving; those that the checkpoint holds are loaded.
         strict: Whether the checkpoint's parameters must be those of the model.
         weights_only: Whether what is no tensor may be plain data only. Off, it may run code as it loads.
+        rank_state: Is filled with what this rank has saved; with rank 0's if there were more or fewer ranks. What the
+            checkpoint lacks keeps its value.
 
     Returns:
         What is neither model nor optimizer.
@@ -148,11 +176,12 @@ def load(
         RuntimeError: If ``strict`` and the parameters differ, or the optimizers are not those of the checkpoint.
     """
     on_rank_0(CheckpointFolder(path).put_back)
+    into: dict[str, Any] = {"model": model, "optimizers": optimizers, "rank_state": rank_state or {}}
     if is_sharded(path):
         _check_whole(path)
-        return _load_sharded(path, model=model, optimizers=optimizers, strict=strict, weights_only=weights_only)
+        return _load_sharded(path, **into, strict=strict, weights_only=weights_only)
     if path.is_file():
-        return _load_full(path, model=model, optimizers=optimizers, strict=strict, weights_only=weights_only)
+        return _load_full(path, **into, strict=strict, weights_only=weights_only)
     raise ValueError(
         f"{str(path)!r} does not point to a valid checkpoint: neither a file nor a directory with {META_FILE} in it"
     )
@@ -162,7 +191,13 @@ def load(
 
 
 def _load_sharded(
-    path: Path, *, model: nn.Module, optimizers: Sequence[Optimizer], strict: bool, weights_only: bool
+    path: Path,
+    *,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    rank_state: dict[str, Tensor],
+    strict: bool,
+    weights_only: bool,
 ) -> dict[str, Any]:
     meta: dict[str, Any] = load_value(path / META_FILE, name=str(path / META_FILE), weights_only=weights_only)
     stored = read_metadata(path / DCP_FILE).state_dict_metadata
@@ -177,13 +212,19 @@ def _load_sharded(
     names, read = prefixes(stored), partial(_read, path, weights_only=weights_only)
     for key, optimizer in _numbered(optimizers if saved else []).items():
         load_optimizer(model, optimizer, key, stored=names, read=read)
-    read({"model": model_state})
+    read({"model": model_state, **({_source_of_rank_state(names): rank_state} if rank_state else {})})
     set_model_state_dict(model, model_state)
     return meta
 
 
 def _load_full(
-    path: Path, *, model: nn.Module, optimizers: Sequence[Optimizer], strict: bool, weights_only: bool
+    path: Path,
+    *,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    rank_state: dict[str, Tensor],
+    strict: bool,
+    weights_only: bool,
 ) -> dict[str, Any]:
     content: dict[str, Any] = load_value(path, name=str(path), weights_only=weights_only, mapped=True)
     if not isinstance(content, dict) or "state_dict" not in content:
@@ -196,6 +237,7 @@ def _load_full(
         whole = {key: named(model, optimizer, state)}
         load_optimizer(model, optimizer, key, stored=prefixes(dotted(whole)), read=partial(copy_state, whole))
     set_model_state_dict(model, model_state, options=StateDictOptions(full_state_dict=True, strict=strict))
+    copy_state(content.get(_source_of_rank_state(content.keys()), {}), rank_state)
     return content
 
 
@@ -215,6 +257,16 @@ def _read(path: Path, state: dict[str, Any], *, weights_only: bool) -> None:
 
 def _numbered(entries: Sequence[Any]) -> dict[str, Any]:
     return {f"optimizer_{index}": entry for index, entry in enumerate(entries)}
+
+
+def _of_rank(rank: int) -> str:
+    return f"rank_{rank}"
+
+
+def _source_of_rank_state(names: Set[str]) -> str:
+    """Which rank's state this one gets from a checkpoint with these names."""
+    as_many = _of_rank(dist.get_world_size() - 1) in names and _of_rank(dist.get_world_size()) not in names
+    return _of_rank(dist.get_rank() if as_many else 0)
 
 
 # -- what a directory is made of ---------------------------------------------------------------------------------------

@@ -73,11 +73,12 @@ def describe(path: Path) -> list[tuple[str, str]]:
 
 
 def parts(path: Path) -> dict[str, Part]:
-    """The model and each optimizer of the checkpoint, by name."""
+    """The model, each optimizer and the states of single ranks in the checkpoint, by name."""
     found: dict[str, Part] = {}
     for name, entry in sorted(read_metadata(path / DCP_FILE).state_dict_metadata.items()):
         if isinstance(entry, TensorStorageMetadata):
-            found.setdefault(name.partition(".")[0], Part()).add(entry)
+            part = name.partition(".")[0]
+            found.setdefault("rank states" if part.startswith("rank_") else part, Part()).add(entry)
     return found
 
 

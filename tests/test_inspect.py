@@ -29,7 +29,9 @@ def _save(path: Path, meta: dict[str, Any]) -> None:
         model(torch.randn(2, DIM)).backward()
     optimizer.step()
     states = [optimizer_state(model, optimizer, sharded=True)]
-    checkpoint.save_sharded(path, model_state=model.state_dict(), optimizer_states=states, meta=meta)
+    checkpoint.save_sharded(
+        path, model_state=model.state_dict(), optimizer_states=states, meta=meta, rank_state={"torch": torch.ones(3)}
+    )
 
 
 @pytest.fixture
@@ -50,6 +52,7 @@ def test_it_says_step_age_ranks_sizes_dtypes_and_that_all_is_there(path: Path, c
         ", float32"
     )
     assert f"{2 * VALUES + LAYERS + 1:,} values" in rows["optimizer_0"]  # two moments, and a step for each parameter
+    assert rows["rank states"].startswith("2 tensors, 6 values")
     assert rows["on disk"].startswith("4 files, ")
     assert rows["whole"] == "yes: sizes and checksums are as written"
 
