@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mics import checkpoint
+from lightning_mics import checkpoint, random_states, resuming
 from lightning_mics._torch_compat import check_order, expect_backward, gather
 from lightning_mics.background_saving import BackgroundSaving
 from lightning_mics.blocks import ModuleClasses, find_blocks, unit_modules
@@ -147,6 +147,7 @@ class MiCSStrategy(ModelParallelStrategy):
         self._saving_group: dist.ProcessGroup | None = None
         self._sharded: _Sharded | None = None
         self._evaluation = ExitStack()
+        self._resumed: resuming.Saved | None = None  # from loading a checkpoint until training starts
 
     # -- before the model --------------------------------------------------------------------------------------------
 
@@ -202,6 +203,7 @@ class MiCSStrategy(ModelParallelStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         module, fitting = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
         assert self.accelerator is not None and module is not None
+        self._resumed = None
         self.accelerator.setup(trainer)
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False  # what is made in inference mode could not be trained afterwards
@@ -408,6 +410,12 @@ class MiCSStrategy(ModelParallelStrategy):
         self._end_evaluation()
 
     @override
+    def on_train_start(self) -> None:
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            resuming.go_on(self._trainer, resumed)
+
+    @override
     def on_train_end(self) -> None:
         self._abandon_window()
         self.wait_for_checkpoints()
@@ -431,6 +439,11 @@ class MiCSStrategy(ModelParallelStrategy):
     def _reshard_root(self) -> None:
         """FSDP2 leaves the root gathered after a forward, for a backward that evaluation does not have."""
         self._root().reshard()
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
 
     def _root(self) -> Any:
         return self.lightning_module  # which FSDP2 has made an FSDPModule as well
@@ -488,7 +501,12 @@ class MiCSStrategy(ModelParallelStrategy):
         if storage_options is not None:
             super().save_checkpoint(state, filepath, storage_options)  # refuses them
         path = self._local_path(filepath)
+        random_state: dict[str, Tensor] = {}
+        if "optimizer_states" in state:  # not weights only: a run can go on from it
+            now = self._resumed or resuming.Saved.now(self._trainer)
+            state[resuming.KEY], random_state = now.plain(), now.random_state
         if not self._save_distributed_checkpoint:
+            state.update(checkpoint.gather_rank_states(random_state) if random_state else {})
             checkpoint.save_full(path, write=lambda file: self.checkpoint_io.save_checkpoint(state, file))
             return
         model_state, optimizer_states = state.pop("state_dict"), state.pop("optimizer_states", [])
@@ -499,6 +517,7 @@ class MiCSStrategy(ModelParallelStrategy):
                 model_state=model_state,
                 optimizer_states=optimizer_states,
                 meta=state,
+                rank_state=random_state,
                 group=self._group_for_saving(),
                 buffers=buffers,
             )
@@ -511,8 +530,7 @@ class MiCSStrategy(ModelParallelStrategy):
 
     def _in_fit(self) -> bool:
         """Whether something will wait for what is being written: a user who saves after the fit wants it at once."""
-        assert self.lightning_module is not None
-        state = self.lightning_module.trainer.state
+        state = self._trainer.state
         return state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
 
     def wait_for_checkpoints(self) -> None:
@@ -538,8 +556,9 @@ class MiCSStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load the model, and when fitting its optimizers, in place; the rest is returned for the Trainer."""
         assert self.model is not None and self.lightning_module is not None
-        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        fitting = self._trainer.state.fn == TrainerFn.FITTING
         self.wait_for_checkpoints()
+        random_state = random_states.capture() if fitting else {}
         with torch.inference_mode(False):
             meta = checkpoint.load(
                 self._local_path(checkpoint_path),
@@ -547,9 +566,12 @@ class MiCSStrategy(ModelParallelStrategy):
                 optimizers=self.optimizers if fitting else [],
                 strict=self.lightning_module.strict_loading,
                 weights_only=not self._trust_checkpoints if weights_only is None else weights_only,
+                rank_state=random_state,
             )
             self._abandon_window()
             verify_replicas(self.model, self._state().groups)
+        if fitting and resuming.KEY in meta:
+            self._resumed = resuming.Saved(pace=resuming.Pace(**meta[resuming.KEY]), random_state=random_state)
         return meta
 
     def _local_path(self, filepath: str | Path) -> Path:
