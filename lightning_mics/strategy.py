@@ -39,6 +39,7 @@ from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.partition_groups import PartitionGroups, check_hierarchical, choose_hierarchical, create_groups
 from lightning_mics.planning.memory import ModelSize, fits, measure_model, smallest_partition_size
 from lightning_mics.planning.once_per_step import Auto, OncePerStep, choose_once_per_step
+from lightning_mics.preemption import stop_when_signalled
 from lightning_mics.save_planner import HostBuffers
 from lightning_mics.sharding import find_recomputed, shard_model
 from lightning_mics.start_report import start_report
@@ -221,6 +222,7 @@ class MiCSStrategy(ModelParallelStrategy):
             self.setup_precision_plugin()
             if fitting:
                 _optimizers_to_device(self.optimizers, self.root_device)
+        stop_when_signalled(trainer, reduce_max=self._reduce_max, wait_for_checkpoints=self.wait_for_checkpoints)
 
     def _shard(self, module: nn.Module, *, fitting: bool) -> _Sharded:
         if fitting and self._layer_sync is not None:
@@ -480,6 +482,10 @@ class MiCSStrategy(ModelParallelStrategy):
         op = getattr(dist.ReduceOp, reduce_op.upper()) if isinstance(reduce_op, str) and not mean else reduce_op
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM if mean or op is None else op, group=group)
         return tensor.copy_(tensor / dist.get_world_size(group)) if mean else tensor
+
+    def _reduce_max(self, tensor: Tensor) -> Tensor:
+        largest: Tensor = self.reduce(tensor.to(self.root_device), reduce_op="max")
+        return largest.cpu()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
