@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from lightning_mics import MiCSStrategy
 from tests.models import TinyModule, tokens
 from tests.trainers import EVERY_TIME, make_trainer, mics, on_ranks
 
@@ -195,3 +197,211 @@ def test_all_ranks_stop_after_the_same_step_and_go_on_as_if_they_had_not(case: s
         assert (
             len(set(whole["losses"])) == len(whole["losses"]) == BATCHES * EPOCHS
         )  # a step that is lost or doubled would be seen
+
+
+# -- what else a Trainer may be doing ---------------------------------------------------------------------------------
+
+
+class Counted(ModelCheckpoint):
+    """Counts what it saves."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.saved: list[str] = []
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        self.saved.append(Path(filepath).name)
+        super()._save_checkpoint(trainer, filepath)
+
+
+def _saving_callbacks(folder: Path) -> dict[str, list[list[str]]]:
+    """What each ModelCheckpoint saves until a signal in the third step has stopped the run."""
+
+    def until_stopped(*options: dict[str, Any]) -> list[list[str]]:
+        callbacks = [Counted(dirpath=folder / str(len(found)) / str(i), **each) for i, each in enumerate(options)]
+        signals = Signals(("micro-step", 2, 1, (1,)))
+        trainer = make_trainer(folder, strategy=mics(), callbacks=[signals, *callbacks], enable_checkpointing=True)
+        with pytest.raises(SIGTERMException):
+            trainer.fit(Module(), Batches())
+        return [callback.saved for callback in callbacks]
+
+    found: dict[str, list[list[str]]] = {}
+    found["no last"] = until_stopped({})
+    found["last of this step"] = until_stopped({"save_last": True, "every_n_train_steps": 1, "filename": "{step}"})
+    found["a link"] = until_stopped({"save_last": "link", "every_n_train_steps": 2, "filename": "{step}"})
+    found["two, and the first keeps weights only"] = until_stopped(
+        {"save_weights_only": True, "every_n_epochs": 2}, {}, {"every_n_epochs": 3}
+    )
+    found["on exceptions as well"] = until_stopped({"save_on_exception": True})
+    return found
+
+
+def test_the_first_model_checkpoint_that_keeps_whole_ones_saves_last_once(tmp_path: Path) -> None:
+    for saved in on_ranks(_saving_callbacks, tmp_path):
+        assert saved == {
+            "no last": [["last.ckpt"]],
+            "last of this step": [["step=1.ckpt", "last.ckpt", "step=2.ckpt", "last.ckpt", "step=3.ckpt", "last.ckpt"]],
+            "a link": [["step=2.ckpt", "last.ckpt"]],
+            "two, and the first keeps weights only": [[], ["last.ckpt"], []],
+            "on exceptions as well": [["last.ckpt"]],
+        }
+    assert (tmp_path / "2" / "0" / "last.ckpt" / "manifest.json").exists()
+
+
+def _without_checkpoints(folder: Path) -> list[str]:
+    trainer = make_trainer(folder, strategy=mics(), callbacks=[Signals(("micro-step", 2, 1, (1,)))])
+    with warnings.catch_warnings(record=True, action="always") as warned, pytest.raises(SIGTERMException):
+        trainer.fit(Module(), Batches())
+    assert trainer.global_step == 3
+    return [str(warning.message) for warning in warned if "Stopped by a signal" in str(warning.message)]
+
+
+def test_who_keeps_no_checkpoints_gets_none_and_is_told(tmp_path: Path) -> None:
+    warned = on_ranks(_without_checkpoints, tmp_path)
+    assert warned == [
+        [
+            "Stopped by a signal after step 3 without a checkpoint: no ModelCheckpoint of this Trainer keeps whole "
+            "ones; add one to `callbacks`"
+        ],
+        *[[]] * 3,
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+class Evaluations(Signals):
+    """Counts the batches of evaluations, and is signalled in the second."""
+
+    def __init__(self) -> None:
+        super().__init__(("evaluation", 1, 3, (3,)))
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self._at("evaluation")
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        self._at("evaluation")
+
+    def on_predict_batch_start(self, *_: Any) -> None:
+        self._at("evaluation")
+
+
+def _evaluations(folder: Path) -> dict[str, tuple[str, int]]:
+    found = {}
+    for method in ("validate", "test", "predict", "fit"):  # fit: in the check before the first step
+        evaluations = Evaluations()
+        trainer = make_trainer(folder, strategy=mics(), callbacks=[evaluations], num_sanity_val_steps=3)
+        try:
+            getattr(trainer, method)(Module(), *[Batches()] * (2 if method == "fit" else 1))
+            stopped = "no"
+        except SIGTERMException:
+            stopped = "yes"
+        found[method] = (stopped, evaluations.visits["evaluation"])
+    return found
+
+
+def test_an_evaluation_stops_after_the_same_batch_on_all_ranks(tmp_path: Path) -> None:
+    expected = dict.fromkeys(("validate", "test", "predict", "fit"), ("yes", 2))
+    assert on_ranks(_evaluations, tmp_path) == [expected] * RANKS
+
+
+def _unequal_validations(folder: Path) -> tuple[int, int, list[str]]:
+    """Ranks keep whole weights, so that each can validate as many batches as it has."""
+    signals = Signals(("validation", 0, 0, (0,)))
+    saving = ModelCheckpoint(dirpath=folder, save_top_k=0)
+    trainer = make_trainer(
+        folder,
+        strategy=mics(),
+        callbacks=[signals, saving],
+        enable_checkpointing=True,
+        num_sanity_val_steps=0,
+        val_check_interval=2,
+    )
+    with pytest.raises(SIGTERMException):
+        trainer.fit(Module(), Batches(), Batches(2 + dist.get_rank()))
+    return trainer.global_step, signals.visits["validation"], [path.name for path in folder.iterdir()]
+
+
+def test_ranks_that_validate_unequally_many_batches_stop_when_all_have_finished(tmp_path: Path) -> None:
+    found = on_ranks(_unequal_validations, tmp_path)
+    assert [(step, batches) for step, batches, _ in found] == [(2, 2 + rank) for rank in range(RANKS)]
+    assert all(saved == ["last.ckpt"] for _, _, saved in found)
+
+
+class ByHand(Module):
+    """Steps in every second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.manual_backward(self(batch))
+        if batch_idx % 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+def _by_hand(folder: Path) -> tuple[int, int]:
+    signals = Signals(("micro-step", 2, 1, (1,)))
+    trainer = make_trainer(folder, strategy=mics(), callbacks=[signals])
+    with pytest.raises(SIGTERMException):
+        trainer.fit(ByHand(), Batches())
+    return trainer.global_step, signals.visits["micro-step"]
+
+
+def test_manual_optimization_stops_after_a_batch_in_which_an_optimizer_stepped(tmp_path: Path) -> None:
+    assert on_ranks(_by_hand, tmp_path) == [(2, 4)] * RANKS
+
+
+def _own_handler(folder: Path) -> tuple[list[int], bool, int]:
+    heard: list[int] = []
+
+    def handler(number: int, _: Any) -> None:
+        heard.append(number)
+
+    signal.signal(signal.SIGTERM, handler)
+    trainer = make_trainer(folder, strategy=mics(), callbacks=[Signals(("micro-step", 2, 1, (1,)))])
+    with pytest.raises(SIGTERMException):
+        trainer.fit(Module(), Batches())
+    return heard, signal.getsignal(signal.SIGTERM) is handler, trainer.global_step
+
+
+def test_a_handler_that_was_there_is_called_as_well_and_restored(tmp_path: Path) -> None:
+    found = on_ranks(_own_handler, tmp_path)
+    assert [heard for heard, _, _ in found] == [[], [signal.SIGTERM], [], []]
+    assert all(restored and step == 3 for _, restored, step in found)
+
+
+def _two_runs_of_one_trainer(folder: Path) -> tuple[int, int, int]:
+    callbacks = [Signals(("micro-step", 2, 1, (1,)))]
+    trainer = make_trainer(folder, strategy=mics(), callbacks=callbacks)
+    module = Module()
+    with pytest.raises(SIGTERMException):
+        trainer.fit(module, Batches())
+    stopped = trainer.global_step
+    trainer.fit(module, Batches())
+    return stopped, trainer.global_step, len(callbacks)
+
+
+def test_a_trainer_that_has_stopped_can_run_again(tmp_path: Path) -> None:
+    assert on_ranks(_two_runs_of_one_trainer, tmp_path) == [(3, 3 + BATCHES, 1)] * RANKS
+
+
+def _comparisons(folder: Path) -> list[int]:
+    counts = []
+    for window in (1, 3):
+        compared: list[Tensor] = []
+
+        class Watched(MiCSStrategy):
+            def _reduce_max(self, tensor: Tensor, compared: list[Tensor] = compared) -> Tensor:
+                compared.append(tensor)
+                return super()._reduce_max(tensor)
+
+        trainer = make_trainer(folder, strategy=Watched(ranks_per_node=2), accumulate_grad_batches=window)
+        trainer.fit(Module(), Batches())
+        assert all(tensor.numel() == 1 for tensor in compared)
+        counts.append(len(compared))
+    return counts
+
+
+def test_ranks_compare_one_number_per_optimizer_step_and_at_the_end(tmp_path: Path) -> None:
+    assert on_ranks(_comparisons, tmp_path) == [[BATCHES + 1, BATCHES // 3 + 1]] * RANKS
