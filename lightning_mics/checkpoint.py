@@ -7,7 +7,7 @@ do not write twice: they share each tensor's rows (``own_rows``). A full file is
 optimizer states by parameter number.
 
 A directory's files are listed in its manifest, which is checked before anything is loaded. Where they are written, and
-how they replace an earlier checkpoint, is for ``checkpoint_folder``.
+how they replace an earlier checkpoint, is for ``checkpoint_folder`` and, in a store, ``checkpoint_store``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -37,15 +36,19 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 
 from lightning_mics.agreement import on_all_ranks, on_rank_0
-from lightning_mics.checkpoint_folder import DCP_FILE, META_FILE, CheckpointFolder, is_sharded
+from lightning_mics.checkpoint_folder import META_FILE, is_sharded
+from lightning_mics.checkpoint_store import checkpoint_place
 from lightning_mics.manifest import MANIFEST_FILE, DamagedCheckpointError, FileFacts, Manifest
 from lightning_mics.optimizer_states import copy_state, dotted, load_optimizer, named, prefixes
-from lightning_mics.safe_reading import SafePlanner, SafeReader, UnsafeCheckpointError, load_value, read_metadata
+from lightning_mics.safe_reading import SafePlanner, SafeReader, UnsafeCheckpointError, load_value
+from lightning_mics.save_failures import saving
 from lightning_mics.save_planner import HostBuffers, OwnRowsSavePlanner
+from lightning_mics.shard_files import ShardWriter
+from lightning_mics.storage_path import StoragePath, exists, forget_listings
 
 
 def save_sharded(
-    path: Path,
+    path: StoragePath,
     *,
     model_state: dict[str, Any],
     optimizer_states: Sequence[dict[str, Any]],
@@ -65,6 +68,10 @@ def save_sharded(
         meta: What is not sharded; rank 0's is written.
         rank_state: What is of this rank alone; every rank's is written.
         group: All ranks, for what they tell each other; None is the default group.
+
+    Raises:
+        OSError: On all ranks, if storage fails on one; what was at ``path`` before is still there.
+        RuntimeError: Likewise if anything else fails.
     """
     write = prepare_sharded(
         path,
@@ -79,7 +86,7 @@ def save_sharded(
 
 
 def prepare_sharded(
-    path: Path,
+    path: StoragePath,
     *,
     model_state: dict[str, Any],
     optimizer_states: Sequence[dict[str, Any]],
@@ -100,33 +107,39 @@ def prepare_sharded(
         buffers: Where to copy the states to; None copies nothing.
 
     Returns:
-        Writes the checkpoint; every rank calls it.
+        Writes the checkpoint; every rank calls it. Raises as there.
+
+    Raises:
+        RuntimeError: On all ranks, if ``meta`` cannot be saved.
     """
     own = {_of_rank(dist.get_rank()): rank_state} if rank_state else {}
     states = {"model": model_state, **_numbered(optimizer_states), **own}
     planner = OwnRowsSavePlanner(states, buffers=buffers)
     content: list[bytes] = []  # on rank 0, which has something to write
-    on_rank_0(lambda: content.append(_serialized(meta)))
-    return partial(_write_sharded, CheckpointFolder(path), planner, b"".join(content), group=group)
+    with saving(path):
+        on_rank_0(lambda: content.append(_serialized(meta)))
+    return partial(_write_sharded, path, planner, b"".join(content), group=group)
 
 
 def _write_sharded(
-    folder: CheckpointFolder, planner: OwnRowsSavePlanner, meta: bytes, *, group: dist.ProcessGroup | None
+    path: StoragePath, planner: OwnRowsSavePlanner, meta: bytes, *, group: dist.ProcessGroup | None
 ) -> None:
-    def finish() -> None:
-        (draft / META_FILE).write_bytes(meta)
-        files = {name: FileFacts.of(draft / name) for name in (META_FILE, DCP_FILE)}
-        for of_rank in written:
-            files.update(of_rank)
-        folder.publish(draft, Manifest.now(files, world_size=len(written)))
+    place = checkpoint_place(path)
+    with saving(path):
+        draft: StoragePath = on_rank_0(place.begin, group=group)
+        try:
+            writer = ShardWriter(draft)
+            save_shards({}, storage_writer=writer, planner=planner, process_group=group)
+            written = on_all_ranks(lambda: _with_meta(writer, meta), group=group)
+        except BaseException:
+            if dist.get_rank() == 0:
+                place.abandon(draft)
+            raise
+        files = {name: facts for of_rank in written for name, facts in of_rank.items()}
+        on_rank_0(lambda: place.publish(draft, Manifest.now(files, world_size=len(written))), group=group)
 
-    draft = on_rank_0(folder.begin, group=group)
-    save_shards({}, checkpoint_id=draft, planner=planner, process_group=group)
-    written = on_all_ranks(lambda: _own_files(draft), group=group)
-    on_rank_0(finish, group=group)
 
-
-def save_full(path: Path, *, write: Callable[[Path], None]) -> None:
+def save_full(path: StoragePath, *, write: Callable[[Any], None]) -> None:
     """Let rank 0 write a checkpoint to the one file ``path``, in place of one that is there; every rank calls it.
 
     Args:
@@ -134,9 +147,11 @@ def save_full(path: Path, *, write: Callable[[Path], None]) -> None:
         write: Writes the file; called on rank 0.
 
     Raises:
+        OSError: If storage fails.
         IsADirectoryError: If ``path`` is a directory with anything else in it than a sharded checkpoint.
     """
-    on_rank_0(lambda: CheckpointFolder(path).replace_by_file(write))
+    with saving(path):
+        on_rank_0(lambda: checkpoint_place(path).replace_by_file(write))
 
 
 def gather_rank_states(rank_state: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
@@ -147,7 +162,7 @@ def gather_rank_states(rank_state: Mapping[str, Tensor]) -> dict[str, Mapping[st
 
 
 def load(
-    path: Path,
+    path: StoragePath,
     *,
     model: nn.Module,
     optimizers: Sequence[Optimizer],
@@ -175,11 +190,12 @@ def load(
         UnsafeCheckpointError: If loading would run code of the checkpoint that ``weights_only`` does not allow.
         RuntimeError: If ``strict`` and the parameters differ, or the optimizers are not those of the checkpoint.
     """
-    on_rank_0(CheckpointFolder(path).put_back)
+    on_rank_0(checkpoint_place(path).put_back)
+    forget_listings(path)
     into: dict[str, Any] = {"model": model, "optimizers": optimizers, "rank_state": rank_state or {}}
     if is_sharded(path):
-        _check_whole(path)
-        return _load_sharded(path, **into, strict=strict, weights_only=weights_only)
+        content = _check_whole(path)
+        return _load_sharded(content, **into, strict=strict, weights_only=weights_only)
     if path.is_file():
         return _load_full(path, **into, strict=strict, weights_only=weights_only)
     raise ValueError(
@@ -191,7 +207,7 @@ def load(
 
 
 def _load_sharded(
-    path: Path,
+    path: StoragePath,
     *,
     model: nn.Module,
     optimizers: Sequence[Optimizer],
@@ -200,7 +216,8 @@ def _load_sharded(
     weights_only: bool,
 ) -> dict[str, Any]:
     meta: dict[str, Any] = load_value(path / META_FILE, name=str(path / META_FILE), weights_only=weights_only)
-    stored = read_metadata(path / DCP_FILE).state_dict_metadata
+    reader = SafeReader(path)
+    stored = reader.read_metadata().state_dict_metadata
     model_state = get_model_state_dict(model)
     _check_model(
         model_state,
@@ -209,7 +226,7 @@ def _load_sharded(
     )
     saved = {name.split(".")[0] for name in stored if name.startswith("optimizer_")}
     _check_count(optimizers, len(saved))
-    names, read = prefixes(stored), partial(_read, path, weights_only=weights_only)
+    names, read = prefixes(stored), partial(_read, reader, weights_only=weights_only)
     for key, optimizer in _numbered(optimizers if saved else []).items():
         load_optimizer(model, optimizer, key, stored=names, read=read)
     read({"model": model_state, **({_source_of_rank_state(names): rank_state} if rank_state else {})})
@@ -218,7 +235,7 @@ def _load_sharded(
 
 
 def _load_full(
-    path: Path,
+    path: StoragePath,
     *,
     model: nn.Module,
     optimizers: Sequence[Optimizer],
@@ -241,17 +258,17 @@ def _load_full(
     return content
 
 
-def _read(path: Path, state: dict[str, Any], *, weights_only: bool) -> None:
+def _read(reader: SafeReader, state: dict[str, Any], *, weights_only: bool) -> None:
     planner = SafePlanner(weights_only=weights_only)
     try:
-        load_shards(state, storage_reader=SafeReader(path), planner=planner)
+        load_shards(state, storage_reader=reader, planner=planner)
     except CheckpointException as failed:  # on any rank; torch's own is no Exception, and as long as all tracebacks
         rank, (error, _) = min(failed.failures.items())
         if isinstance(error, UnsafeCheckpointError | DamagedCheckpointError):
             raise error from None
         if isinstance(error, UnpicklingError):
-            raise UnsafeCheckpointError(f"the shards in {path} hold more than tensors: {error}") from None
-        raise DamagedCheckpointError(f"reading checkpoint {path} failed on rank {rank}: {error!r}") from failed
+            raise UnsafeCheckpointError(f"the shards in {reader.path} hold more than tensors: {error}") from None
+        raise DamagedCheckpointError(f"reading checkpoint {reader.path} failed on rank {rank}: {error!r}") from failed
     planner.exchange()
 
 
@@ -272,9 +289,11 @@ def _source_of_rank_state(names: Set[str]) -> str:
 # -- what a directory is made of ---------------------------------------------------------------------------------------
 
 
-def _own_files(folder: Path) -> dict[str, FileFacts]:
-    """What this rank has written, by name."""
-    return {file.name: FileFacts.of(file) for file in sorted(folder.glob(f"__{dist.get_rank()}_*.distcp"))}
+def _with_meta(writer: ShardWriter, meta: bytes) -> dict[str, FileFacts]:
+    """What this rank has written, by name; rank 0 adds what is not sharded."""
+    if dist.get_rank() == 0:
+        writer.write_bytes(meta, name=META_FILE)
+    return writer.written
 
 
 def _serialized(meta: dict[str, Any]) -> bytes:
@@ -289,20 +308,20 @@ def _serialized(meta: dict[str, Any]) -> bytes:
     return stream.getvalue()
 
 
-def _check_whole(path: Path) -> None:
-    """Read each file once, spread over all ranks; every rank raises what one has found."""
-    manifest = on_rank_0(lambda: Manifest.read(path) if (path / MANIFEST_FILE).exists() else None)
+def _check_whole(path: StoragePath) -> StoragePath:
+    """Where the files are. Each is checked once, spread over all ranks; every rank raises what one has found."""
+    manifest = on_rank_0(lambda: Manifest.read(path) if exists(path / MANIFEST_FILE) else None)
     if manifest is None:
         if dist.get_rank() == 0:
             warnings.warn(f"{path} has no {MANIFEST_FILE}: nobody can say whether it is whole", stacklevel=2)
-        return
-    own = [
-        name for number, name in enumerate(sorted(manifest.files)) if _checking_rank(name, number) == dist.get_rank()
-    ]
+        return path
+    names = sorted(manifest.files)
+    own = [name for number, name in enumerate(names) if _checking_rank(name, number) == dist.get_rank()]
     problems = sorted(chain(*on_all_ranks(lambda: manifest.problems(path, own))))
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {', '.join(problems[:3])}{more}")
+    return manifest.content(path)
 
 
 def _checking_rank(name: str, number: int) -> int:

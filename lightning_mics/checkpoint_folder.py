@@ -8,6 +8,7 @@ On a file system that renames at once. A new checkpoint is whole and on disk bef
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -15,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_mics.manifest import MANIFEST_FILE, Manifest
+from lightning_mics.storage_path import StoragePath, exists
 
 META_FILE = "meta.pt"
 DCP_FILE = ".metadata"
 
 
-def is_sharded(path: Path) -> bool:
+def is_sharded(path: StoragePath) -> bool:
     """Whether ``path`` is a directory that :func:`~lightning_mics.checkpoint.save_sharded` wrote."""
-    return path.is_dir() and any((path / name).is_file() for name in (META_FILE, MANIFEST_FILE))
+    return any(exists(path / name) for name in (META_FILE, MANIFEST_FILE))
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,13 @@ class CheckpointFolder:
 
     def publish(self, draft: Path, manifest: Manifest) -> None:
         """Let the files in ``draft``, which ``manifest`` lists, be the checkpoint; foreign files at its place stay."""
-        manifest.write(draft)
-        for name in (META_FILE, MANIFEST_FILE, "."):  # DCP has seen to its own
-            _sync(draft / name)
+        try:
+            manifest.write(draft)
+            for name in (META_FILE, MANIFEST_FILE, "."):  # DCP has seen to its own
+                _sync(draft / name)
+        except OSError:
+            self.abandon(draft)
+            raise
         if os.path.lexists(self.path):
             self.path.rename(self._former)
         try:
@@ -61,6 +67,10 @@ class CheckpointFolder:
         finally:
             self.put_back()
         _sync(self.path.parent)
+
+    def abandon(self, draft: Path) -> None:
+        """Remove ``draft``, which will not be published, as far as that is possible."""
+        shutil.rmtree(draft, ignore_errors=True)
 
     def replace_by_file(self, write: Callable[[Path], None]) -> None:
         """Let ``write`` put one file in the checkpoint's place.
@@ -71,7 +81,8 @@ class CheckpointFolder:
         self.put_back()
         if self.path.is_dir():
             if not is_sharded(self.path) or any(map(_is_foreign, self.path.iterdir())):
-                raise IsADirectoryError(f"{self.path} is a directory that holds other files than a checkpoint's")
+                what = f"{self.path} is a directory that holds other files than a checkpoint's"
+                raise IsADirectoryError(errno.EISDIR, what)
             self.path.rename(self._former)
         try:
             write(self.path)

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lightning_mics.checkpoint_folder import DCP_FILE, META_FILE, is_sharded
 from lightning_mics.manifest import DamagedCheckpointError, Manifest
 from lightning_mics.safe_reading import UnsafeCheckpointError, load_value, read_metadata
+from lightning_mics.storage_path import StoragePath, is_local, storage_path
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Part:
         self.dtypes[str(dtype).removeprefix("torch.")] += entry.size.numel()
 
 
-def describe(path: Path) -> list[tuple[str, str]]:
+def describe(path: StoragePath) -> list[tuple[str, str]]:
     """What the checkpoint in the directory ``path`` says of itself, as rows of a name and a value.
 
     Raises:
@@ -57,7 +57,8 @@ def describe(path: Path) -> list[tuple[str, str]]:
         UnsafeCheckpointError: If reading them would run code.
     """
     manifest = Manifest.read(path)
-    meta, unsafe = _meta(path)
+    content = manifest.content(path)
+    meta, unsafe = _meta(content)
     written = datetime.fromisoformat(manifest.saved)
     rows = [
         ("step", str(meta.get("global_step", "not said"))),
@@ -65,27 +66,27 @@ def describe(path: Path) -> list[tuple[str, str]]:
         ("saved", f"{manifest.saved}, {_age(datetime.now(timezone.utc) - written)} ago"),
         ("written by", f"{manifest.world_size} {_plural('rank', manifest.world_size)}"),
     ]
-    for name, part in parts(path).items():
+    for name, part in parts(content).items():
         dtypes = ", ".join(dtype for dtype, _ in part.dtypes.most_common())
         rows.append((name, f"{part.tensors} tensors, {part.values:,} values, {_size(part.size_bytes)}, {dtypes}"))
     on_disk = sum(facts.size_bytes for facts in manifest.files.values())
     return [*rows, *unsafe, ("on disk", f"{len(manifest.files)} files, {_size(on_disk)}")]
 
 
-def parts(path: Path) -> dict[str, Part]:
-    """The model, each optimizer and the states of single ranks in the checkpoint, by name."""
+def parts(content: StoragePath) -> dict[str, Part]:
+    """The model, each optimizer and the states of single ranks in the checkpoint whose files are in ``content``."""
     found: dict[str, Part] = {}
-    for name, entry in sorted(read_metadata(path / DCP_FILE).state_dict_metadata.items()):
+    for name, entry in sorted(read_metadata(content / DCP_FILE).state_dict_metadata.items()):
         if isinstance(entry, TensorStorageMetadata):
             part = name.partition(".")[0]
             found.setdefault("rank states" if part.startswith("rank_") else part, Part()).add(entry)
     return found
 
 
-def _meta(path: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def _meta(content: StoragePath) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """What is neither model nor optimizer, if it is plain data, or else a row that says that it is not."""
     try:
-        return load_value(path / META_FILE, name=META_FILE, weights_only=True), []
+        return load_value(content / META_FILE, name=META_FILE, weights_only=True), []
     except UnsafeCheckpointError as error:
         return {}, [("not read", str(error))]
 
@@ -93,8 +94,8 @@ def _meta(path: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print it; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lightning_mics.inspect", description=__doc__.partition("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="the directory of a sharded checkpoint")
-    path: Path = parser.parse_args(arguments).checkpoint
+    parser.add_argument("checkpoint", type=storage_path, help="the directory of a sharded checkpoint, or its URL")
+    path: StoragePath = parser.parse_args(arguments).checkpoint
     if not is_sharded(path):
         print(f"{path} is no sharded checkpoint: no directory with {META_FILE} in it", file=sys.stderr)
         return 2
@@ -103,10 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DamagedCheckpointError, UnsafeCheckpointError) as error:
         print(error, file=sys.stderr)
         return 1
-    rows.append(("whole", f"no: {', '.join(problems)}" if problems else "yes: sizes and checksums are as written"))
+    rows.append(("whole", f"no: {', '.join(problems)}" if problems else _as_written(path)))
     width = max(len(name) for name, _ in rows)
     print("\n".join([str(path), *(f"  {name:<{width}}  {value}" for name, value in rows)]))
     return 1 if problems else 0
+
+
+def _as_written(path: StoragePath) -> str:
+    return f"yes: sizes and {'checksums' if is_local(path) else 'ETags or checksums'} are as written"
 
 
 def _age(age: Any) -> str:

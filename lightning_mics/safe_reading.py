@@ -10,7 +10,10 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import IO, Any
 
@@ -23,10 +26,13 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
+from upath import UPath
 
 from lightning_mics._torch_compat import locate_values
 from lightning_mics.manifest import DamagedCheckpointError
 from lightning_mics.own_rows import divide
+from lightning_mics.shard_files import ShardFiles
+from lightning_mics.storage_path import StoragePath, is_local
 
 _DESCRIPTIONS = {
     "torch": ("Size",),
@@ -48,12 +54,33 @@ _DESCRIPTIONS = {
 }
 
 
+AT_ONCE_BYTES = 2**23  # of a store: about what a connection carries in the time of a few requests
+
+
 class UnsafeCheckpointError(RuntimeError):
     """A checkpoint holds more than data: loading it would run code."""
 
 
 class SafeReader(FileSystemReader):
-    """Reads a checkpoint's directory: its metadata is data or is refused, and of tensors it reads what is wanted."""
+    """Reads a checkpoint's directory; its metadata is data or is refused. Of tensors it reads what is wanted.
+
+    Args:
+        folder: Where the shards are.
+    """
+
+    def __init__(self, folder: StoragePath) -> None:
+        super().__init__(str(folder))
+        self.fs: Any = ShardFiles()
+        self.path: Any = folder
+        self._local = is_local(folder)
+        self._metadata: Metadata | None = None
+
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        """The bytes of one value; from a store a small one at once, since each request takes long."""
+        if self._local or sinfo.length > AT_ONCE_BYTES:
+            return super()._slice_file(file, sinfo)
+        file.seek(sinfo.offset)
+        return io.BytesIO(file.read(sinfo.length))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata.
@@ -62,8 +89,10 @@ class SafeReader(FileSystemReader):
             UnsafeCheckpointError: If it names anything but the classes that describe tensors, or files elsewhere.
             DamagedCheckpointError: If it cannot be read.
         """
-        file = Path(self._get_metadata_path(kwargs.get("rank")))
-        metadata = read_metadata(file)
+        if self._metadata is None:  # of a large job it is large, and torch asks for it at each load
+            file: Any = self._get_metadata_path(kwargs.get("rank"))
+            self._metadata = read_metadata(file)
+        metadata = self._metadata
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -190,7 +219,8 @@ def load_value(file: Any, *, name: str, weights_only: bool, mapped: bool = False
         DamagedCheckpointError: If it cannot be read.
     """
     try:
-        return torch.load(file, map_location="cpu", mmap=mapped, weights_only=weights_only)
+        with _local_file(file) as local:
+            return torch.load(local, map_location="cpu", mmap=mapped, weights_only=weights_only)
     except Exception as error:  # bytes that are no pickle meet every kind of error
         if not weights_only:
             raise
@@ -204,11 +234,23 @@ def load_value(file: Any, *, name: str, weights_only: bool, mapped: bool = False
         ) from error
 
 
+@contextmanager
+def _local_file(file: Any) -> Iterator[Any]:
+    """What can be read in any order: a copy, if it is in a store."""
+    if not isinstance(file, UPath) or is_local(file):
+        yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "copy")
+        file.fs.get_file(file.path, str(copy))
+        yield copy
+
+
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def read_metadata(file: Path) -> Metadata:
+def read_metadata(file: StoragePath) -> Metadata:
     """The metadata in ``file``; for the errors see :meth:`SafeReader.read_metadata`."""
     try:
         with file.open("rb") as stream:

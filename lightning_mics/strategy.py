@@ -33,6 +33,7 @@ from lightning_mics import checkpoint, random_states, resuming
 from lightning_mics._torch_compat import check_order, expect_backward, gather
 from lightning_mics.background_saving import BackgroundSaving
 from lightning_mics.blocks import ModuleClasses, find_blocks, unit_modules
+from lightning_mics.checkpoint_store import CheckpointStore
 from lightning_mics.communication import WIRE_DTYPES, Gather, Reduce, check_choice, check_traffic_options
 from lightning_mics.first_weights import verify_replicas
 from lightning_mics.optimizer_states import optimizer_state
@@ -43,6 +44,7 @@ from lightning_mics.preemption import stop_when_signalled
 from lightning_mics.save_planner import HostBuffers
 from lightning_mics.sharding import find_recomputed, shard_model
 from lightning_mics.start_report import start_report
+from lightning_mics.storage_path import StoragePath, storage_path
 from lightning_mics.topology import Topology
 from lightning_mics.traffic import Traffic
 from lightning_mics.two_hop import TwoHopSchedule
@@ -506,14 +508,14 @@ class MiCSStrategy(ModelParallelStrategy):
     def save_checkpoint(self, state: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None:
             super().save_checkpoint(state, filepath, storage_options)  # refuses them
-        path = self._local_path(filepath)
+        path = self._shared_path(filepath)
         random_state: dict[str, Tensor] = {}
         if "optimizer_states" in state:  # not weights only: a run can go on from it
             now = self._resumed or resuming.Saved.now(self._trainer)
             state[resuming.KEY], random_state = now.plain(), now.random_state
         if not self._save_distributed_checkpoint:
             state.update(checkpoint.gather_rank_states(random_state) if random_state else {})
-            checkpoint.save_full(path, write=lambda file: self.checkpoint_io.save_checkpoint(state, file))
+            checkpoint.save_full(path, write=lambda file: self.checkpoint_io.save_checkpoint(state, str(file)))
             return
         model_state, optimizer_states = state.pop("state_dict"), state.pop("optimizer_states", [])
 
@@ -547,11 +549,6 @@ class MiCSStrategy(ModelParallelStrategy):
         """
         self._saving.wait()
 
-    @override
-    def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Remove it once the checkpoints that are being written are there: until then it may be the latest."""
-        self._saving.after_saves(lambda: super(MiCSStrategy, self).remove_checkpoint(filepath))
-
     def _group_for_saving(self) -> dist.ProcessGroup | None:
         """All ranks on the host, for what they say about checkpoints beside training; made when it is first needed."""
         if self._save_async and self._saving_group is None:
@@ -567,7 +564,7 @@ class MiCSStrategy(ModelParallelStrategy):
         random_state = random_states.capture() if fitting else {}
         with torch.inference_mode(False):
             meta = checkpoint.load(
-                self._local_path(checkpoint_path),
+                self._shared_path(checkpoint_path),
                 model=self.model,
                 optimizers=self.optimizers if fitting else [],
                 strict=self.lightning_module.strict_loading,
@@ -580,12 +577,20 @@ class MiCSStrategy(ModelParallelStrategy):
             self._resumed = resuming.Saved(pace=resuming.Pace(**meta[resuming.KEY]), random_state=random_state)
         return meta
 
-    def _local_path(self, filepath: str | Path) -> Path:
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Remove it once the checkpoints that are being written are there: until then it may be the latest."""
+        self._saving.after_saves(lambda: self._remove(storage_path(filepath)))
+
+    def _remove(self, path: StoragePath) -> None:
+        if isinstance(path, Path):
+            super().remove_checkpoint(path)
+        elif self.is_global_zero:
+            CheckpointStore(path).remove()
+
+    def _shared_path(self, filepath: str | Path) -> StoragePath:
         """Rank 0's path: a name with the time in it may differ between ranks."""
-        shared = self.broadcast(filepath)
-        if "://" in str(shared):
-            raise ValueError(f"checkpoints are on a file system that all ranks share, not at a URL such as {shared}")
-        return Path(shared)
+        return storage_path(self.broadcast(filepath))
 
     # -- refusals ----------------------------------------------------------------------------------------------------
 

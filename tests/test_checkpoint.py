@@ -439,9 +439,11 @@ def test_a_write_that_fails_leaves_the_earlier_checkpoint(failures: Any, failure
 
 def test_all_ranks_raise_when_rank_zero_cannot_write(failures: Any) -> None:
     assert all("lambda" in facts["unpicklable meta"] for facts in failures)
-    assert [facts["full file on a full disk"] for facts in failures] == [
-        "OSError: [Errno 28] No space left on device"
-    ] * 2
+    for facts in failures:
+        assert facts["full file on a full disk"].startswith("OSError: [Errno 28] checkpoint /")
+        assert facts["full file on a full disk"].endswith(
+            "/ckpt was not saved, and earlier ones are as they were; what failed: No space left on device"
+        )
 
 
 def test_foreign_files_outlive_a_job_that_was_killed_while_it_replaced_a_checkpoint(failures: Any) -> None:

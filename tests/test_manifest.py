@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,4 +82,14 @@ def test_bytes_that_are_no_text_are_refused(folder: Path) -> None:
 
 def test_a_manifest_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DamagedCheckpointError, match=r"manifest\.json is missing"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("elsewhere", ["..", "a/b", "/etc", 7])
+def test_a_folder_outside_of_the_checkpoint_is_refused(tmp_path: Path, elsewhere: Any) -> None:
+    manifest = Manifest(files={}, world_size=1, saved="", folder="inside")
+    manifest.write(tmp_path)
+    assert Manifest.read(tmp_path).content(tmp_path) == tmp_path / "inside"
+    replace(manifest, folder=elsewhere).write(tmp_path)
+    with pytest.raises(DamagedCheckpointError, match="is no folder of a checkpoint"):
         Manifest.read(tmp_path)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from lightning_mics import Topology, checkpoint, create_groups
 from lightning_mics.own_rows import SMALLEST_BYTES, divide
+from lightning_mics.safe_reading import SafeReader
 from tests.forked import run_ranks
 
 SHAPES = {
@@ -68,7 +69,7 @@ def _save_and_load(folder: Path, saved_with: int, loaded_with: int) -> dict[str,
     tensors, path = _tensors(saved_with), folder / "c.ckpt"
     checkpoint.save_sharded(path, model_state=dict(tensors), optimizer_states=[], meta={})
     into, read_bytes = _tensors(loaded_with, seed=None), _count_values_read()
-    checkpoint._read(path, {"model": dict(into)}, weights_only=True)
+    checkpoint._read(SafeReader(path), {"model": dict(into)}, weights_only=True)
     return {
         "equal": all(torch.equal(into[name].full_tensor(), tensors[name].full_tensor()) for name in tensors),
         "written": (path / f"__{dist.get_rank()}_0.distcp").stat().st_size,
