@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from pathlib import Path
 
 import hydra
 import lightning as L
@@ -34,7 +33,7 @@ def main(config: DictConfig) -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # likewise torchdata 0.11
 
-    runs = find_saved_runs(config.resume, checkpoint_dir=f"{config.run_dir}/checkpoints", say=say)
+    runs = find_saved_runs(config.resume, checkpoint_dir=config.checkpoint_dir, say=say)
     L.seed_everything(config.seed, verbose=False)
 
     data = instantiate(config.data)
@@ -55,12 +54,12 @@ def make_trainer(config: DictConfig, saved: SavedRun | None = None) -> L.Trainer
 
 def resume(
     config: DictConfig, runs: list[SavedRun], model: L.LightningModule, data: L.LightningDataModule
-) -> tuple[L.Trainer, Path]:
+) -> tuple[L.Trainer, str]:
     """The Trainer for the first of ``runs`` whose checkpoint is whole, and that checkpoint."""
     for saved in runs:
         trainer = make_trainer(config, saved)
         try:
-            (now,) = trainer.validate(model, data, ckpt_path=saved.path, verbose=False)
+            (now,) = trainer.validate(model, data, ckpt_path=str(saved.path), verbose=False)
         except DamagedCheckpointError as damage:
             if saved is runs[-1]:
                 raise
@@ -68,7 +67,7 @@ def resume(
             continue
         say(f"Resuming {saved.path} at step {saved.step} of {trainer.max_steps}:")
         say(f"  validation loss {now['val_loss']:.6f}; when it was saved: {saved.val_loss:.6f}")
-        return trainer, saved.path
+        return trainer, str(saved.path)
     raise AssertionError("unreachable: the last of the runs returns or raises")
 
 
@@ -81,7 +80,7 @@ def report(config: DictConfig, *, data: L.LightningDataModule, loss: float, samp
     print("                     nats per token   perplexity")
     print(f"  validation loss    {loss:14.3f} {math.exp(loss):12.1f}")
     print(f"  unigram model      {unigram:14.3f} {math.exp(unigram):12.1f}")
-    print(f"\n{config.run_dir}: loss.png, csv/, checkpoints/last.ckpt (go on with resume=last)")
+    print(f"\n{config.run_dir}: loss.png, csv/; {config.checkpoint_dir}: checkpoints (go on with resume=last)")
 
 
 if __name__ == "__main__":

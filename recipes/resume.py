@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_mics.checkpoint_folder import META_FILE, is_sharded
 from lightning_mics.manifest import MANIFEST_FILE, DamagedCheckpointError, Manifest
 from lightning_mics.safe_reading import load_value
-
-META_FILE = "meta.pt"
+from lightning_mics.storage_path import StoragePath, exists, is_local, storage_path
 
 
 @dataclass(frozen=True)
 class SavedRun:
     """A checkpoint and what it says about the run that wrote it."""
 
-    path: Path
+    path: StoragePath
     step: int
     val_loss: float | None
 
@@ -24,7 +24,7 @@ class SavedRun:
 def find_saved_runs(
     resume: str | None, *, checkpoint_dir: str | Path, say: Callable[[str], object] = print
 ) -> list[SavedRun]:
-    """The runs to continue, the best first: none for a fresh start, one for a path.
+    """The runs to continue, the best first: none for a fresh start, one for a path or a URL.
 
     For ``"last"`` it is the latest in ``checkpoint_dir``, followed by those before it, in case it turns out to be
     damaged. Those whose own facts are damaged are left out, and ``say`` is told.
@@ -36,13 +36,13 @@ def find_saved_runs(
     if resume is None:
         return []
     if resume != "last":
-        if not Path(resume).exists():
+        if not exists(storage_path(resume)):
             raise FileNotFoundError(
                 f"resume={resume}: there is no such checkpoint; use resume=last for the latest of this run"
             )
-        return [_read(Path(resume))]
+        return [_read(storage_path(resume))]
     runs, damages = [], []
-    for path in filter(Path.exists, Path(checkpoint_dir).glob("*.ckpt")):  # a link may have lost what it points to
+    for path in filter(_is_checkpoint, storage_path(checkpoint_dir).glob("*.ckpt")):
         try:
             runs.append(_read(path))
         except DamagedCheckpointError as damage:
@@ -64,12 +64,20 @@ def steps_to_reach(max_steps: int, saved: SavedRun | None) -> int:
     return saved.step + max_steps
 
 
-def _read(path: Path) -> SavedRun:
+def _is_checkpoint(path: StoragePath) -> bool:
+    """A link may have lost what it points to; in a store, a name may stand for what a killed job has left."""
+    return exists(path) and (is_local(path) or path.is_file() or is_sharded(path))
+
+
+def _read(path: StoragePath) -> SavedRun:
     """A sharded checkpoint is a folder, of which one file has the facts; a full one is a file."""
-    if (path / MANIFEST_FILE).exists():
-        problems = Manifest.read(path).problems(path, [META_FILE])
+    content = path
+    if exists(path / MANIFEST_FILE):
+        manifest = Manifest.read(path)
+        content = manifest.content(path)
+        problems = manifest.problems(path, [META_FILE])
         if problems:
             raise DamagedCheckpointError(f"checkpoint {path} is damaged: {problems[0]}")
-    facts = path / META_FILE if path.is_dir() else path
+    facts = content / META_FILE if path.is_dir() else path
     checkpoint = load_value(facts, name=str(facts), weights_only=True, mapped=facts is path)
     return SavedRun(path=path, step=checkpoint["global_step"], val_loss=checkpoint.get("val_loss"))
