@@ -6,6 +6,7 @@ has one rank on each; the checks here say what needs the newer version.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -251,6 +252,13 @@ def forget_iteration(root: FSDPModule) -> None:
         root.reset_iter_state()
     else:
         _reset_iter_state(root)
+
+
+def was_left_waiting(error: RuntimeError) -> bool:
+    """Whether a collective has failed because another rank did not take part; gloo says so in words only."""
+    return isinstance(error, dist.DistError) or bool(
+        re.search("Timed out waiting|[Cc]onnection (closed|reset) by peer", str(error))
+    )
 
 
 def fsdp_modules(root: nn.Module | FSDPModule) -> dict[str, FSDPModule]:

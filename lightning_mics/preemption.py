@@ -30,6 +30,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
@@ -177,11 +178,13 @@ class StopTogether(Callback):
         rank_zero_info(f"Stopped by a signal after step {trainer.global_step}: {callback.last_model_path}")
 
     def _requeue(self, trainer: pl.Trainer) -> None:
-        connector = trainer._checkpoint_connector
-        path = connector.hpc_save_path(trainer.default_root_dir)
-        trainer.save_checkpoint(path)
+        path = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+        # not there at once: what Lightning resumes is whatever is called so, and one that is being written is too
+        complete = f"{path.rpartition('/')[0]}/requeue.ckpt"
+        trainer.save_checkpoint(complete)
         self._wait_for_checkpoints()  # the job may be killed as soon as it is queued again
         if trainer.is_global_zero:
+            get_filesystem(path).mv(complete, path, recursive=True)
             _queue_again()
         rank_zero_info(f"Stopped by a signal after step {trainer.global_step}: {path}")
 

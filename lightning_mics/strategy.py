@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -43,6 +44,7 @@ from lightning_mics.planning.once_per_step import Auto, OncePerStep, choose_once
 from lightning_mics.preemption import stop_when_signalled
 from lightning_mics.save_planner import HostBuffers
 from lightning_mics.sharding import find_recomputed, shard_model
+from lightning_mics.silent_ranks import all_ranks_answer
 from lightning_mics.start_report import start_report
 from lightning_mics.storage_path import StoragePath, storage_path
 from lightning_mics.topology import Topology
@@ -508,7 +510,10 @@ class MiCSStrategy(ModelParallelStrategy):
     def save_checkpoint(self, state: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None:
             super().save_checkpoint(state, filepath, storage_options)  # refuses them
-        path = self._shared_path(filepath)
+        with all_ranks_answer(f"saving {filepath}", timeout=self._timeout):
+            self._save(self._shared_path(filepath), state)
+
+    def _save(self, path: StoragePath, state: dict[str, Any]) -> None:
         random_state: dict[str, Tensor] = {}
         if "optimizer_states" in state:  # not weights only: a run can go on from it
             now = self._resumed or resuming.Saved.now(self._trainer)
@@ -517,24 +522,24 @@ class MiCSStrategy(ModelParallelStrategy):
             state.update(checkpoint.gather_rank_states(random_state) if random_state else {})
             checkpoint.save_full(path, write=lambda file: self.checkpoint_io.save_checkpoint(state, str(file)))
             return
-        model_state, optimizer_states = state.pop("state_dict"), state.pop("optimizer_states", [])
-
-        def prepare(buffers: HostBuffers | None) -> Callable[[], None]:
-            return checkpoint.prepare_sharded(
-                path,
-                model_state=model_state,
-                optimizer_states=optimizer_states,
-                meta=state,
-                rank_state=random_state,
-                group=self._group_for_saving(),
-                buffers=buffers,
-            )
-
-        if self._save_async and self._in_fit():
-            self._saving.save(str(path), prepare)
-        else:
+        prepare = partial(
+            checkpoint.prepare_sharded,
+            path,
+            model_state=state.pop("state_dict"),
+            optimizer_states=state.pop("optimizer_states", []),
+            meta=state,
+            rank_state=random_state,
+            group=self._group_for_saving(),
+        )
+        if not (self._save_async and self._in_fit()):
             self.wait_for_checkpoints()
-            prepare(None)()
+            prepare(buffers=None)()
+            return
+
+        def prepare_copies(buffers: HostBuffers) -> Callable[[], None]:
+            return all_ranks_answer(f"saving {path}", timeout=self._timeout)(prepare(buffers=buffers))
+
+        self._saving.save(str(path), prepare_copies)
 
     def _in_fit(self) -> bool:
         """Whether something will wait for what is being written: a user who saves after the fit wants it at once."""
@@ -562,7 +567,7 @@ class MiCSStrategy(ModelParallelStrategy):
         fitting = self._trainer.state.fn == TrainerFn.FITTING
         self.wait_for_checkpoints()
         random_state = random_states.capture() if fitting else {}
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), all_ranks_answer(f"loading {checkpoint_path}", timeout=self._timeout):
             meta = checkpoint.load(
                 self._shared_path(checkpoint_path),
                 model=self.model,

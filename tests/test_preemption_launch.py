@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from tests import preempted_script
 from tests.forked import run_ranks
@@ -85,6 +86,13 @@ class Usr1(Callback):
 
 
 def _until_queued_again(folder: Path) -> list[str]:
+    write = FileSystemWriter.write_data
+
+    def list_and_write(*args: Any) -> Any:
+        (folder / "seen_while_writing").write_text(" ".join(path.name for path in folder.iterdir()))
+        return write(*args)
+
+    FileSystemWriter.write_data = list_and_write  # type: ignore[method-assign]
     with warnings.catch_warnings(record=True, action="always") as warned, pytest.raises(SIGTERMException):
         preempted_script.main(str(folder), "-1", None, Usr1(), accumulate_grad_batches=2)
     return [str(warning.message) for warning in warned if "SLURM job" in str(warning.message)]
@@ -104,6 +112,9 @@ def test_a_job_of_slurm_is_saved_and_then_queued_again(more: dict[str, str], job
     assert run == [[], []]
     assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
     assert "manifest.json" in (tmp_path / "saved_before").read_text().split()
+    # Lightning takes any name like this for a checkpoint to resume, and a job may be killed while it writes
+    seen = (tmp_path / "seen_while_writing").read_text()
+    assert "requeue.ckpt" in seen and "hpc_ckpt_" not in seen
     assert reports(tmp_path) == [{"first": 0, "last": 2, "stopped": True}] * 2
 
     run_ranks(2, _resumed, tmp_path, init_group=False, env=slurm(tmp_path, **more))
