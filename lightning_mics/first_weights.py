@@ -57,6 +57,8 @@ class FirstWeights:
             TypeError: If nothing initialises a tensor that was on the meta device.
         """
         modules = list(dict.fromkeys(unit_modules(unit, self._blocks)))
+        # only buffers are shared between units; a reference to a parameter would keep it whole after it is sharded
+        self._made = {meta: real for meta, real in self._made.items() if not isinstance(real, nn.Parameter)}
         for tensor in dict.fromkeys(tensor for module in modules for _, tensor in _own_tensors(module)):
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(self._device).contiguous()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from lightning_mics import Topology, create_groups, shard_model
 from lightning_mics.first_weights import verify_replicas
@@ -52,6 +55,32 @@ def _shard_on_meta() -> dict[str, Any]:
         "tied": model.head.weight is model.embed.weight,
         "loss": float(model(tokens(1)).detach()),
     }
+
+
+def test_one_unit_at_a_time_is_whole():
+    for whole in run_ranks(2, _units_that_are_whole):
+        assert whole == [4, 4, 4, 3]  # a block's weights and biases; of the root, embedding and norm
+
+
+def _units_that_are_whole() -> list[int]:
+    """How many whole parameters are in memory just before each unit is sharded."""
+    seen: list[weakref.ref[nn.Parameter]] = []
+    alive = []
+
+    def counting(unit: nn.Module, **options: Any) -> Any:
+        known = {id(reference()) for reference in seen}
+        whole = [p for p in unit.parameters() if not p.is_meta and not isinstance(p, DTensor)]
+        seen.extend(weakref.ref(parameter) for parameter in whole if id(parameter) not in known)
+        alive.append(sum(reference() is not None for reference in seen))
+        del whole
+        return fully_shard(unit, **options)
+
+    with torch.device("meta"):
+        model = TinyLM()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_mics.sharding.fully_shard", counting)
+        shard_model(model, create_groups(PAIR, device_type="cpu"))
+    return alive
 
 
 def test_built_weights_are_those_of_rank_0_and_buffers_too():
