@@ -1,9 +1,12 @@
 """MiCS for PyTorch Lightning: sharded training whose constant traffic stays inside small groups of ranks.
 
-Importing this package registers ``Trainer(strategy="mics")``.
+Importing this package registers ``Trainer(strategy="mics")``, and lets ``LightningModule.load_from_checkpoint`` read
+sharded checkpoints.
 """
 
+from lightning_mics import module_loading  # noqa: F401 - `load_from_checkpoint` reads directories too
 from lightning_mics.partition_groups import PartitionGroups, create_groups
+from lightning_mics.pretrained import load_pretrained, start_from
 from lightning_mics.resumable_sampler import ResumableSampler
 from lightning_mics.sharding import shard_model
 from lightning_mics.strategy import MiCSStrategy
@@ -21,5 +24,7 @@ __all__ = [
     "TrafficMonitor",
     "TwoHopSchedule",
     "create_groups",
+    "load_pretrained",
     "shard_model",
+    "start_from",
 ]

@@ -17,14 +17,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 # FSDP2's communication interface has no public path yet (https://github.com/pytorch/pytorch/pull/155189).
 from torch.distributed.fsdp._fully_shard import _fsdp_api
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
 
-__all__ = ["OptimizedModule", "all_gather_single", "reduce_scatter_single"]
+__all__ = ["OptimizedModule", "all_gather_single", "reduce_scatter_single", "unflatten_state_dict"]
 
 HAS_UNSORTED_GROUPS = hasattr(dist, "all_gather_single")  # `sort_ranks` came with it, in 2.13
 
@@ -265,6 +267,12 @@ def fsdp_modules(root: nn.Module | FSDPModule) -> dict[str, FSDPModule]:
     """Every module under ``root`` that FSDP2 shards by name, ``root`` included."""
     assert isinstance(root, nn.Module)
     return {name: module for name, module in root.named_modules() if isinstance(module, FSDPModule)}
+
+
+def own_slices(tensor: DTensor) -> tuple[slice, ...]:
+    """Where this rank's part is in the whole ``tensor``: a slice for each of its dimensions."""
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # as its own checkpoints have it
+    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
 def _param_groups(module: FSDPModule) -> Iterator[FSDPParamGroup]:

@@ -18,13 +18,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from itertools import chain
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -40,7 +38,7 @@ from lightning_mics.checkpoint_folder import META_FILE, is_sharded
 from lightning_mics.checkpoint_store import checkpoint_place
 from lightning_mics.manifest import MANIFEST_FILE, DamagedCheckpointError, FileFacts, Manifest
 from lightning_mics.optimizer_states import copy_state, dotted, load_optimizer, named, prefixes
-from lightning_mics.safe_reading import SafePlanner, SafeReader, UnsafeCheckpointError, load_value
+from lightning_mics.safe_reading import SafePlanner, SafeReader, UnsafeCheckpointError, load_value, plain_errors
 from lightning_mics.save_failures import saving
 from lightning_mics.save_planner import HostBuffers, OwnRowsSavePlanner
 from lightning_mics.shard_files import ShardWriter
@@ -260,15 +258,8 @@ def _load_full(
 
 def _read(reader: SafeReader, state: dict[str, Any], *, weights_only: bool) -> None:
     planner = SafePlanner(weights_only=weights_only)
-    try:
+    with plain_errors(reader.path):
         load_shards(state, storage_reader=reader, planner=planner)
-    except CheckpointException as failed:  # on any rank; torch's own is no Exception, and as long as all tracebacks
-        rank, (error, _) = min(failed.failures.items())
-        if isinstance(error, UnsafeCheckpointError | DamagedCheckpointError):
-            raise error from None
-        if isinstance(error, UnpicklingError):
-            raise UnsafeCheckpointError(f"the shards in {reader.path} hold more than tensors: {error}") from None
-        raise DamagedCheckpointError(f"reading checkpoint {reader.path} failed on rank {rank}: {error!r}") from failed
     planner.exchange()
 
 

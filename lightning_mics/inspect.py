@@ -20,8 +20,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_mics.checkpoint_folder import DCP_FILE, META_FILE, is_sharded
 from lightning_mics.manifest import DamagedCheckpointError, Manifest
+from lightning_mics.origin import saved_topology
 from lightning_mics.safe_reading import UnsafeCheckpointError, load_value, read_metadata
 from lightning_mics.storage_path import StoragePath, is_local, storage_path
+from lightning_mics.topology import Topology
 
 
 @dataclass
@@ -65,6 +67,7 @@ def describe(path: StoragePath) -> list[tuple[str, str]]:
         ("epoch", str(meta.get("epoch", "not said"))),
         ("saved", f"{manifest.saved}, {_age(datetime.now(timezone.utc) - written)} ago"),
         ("written by", f"{manifest.world_size} {_plural('rank', manifest.world_size)}"),
+        *_topology(saved_topology(meta)),
     ]
     for name, part in parts(content).items():
         dtypes = ", ".join(dtype for dtype, _ in part.dtypes.most_common())
@@ -81,6 +84,17 @@ def parts(content: StoragePath) -> dict[str, Part]:
             part = name.partition(".")[0]
             found.setdefault("rank states" if part.startswith("rank_") else part, Part()).add(entry)
     return found
+
+
+def _topology(topology: Topology | None) -> list[tuple[str, str]]:
+    if topology is None:
+        return [("nodes", "not said"), ("partition groups", "not said")]
+    t = topology
+    replicas = f"{t.replicas} {_plural('replica', t.replicas)}"
+    return [
+        ("nodes", f"{t.nodes} of {t.ranks_per_node} {_plural('rank', t.ranks_per_node)}"),
+        ("partition groups", f"{t.replicas} of {t.partition_size} {_plural('rank', t.partition_size)}: {replicas}"),
+    ]
 
 
 def _meta(content: StoragePath) -> tuple[dict[str, Any], list[tuple[str, str]]]:

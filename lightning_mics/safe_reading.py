@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
@@ -203,6 +204,26 @@ class SafePlanner(DefaultLoadPlanner):
         """After reading: get from the other replicas what they have read; every rank calls it."""
         for shard in self._shards.values():
             shard.exchange()
+
+
+@contextmanager
+def plain_errors(path: StoragePath) -> Iterator[None]:
+    """Raise what went wrong on a rank while reading ``path``: torch's own error is no Exception, and as long as all
+    tracebacks.
+
+    Raises:
+        UnsafeCheckpointError: If a shard holds more than was to be read from it.
+        DamagedCheckpointError: If reading failed.
+    """
+    try:
+        yield
+    except CheckpointException as failed:
+        rank, (error, _) = min(failed.failures.items())
+        if isinstance(error, UnsafeCheckpointError | DamagedCheckpointError):
+            raise error from None
+        if isinstance(error, pickle.UnpicklingError):
+            raise UnsafeCheckpointError(f"the shards in {path} hold more than tensors: {error}") from None
+        raise DamagedCheckpointError(f"reading checkpoint {path} failed on rank {rank}: {error!r}") from failed
 
 
 def load_value(file: Any, *, name: str, weights_only: bool, mapped: bool = False) -> Any:

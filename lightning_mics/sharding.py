@@ -29,6 +29,7 @@ from lightning_mics.blocks import ModuleClasses, find_blocks, find_modules
 from lightning_mics.communication import Communication, Gather, Reduce, check_traffic_options
 from lightning_mics.first_weights import FirstWeights, seeded_by_rank_0, verify_replicas
 from lightning_mics.partition_groups import PartitionGroups
+from lightning_mics.pretrained import load_sources
 from lightning_mics.two_hop import TwoHopSchedule
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what blocks of `transformers` call it
@@ -50,7 +51,9 @@ def shard_model(
     """Shard ``model`` in place over this rank's partition group, one block at a time; every rank calls it.
 
     Peak memory is the shards plus one whole unit: a block, or what the root holds. The first weights depend on rank 0
-    alone: for parts on the meta device on its seed, for built parts on its values. Make optimizers after this call.
+    alone: for parts on the meta device on its seed, for built parts on its values. What
+    :func:`~lightning_mics.pretrained.start_from` has noted is read when all is sharded. Make optimizers after this
+    call.
 
     Args:
         model: A plain module, built, on the meta device, or some of each.
@@ -93,6 +96,7 @@ def shard_model(
             fully_shard(unit, mesh=groups.mesh, mp_policy=mixed_precision or MixedPrecisionPolicy())
     for module in recomputed:
         module.forward = _recomputing(module.forward)
+    load_sources(model)
     verify_replicas(model, groups)
     assert isinstance(model, FSDPModule)
     communication = Communication(

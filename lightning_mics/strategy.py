@@ -38,6 +38,7 @@ from lightning_mics.checkpoint_store import CheckpointStore
 from lightning_mics.communication import WIRE_DTYPES, Gather, Reduce, check_choice, check_traffic_options
 from lightning_mics.first_weights import verify_replicas
 from lightning_mics.optimizer_states import optimizer_state
+from lightning_mics.origin import origin
 from lightning_mics.partition_groups import PartitionGroups, check_hierarchical, choose_hierarchical, create_groups
 from lightning_mics.planning.memory import ModelSize, fits, measure_model, smallest_partition_size
 from lightning_mics.planning.once_per_step import Auto, OncePerStep, choose_once_per_step
@@ -522,6 +523,7 @@ class MiCSStrategy(ModelParallelStrategy):
             state.update(checkpoint.gather_rank_states(random_state) if random_state else {})
             checkpoint.save_full(path, write=lambda file: self.checkpoint_io.save_checkpoint(state, str(file)))
             return
+        state.update(origin(self._root(), self.topology))
         prepare = partial(
             checkpoint.prepare_sharded,
             path,

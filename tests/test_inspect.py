@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import AdamW
 
 from lightning_mics import Topology, checkpoint, create_groups, shard_model
 from lightning_mics.inspect import main
 from lightning_mics.manifest import FileFacts, Manifest
 from lightning_mics.optimizer_states import optimizer_state
+from lightning_mics.origin import TOPOLOGY_KEY, origin
 from tests.forked import run_ranks
+from tests.models import TinyModule
 from tests.test_schedule import DIM, LAYERS, Stack
+from tests.trainers import loader, make_trainer, mics, on_ranks
 
 VALUES = DIM * DIM * (LAYERS + 1)
 
@@ -47,6 +51,7 @@ def test_it_says_step_age_ranks_sizes_dtypes_and_that_all_is_there(path: Path, c
     rows = dict(line.strip().split("  ", 1) for line in shown[1:])
     rows = {name: value.strip() for name, value in rows.items()}
     assert (rows["step"], rows["epoch"], rows["written by"]) == ("7", "1", "2 ranks")
+    assert (rows["nodes"], rows["partition groups"]) == ("not said", "not said")
     assert rows["saved"].endswith("less than a minute ago")
     assert rows["model"].startswith(f"{LAYERS + 1} tensors, {VALUES:,} values, ") and rows["model"].endswith(
         ", float32"
@@ -57,10 +62,42 @@ def test_it_says_step_age_ranks_sizes_dtypes_and_that_all_is_there(path: Path, c
     assert rows["whole"] == "yes: sizes and checksums are as written"
 
 
+@pytest.mark.parametrize(
+    ("topology", "nodes", "partition_groups"),
+    [
+        (Topology(world_size=8, ranks_per_node=4, partition_size=2), "2 of 4 ranks", "4 of 2 ranks: 4 replicas"),
+        (Topology(world_size=1, ranks_per_node=1, partition_size=1), "1 of 1 rank", "1 of 1 rank: 1 replica"),
+        ({"world_size": 8}, "not said", "not said"),
+        ({"world_size": 8, "ranks_per_node": 3, "partition_size": 2}, "not said", "not said"),
+    ],
+    ids=["eight ranks", "one rank", "a part of it", "one that cannot be"],
+)
+def test_it_says_the_topology_that_the_checkpoint_was_saved_with(
+    tmp_path: Path, capsys: Any, topology: Any, nodes: str, partition_groups: str
+) -> None:
+    said = origin(nn.Linear(1, 1), topology) if isinstance(topology, Topology) else {TOPOLOGY_KEY: topology}
+    run_ranks(2, _save, tmp_path / "a.ckpt", said)
+    assert main([str(tmp_path / "a.ckpt")]) == 0
+    shown = capsys.readouterr().out
+    assert f"\n  nodes             {nodes}\n  partition groups  {partition_groups}\n" in shown
+
+
+def _save_by_trainer(folder: Path) -> None:
+    trainer = make_trainer(folder, strategy=mics(partition_size=4))
+    trainer.fit(TinyModule(), loader())
+    trainer.save_checkpoint(folder / "a.ckpt")
+
+
+def test_a_trainer_notes_the_topology(tmp_path: Path, capsys: Any) -> None:
+    on_ranks(_save_by_trainer, tmp_path)
+    assert main([str(tmp_path / "a.ckpt")]) == 0
+    assert "2 of 2 ranks\n  partition groups  1 of 4 ranks: 1 replica\n" in capsys.readouterr().out
+
+
 def test_damage_is_named_and_ends_with_an_error(path: Path, capsys: Any) -> None:
     os.truncate(path / "__1_0.distcp", 7)
     assert main([str(path)]) == 1
-    assert "whole        no: __1_0.distcp has 7 of " in capsys.readouterr().out
+    assert "whole             no: __1_0.distcp has 7 of " in capsys.readouterr().out
     (path / "manifest.json").write_text("{")
     assert main([str(path)]) == 1
     assert "is damaged: manifest.json" in capsys.readouterr().err
@@ -73,7 +110,7 @@ def test_what_would_run_code_is_not_read(path: Path, capsys: Any) -> None:
     assert main([str(path)]) == 0
     shown = capsys.readouterr().out
     assert "meta.pt holds posix.getpid, which is neither plain data nor a tensor" in shown
-    assert "step         not said" in shown
+    assert "step              not said" in shown
 
 
 def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, capsys: Any) -> None:
