@@ -1,4 +1,4 @@
-"""A causal language model of ``transformers`` as a LightningModule: nothing in it knows about MiCS."""
+"""A causal language model of ``transformers`` as a LightningModule."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from lightning_mics import start_from
+from recipes.pretrained_folder import pretrained_folder
+
 
 class CausalLM(L.LightningModule):
     """Predicts the next token.
@@ -20,6 +23,8 @@ class CausalLM(L.LightningModule):
 
     Args:
         network: The architecture, any of ``transformers``' configurations that have a causal language model.
+        pretrained: Weights to start from: a folder that ``save_pretrained`` or ``lightning_mics.export`` has made, or a
+            name on the hub; None draws them from the seed.
         optimizer: Makes the optimizer (and schedule) from the module, once its parameters are sharded.
         compile_blocks: ``torch.compile`` each transformer block.
         sample_tokens: How many tokens a sample of generated text has.
@@ -31,12 +36,14 @@ class CausalLM(L.LightningModule):
         *,
         network: PretrainedConfig,
         optimizer: Callable[[nn.Module], OptimizerLRScheduler],
+        pretrained: str | None = None,
         compile_blocks: bool = False,
         sample_tokens: int = 96,
         temperature: float = 0.7,
     ) -> None:
         super().__init__()
         self.config = network
+        self.pretrained = pretrained
         self.make_optimizer = optimizer
         self.compile_blocks = compile_blocks
         self.sample_tokens = sample_tokens
@@ -59,8 +66,13 @@ class CausalLM(L.LightningModule):
     def configure_model(self) -> None:
         if self.network is not None:  # Lightning calls this before every fit, validate and predict
             return
+        if self._trainer is None:  # by itself, as in `load_from_checkpoint`, which gives it its weights
+            self.network = AutoModelForCausalLM.from_config(self.config)
+            return
         with torch.device("meta"):  # the strategy gives each block its first weights when it shards it
             self.network = AutoModelForCausalLM.from_config(self.config)
+        if self.pretrained is not None:
+            start_from(self.network, pretrained_folder(self.pretrained))
         if self.compile_blocks:
             for module in self.network.modules():
                 if type(module).__name__ in self.network._no_split_modules:
@@ -102,6 +114,10 @@ class CausalLM(L.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the latest validation loss, so that a resumed run can show that it starts from it."""
+        """Note the latest validation loss, so that a resumed run can show that it starts from it, and the tokenizer's
+        folder, for ``python -m lightning_mics.export``.
+        """
         if "val_loss" in self.trainer.callback_metrics:
             checkpoint["val_loss"] = self.trainer.callback_metrics["val_loss"].item()
+        if tokenizer_folder := getattr(self.trainer.datamodule, "tokenizer_folder", None):
+            checkpoint["tokenizer"] = str(tokenizer_folder)

@@ -59,6 +59,11 @@ class StdlibText(L.LightningDataModule):
         sizes = {str(path): path.stat().st_size for path in source_files()}
         self.folder = cache_folder(cache_dir, name="stdlib", depends_on=[platform.python_version(), vocab_size, sizes])
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the BPE's ``tokenizer.json`` is."""
+        return self.folder
+
     def prepare_data(self) -> None:
         if self.folder.is_dir():
             return

@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.models import TinyLM, TinyModule, loader_of_tokens, tokens
+from tests.networks import make
 from tests.trainers import on_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,8 @@ def _run(block: str, folder: Path) -> bool:
         "batches": [tokens(1, seed=4 * step + rank) for step in range(8)],
         "dataset": tokens(512),
     }
+    make("gpt").save_pretrained(folder / f"pretrained {rank}")
+    names |= {"make_network": lambda: type(make("gpt"))(make("gpt").config), "folder": folder / f"pretrained {rank}"}
     before = names["model"].norm.weight.detach().clone()
     exec(block, names)
     if "optimizer" in names:
