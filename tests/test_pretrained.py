@@ -355,6 +355,5 @@ def _one_rank_fails(folder: Path, own: Path) -> str:
 
 
 def test_a_rank_that_cannot_read_makes_all_ranks_raise(folders: Path, tmp_path: Path) -> None:
-    zero, one = run_ranks(2, _one_rank_fails, folders / "gpt", tmp_path)
-    assert zero.startswith("RuntimeError: rank 1 could not read its part of the weights: FileNotFoundError")
-    assert one.startswith("FileNotFoundError: ")
+    for error in run_ranks(2, _one_rank_fails, folders / "gpt", tmp_path):
+        assert error.startswith("FileNotFoundError: ")

@@ -44,5 +44,5 @@ def _run(block: str, folder: Path) -> bool:
     return True
 
 
-def test_the_five_blocks_are_found():
-    assert len(BLOCKS) == 5
+def test_the_six_blocks_are_found():
+    assert len(BLOCKS) == 6
