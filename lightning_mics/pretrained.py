@@ -220,12 +220,9 @@ def _check_names(folder: Path, missing: list[str], unused: list[str], *, found: 
         return
     raise RuntimeError(
         f"{folder} has {found} of the network's {found + len(missing)} tensors: {len(missing)} are missing "
-        f"{missing[:3]}, {len(unused)} are unknown to the network {unused[:3]}; "
-        + (
-            "pass strict=False to keep first weights for those"
-            if found
-            else "if transformers renames them as it loads, save them once with save_original_format=False"
-        )
+        f"{missing[:3]}, {len(unused)} are unknown to the network {unused[:3]}; if they are new, as a head is, pass "
+        "strict=False to keep their first weights; if transformers renames them as it loads, let it load and "
+        "save_pretrained them once with save_original_format=False"
     )
 
 
