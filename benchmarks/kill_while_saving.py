@@ -241,6 +241,7 @@ def _save(
         model_state=model.state_dict(),
         optimizer_states=[optimizer_state(model, optimizer, sharded=True)],
         meta={"step": step},
+        rank_state=None,
         group=group,
         buffers=buffers,
     )
