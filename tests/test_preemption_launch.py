@@ -122,11 +122,22 @@ def test_a_job_of_slurm_is_saved_and_then_queued_again(more: dict[str, str], job
 
 
 @pytest.mark.filterwarnings("ignore:.*srun.*")
-def test_a_job_that_slurm_does_not_queue_again_is_saved_and_says_so(tmp_path: Path) -> None:
-    fake_scontrol(tmp_path, "echo requeue is disabled >&2; exit 1")
-    warned = run_ranks(2, _until_queued_again, tmp_path, init_group=False, env=slurm(tmp_path))
+@pytest.mark.parametrize(
+    ("scontrol", "problem"),
+    [
+        ("echo requeue is disabled >&2; exit 1", "requeue is disabled"),
+        (None, "[Errno 2] No such file or directory: 'scontrol'"),
+    ],
+)
+def test_a_job_that_slurm_does_not_queue_again_is_saved_and_says_so(
+    scontrol: str | None, problem: str, tmp_path: Path
+) -> None:
+    if scontrol is not None:
+        fake_scontrol(tmp_path, scontrol)
+    environment = slurm(tmp_path, PATH=str(tmp_path))
+    warned = run_ranks(2, _until_queued_again, tmp_path, init_group=False, env=environment)
     assert warned == [
-        ["SLURM job 4711 was saved but not queued again: `scontrol requeue 4711`: requeue is disabled"],
+        [f"SLURM job 4711 was saved but not queued again: `scontrol requeue 4711`: {problem}"],
         [],
     ]
     assert (tmp_path / "hpc_ckpt_1.ckpt" / "manifest.json").exists()
