@@ -38,6 +38,7 @@ from lightning_mics.checkpoint_folder import META_FILE, is_sharded
 from lightning_mics.checkpoint_store import checkpoint_place
 from lightning_mics.manifest import MANIFEST_FILE, DamagedCheckpointError, FileFacts, Manifest
 from lightning_mics.optimizer_states import copy_state, dotted, load_optimizer, named, prefixes
+from lightning_mics.progress import progress_bar
 from lightning_mics.safe_reading import SafePlanner, SafeReader, UnsafeCheckpointError, load_value, plain_errors
 from lightning_mics.save_failures import saving
 from lightning_mics.save_planner import HostBuffers, OwnRowsSavePlanner
@@ -92,6 +93,7 @@ def prepare_sharded(
     rank_state: Mapping[str, Tensor] | None,
     group: dist.ProcessGroup | None,
     buffers: HostBuffers | None,
+    show_progress: bool = False,
 ) -> Callable[[], None]:
     """What :func:`save_sharded` does, in two parts, of which the second may run beside training.
 
@@ -103,6 +105,7 @@ def prepare_sharded(
         rank_state: As there.
         group: As there; while the second part runs beside training, nothing else may use it.
         buffers: Where to copy the states to; None copies nothing.
+        show_progress: Whether this rank shows a progress bar where writing takes long.
 
     Returns:
         Writes the checkpoint; every rank calls it. Raises as there.
@@ -116,17 +119,25 @@ def prepare_sharded(
     content: list[bytes] = []  # on rank 0, which has something to write
     with saving(path):
         on_rank_0(lambda: content.append(_serialized(meta)))
-    return partial(_write_sharded, path, planner, b"".join(content), group=group)
+    return partial(_write_sharded, path, planner, b"".join(content), group=group, show_progress=show_progress)
 
 
 def _write_sharded(
-    path: StoragePath, planner: OwnRowsSavePlanner, meta: bytes, *, group: dist.ProcessGroup | None
+    path: StoragePath,
+    planner: OwnRowsSavePlanner,
+    meta: bytes,
+    *,
+    group: dist.ProcessGroup | None,
+    show_progress: bool,
 ) -> None:
     place = checkpoint_place(path)
-    with saving(path):
+    with (
+        saving(path),
+        progress_bar(f"saving {path.name}", total_bytes=planner.own_bytes, shown=show_progress) as advance,
+    ):
         draft: StoragePath = on_rank_0(place.begin, group=group)
         try:
-            writer = ShardWriter(draft)
+            writer = ShardWriter(draft, advance=advance)
             save_shards({}, storage_writer=writer, planner=planner, process_group=group)
             written = on_all_ranks(lambda: _with_meta(writer, meta), group=group)
         except BaseException:
@@ -167,6 +178,7 @@ def load(
     strict: bool,
     weights_only: bool,
     rank_state: dict[str, Tensor] | None = None,
+    show_progress: bool = False,
 ) -> dict[str, Any]:
     """Load a checkpoint into a sharded model and its optimizers, in place; every rank calls it.
 
@@ -178,6 +190,7 @@ def load(
         weights_only: Whether what is no tensor may be plain data only. Off, it may run code as it loads.
         rank_state: Is filled with what this rank has saved; with rank 0's if there were more or fewer ranks. What the
             checkpoint lacks keeps its value.
+        show_progress: Whether this rank shows progress bars where loading takes long.
 
     Returns:
         What is neither model nor optimizer.
@@ -192,8 +205,8 @@ def load(
     forget_listings(path)
     into: dict[str, Any] = {"model": model, "optimizers": optimizers, "rank_state": rank_state or {}}
     if is_sharded(path):
-        content = _check_whole(path)
-        return _load_sharded(content, **into, strict=strict, weights_only=weights_only)
+        reader = SafeReader(_check_whole(path, show_progress=show_progress), show_progress=show_progress)
+        return _load_sharded(reader, **into, strict=strict, weights_only=weights_only)
     if path.is_file():
         return _load_full(path, **into, strict=strict, weights_only=weights_only)
     raise ValueError(
@@ -205,7 +218,7 @@ def load(
 
 
 def _load_sharded(
-    path: StoragePath,
+    reader: SafeReader,
     *,
     model: nn.Module,
     optimizers: Sequence[Optimizer],
@@ -213,8 +226,8 @@ def _load_sharded(
     strict: bool,
     weights_only: bool,
 ) -> dict[str, Any]:
-    meta: dict[str, Any] = load_value(path / META_FILE, name=str(path / META_FILE), weights_only=weights_only)
-    reader = SafeReader(path)
+    file = reader.path / META_FILE
+    meta: dict[str, Any] = load_value(file, name=str(file), weights_only=weights_only)
     stored = reader.read_metadata().state_dict_metadata
     model_state = get_model_state_dict(model)
     _check_model(
@@ -299,7 +312,7 @@ def _serialized(meta: dict[str, Any]) -> bytes:
     return stream.getvalue()
 
 
-def _check_whole(path: StoragePath) -> StoragePath:
+def _check_whole(path: StoragePath, *, show_progress: bool) -> StoragePath:
     """Where the files are. Each is checked once, spread over all ranks; every rank raises what one has found."""
     manifest = on_rank_0(lambda: Manifest.read(path) if exists(path / MANIFEST_FILE) else None)
     if manifest is None:
@@ -308,7 +321,9 @@ def _check_whole(path: StoragePath) -> StoragePath:
         return path
     names = sorted(manifest.files)
     own = [name for number, name in enumerate(names) if _checking_rank(name, number) == dist.get_rank()]
-    problems = sorted(chain(*on_all_ranks(lambda: manifest.problems(path, own))))
+    own_bytes = sum(manifest.files[name].size_bytes for name in own)
+    with progress_bar(f"checking {path.name}", total_bytes=own_bytes, shown=show_progress) as advance:
+        problems = sorted(chain(*on_all_ranks(lambda: manifest.problems(path, own, advance=advance))))
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {', '.join(problems[:3])}{more}")

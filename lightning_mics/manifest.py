@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lightning_mics.progress import unseen
 from lightning_mics.storage_path import StoragePath, size_and_etag
 
 MANIFEST_FILE = "manifest.json"
@@ -41,12 +42,13 @@ class FileFacts:
     etag: str | None = None
 
     @classmethod
-    def of(cls, file: StoragePath) -> FileFacts:
-        """Read ``file``."""
+    def of(cls, file: StoragePath, *, advance: Callable[[int], object] = unseen) -> FileFacts:
+        """Read ``file``; ``advance`` is told of bytes as they are read."""
         digest = hashlib.sha256()
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 digest.update(chunk)
+                advance(len(chunk))
             return cls(size_bytes=stream.tell(), sha256=digest.hexdigest())
 
     def are_facts(self) -> bool:
@@ -102,12 +104,14 @@ class Manifest:
         """The folder that holds the files of the checkpoint at ``path``."""
         return path / self.folder if self.folder else path
 
-    def problems(self, path: StoragePath, names: Iterable[str] | None = None) -> list[str]:
+    def problems(
+        self, path: StoragePath, names: Iterable[str] | None = None, *, advance: Callable[[int], object] = unseen
+    ) -> list[str]:
         """What is wrong with these files of the checkpoint at ``path``, or all, in a few words each."""
         return [
             f"{name} {problem}"
             for name in (self.files if names is None else names)
-            if (problem := _problem(self.content(path) / name, self.files[name])) is not None
+            if (problem := _problem(self.content(path) / name, self.files[name], advance)) is not None
         ]
 
     def text(self) -> str:
@@ -143,14 +147,15 @@ def _without_nothing(facts: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _problem(file: StoragePath, written: FileFacts) -> str | None:
+def _problem(file: StoragePath, written: FileFacts, advance: Callable[[int], object]) -> str | None:
     try:
         size_bytes, etag = size_and_etag(file)
         if size_bytes != written.size_bytes:
             return f"has {size_bytes} of {written.size_bytes} bytes"
         if etag is not None and etag == written.etag:
             return None
-        return None if FileFacts.of(file).sha256 == written.sha256 else "was altered: its checksum is another"
+        same = FileFacts.of(file, advance=advance).sha256 == written.sha256
+        return None if same else "was altered: its checksum is another"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:

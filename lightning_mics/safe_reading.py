@@ -32,6 +32,7 @@ from upath import UPath
 from lightning_mics._torch_compat import locate_values
 from lightning_mics.manifest import DamagedCheckpointError
 from lightning_mics.own_rows import divide
+from lightning_mics.progress import progress_bar
 from lightning_mics.shard_files import ShardFiles
 from lightning_mics.storage_path import StoragePath, is_local
 
@@ -67,10 +68,12 @@ class SafeReader(FileSystemReader):
 
     Args:
         folder: Where the shards are.
+        show_progress: Whether to show a progress bar where reading takes long.
     """
 
-    def __init__(self, folder: StoragePath) -> None:
+    def __init__(self, folder: StoragePath, *, show_progress: bool = False) -> None:
         super().__init__(str(folder))
+        self._show_progress = show_progress
         self.fs: Any = ShardFiles()
         self.path: Any = folder
         self._local = is_local(folder)
@@ -108,13 +111,23 @@ class SafeReader(FileSystemReader):
         by_file: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             by_file[self.storage_data[item.storage_index].relative_path].append(item)
-        for name, items in by_file.items():
-            with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as file:
-                for item in sorted(items, key=lambda item: self.storage_data[item.storage_index].offset):
-                    self._read_item(item, self._slice_file(file, self.storage_data[item.storage_index]), planner)
+        with progress_bar(
+            f"loading {self.path.name}", total_bytes=sum(map(self._bytes_of, plan.items)), shown=self._show_progress
+        ) as advance:
+            for name, items in by_file.items():
+                with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as file:
+                    for item in sorted(items, key=lambda item: self.storage_data[item.storage_index].offset):
+                        self._read_item(item, self._slice_file(file, self.storage_data[item.storage_index]), planner)
+                        advance(self._bytes_of(item))
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _bytes_of(self, item: ReadItem) -> int:
+        described = self._described[item.storage_index.fqn]
+        if isinstance(described, TensorStorageMetadata):
+            return item.lengths.numel() * described.properties.dtype.itemsize
+        return 0
 
     def _read_item(self, item: ReadItem, stored: IO[bytes], planner: LoadPlanner) -> None:
         if item.type == LoadItemType.BYTE_IO:

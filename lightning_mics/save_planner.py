@@ -68,6 +68,11 @@ class OwnRowsSavePlanner(DefaultSavePlanner):
         """The state is there already; ``state_dict`` is not looked at."""
         self.is_coordinator = is_coordinator
 
+    @property
+    def own_bytes(self) -> int:
+        """What this rank's rows weigh."""
+        return sum(values.nbytes for values in self._values.values())
+
     def create_local_plan(self) -> SavePlan:
         """This rank's rows, and what is not sharded, which torch gives to one rank each."""
         plan = create_default_local_save_plan(self.state_dict, self.is_coordinator)

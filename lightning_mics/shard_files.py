@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemWriter
 
 from lightning_mics.manifest import FileFacts
+from lightning_mics.progress import unseen
 from lightning_mics.save_failures import os_error
 from lightning_mics.storage_path import StoragePath, has_folders, is_local, size_and_etag, storage_path
 
@@ -25,11 +26,12 @@ class ShardWriter(FileSystemWriter):
 
     Args:
         folder: On storage that all ranks share.
+        advance: Is told of bytes as they are written.
     """
 
-    def __init__(self, folder: StoragePath) -> None:
+    def __init__(self, folder: StoragePath, *, advance: Callable[[int], object] = unseen) -> None:
         super().__init__(str(folder), sync_files=is_local(folder))
-        self.fs: Any = ShardFiles()
+        self.fs: Any = ShardFiles(advance=advance)
         self.path: Any = folder
 
     @property
@@ -56,8 +58,9 @@ class ShardFiles(FileSystemBase):
         written: By name, what was written through it and is complete.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, advance: Callable[[int], object] = unseen) -> None:
         self.written: dict[str, FileFacts] = {}
+        self._advance = advance
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
@@ -73,7 +76,7 @@ class ShardFiles(FileSystemBase):
     def _recorded(self, path: StoragePath, mode: str) -> Iterator[HashedStream]:
         stream = None
         try:
-            stream = HashedStream(path.open(mode))
+            stream = HashedStream(path.open(mode), advance=self._advance)
             try:
                 yield stream
                 stream.close()
@@ -131,8 +134,9 @@ class HashedStream:
         failure: The error that writing it has met.
     """
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, *, advance: Callable[[int], object] = unseen) -> None:
         self._file = file
+        self._advance = advance
         self.failure: Exception | None = None
         self._digest = hashlib.sha256()
         self._size_bytes = 0
@@ -145,8 +149,10 @@ class HashedStream:
             self.failure = failure  # torch.save goes on to fail with an error of its own that says less
             raise
         self._digest.update(content)
-        self._size_bytes += memoryview(content).nbytes
-        return memoryview(content).nbytes
+        count = memoryview(content).nbytes
+        self._size_bytes += count
+        self._advance(count)
+        return count
 
     def tell(self) -> int:
         """How much was written."""

@@ -535,7 +535,7 @@ class MiCSStrategy(ModelParallelStrategy):
         )
         if not (self._save_async and self._in_fit()):
             self.wait_for_checkpoints()
-            prepare(buffers=None)()
+            prepare(buffers=None, show_progress=self._shows_progress())()
             return
 
         def prepare_copies(buffers: HostBuffers) -> Callable[[], None]:
@@ -547,6 +547,11 @@ class MiCSStrategy(ModelParallelStrategy):
         """Whether something will wait for what is being written: a user who saves after the fit wants it at once."""
         state = self._trainer.state
         return state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
+
+    def _shows_progress(self) -> bool:
+        """As the Trainer's own progress bar does."""
+        bar = self._trainer.progress_bar_callback
+        return self.is_global_zero and bar is not None and getattr(bar, "is_enabled", True)
 
     def wait_for_checkpoints(self) -> None:
         """Wait until all checkpoints are there that are being written beside training; every rank calls it.
@@ -577,6 +582,7 @@ class MiCSStrategy(ModelParallelStrategy):
                 strict=self.lightning_module.strict_loading,
                 weights_only=not self._trust_checkpoints if weights_only is None else weights_only,
                 rank_state=random_state,
+                show_progress=self._shows_progress(),
             )
             self._abandon_window()
             verify_replicas(self.model, self._state().groups)
