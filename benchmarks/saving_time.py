@@ -12,6 +12,7 @@ numbers as JSON.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -39,7 +40,7 @@ from lightning_mics import MiCSStrategy
 
 RANKS, WIDTH, STATES_PER_PARAMETER = 4, 1024, 3  # a weight, and AdamW's two moments
 SYSTEMS = ("mics, save_async", "mics", "lightning-model-parallel")
-SAVES, STEPS_BETWEEN = 4, 4  # of one fit; the first save also has to find memory and is told apart
+SAVES, STEPS_BETWEEN = 3, 2  # of one fit; the first save also has to find memory and is told apart
 
 
 class Model(pl.LightningModule):
@@ -110,6 +111,7 @@ def work(rounds: int, blocks: int, out: Path) -> None:
         for number in range(rounds):
             for system in SYSTEMS[number % len(SYSTEMS) :] + SYSTEMS[: number % len(SYSTEMS)]:
                 measured.append({"round": number, "system": system, **measure(system, blocks, Path(scratch))})
+                gc.collect()  # models are in cycles
     if dist.get_rank() == 0:
         (out / "results.json").write_text(json.dumps(measured, indent=1))
     dist.barrier()
@@ -126,7 +128,7 @@ def measure(system: str, blocks: int, scratch: Path) -> dict[str, Any]:
     model = Model(blocks)
     trainer = _trainer(system, callbacks=[timer], max_steps=(SAVES + 1) * STEPS_BETWEEN - 1)
     trainer.fit(model, _data())
-    last = folder / f"{SAVES - 1}.ckpt"
+    steps, last = trainer.global_step, folder / f"{SAVES - 1}.ckpt"
     facts = {
         "save_seconds": _slowest(timer.save_seconds),
         "step_seconds": _slowest(timer.step_seconds),
@@ -134,7 +136,9 @@ def measure(system: str, blocks: int, scratch: Path) -> dict[str, Any]:
     }
     dist.barrier()
     read_before = _read_bytes()
-    trainer = _trainer(system, max_steps=trainer.global_step + 1)
+    del trainer, model
+    gc.collect()
+    trainer = _trainer(system, max_steps=steps + 1)
     begun = time.perf_counter()
     trainer.fit(Model(blocks), _data(), ckpt_path=last)
     amounts: list[Any] = [None] * RANKS
