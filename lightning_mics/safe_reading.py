@@ -155,9 +155,12 @@ def _read_part(stored: IO[bytes], *, offsets: torch.Size, lengths: torch.Size) -
         stored.seek(0)
         tensor: torch.Tensor = torch.load(stored, map_location="cpu", weights_only=True)
         return narrow_tensor_by_index(tensor, offsets, lengths)
-    row_bytes = whole[0].nbytes
-    stored.seek(first_byte + offsets[0] * row_bytes)
-    return torch.frombuffer(bytearray(stored.read(lengths[0] * row_bytes)), dtype=whole.dtype).view(lengths)
+    values = torch.empty(lengths, dtype=whole.dtype)
+    stored.seek(first_byte + offsets[0] * whole[0].nbytes)
+    count = stored.readinto(values.view(-1).view(torch.uint8).numpy())  # type: ignore[attr-defined]
+    if count != values.nbytes:
+        raise EOFError(f"{count} of {values.nbytes} bytes are there")
+    return values
 
 
 class SafePlanner(DefaultLoadPlanner):

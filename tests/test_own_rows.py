@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from lightning_mics import Topology, checkpoint, create_groups
+from lightning_mics import Topology, checkpoint, create_groups, safe_reading
 from lightning_mics.own_rows import SMALLEST_BYTES, divide
 from lightning_mics.safe_reading import SafeReader
 from tests.forked import run_ranks
@@ -78,9 +78,9 @@ def _save_and_load(folder: Path, saved_with: int, loaded_with: int) -> dict[str,
 
 
 def _count_values_read() -> list[int]:
-    """Bytes of tensors that this process reads from files: of a stored tensor that is taken whole, or of parts."""
+    """Bytes of tensors that this process reads from files: of a stored tensor that is taken whole, or of a part."""
     counted: list[int] = []
-    load, frombuffer = torch.load, torch.frombuffer
+    load, read_part = torch.load, safe_reading._read_part
 
     def count_load(file: Any, **options: Any) -> Any:
         loaded = load(file, **options)
@@ -88,11 +88,14 @@ def _count_values_read() -> list[int]:
             counted.append(loaded.untyped_storage().nbytes())
         return loaded
 
-    def count_part(buffer: Any, **options: Any) -> Any:
-        counted.append(len(buffer))
-        return frombuffer(buffer, **options)
+    def count_part(stored: Any, **part: Any) -> Any:
+        whole_reads = len(counted)
+        values = read_part(stored, **part)
+        if len(counted) == whole_reads:  # else it was read whole after all, and is counted
+            counted.append(values.nbytes)
+        return values
 
-    torch.load, torch.frombuffer = count_load, count_part
+    torch.load, safe_reading._read_part = count_load, count_part
     return counted
 
 
