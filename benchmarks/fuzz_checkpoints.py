@@ -93,7 +93,8 @@ class Job:
             raise
         except BaseException as error:
             raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-            return f"{type(error).__name__}: {error}"[:300], raised_in.parent == PACKAGE
+            ours = raised_in.parent == PACKAGE and isinstance(error, RuntimeError | ValueError)  # no slip of the code
+            return f"{type(error).__name__}: {error}"[:300], ours
         return LOADED, True
 
 
