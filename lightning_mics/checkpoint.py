@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 from lightning_mics.agreement import on_all_ranks, on_rank_0
 from lightning_mics.checkpoint_folder import META_FILE, is_sharded
 from lightning_mics.checkpoint_store import checkpoint_place
-from lightning_mics.manifest import MANIFEST_FILE, DamagedCheckpointError, FileFacts, Manifest
+from lightning_mics.manifest import MANIFEST_FILE, FileFacts, Manifest, refuse_damaged
 from lightning_mics.optimizer_states import copy_state, dotted, load_optimizer, named, prefixes
 from lightning_mics.progress import progress_bar
 from lightning_mics.safe_reading import SafePlanner, SafeReader, UnsafeCheckpointError, load_value, plain_errors
@@ -324,9 +324,7 @@ def _check_whole(path: StoragePath, *, show_progress: bool) -> StoragePath:
     own_bytes = sum(manifest.files[name].size_bytes for name in own)
     with progress_bar(f"checking {path.name}", total_bytes=own_bytes, shown=show_progress) as advance:
         problems = sorted(chain(*on_all_ranks(lambda: manifest.problems(path, own, advance=advance))))
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {', '.join(problems[:3])}{more}")
+    refuse_damaged(path, problems)
     return manifest.content(path)
 
 

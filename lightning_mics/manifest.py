@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
@@ -145,6 +145,13 @@ def _is_plain(name: Any) -> bool:
 
 def _without_nothing(facts: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def refuse_damaged(path: StoragePath, problems: Sequence[str]) -> None:
+    """Raise a DamagedCheckpointError that names the first of these :meth:`Manifest.problems`, if there are any."""
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {', '.join(problems[:3])}{more}")
 
 
 def _problem(file: StoragePath, written: FileFacts, advance: Callable[[int], object]) -> str | None:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from lightning_mics._torch_compat import unflatten_state_dict
 from lightning_mics.checkpoint_folder import META_FILE
-from lightning_mics.manifest import MANIFEST_FILE, DamagedCheckpointError, Manifest
+from lightning_mics.manifest import MANIFEST_FILE, Manifest, refuse_damaged
 from lightning_mics.safe_reading import SafePlanner, SafeReader, load_value, plain_errors
 from lightning_mics.storage_path import StoragePath, exists
 
@@ -32,9 +32,7 @@ def check_whole(path: StoragePath) -> StoragePath:
         return path
     manifest = Manifest.read(path)
     problems = manifest.problems(path)
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {', '.join(problems[:3])}{more}")
+    refuse_damaged(path, problems)
     return manifest.content(path)
 
 
