@@ -432,7 +432,7 @@ class MiCSStrategy(ModelParallelStrategy):
         self._abandon_window()
         try:
             self.wait_for_checkpoints()
-        except RuntimeError as error:  # the exception is what users should see first
+        except (RuntimeError, OSError) as error:  # the exception is what users should see first
             rank_zero_warn(str(error))
 
     def _start_evaluation(self) -> None:
