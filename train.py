@@ -37,13 +37,20 @@ def main(config: DictConfig) -> None:
     L.seed_everything(config.seed, verbose=False)
 
     data = instantiate(config.data)
-    model = instantiate(config.model, optimizer=config.optimizer)
+    model = make_model(config)
     model.check_data(vocab_size=data.vocab_size, sequence_length=data.sequence_length)
     trainer, checkpoint = resume(config, runs, model, data) if runs else (make_trainer(config), None)
     trainer.fit(model, data, ckpt_path=checkpoint)
     (final,) = trainer.validate(model, data, verbose=False)
     (sample,) = trainer.predict(model, data)
     report(config, data=data, loss=final["val_loss"], sample=data.decode(sample[0]))
+
+
+def make_model(config: DictConfig) -> L.LightningModule:
+    """The model of this run, without weights; its ``training`` values are for data, optimizer and trainer."""
+    arguments = OmegaConf.to_container(config.model, resolve=True)
+    del arguments["training"]
+    return instantiate(arguments, optimizer=instantiate(config.optimizer))
 
 
 def make_trainer(config: DictConfig, saved: SavedRun | None = None) -> L.Trainer:

@@ -16,7 +16,7 @@ import train
 
 CONF = Path(train.__file__).parent / "conf"
 CHOICES = [path.relative_to(CONF).with_suffix("").as_posix() for path in sorted(CONF.glob("*/*.yaml"))]
-SPECIAL_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
+SPECIAL_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "training"}
 
 
 def composed(*overrides: str) -> DictConfig:
