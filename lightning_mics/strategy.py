@@ -18,7 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -37,6 +37,7 @@ from lightning_mics.blocks import ModuleClasses, find_blocks, unit_modules
 from lightning_mics.checkpoint_store import CheckpointStore
 from lightning_mics.communication import WIRE_DTYPES, Gather, Reduce, check_choice, check_traffic_options
 from lightning_mics.first_weights import verify_replicas
+from lightning_mics.mixed_precision import BFloat16Mixed
 from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.origin import origin
 from lightning_mics.partition_groups import PartitionGroups, check_hierarchical, choose_hierarchical, create_groups
@@ -185,6 +186,8 @@ class MiCSStrategy(ModelParallelStrategy):
                 f"strategy 'mics' does not support precision={str(precision_plugin.precision)!r}; "
                 f"use one of {', '.join(map(repr, PRECISIONS))}"
             )
+        if type(precision_plugin) is MixedPrecision:
+            precision_plugin = BFloat16Mixed(device=precision_plugin.device)
         self._precision_plugin = precision_plugin
 
     @override

@@ -25,6 +25,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "bf16-mixed": {"precision": "bf16-mixed"},
     "bf16-true, reduced in fp32": {"precision": "bf16-true", "reduce_dtype": "float32"},
     "bf16-true, clipped": {"precision": "bf16-true", "gradient_clip_val": CLIP},
+    "bf16-mixed, clipped": {"precision": "bf16-mixed", "gradient_clip_val": CLIP},
     "bf16-mixed, reduced in bf16": {"precision": "bf16-mixed", "reduce_dtype": torch.bfloat16},
 }
 
@@ -152,8 +153,9 @@ def test_bf16_has_no_gradient_scaler(runs: dict[str, dict[str, Any]], name: str)
     assert runs[name]["steps with closure"] == 1
 
 
-def test_clipping_works_with_a_fused_optimizer(runs: dict[str, dict[str, Any]]) -> None:
-    assert runs["bf16-true, clipped"]["gradient norm"] == pytest.approx(CLIP, rel=2e-2)  # as precise as bf16 is
+@pytest.mark.parametrize("run", ["bf16-true, clipped", "bf16-mixed, clipped"])
+def test_clipping_works_with_a_fused_optimizer(runs: dict[str, dict[str, Any]], run: str) -> None:
+    assert runs[run]["gradient norm"] == pytest.approx(CLIP, rel=2e-2)  # as precise as bf16 is
     assert runs["bf16-true"]["gradient norm"] > 2 * CLIP
 
 
