@@ -85,6 +85,7 @@ class Communication:
         in_node_gather: When parameters travel at all; once per step includes ``cross_node_gather``.
         in_node_reduce: When gradients travel at all; likewise.
         cross_node_dtype: What gradients travel in between nodes.
+        two_hop: Whether the second hop waits for the boundary.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Communication:
         in_node_gather: Gather,
         in_node_reduce: Reduce,
         cross_node_dtype: torch.dtype | None,
+        two_hop: bool,
     ) -> None:
         self._topology = groups.topology
         self._traffic = Traffic()
@@ -108,6 +110,7 @@ class Communication:
         self._node_keeps_copy = cross_node_gather == "once_per_step"
         self._node_keeps_sums = cross_node_reduce == "once_per_step"
         self._wire_dtype = cross_node_dtype
+        self._two_hop = two_hop
         self._deferrals: dict[str, Deferral] = {}
         self._copies: list[KeptCopy] = []
 
@@ -128,6 +131,7 @@ class Communication:
             deferrals=self._deferrals,
             copies=self._copies,
             whole_gradients=self._rank_keeps_sums and self._topology.partition_size > 1,
+            two_hop=self._two_hop,
         )
 
     def _all_gather(self, module: FSDPModule) -> AllGather:
@@ -177,6 +181,7 @@ def check_traffic_options(
     in_node_gather: str,
     in_node_reduce: str,
     cross_node_dtype: torch.dtype | None,
+    two_hop: bool,
 ) -> None:
     """Refuse options that are unknown, or that flat collectives cannot serve.
 
@@ -188,9 +193,11 @@ def check_traffic_options(
         in_node_gather: When parameters travel inside nodes.
         in_node_reduce: When gradients travel inside nodes.
         cross_node_dtype: What gradients travel in between nodes.
+        two_hop: Whether the second hop waits for the boundary.
 
     Raises:
-        ValueError: If a value is unknown, or needs hierarchical collectives where they are flat.
+        ValueError: If a value is unknown, needs hierarchical collectives where they are flat, or leaves the second hop
+            nothing to reduce before the boundary.
     """
     check_choice("cross_node_gather", cross_node_gather, get_args(Gather))
     check_choice("cross_node_reduce", cross_node_reduce, get_args(Reduce))
@@ -198,6 +205,7 @@ def check_traffic_options(
     check_choice("in_node_reduce", in_node_reduce, get_args(Reduce))
     if cross_node_dtype not in (None, *WIRE_DTYPES):
         raise ValueError(f"cross_node_dtype={cross_node_dtype!r} is not one of None, torch.float32, torch.bfloat16")
+    check_two_hop(two_hop, cross_node_reduce=cross_node_reduce, in_node_reduce=in_node_reduce)
     if not topology.spans_nodes or hierarchical or topology.local_ranks_per_partition_group == 1:
         return
     once = "once_per_step"
@@ -212,6 +220,18 @@ def check_traffic_options(
                 f"{option} needs collectives that cross nodes in a stage of their own, but hierarchical=False and "
                 f"partition_size={topology.partition_size} spans {topology.nodes_per_partition_group} nodes; use "
                 'hierarchical="auto"'
+            )
+
+
+def check_two_hop(two_hop: bool, *, cross_node_reduce: str, in_node_reduce: str) -> None:
+    """Refuse a second hop in every micro-step where sums are kept back until the boundary, with a ValueError."""
+    if not isinstance(two_hop, bool):
+        raise ValueError(f"two_hop={two_hop!r} is neither True nor False")
+    for option, value in (("cross_node_reduce", cross_node_reduce), ("in_node_reduce", in_node_reduce)):
+        if not two_hop and value == "once_per_step":
+            raise ValueError(
+                f"two_hop=False reduces over replicas in every micro-step, but {option}='once_per_step' keeps "
+                "gradients back until the boundary; use 'every_micro_step', or two_hop=True"
             )
 
 

@@ -45,6 +45,7 @@ def shard_model(
     in_node_gather: Gather = "every_use",
     in_node_reduce: Reduce = "every_micro_step",
     cross_node_dtype: torch.dtype | None = None,
+    two_hop: bool = True,
     activation_checkpointing: bool | ModuleClasses = False,
     mixed_precision: MixedPrecisionPolicy | None = None,
 ) -> TwoHopSchedule:
@@ -68,6 +69,7 @@ def shard_model(
         in_node_reduce: Whether gradients travel inside nodes in every micro-step, or once per step and so nowhere else
             more often, for whole sums on each rank, in the dtype of reductions.
         cross_node_dtype: What gradients travel in between nodes; None is the dtype they are summed in.
+        two_hop: Whether gradients are reduced over replicas at the boundary only; False does in every micro-step.
         activation_checkpointing: True recomputes each block in backward; classes or class names choose other modules.
         mixed_precision: FSDP2's policy: dtypes of gathered parameters and of gradient reductions.
 
@@ -86,6 +88,7 @@ def shard_model(
         in_node_gather=in_node_gather,
         in_node_reduce=in_node_reduce,
         cross_node_dtype=cross_node_dtype,
+        two_hop=two_hop,
     )
     blocks = find_blocks(model, shard_modules)
     recomputed = find_recomputed(model, blocks, activation_checkpointing)
@@ -106,6 +109,7 @@ def shard_model(
         in_node_gather=in_node_gather,
         in_node_reduce=in_node_reduce,
         cross_node_dtype=cross_node_dtype,
+        two_hop=two_hop,
     )
     return communication.install(model)
 

@@ -15,6 +15,7 @@ def start_report(
     chosen_automatically: bool,
     hierarchical: bool,
     once_per_step: OncePerStep,
+    two_hop: bool,
     cross_node_dtype: torch.dtype | None,
     reduce_dtype: torch.dtype,
     states_bytes: int,
@@ -28,6 +29,7 @@ def start_report(
         chosen_automatically: Whether the partition size came from ``"auto"``.
         hierarchical: Whether collectives are.
         once_per_step: When parameters and gradients travel.
+        two_hop: Whether gradients are reduced over replicas at the boundary only.
         cross_node_dtype: What gradients travel in between nodes; None is ``reduce_dtype``.
         reduce_dtype: What gradients are reduced and summed in.
         states_bytes: Estimated bytes of model states on each rank, and of what is kept to travel once per step.
@@ -41,7 +43,7 @@ def start_report(
         + (f' ("auto": {_why_size(fits)})' if chosen_automatically else ""),
         "replication groups": f"{t.partition_size} of {t.replicas} {_plural('rank', t.replicas)}",
         "hierarchical": _why_hierarchical(t, hierarchical),
-        "two-hop": _why_two_hop(t),
+        "two-hop": _why_two_hop(t, two_hop),
         "gradients": f"reduced, and summed over micro-steps, in {_name(reduce_dtype)}",
     }
     if t.partition_size > 1:
@@ -49,7 +51,7 @@ def start_report(
         rows["gradients in nodes"] = _when(once_per_step.in_node_reduce, else_="in every micro-step")
     if t.nodes > 1:
         rows["parameters cross nodes"] = _parameters_cross(t, once_per_step.cross_node_gather)
-        rows["gradients cross nodes"] = _gradients_cross(t, once_per_step.cross_node_reduce) + (
+        rows["gradients cross nodes"] = _gradients_cross(t, once_per_step.cross_node_reduce, two_hop) + (
             f", as {_name(cross_node_dtype)}" if cross_node_dtype else ""
         )
     rows["model states"] = f"about {in_gib(states_bytes)} of {in_gib(capacity_bytes)} per rank (Adam; no activations)"
@@ -75,9 +77,11 @@ def _why_hierarchical(topology: Topology, hierarchical: bool) -> str:
     return "off: hierarchical=False"
 
 
-def _why_two_hop(topology: Topology) -> str:
+def _why_two_hop(topology: Topology, two_hop: bool) -> str:
     if topology.replicas == 1:
         return "off: there is one replica only"
+    if not two_hop:
+        return "off: two_hop=False, so gradients cross replicas in every micro-step"
     return "on: gradients cross replicas at the boundary only"
 
 
@@ -85,8 +89,10 @@ def _parameters_cross(topology: Topology, choice: Choice) -> str:
     return _when(choice, else_="at every use") if topology.spans_nodes else f"never: {choice.why}"
 
 
-def _gradients_cross(topology: Topology, choice: Choice) -> str:
-    return _when(choice, else_="in every micro-step") if topology.spans_nodes else "once per step: by the second hop"
+def _gradients_cross(topology: Topology, choice: Choice, two_hop: bool) -> str:
+    if topology.spans_nodes:
+        return _when(choice, else_="in every micro-step")
+    return f"{'once per step' if two_hop else 'in every micro-step'}: by the second hop"
 
 
 def _when(choice: Choice, *, else_: str) -> str:

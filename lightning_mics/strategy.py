@@ -35,7 +35,14 @@ from lightning_mics._torch_compat import check_order, expect_backward, gather
 from lightning_mics.background_saving import BackgroundSaving
 from lightning_mics.blocks import ModuleClasses, find_blocks, unit_modules
 from lightning_mics.checkpoint_store import CheckpointStore
-from lightning_mics.communication import WIRE_DTYPES, Gather, Reduce, check_choice, check_traffic_options
+from lightning_mics.communication import (
+    WIRE_DTYPES,
+    Gather,
+    Reduce,
+    check_choice,
+    check_traffic_options,
+    check_two_hop,
+)
 from lightning_mics.first_weights import verify_replicas
 from lightning_mics.mixed_precision import BFloat16Mixed
 from lightning_mics.optimizer_states import optimizer_state
@@ -85,6 +92,8 @@ class MiCSStrategy(ModelParallelStrategy):
         in_node_reduce: Likewise gradients: ``"once_per_step"``, for whole sums on each rank, or ``"every_micro_step"``.
         cross_node_dtype: What gradients travel in between nodes, a dtype or its name; None is ``reduce_dtype``, in
             which they are summed in any case.
+        two_hop: Gradients are reduced over replicas at the boundary only; False does so in every micro-step, as hybrid
+            sharding by itself does, to see what two hops save.
         reduce_dtype: What gradients are reduced and summed in, a dtype or its name; None follows the precision:
             float32 for "32-true" and "bf16-mixed", bfloat16 for "bf16-true".
         shard_modules: The blocks to shard, classes or class names; None takes the model's ``_no_split_modules``, else
@@ -114,6 +123,7 @@ class MiCSStrategy(ModelParallelStrategy):
         in_node_gather: Gather | Auto = "auto",
         in_node_reduce: Reduce | Auto = "auto",
         cross_node_dtype: torch.dtype | str | None = None,
+        two_hop: bool = True,
         reduce_dtype: torch.dtype | str | None = None,
         shard_modules: ModuleClasses | None = None,
         activation_checkpointing: bool | ModuleClasses = False,
@@ -135,6 +145,7 @@ class MiCSStrategy(ModelParallelStrategy):
         check_choice("in_node_reduce", in_node_reduce, ("auto", *get_args(Reduce)))
         _check_agreement("gather", cross_node=cross_node_gather, in_node=in_node_gather)
         _check_agreement("reduce", cross_node=cross_node_reduce, in_node=in_node_reduce)
+        check_two_hop(two_hop, cross_node_reduce=cross_node_reduce, in_node_reduce=in_node_reduce)
         if save_async and not save_sharded:
             raise ValueError("save_async=True needs save_sharded=True: a full file is gathered while training waits")
         self._partition_size = partition_size
@@ -145,6 +156,7 @@ class MiCSStrategy(ModelParallelStrategy):
         self._in_node_gather = in_node_gather
         self._in_node_reduce = in_node_reduce
         self._cross_node_dtype = _floating_dtype("cross_node_dtype", cross_node_dtype)
+        self._two_hop = two_hop
         self._reduce_dtype = _floating_dtype("reduce_dtype", reduce_dtype)
         self._shard_modules = shard_modules
         self._activation_checkpointing = activation_checkpointing
@@ -258,6 +270,7 @@ class MiCSStrategy(ModelParallelStrategy):
             shard_modules=self._shard_modules,
             **once_per_step.options(),
             cross_node_dtype=self._cross_node_dtype,
+            two_hop=self._two_hop,
             activation_checkpointing=self._activation_checkpointing,
             mixed_precision=mixed_precision,
         )
@@ -274,6 +287,7 @@ class MiCSStrategy(ModelParallelStrategy):
             chosen_automatically=self._partition_size == "auto",
             hierarchical=choose_hierarchical(self._hierarchical, topology),
             once_per_step=once_per_step,
+            two_hop=self._two_hop,
             cross_node_dtype=self._cross_node_dtype,
             reduce_dtype=mixed_precision.reduce_dtype or (torch.bfloat16 if half else torch.float32),
             states_bytes=size.per_rank_bytes(topology.partition_size) + once_per_step.kept_bytes,
@@ -289,6 +303,7 @@ class MiCSStrategy(ModelParallelStrategy):
             cross_node_reduce=self._cross_node_reduce,
             in_node_gather=self._in_node_gather,
             in_node_reduce=self._in_node_reduce,
+            two_hop=self._two_hop,
             hierarchical=choose_hierarchical(self._hierarchical, topology),
             capacity_bytes=capacity_bytes,
         )
@@ -634,6 +649,7 @@ class MiCSStrategy(ModelParallelStrategy):
             in_node_gather="every_use" if self._in_node_gather == "auto" else self._in_node_gather,
             in_node_reduce="every_micro_step" if self._in_node_reduce == "auto" else self._in_node_reduce,
             cross_node_dtype=self._cross_node_dtype,
+            two_hop=self._two_hop,
         )
 
     def _refuse_weight_averaging(self) -> None:

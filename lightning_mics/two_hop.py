@@ -94,6 +94,7 @@ class TwoHopSchedule:
         deferrals: What units keep back beside FSDP2's own sums, by the unit's name.
         copies: The kept copies of weights.
         whole_gradients: Hop 1 waits for the boundary as well, and FSDP2 adds up whole gradients until then.
+        two_hop: False runs hop 2 in every micro-step too, as hybrid sharding by itself does.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class TwoHopSchedule:
         deferrals: Mapping[str, Deferral] | None = None,
         copies: Sequence[KeptCopy] = (),
         whole_gradients: bool = False,
+        two_hop: bool = True,
     ) -> None:
         self.traffic = traffic
         self._root = root
@@ -112,7 +114,8 @@ class TwoHopSchedule:
         self._deferrals = dict(deferrals or {})
         self._copies = copies
         self._whole_gradients = whole_gradients
-        self._defers = replicas > 1 or bool(self._deferrals) or whole_gradients
+        self._two_hop = two_hop
+        self._defers = two_hop and (replicas > 1 or bool(self._deferrals) or whole_gradients)
         self._at_boundary = True
         self._in_window = False
         self._weights_fixed = False
@@ -240,9 +243,9 @@ class TwoHopSchedule:
             if self._whole_gradients:
                 module.set_requires_gradient_sync(boundary or not ever_gathered(module), recurse=False)
             else:
-                module.set_requires_all_reduce(boundary, recurse=False)
+                module.set_requires_all_reduce(boundary or not self._two_hop, recurse=False)
         for deferral in self._deferrals.values():
-            deferral.at_boundary = boundary
+            deferral.at_boundary = boundary or not self._two_hop
 
     def _sums_wait(self, name: str) -> bool:
         return deferred_sums(self._modules[name]) or (name in self._deferrals and self._deferrals[name].pending)

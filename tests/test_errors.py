@@ -185,6 +185,12 @@ def _fit_not_initialisable(folder: Any) -> tuple[str, str]:
             "cross_node_reduce=True is not one of 'auto', 'every_micro_step', 'once_per_step'",
         ),
         ({"in_node_gather": "never"}, "in_node_gather='never' is not one of 'auto', 'every_use', 'once_per_step'"),
+        ({"two_hop": "no"}, "two_hop='no' is neither True nor False"),
+        (
+            {"two_hop": False, "cross_node_reduce": "once_per_step"},
+            "two_hop=False reduces over replicas in every micro-step, but cross_node_reduce='once_per_step' keeps "
+            "gradients back until the boundary; use 'every_micro_step', or two_hop=True",
+        ),
         ({"in_node_reduce": 1}, "in_node_reduce=1 is not one of 'auto', 'every_micro_step', 'once_per_step'"),
         (
             {"in_node_gather": "once_per_step", "cross_node_gather": "every_use"},

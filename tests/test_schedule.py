@@ -149,3 +149,36 @@ def _record_start() -> list[Collective]:
     with RecordCollectives() as recorded:
         shard_model(model, groups)
     return recorded.seen
+
+
+IN_TWO_GROUPS = Topology(world_size=4, ranks_per_node=2, partition_size=2)
+
+
+@pytest.mark.parametrize("wire_dtype", [None, torch.float32], ids=str)
+def test_without_two_hops_replicas_reduce_in_every_micro_step_to_the_same_gradients(wire_dtype):
+    for two_hops, one_by_one in run_ranks(4, _with_and_without_two_hops, wire_dtype):
+        first, middle, boundary = two_hops["second hops"]
+        assert (first, middle) == (0, 0)
+        assert boundary >= LAYERS + 1
+        assert one_by_one["second hops"] == [boundary] * 3
+        assert two_hops["gradients"].norm() > 1e-3
+        torch.testing.assert_close(two_hops["gradients"], one_by_one["gradients"], rtol=1e-5, atol=1e-8)
+
+
+def _with_and_without_two_hops(wire_dtype: torch.dtype | None) -> list[dict]:
+    facts = []
+    replication_group = IN_TWO_GROUPS.replication_group(torch.distributed.get_rank())
+    for two_hop in (True, False):
+        torch.manual_seed(0)
+        model = Stack()
+        groups = create_groups(IN_TWO_GROUPS, device_type="cpu")
+        schedule = shard_model(model, groups, two_hop=two_hop, cross_node_dtype=wire_dtype)
+        torch.manual_seed(1 + torch.distributed.get_rank())
+        second_hops = []
+        for boundary in (False, False, True):
+            with RecordCollectives() as recorded, schedule.micro_step(boundary=boundary):
+                model(torch.randn(2, DIM)).backward()
+            second_hops.append(sum(c.ranks == replication_group for c in recorded.seen))
+        gradients = torch.cat([parameter.grad.to_local().flatten() for parameter in model.parameters()])
+        facts.append({"second hops": second_hops, "gradients": gradients})
+    return facts

@@ -38,6 +38,7 @@ def report(
     automatic: bool = False,
     states: int = GIB,
     once_per_step: OncePerStep = ONCE,
+    two_hop: bool = True,
     wire: torch.dtype | None = None,
 ) -> str:
     topology = Topology(world_size=world, ranks_per_node=k, partition_size=p)
@@ -46,6 +47,7 @@ def report(
         chosen_automatically=automatic,
         hierarchical=staged,
         once_per_step=once_per_step,
+        two_hop=two_hop,
         cross_node_dtype=wire,
         reduce_dtype=torch.bfloat16,
         states_bytes=states,
@@ -113,3 +115,9 @@ def test_states_that_exceed_the_device_or_fill_it_are_warned_of():
     assert "leave little of the device" in report(8, 4, 8, states=4 * GIB)
     assert '("auto": all, and they hardly hold the model states)' in report(8, 4, 8, states=4 * GIB, automatic=True)
     assert "warning" not in report(8, 4, 8)
+
+
+def test_hops_that_are_not_two_are_named():
+    rows = report(8, 4, 4, once_per_step=ALWAYS, two_hop=False)
+    assert "two-hop                 off: two_hop=False, so gradients cross replicas in every micro-step\n" in rows
+    assert "gradients cross nodes   in every micro-step: by the second hop\n" in rows

@@ -78,6 +78,7 @@ def choose_once_per_step(
     cross_node_reduce: Reduce | Auto,
     in_node_gather: Gather | Auto,
     in_node_reduce: Reduce | Auto,
+    two_hop: bool,
     hierarchical: bool,
     capacity_bytes: int,
 ) -> OncePerStep:
@@ -90,9 +91,12 @@ def choose_once_per_step(
         cross_node_reduce: What the user has asked for.
         in_node_gather: What the user has asked for.
         in_node_reduce: What the user has asked for.
+        two_hop: Whether the second hop waits for the boundary; if not, nothing may keep gradients back from it.
         hierarchical: Whether collectives of the partition group run in two stages.
         capacity_bytes: Memory of one rank's device, of which ``USABLE_SHARE`` is for model states.
     """
+    if not two_hop:
+        cross_node_reduce = in_node_reduce = "every_micro_step"
     free_bytes = int(USABLE_SHARE * capacity_bytes) - size.per_rank_bytes(topology.partition_size)
     memory = _Memory(free_bytes=free_bytes, holds_whole=fits(size, 1, capacity_bytes))
     gather_in_node = _inside_nodes(in_node_gather, cross_node_gather, size.gathered_bytes, topology, memory)

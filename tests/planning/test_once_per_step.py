@@ -30,6 +30,7 @@ def choose(
     size: ModelSize = SIZE,
     topology: Topology = OVER_NODES,
     staged: bool = True,
+    two_hop: bool = True,
     **wanted: str,
 ) -> OncePerStep:
     kinds = ("cross_node_gather", "cross_node_reduce", "in_node_gather", "in_node_reduce")
@@ -37,6 +38,7 @@ def choose(
         size,
         topology,
         **{kind: wanted.get(kind, "auto") for kind in kinds},
+        two_hop=two_hop,
         hierarchical=staged,
         capacity_bytes=int(usable_gib * GIB / 0.75) + 1,
     )
@@ -126,6 +128,11 @@ def test_a_partition_group_of_one_rank_has_nothing_to_keep():
     alone = choose(100, topology=Topology(world_size=8, ranks_per_node=4, partition_size=1), staged=False)
     assert facts(alone) == (False, False, False, False, 0)
     assert alone.in_node_gather.why == "a partition group is one rank"
+
+
+def test_nothing_is_kept_back_from_a_second_hop_in_every_micro_step():
+    assert facts(choose(100)) == (True, True, True, True, 12)
+    assert facts(choose(100, two_hop=False)) == (True, False, True, False, 4)
 
 
 def test_options_are_those_of_shard_model():
