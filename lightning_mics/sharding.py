@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -70,7 +71,8 @@ def shard_model(
             more often, for whole sums on each rank, in the dtype of reductions.
         cross_node_dtype: What gradients travel in between nodes; None is the dtype they are summed in.
         two_hop: Whether gradients are reduced over replicas at the boundary only; False does in every micro-step.
-        activation_checkpointing: True recomputes each block in backward; classes or class names choose other modules.
+        activation_checkpointing: True recomputes each block in backward; classes or class names choose other modules,
+            patterns some of the blocks by their names: ``"network.transformer.h.*[02468]"``.
         mixed_precision: FSDP2's policy: dtypes of gathered parameters and of gradient reductions.
 
     Returns:
@@ -120,12 +122,29 @@ def find_recomputed(
     """The modules that are recomputed in backward.
 
     Raises:
-        TypeError: If ``activation_checkpointing`` holds anything but module classes and their names.
-        ValueError: If one of these classes is not in the model.
+        TypeError: If ``activation_checkpointing`` holds anything but module classes, their names and patterns.
+        ValueError: If one of these classes is not in the model, or no block's name fits a pattern.
     """
     if isinstance(activation_checkpointing, bool):
         return list(blocks.values()) if activation_checkpointing else []
-    return list(find_modules(model, activation_checkpointing, option="activation_checkpointing").values())
+    entries = _listed(activation_checkpointing)
+    patterns = [entry for entry in entries if isinstance(entry, str) and not entry.isidentifier()]
+    classes = [entry for entry in entries if entry not in patterns]
+    found = find_modules(model, classes, option="activation_checkpointing")
+    for pattern in patterns:
+        fitting = {name: block for name, block in blocks.items() if fnmatchcase(name, pattern)}
+        if not fitting:
+            names = list(reversed(blocks))
+            raise ValueError(
+                f"activation_checkpointing: no block fits the pattern {pattern!r}; the {len(names)} blocks are "
+                f"{names[0]!r} to {names[-1]!r}"
+            )
+        found |= fitting
+    return list(found.values())
+
+
+def _listed(entries: ModuleClasses) -> list[type[nn.Module] | str]:
+    return [entries] if isinstance(entries, str | type) else list(entries)
 
 
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:

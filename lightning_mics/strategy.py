@@ -98,7 +98,8 @@ class MiCSStrategy(ModelParallelStrategy):
             float32 for "32-true" and "bf16-mixed", bfloat16 for "bf16-true".
         shard_modules: The blocks to shard, classes or class names; None takes the model's ``_no_split_modules``, else
             the longest list of equal modules.
-        activation_checkpointing: True recomputes each block in backward; classes or names choose other modules.
+        activation_checkpointing: True recomputes each block in backward; classes or names choose other modules,
+            patterns some of the blocks by their names: ``"network.transformer.h.*[02468]"``.
         save_sharded: Checkpoints are directories of shards; False gathers them into one file on rank 0.
         save_async: Checkpoints of a fit are written while training goes on, from copies in the host's memory; the end
             of the fit waits for them. Needs ``save_sharded``.

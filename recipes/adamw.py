@@ -24,8 +24,18 @@ def adamw_warmup_cosine(
 
     The rate rises to ``lr`` over ``warmup_steps``, falls to ``final_lr_fraction * lr`` at ``total_steps`` and stays
     there, so that a finished run can be continued.
+
+    Raises:
+        ValueError: If ``lr`` is not positive or the warm-up never ends.
     """
-    optimizer = AdamW(_decay_matrices(module, weight_decay=weight_decay), lr=lr, betas=tuple(betas), fused=True)
+    if lr <= 0:
+        raise ValueError(f"optimizer.lr={lr} must be positive")
+    if not 0 <= warmup_steps <= total_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps={warmup_steps} is not between 0 and the {total_steps} steps of the run; shorten the "
+            "warm-up, or raise trainer.max_steps"
+        )
+    optimizer = AdamW(_decayed_or_not(module, weight_decay=weight_decay), lr=lr, betas=tuple(betas), fused=True)
 
     def fraction(step: int) -> float:
         if step < warmup_steps:
@@ -36,10 +46,21 @@ def adamw_warmup_cosine(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, fraction), "interval": "step"}}
 
 
-def _decay_matrices(module: nn.Module, *, weight_decay: float) -> list[dict]:
-    """Two parameter groups: biases and norms are not decayed, for shrinking them regularises nothing."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+def _decayed_or_not(module: nn.Module, *, weight_decay: float) -> list[dict]:
+    """Two parameter groups: what multiplies activations is decayed, and nothing else.
+
+    Shrinking biases and norms regularises nothing, and an embedding would shrink most where a token is rare. One that
+    is tied to the output head multiplies activations there.
+    """
+    decayed = {
+        parameter
+        for owner in module.modules()
+        if not (isinstance(owner, nn.Embedding) or "Norm" in type(owner).__name__)
+        for name, parameter in owner.named_parameters(recurse=False)
+        if "bias" not in name
+    }
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p not in decayed], "weight_decay": 0.0},
     ]

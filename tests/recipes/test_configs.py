@@ -59,7 +59,8 @@ def first_line(path: Path) -> str:
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_first_line_of_every_config_says_what_it_is_for(path: Path) -> None:
-    assert first_line(path).startswith("# Choose this " if path.parent != CONF else "# Table of contents")
+    expected = {CONF: "# Table of contents"} | dict.fromkeys(CONF.rglob("base"), "# What ")
+    assert first_line(path).startswith(expected.get(path.parent, "# Choose this "))
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("experiment/*.yaml")), ids=lambda path: path.stem)

@@ -1,0 +1,106 @@
+"""What language models of ``transformers`` have in common as LightningModules, whatever they predict."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+from transformers import PretrainedConfig
+
+from lightning_mics import start_from
+from recipes.pretrained_folder import pretrained_folder
+
+Objective = Literal["causal", "masked"]
+
+
+class LanguageModel(L.LightningModule, ABC):
+    """A network of ``transformers`` and how it is trained.
+
+    Args:
+        network: The architecture, as one of ``transformers``' configurations.
+        optimizer: Makes the optimizer (and schedule) from the module, once its parameters are sharded.
+        pretrained: Weights to start from: a folder that ``save_pretrained`` or ``lightning_mics.export`` has made, or a
+            name on the hub; None draws them from the seed.
+        compile_blocks: ``torch.compile`` each transformer block.
+    """
+
+    objective: ClassVar[Objective]  # what its batches must be; data modules ask for it
+    head: ClassVar[Any]  # the class of `transformers` that puts the right head on a configuration
+
+    def __init__(
+        self,
+        *,
+        network: PretrainedConfig,
+        optimizer: Callable[[nn.Module], OptimizerLRScheduler],
+        pretrained: str | None = None,
+        compile_blocks: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = network
+        self.pretrained = pretrained
+        self.make_optimizer = optimizer
+        self.compile_blocks = compile_blocks
+        self.network: nn.Module | None = None
+
+    @abstractmethod
+    def sequences_in(self, batch: Any) -> int:
+        """How many sequences a batch has."""
+
+    def check_data(self, *, vocab_size: int, sequence_length: int) -> None:
+        """Raises ValueError if the network cannot take such data."""
+        if vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"data.vocab_size={vocab_size} does not fit model.network.vocab_size={self.config.vocab_size}: "
+                f"the model needs one output per token; set both to the same number"
+            )
+        longest = self.longest_sequence
+        if longest is not None and sequence_length > longest:
+            raise ValueError(
+                f"data.sequence_length={sequence_length} is longer than the {longest} positions of the model; shorten "
+                "it or raise the model's positions"
+            )
+
+    @property
+    def longest_sequence(self) -> int | None:
+        """Tokens that the model has positions for; None if it sets no limit."""
+        positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        if positions is not None and self.config.model_type in ("roberta", "xlm-roberta", "camembert"):
+            return positions - self.config.pad_token_id - 1  # they number positions from there
+        return positions
+
+    def build_network(self) -> nn.Module:
+        """The network, on the current device, with torch's attention, which need not hold [length, length]."""
+        network: nn.Module = self.head.from_config(self.config, attn_implementation="sdpa")
+        return network
+
+    def configure_model(self) -> None:
+        if self.network is not None:  # Lightning calls this before every fit, validate and predict
+            return
+        if self._trainer is None:  # by itself, as in `load_from_checkpoint`, which gives it its weights
+            self.network = self.build_network()
+            return
+        with torch.device("meta"):  # the strategy gives each block its first weights when it shards it
+            self.network = self.build_network()
+        if self.pretrained is not None:
+            start_from(self.network, pretrained_folder(self.pretrained))
+        if self.compile_blocks:
+            for module in self.network.modules():
+                if type(module).__name__ in self.network._no_split_modules:
+                    module.compile()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return self.make_optimizer(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the latest validation loss, so that a resumed run can show that it starts from it, and the tokenizer's
+        folder, for ``python -m lightning_mics.export``.
+        """
+        if "val_loss" in self.trainer.callback_metrics:
+            checkpoint["val_loss"] = self.trainer.callback_metrics["val_loss"].item()
+        if tokenizer_folder := getattr(self.trainer.datamodule, "tokenizer_folder", None):
+            checkpoint["tokenizer"] = str(tokenizer_folder)
