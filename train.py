@@ -10,16 +10,21 @@ What else can be chosen is listed in conf/train.yaml.
 from __future__ import annotations
 
 import math
+import os
+import sys
 import warnings
 
 import hydra
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mics.manifest import DamagedCheckpointError
+from recipes.auto import choose_automatically
+from recipes.machine import check_machine
 from recipes.resume import SavedRun, find_saved_runs, steps_to_reach
 from recipes.unigram import unigram_loss
 
@@ -33,11 +38,16 @@ def main(config: DictConfig) -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # likewise torchdata 0.11
 
+    check_machine(config.cluster, overrides=HydraConfig.get().overrides.task, environment=os.environ)
+    if config.dry_run:
+        sys.exit("dry_run=true is not built yet: it will rehearse all ranks of the job on this machine")
     runs = find_saved_runs(config.resume, checkpoint_dir=config.checkpoint_dir, say=say)
     L.seed_everything(config.seed, verbose=False)
 
-    data = instantiate(config.data)
     model = make_model(config)
+    config, choices = choose_automatically(config, model)
+    say(choices)
+    data = instantiate(config.data)
     model.check_data(vocab_size=data.vocab_size, sequence_length=data.sequence_length)
     trainer, checkpoint = resume(config, runs, model, data) if runs else (make_trainer(config), None)
     trainer.fit(model, data, ckpt_path=checkpoint)

@@ -25,8 +25,19 @@ from torch.distributed.fsdp._fully_shard import _fsdp_api
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["OptimizedModule", "all_gather_single", "reduce_scatter_single", "unflatten_state_dict"]
+__all__ = [
+    "FakeTensorMode",
+    "OptimizedModule",
+    "TorchDispatchMode",
+    "all_gather_single",
+    "reduce_scatter_single",
+    "tree_leaves",
+    "tree_map_only",
+    "unflatten_state_dict",
+]
 
 HAS_UNSORTED_GROUPS = hasattr(dist, "all_gather_single")  # `sort_ranks` came with it, in 2.13
 

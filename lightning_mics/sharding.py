@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -99,8 +99,7 @@ def shard_model(
         for unit in (*blocks.values(), model):
             first_weights.place(unit)
             fully_shard(unit, mesh=groups.mesh, mp_policy=mixed_precision or MixedPrecisionPolicy())
-    for module in recomputed:
-        module.forward = _recomputing(module.forward)
+    recompute_in_backward(recomputed)
     load_sources(model)
     verify_replicas(model, groups)
     assert isinstance(model, FSDPModule)
@@ -141,6 +140,12 @@ def find_recomputed(
             )
         found |= fitting
     return list(found.values())
+
+
+def recompute_in_backward(modules: Iterable[nn.Module]) -> None:
+    """Let each of ``modules`` keep only its inputs in forward, and run again in backward."""
+    for module in modules:
+        module.forward = _recomputing(module.forward)
 
 
 def _listed(entries: ModuleClasses) -> list[type[nn.Module] | str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -48,7 +47,13 @@ from lightning_mics.mixed_precision import BFloat16Mixed
 from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.origin import origin
 from lightning_mics.partition_groups import PartitionGroups, check_hierarchical, choose_hierarchical, create_groups
-from lightning_mics.planning.memory import ModelSize, fits, measure_model, smallest_partition_size
+from lightning_mics.planning.memory import (
+    ModelSize,
+    device_memory_bytes,
+    fits,
+    measure_model,
+    smallest_partition_size,
+)
 from lightning_mics.planning.once_per_step import Auto, OncePerStep, choose_once_per_step
 from lightning_mics.preemption import stop_when_signalled
 from lightning_mics.save_planner import HostBuffers
@@ -329,10 +334,7 @@ class MiCSStrategy(ModelParallelStrategy):
 
     def _capacity_bytes(self) -> int:
         """Memory of the smallest device of the job: all ranks must come to the same partition size."""
-        if self.root_device.type == "cuda":
-            own = torch.cuda.get_device_properties(self.root_device).total_memory
-        else:
-            own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.num_processes
+        own = device_memory_bytes(self.root_device, processes=self.num_processes)
         return int(self.reduce(torch.tensor(own, device=self.root_device), reduce_op="min"))
 
     def _mixed_precision(self) -> MixedPrecisionPolicy:

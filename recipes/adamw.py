@@ -32,8 +32,8 @@ def adamw_warmup_cosine(
         raise ValueError(f"optimizer.lr={lr} must be positive")
     if not 0 <= warmup_steps <= total_steps:
         raise ValueError(
-            f"optimizer.warmup_steps={warmup_steps} is not between 0 and the {total_steps} steps of the run; shorten the "
-            "warm-up, or raise trainer.max_steps"
+            f"optimizer.warmup_steps={warmup_steps} is not between 0 and the {total_steps} steps of the run; "
+            "shorten the warm-up, or raise trainer.max_steps"
         )
     optimizer = AdamW(_decayed_or_not(module, weight_decay=weight_decay), lr=lr, betas=tuple(betas), fused=True)
 

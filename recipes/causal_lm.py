@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -31,26 +31,31 @@ class CausalLM(LanguageModel):
         self.sample_tokens = sample_tokens
         self.temperature = temperature
 
-    def sequences_in(self, batch: Tensor) -> int:
+    @staticmethod
+    def sequences_in(batch: Tensor) -> int:
         return len(batch)
+
+    @staticmethod
+    def example_batch(sequences: int, sequence_length: int) -> Tensor:
+        return torch.zeros(sequences, sequence_length + 1, dtype=torch.int64)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``[batch, length, vocab]`` for tokens ``[batch, length]``."""
         return self.network(input_ids=tokens, use_cache=False).logits
 
-    def loss(self, windows: Tensor) -> Tensor:
+    def loss_of(self, network: nn.Module, batch: Tensor) -> Tensor:
         """Mean negative log-likelihood, nats per token, of windows ``[batch, length + 1]``."""
-        logits = self(windows[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+        logits = network(input_ids=batch[:, :-1], use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self.loss(batch)
+        loss = self.loss_of(self.network, batch)
         # not averaged over ranks: that would cost a collective of all ranks in every micro-step
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val_loss", self.loss(batch), prog_bar=True, sync_dist=True, batch_size=len(batch))
+        self.log("val_loss", self.loss_of(self.network, batch), prog_bar=True, sync_dist=True, batch_size=len(batch))
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Continue prompts ``[batch, length]`` by ``sample_tokens``.

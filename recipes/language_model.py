@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lightning_mics import start_from
@@ -47,9 +47,19 @@ class LanguageModel(L.LightningModule, ABC):
         self.compile_blocks = compile_blocks
         self.network: nn.Module | None = None
 
+    @staticmethod
     @abstractmethod
-    def sequences_in(self, batch: Any) -> int:
+    def sequences_in(batch: Any) -> int:
         """How many sequences a batch has."""
+
+    @staticmethod
+    @abstractmethod
+    def example_batch(sequences: int, sequence_length: int) -> Any:
+        """A batch of the shapes that training has."""
+
+    @abstractmethod
+    def loss_of(self, network: nn.Module, batch: Any) -> Tensor:
+        """The training loss of ``network`` on a batch."""
 
     def check_data(self, *, vocab_size: int, sequence_length: int) -> None:
         """Raises ValueError if the network cannot take such data."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from transformers import AutoModelForMaskedLM
@@ -13,6 +14,7 @@ from transformers import AutoModelForMaskedLM
 from recipes.language_model import LanguageModel
 
 Batch = Mapping[str, Tensor]
+NOT_MASKED = -100  # the label of what is not to be predicted, which cross entropy leaves out
 
 
 class MaskedLM(LanguageModel):
@@ -33,32 +35,40 @@ class MaskedLM(LanguageModel):
         self.val_loss = MeanMetric()
         self.val_masked_accuracy = MeanMetric()
 
-    def sequences_in(self, batch: Batch) -> int:
+    @staticmethod
+    def sequences_in(batch: Batch) -> int:
         return len(batch["input_ids"])
+
+    @staticmethod
+    def example_batch(sequences: int, sequence_length: int) -> Batch:
+        tokens = torch.zeros(sequences, sequence_length, dtype=torch.int64)
+        return {"input_ids": tokens, "labels": tokens}
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``[batch, length, vocab]`` for tokens ``[batch, length]``."""
         return self.network(input_ids=tokens).logits
 
-    def masked_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits ``[masked, vocab]`` in float32 and the tokens ``[masked]`` that were there."""
-        masked = batch["labels"] != -100  # [batch, length]
-        return self(batch["input_ids"])[masked].float(), batch["labels"][masked]
+    def loss_of(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Mean negative log-likelihood, nats per masked token; zero if none is masked."""
+        logits = network(input_ids=batch["input_ids"]).logits
+        labels = batch["labels"]
+        total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        return total / (labels != NOT_MASKED).sum().clamp(min=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits, labels = self.masked_logits(batch)
-        loss = F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))  # a batch may have none
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        loss = self.loss_of(self.network, batch)
+        self.log("train_loss", loss, prog_bar=True, batch_size=self.sequences_in(batch))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        logits, labels = self.masked_logits(batch)
+        masked = batch["labels"] != NOT_MASKED  # [batch, length]
+        logits, labels = self(batch["input_ids"])[masked].float(), batch["labels"][masked]
         self.val_loss.update(F.cross_entropy(logits, labels, reduction="none"))
         self.val_masked_accuracy.update((logits.argmax(-1) == labels).float())
-        self.log("val_loss", self.val_loss, prog_bar=True, batch_size=len(batch["input_ids"]))
-        self.log("val_masked_accuracy", self.val_masked_accuracy, prog_bar=True, batch_size=len(batch["input_ids"]))
+        self.log("val_loss", self.val_loss, prog_bar=True, batch_size=self.sequences_in(batch))
+        self.log("val_masked_accuracy", self.val_masked_accuracy, prog_bar=True, batch_size=self.sequences_in(batch))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """``input_ids`` with the most likely token in each place that ``labels`` asks for."""
         guesses = self(batch["input_ids"]).argmax(-1)
-        return guesses.where(batch["labels"] != -100, batch["input_ids"])
+        return guesses.where(batch["labels"] != NOT_MASKED, batch["input_ids"])

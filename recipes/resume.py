@@ -26,8 +26,9 @@ def find_saved_runs(
 ) -> list[SavedRun]:
     """The runs to continue, the best first: none for a fresh start, one for a path or a URL.
 
-    For ``"last"`` it is the latest in ``checkpoint_dir``, followed by those before it, in case it turns out to be
-    damaged. Those whose own facts are damaged are left out, and ``say`` is told.
+    For ``"last"`` and ``"auto"`` it is the latest in ``checkpoint_dir``, followed by those before it, in case it turns
+    out to be damaged; where there is none ``"auto"`` starts afresh. Those whose own facts are damaged are left out, and
+    ``say`` is told.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -35,7 +36,7 @@ def find_saved_runs(
     """
     if resume is None:
         return []
-    if resume != "last":
+    if resume not in ("last", "auto"):
         if not exists(storage_path(resume)):
             raise FileNotFoundError(
                 f"resume={resume}: there is no such checkpoint; use resume=last for the latest of this run"
@@ -50,7 +51,7 @@ def find_saved_runs(
             say(f"{damage}; it is left out")
     if damages and not runs:
         raise damages[0]
-    if not runs:
+    if not runs and resume == "last":
         raise FileNotFoundError(
             f"resume=last: there is no checkpoint in {checkpoint_dir} yet; run once without resume, or use resume=PATH"
         )

@@ -6,6 +6,7 @@ Activations depend on the batch and are not counted; a share of the device is le
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -105,6 +106,13 @@ def smallest_partition_size(size: ModelSize, *, world_size: int, ranks_per_node:
 def fits(size: ModelSize, partition_size: int, capacity_bytes: int, *, kept_bytes: int = 0) -> bool:
     """Whether model states, and what is kept beside them, leave enough of a device for activations."""
     return size.per_rank_bytes(partition_size) + kept_bytes <= USABLE_SHARE * capacity_bytes
+
+
+def device_memory_bytes(device: torch.device, *, processes: int) -> int:
+    """Memory of a rank's device: of its GPU, or its part of the machine's, which has so many ``processes``."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
 
 
 def in_gib(size_bytes: int) -> str:

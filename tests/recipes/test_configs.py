@@ -13,6 +13,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import train
+from recipes.auto import _devices, choose_automatically
 
 CONF = Path(train.__file__).parent / "conf"
 CHOICES = [path.relative_to(CONF).with_suffix("").as_posix() for path in sorted(CONF.glob("*/*.yaml"))]
@@ -53,6 +54,10 @@ def test_every_config_composes_and_its_target_takes_its_keys(choice: str) -> Non
         inspect.signature(get_object(node["_target_"])).bind_partial(**keys)
 
 
+def without_auto(config: DictConfig) -> DictConfig:
+    return choose_automatically(config, train.make_model(config))[0]
+
+
 def first_line(path: Path) -> str:
     return next(line for line in path.read_text().splitlines() if not line.startswith("# @package"))
 
@@ -78,25 +83,26 @@ def test_strategy_config_is_the_constructor_of_the_strategy() -> None:
 def test_without_a_gpu_four_processes_count_as_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = composed()
-    assert (config.trainer.accelerator, config.trainer.devices, config.strategy.ranks_per_node) == ("cpu", 4, 2)
+    assert (config.trainer.accelerator, config.strategy.ranks_per_node) == ("cpu", 2)
+    assert without_auto(config).trainer.devices == 4
 
 
 def test_with_gpus_all_are_used_as_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     config = composed()
-    assert (config.trainer.accelerator, config.trainer.devices, config.strategy.ranks_per_node) == ("gpu", "auto", None)
+    assert (config.trainer.accelerator, config.strategy.ranks_per_node) == ("gpu", None)
+    assert _devices(config.cluster)[0] == 3
 
 
 def test_default_run_accumulates_and_ends_on_a_validation() -> None:
-    trainer = composed().trainer
+    trainer = without_auto(composed()).trainer
     assert trainer.accumulate_grad_batches >= 2
     assert trainer.max_steps * trainer.accumulate_grad_batches % trainer.val_check_interval == 0
 
 
 def test_trainer_is_built_as_configured(tmp_path: Path) -> None:
-    config = composed(
-        f"run_dir={tmp_path}", "cluster.accelerator=cpu", "cluster.devices=1", "cluster.precision=32-true"
-    )
+    config = without_auto(composed(f"run_dir={tmp_path}", "cluster.accelerator=cpu", "cluster.devices=2"))
     trainer = instantiate(config.trainer)
     assert trainer.max_steps == config.trainer.max_steps
     names = [type(callback).__name__ for callback in trainer.callbacks]

@@ -53,6 +53,10 @@ def test_last_without_a_checkpoint_says_so(tmp_path: Path) -> None:
         find_saved_runs("last", checkpoint_dir=tmp_path)
 
 
+def test_auto_starts_afresh_where_last_finds_nothing(tmp_path: Path) -> None:
+    assert find_saved_runs("auto", checkpoint_dir=tmp_path) == []
+
+
 def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"resume=nowhere\.ckpt: there is no such checkpoint; use resume=last"):
         find_saved_runs("nowhere.ckpt", checkpoint_dir=tmp_path)

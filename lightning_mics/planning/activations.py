@@ -1,0 +1,109 @@
+"""How much memory one micro-step takes beside the model states: what its forward and backward allocate at their peak.
+
+Nothing is computed: the step runs on fake tensors, which have shapes only, and every allocation and release is counted.
+So it holds for any model and loss, for recomputed blocks, and for what attention saves on the CPU; CUDA's flash
+attention saves the same: queries, keys, values, the output and one sum per query.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mics._torch_compat import FakeTensorMode, TorchDispatchMode, tree_leaves, tree_map_only
+
+
+def peak_activation_bytes(
+    make_model: Callable[[], nn.Module],
+    batch: Any,
+    *,
+    loss: Callable[[nn.Module, Any], Tensor],
+    dtype: torch.dtype,
+    autocast_dtype: torch.dtype | None = None,
+) -> int:
+    """The most bytes that are allocated at any moment of a forward and backward of ``batch``.
+
+    Parameters and their gradients are not counted: they are model states. Whatever has a parameter's shape is taken for
+    a gradient, so the batch should have another number of tokens than the model has rows or columns anywhere.
+
+    Args:
+        make_model: Builds the model; it is called under fake tensors, so any size will do.
+        batch: Tensors, in any nest of lists and dictionaries; only their shapes matter.
+        loss: Runs the model on the batch.
+        dtype: Of the parameters that the forward sees.
+        autocast_dtype: What autocast computes in; None is without.
+    """
+    with FakeTensorMode() as fake:
+        with _default_dtype(dtype):
+            model = make_model()
+        batch = tree_map_only(Tensor, fake.from_tensor, batch)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
+        shapes = {_unordered(parameter) for parameter in model.parameters()}
+        with (
+            _Allocations(shapes) as allocations,
+            torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None),
+        ):
+            loss(model, batch).backward()  # type: ignore[no-untyped-call]
+    peak_bytes: int = allocations.peak_bytes
+    return peak_bytes
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _unordered(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(sorted(tensor.shape))
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that operations make, until the last reference to each is gone.
+
+    Args:
+        ignored_shapes: Of tensors that are not counted.
+    """
+
+    def __init__(self, ignored_shapes: set[tuple[int, ...]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._ignored_shapes = ignored_shapes
+        self.peak_bytes = 0
+        self._live_bytes = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        given = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(result):
+            is_new = isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in given  # else a view
+            if is_new and _unordered(tensor) not in self._ignored_shapes:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        self._live_bytes += storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+        weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, size_bytes: int) -> None:
+        self._live_bytes -= size_bytes

@@ -1,0 +1,239 @@
+"""What "auto" stands for in a configuration: it follows from the model, the cluster and the global batch.
+
+In this order: devices, precision, partition size, once per step, micro-batch, accumulation. Partition size and once
+per step are chosen by the functions that the strategy uses. Nothing here depends on what a rank sees alone, so all
+ranks come to the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from lightning_mics.blocks import find_blocks
+from lightning_mics.partition_groups import choose_hierarchical
+from lightning_mics.planning.activations import peak_activation_bytes
+from lightning_mics.planning.memory import (
+    ModelSize,
+    device_memory_bytes,
+    in_gib,
+    measure_model,
+    smallest_partition_size,
+)
+from lightning_mics.planning.once_per_step import OncePerStep, choose_once_per_step
+from lightning_mics.sharding import find_recomputed, recompute_in_backward
+from lightning_mics.topology import Topology
+from recipes.batches import split_global_batch
+from recipes.language_model import LanguageModel
+from recipes.machine import Launched
+
+CPU_PROCESSES = 4  # two "nodes" of two: the smallest job that has all kinds of groups
+LEFT_FREE = 0.06  # share of a device for what nobody counts: the CUDA context, NCCL, fragmentation
+
+
+@dataclass
+class Choices:
+    """Values with where they come from, for people to read."""
+
+    rows: dict[str, str] = field(default_factory=dict)
+
+    def take(self, name: str, given: Any, chosen: Any, why: str) -> Any:
+        """``given``, or what is ``chosen`` for "auto"."""
+        value, reason = (chosen, f'"auto": {why}') if given == "auto" else (given, "given")
+        self.rows[name] = f"{value} ({reason})"
+        return value
+
+    def table(self) -> str:
+        width = max(map(len, self.rows))
+        return "\n".join(["Job", *(f"  {name:<{width}}  {value}" for name, value in self.rows.items())])
+
+
+def choose_automatically(config: DictConfig, model: LanguageModel) -> tuple[DictConfig, str]:
+    """A copy of ``config`` without "auto", and a table of what was chosen and why.
+
+    Args:
+        config: As ``conf/train.yaml`` composes it.
+        model: The model of the run, not built yet.
+
+    Raises:
+        ValueError: If the global batch cannot be split as asked; the message names the nearest that can.
+    """
+    config, choices = copy.deepcopy(config), Choices()
+    cluster = config.cluster
+    cluster.devices = choices.take("devices per node", cluster.devices, *_devices(cluster))
+    cluster.precision = choices.take("precision", cluster.precision, *_precision(cluster))
+    ranks = cluster.num_nodes * cluster.devices
+    memory = _Memory.of(config, model, ranks=ranks)
+    config.strategy.partition_size = choices.take(
+        "partition size", config.strategy.partition_size, memory.topology.partition_size, memory.why_partition_size
+    )
+    _choose_batches(config, choices, memory, ranks=ranks)
+    _choose_validation(config)
+    choices.rows["memory per rank"] = memory.report(config.data.batch_size)
+    return config, choices.table()
+
+
+def _devices(cluster: DictConfig) -> tuple[int, str]:
+    launched = Launched.read(os.environ).ranks_per_node
+    if launched is not None:
+        return launched, "as launched"
+    if cluster.accelerator == "gpu":
+        return torch.cuda.device_count(), "the GPUs of this machine"
+    return CPU_PROCESSES, "CPU processes, enough for each kind of group"
+
+
+def _precision(cluster: DictConfig) -> tuple[str, str]:
+    if cluster.accelerator == "gpu" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16-mixed", "the GPUs compute in bfloat16"
+    return "32-true", "nothing here computes faster in bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Memory:
+    """What takes memory on a rank, in bytes."""
+
+    topology: Topology
+    why_partition_size: str
+    capacity: int
+    states: int  # with what is kept to travel once per step
+    sequence: int  # activations of one sequence
+
+    @classmethod
+    def of(cls, config: DictConfig, model: LanguageModel, *, ranks: int) -> _Memory:
+        cluster = config.cluster
+        with torch.device("meta"):
+            network = model.build_network()
+        mixed = cluster.precision == "bf16-mixed"
+        size = measure_model(
+            network,
+            find_blocks(network).values(),
+            gathered_dtype=torch.bfloat16 if mixed else None,
+            reduce_dtype=torch.float32 if mixed else None,
+        )
+        capacity, per_node = _capacity_bytes(cluster), cluster.ranks_per_node or cluster.devices
+        partition_size, why = config.strategy.partition_size, "given"
+        if partition_size == "auto":
+            partition_size = smallest_partition_size(
+                size, world_size=ranks, ranks_per_node=per_node, capacity_bytes=capacity
+            )
+            why = "the fewest whole nodes that hold the model states"
+        topology = Topology(world_size=ranks, ranks_per_node=per_node, partition_size=partition_size)
+        kept = _once_per_step(config, size, topology, capacity).kept_bytes
+        return cls(
+            topology=topology,
+            why_partition_size=why,
+            capacity=capacity,
+            states=size.per_rank_bytes(partition_size) + kept,
+            sequence=sequence_bytes(config, model),
+        )
+
+    @property
+    def largest_micro(self) -> int:
+        """Sequences whose activations fit beside the model states; 0 if not even one does."""
+        return max(0, int((1 - LEFT_FREE) * self.capacity - self.states) // self.sequence)
+
+    def report(self, micro: int) -> str:
+        total = self.states + micro * self.sequence
+        text = f"{in_gib(self.states)} states + {in_gib(micro * self.sequence)} activations of {in_gib(self.capacity)}"
+        return text if total <= (1 - LEFT_FREE) * self.capacity else f"{text}: this may not fit"
+
+
+def _capacity_bytes(cluster: DictConfig) -> int:
+    if cluster.memory_gib is not None:
+        return int(cluster.memory_gib * 2**30)
+    return device_memory_bytes(
+        torch.device("cuda" if cluster.accelerator == "gpu" else "cpu"), processes=cluster.devices
+    )
+
+
+def _once_per_step(config: DictConfig, size: ModelSize, topology: Topology, capacity: int) -> OncePerStep:
+    options = config.strategy
+    return choose_once_per_step(
+        size,
+        topology,
+        cross_node_gather=options.cross_node_gather,
+        cross_node_reduce=options.cross_node_reduce,
+        in_node_gather=options.in_node_gather,
+        in_node_reduce=options.in_node_reduce,
+        two_hop=options.two_hop,
+        hierarchical=choose_hierarchical(options.hierarchical, topology),
+        capacity_bytes=capacity,
+    )
+
+
+def sequence_bytes(config: DictConfig, model: LanguageModel) -> int:
+    """Bytes that training on one more sequence takes on a rank.
+
+    Measured on networks of two and of four blocks: each block more takes the same.
+    """
+    blocks, length = model.config.num_hidden_layers, config.data.sequence_length
+    with torch.device("meta"):
+        dims = {dim for parameter in _with_blocks(model, 1).build_network().parameters() for dim in parameter.shape}
+    sequences = next(count for count in itertools.count(3) if count * length not in dims)
+    few, many = (_activations(config, model, blocks=count, sequences=sequences) for count in (2, 4))
+    return (few + (blocks - 2) * (many - few) // 2) // sequences
+
+
+def _activations(config: DictConfig, model: LanguageModel, *, blocks: int, sequences: int) -> int:
+    mixed = config.cluster.precision == "bf16-mixed"
+    small = _with_blocks(model, blocks)
+    choice = OmegaConf.to_object(OmegaConf.create({"": config.strategy.activation_checkpointing}))[""]
+
+    def make_network() -> nn.Module:
+        network = small.build_network()
+        if choice is not False:
+            recompute_in_backward(find_recomputed(network, find_blocks(network), choice))
+        return network
+
+    return peak_activation_bytes(
+        make_network,
+        model.example_batch(sequences, config.data.sequence_length),
+        loss=functools.partial(type(model).loss_of, model),
+        dtype=torch.bfloat16 if mixed else torch.float32,
+        autocast_dtype=torch.bfloat16 if mixed else None,
+    )
+
+
+def _with_blocks(model: LanguageModel, blocks: int) -> LanguageModel:
+    small = copy.copy(model)
+    small.config = copy.deepcopy(model.config)
+    small.config.num_hidden_layers = blocks
+    return small
+
+
+def _choose_batches(config: DictConfig, choices: Choices, memory: _Memory, *, ranks: int) -> None:
+    data, trainer = config.data, config.trainer
+    on_cpu = config.cluster.accelerator == "cpu"
+    batches = split_global_batch(
+        config.global_batch_size,
+        ranks=ranks,
+        micro=None if data.batch_size == "auto" else data.batch_size,
+        accumulation=None if trainer.accumulate_grad_batches == "auto" else trainer.accumulate_grad_batches,
+        largest_micro=max(1, memory.largest_micro),
+        least_accumulation=2 if on_cpu else 1,  # a rehearsal on CPUs should have a boundary to see
+    )
+    choices.rows["global batch"] = f"{config.global_batch_size} sequences of {data.sequence_length} tokens"
+    fits = f"up to {memory.largest_micro} fit beside the model states" + (", two micro-steps wanted" if on_cpu else "")
+    data.batch_size = choices.take("micro-batch", data.batch_size, batches.micro, fits)
+    trainer.accumulate_grad_batches = choices.take(
+        "accumulation", trainer.accumulate_grad_batches, batches.accumulation, "what makes up the global batch"
+    )
+    if data.val_batch_size == "auto":
+        data.val_batch_size = data.batch_size
+
+
+def _choose_validation(config: DictConfig) -> None:
+    """Lightning counts micro-steps between validations; people count steps."""
+    trainer = config.trainer
+    if config.validate_every_n_steps == "auto":
+        config.validate_every_n_steps = max(1, min(500, trainer.max_steps // 10))
+    if trainer.val_check_interval == "auto":
+        trainer.val_check_interval = config.validate_every_n_steps * trainer.accumulate_grad_batches

@@ -1,0 +1,115 @@
+"""A job that is not the one ``cluster=`` asks for stops, and says what to type."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from recipes.machine import Launched, check_machine, find_problem, how_to_launch
+from tests.recipes.test_configs import CONF, composed
+
+CLUSTER = {
+    "num_nodes": 4,
+    "devices": 8,
+    "accelerator": "gpu",
+    "instance": "p4d.24xlarge",
+    "gpu": "A100 40 GB",
+    "launch_script": "recipes/launch/p4d.sbatch",
+}
+LOCAL = {"num_nodes": 1, "devices": "auto", "accelerator": "cpu", "instance": None, "launch_script": None}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "32", "LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "0"}
+SRUN = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_NNODES": "4",
+    "SLURM_NTASKS": "32",
+    "SLURM_LOCALID": "0",
+}
+
+
+@pytest.mark.parametrize("environment", [TORCHRUN, SRUN, {"NODE_RANK": "3", "MASTER_ADDR": "host"}])
+def test_the_right_job_goes_on(environment: dict[str, str]) -> None:
+    assert find_problem(CLUSTER, Launched.read(environment), gpus=8) is None
+
+
+@pytest.mark.parametrize("environment", [{}, TORCHRUN | {"WORLD_SIZE": "8"}])
+def test_on_one_machine_whatever_is_there_is_right(environment: dict[str, str]) -> None:
+    assert find_problem(LOCAL, Launched.read(environment), gpus=0) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "there"),
+    [
+        ({}, 0, "there is 1 node, as started by hand, and no GPUs on this machine."),
+        (TORCHRUN | {"WORLD_SIZE": "16"}, 8, "there are 2 nodes, as started by torchrun."),
+        (
+            TORCHRUN | {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "4"},
+            4,
+            "there are 4 processes on each node, and 4 GPUs on this machine.",
+        ),
+        (SRUN | {"SLURM_NNODES": "2", "SLURM_NTASKS": "16"}, 8, "there are 2 nodes, as started by srun."),
+        (TORCHRUN, 1, "there is 1 GPU on this machine."),
+    ],
+)
+def test_what_is_there_is_named(environment: dict[str, str], gpus: int, there: str) -> None:
+    problem = find_problem(CLUSTER, Launched.read(environment), gpus=gpus)
+    assert problem == f"The configuration is for 4 nodes of p4d.24xlarge (A100 40 GB) with 8 GPUs each; {there}"
+
+
+def test_commands_hold_what_the_user_has_typed() -> None:
+    lines = how_to_launch(CLUSTER, overrides=["model=gpt2", "data.prompt=def f"]).splitlines()
+    typed = "model=gpt2 'data.prompt=def f'"
+    assert lines == [
+        "On each of the 4 nodes, with the first one's address as HOST:",
+        "  torchrun --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py " + typed,
+        "Under SLURM:",
+        f"  sbatch --nodes=4 recipes/launch/p4d.sbatch {typed}",
+        "To rehearse all of its ranks on this machine, without a GPU:",
+        f"  python train.py {typed} dry_run=true",
+    ]
+    assert "torchrun --standalone --nproc-per-node=gpu train.py" in how_to_launch(LOCAL, overrides=[])
+
+
+def test_one_rank_of_each_node_speaks_and_all_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    wrong = TORCHRUN | {"WORLD_SIZE": "16"}
+    for local_rank, said in (("0", True), ("1", False)):
+        with pytest.raises(SystemExit) as stop:
+            check_machine(CLUSTER, overrides=[], environment=wrong | {"LOCAL_RANK": local_rank})
+        assert ("torchrun" in str(stop.value.code)) is said
+        assert stop.value.code not in (None, 0)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("cluster/*.yaml")), ids=lambda path: path.stem)
+def test_every_cluster_has_all_facts_and_its_launch_script(path: Path) -> None:
+    cluster = composed(f"cluster={path.stem}").cluster
+    assert set(cluster) == set(composed().cluster)
+    if path.stem == "local":
+        return
+    name, _, nodes = path.stem.rpartition("_")
+    assert cluster.num_nodes == int(nodes)
+    assert cluster.instance.split(".")[0] == name
+    assert all(value is not None for key, value in cluster.items() if key != "ranks_per_node")
+    assert (Path(train.__file__).parent / cluster.launch_script).is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=gpt-100b", "cluster=p4d_64"], "python train.py model=gpt-100b cluster=p4d_64 dry_run=true"),
+        (["dry_run=true"], "dry_run=true is not built yet"),
+    ],
+)
+def test_the_program_ends_with_the_message_and_without_a_traceback(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    run = subprocess.run(
+        [sys.executable, train.__file__, *overrides, f"run_dir={tmp_path}"], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 1
+    assert message in run.stderr.replace(f" run_dir={tmp_path}", "")
+    assert "Traceback" not in run.stderr
