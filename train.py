@@ -1,4 +1,4 @@
-"""Train a GPT under MiCS on this machine's GPUs or, without any, on CPU processes that stand for a small cluster.
+"""Train a language model under MiCS: on a cluster, on this machine's GPUs or, without any, on CPU processes.
 
     python train.py                                   everything as in conf/train.yaml
     python train.py trainer.max_steps=1000            one value changed
@@ -9,10 +9,10 @@ What else can be chosen is listed in conf/train.yaml.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import hydra
 import lightning as L
@@ -24,9 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_mics.manifest import DamagedCheckpointError
 from recipes.auto import choose_automatically
+from recipes.baselines import causal_baselines, masked_baselines
+from recipes.history import History
+from recipes.language_model import LanguageModel
 from recipes.machine import check_machine
+from recipes.report import write_report
 from recipes.resume import SavedRun, find_saved_runs, steps_to_reach
-from recipes.unigram import unigram_loss
 
 OmegaConf.register_new_resolver("gpu_or_cpu", lambda gpu, cpu: gpu if torch.cuda.is_available() else cpu, replace=True)
 say = rank_zero_only(print)
@@ -47,16 +50,17 @@ def main(config: DictConfig) -> None:
     model = make_model(config)
     config, choices = choose_automatically(config, model)
     say(choices)
-    data = instantiate(config.data)
+    data = instantiate(config.data, objective=model.objective)
     model.check_data(vocab_size=data.vocab_size, sequence_length=data.sequence_length)
     trainer, checkpoint = resume(config, runs, model, data) if runs else (make_trainer(config), None)
     trainer.fit(model, data, ckpt_path=checkpoint)
     (final,) = trainer.validate(model, data, verbose=False)
     (sample,) = trainer.predict(model, data)
-    report(config, data=data, loss=final["val_loss"], sample=data.decode(sample[0]))
+    if trainer.is_global_zero:
+        conclude(config, trainer, model, data, choices=choices, final=final, sample=data.decode(sample[0]))
 
 
-def make_model(config: DictConfig) -> L.LightningModule:
+def make_model(config: DictConfig) -> LanguageModel:
     """The model of this run, without weights; its ``training`` values are for data, optimizer and trainer."""
     arguments = OmegaConf.to_container(config.model, resolve=True)
     del arguments["training"]
@@ -66,7 +70,8 @@ def make_model(config: DictConfig) -> L.LightningModule:
 def make_trainer(config: DictConfig, saved: SavedRun | None = None) -> L.Trainer:
     """The Trainer of this run, whether it begins or goes on."""
     steps = steps_to_reach(config.trainer.max_steps, saved)
-    return instantiate(config.trainer, strategy=instantiate(config.strategy), max_steps=steps)
+    loggers = list(instantiate(config.logger).values())
+    return instantiate(config.trainer, logger=loggers, strategy=instantiate(config.strategy), max_steps=steps)
 
 
 def resume(
@@ -88,16 +93,42 @@ def resume(
     raise AssertionError("unreachable: the last of the runs returns or raises")
 
 
-@rank_zero_only
-def report(config: DictConfig, *, data: L.LightningDataModule, loss: float, sample: str) -> None:
-    """Print what came out of the run, next to what a model without any context reaches on the same tokens."""
-    targets = torch.stack([window[1:] for window in data.val]).flatten().numpy()
-    unigram = unigram_loss(data.train_tokens, targets, vocab_size=data.vocab_size)
-    print(f"\nSample of generated text:\n\n{sample}\n")
-    print("                     nats per token   perplexity")
-    print(f"  validation loss    {loss:14.3f} {math.exp(loss):12.1f}")
-    print(f"  unigram model      {unigram:14.3f} {math.exp(unigram):12.1f}")
-    print(f"\n{config.run_dir}: loss.png, csv/; {config.checkpoint_dir}: checkpoints (go on with resume=last)")
+def conclude(
+    config: DictConfig,
+    trainer: L.Trainer,
+    model: LanguageModel,
+    data: L.LightningDataModule,
+    *,
+    choices: str,
+    final: dict[str, float],
+    sample: str,
+) -> None:
+    """Print what came out of the run, next to what counting reaches on the same tokens, and write the report."""
+    if model.objective == "causal":
+        reached = {"validation loss, nats per token": final["val_loss"], **causal_baselines(data)}
+    else:
+        reached = {"accuracy on masked tokens": final["val_masked_accuracy"], **masked_baselines(data)}
+    results = {name: f"{value:.3f}" for name, value in reached.items()}
+    (history,) = (callback for callback in trainer.callbacks if isinstance(callback, History))
+    write_report(
+        Path(config.run_dir, "report.html"),
+        title=config.name,
+        command=["python", "train.py", *HydraConfig.get().overrides.task],
+        facts={
+            "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+            "training tokens": f"{len(data.train_tokens):,}",
+            "steps": f"{trainer.global_step:,}",
+            "ranks": f"{trainer.world_size}, {config.cluster.instance or 'local'}",
+            "checkpoints": str(config.checkpoint_dir),
+        },
+        results=results,
+        choices=choices,
+        series=history.series,
+        sample=sample,
+    )
+    width = max(map(len, results))
+    print(f"\nSample:\n\n{sample}\n\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in results.items()))
+    print(f"\n{config.run_dir}: report.html, csv/; {config.checkpoint_dir}: checkpoints (go on with resume=last)")
 
 
 if __name__ == "__main__":

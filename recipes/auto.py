@@ -8,7 +8,6 @@ ranks come to the same.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import os
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from lightning_mics.topology import Topology
 from recipes.batches import split_global_batch
 from recipes.language_model import LanguageModel
 from recipes.machine import Launched
+from recipes.throughput import measure_shape
 
 CPU_PROCESSES = 4  # two "nodes" of two: the smallest job that has all kinds of groups
 LEFT_FREE = 0.06  # share of a device for what nobody counts: the CUDA context, NCCL, fragmentation
@@ -110,7 +110,7 @@ class _Memory:
     def of(cls, config: DictConfig, model: LanguageModel, *, ranks: int) -> _Memory:
         cluster = config.cluster
         with torch.device("meta"):
-            network = model.build_network()
+            network = _as_in_training(model.build_network())
         mixed = cluster.precision == "bf16-mixed"
         size = measure_model(
             network,
@@ -170,36 +170,45 @@ def _once_per_step(config: DictConfig, size: ModelSize, topology: Topology, capa
 
 
 def sequence_bytes(config: DictConfig, model: LanguageModel) -> int:
-    """Bytes that training on one more sequence takes on a rank.
+    """Bytes that training on one more sequence takes on a rank."""
+    choice = OmegaConf.to_object(OmegaConf.create({"": config.strategy.activation_checkpointing}))[""]
+    _, share = measure_shape(model, choice)
+    if share == 0:
+        return _extrapolated(config, model, recompute=choice)
+    kept, recomputed = (_extrapolated(config, model, recompute=all_blocks) for all_blocks in (False, True))
+    return round(share * recomputed + (1 - share) * kept)
 
-    Measured on networks of two and of four blocks: each block more takes the same.
-    """
+
+def _extrapolated(config: DictConfig, model: LanguageModel, *, recompute: Any) -> int:
+    """From networks of two and of four blocks: each block more takes the same."""
     blocks, length = model.config.num_hidden_layers, config.data.sequence_length
     with torch.device("meta"):
         dims = {dim for parameter in _with_blocks(model, 1).build_network().parameters() for dim in parameter.shape}
     sequences = next(count for count in itertools.count(3) if count * length not in dims)
-    few, many = (_activations(config, model, blocks=count, sequences=sequences) for count in (2, 4))
-    return (few + (blocks - 2) * (many - few) // 2) // sequences
 
+    def taken(few: int) -> int:
+        return peak_activation_bytes(
+            lambda: _make_network(_with_blocks(model, few), recompute=recompute),
+            model.example_batch(sequences, length),
+            loss=lambda network, batch: model.loss_of(network["network"], batch),
+            dtype=torch.bfloat16 if mixed else torch.float32,
+            autocast_dtype=torch.bfloat16 if mixed else None,
+        )
 
-def _activations(config: DictConfig, model: LanguageModel, *, blocks: int, sequences: int) -> int:
     mixed = config.cluster.precision == "bf16-mixed"
-    small = _with_blocks(model, blocks)
-    choice = OmegaConf.to_object(OmegaConf.create({"": config.strategy.activation_checkpointing}))[""]
+    two, four = taken(2), taken(4)
+    return (two + (blocks - 2) * (four - two) // 2) // sequences
 
-    def make_network() -> nn.Module:
-        network = small.build_network()
-        if choice is not False:
-            recompute_in_backward(find_recomputed(network, find_blocks(network), choice))
-        return network
 
-    return peak_activation_bytes(
-        make_network,
-        model.example_batch(sequences, config.data.sequence_length),
-        loss=functools.partial(type(model).loss_of, model),
-        dtype=torch.bfloat16 if mixed else torch.float32,
-        autocast_dtype=torch.bfloat16 if mixed else None,
-    )
+def _make_network(model: LanguageModel, *, recompute: Any) -> nn.ModuleDict:
+    network = _as_in_training(model.build_network())
+    recompute_in_backward(find_recomputed(network, find_blocks(network), recompute))
+    return network
+
+
+def _as_in_training(network: nn.Module) -> nn.ModuleDict:
+    """Blocks have the names that they have in a LanguageModel, for patterns."""
+    return nn.ModuleDict({"network": network})
 
 
 def _with_blocks(model: LanguageModel, blocks: int) -> LanguageModel:

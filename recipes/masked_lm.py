@@ -68,7 +68,7 @@ class MaskedLM(LanguageModel):
         self.log("val_loss", self.val_loss, prog_bar=True, batch_size=self.sequences_in(batch))
         self.log("val_masked_accuracy", self.val_masked_accuracy, prog_bar=True, batch_size=self.sequences_in(batch))
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """``input_ids`` with the most likely token in each place that ``labels`` asks for."""
-        guesses = self(batch["input_ids"]).argmax(-1)
-        return guesses.where(batch["labels"] != NOT_MASKED, batch["input_ids"])
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Tokens ``[batch, length]`` with the most likely token in each masked place."""
+        masked = batch == self.trainer.datamodule.tokenizer.mask_token_id
+        return self(batch).argmax(-1).where(masked, batch)

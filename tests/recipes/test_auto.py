@@ -8,7 +8,7 @@ import pytest
 from omegaconf import DictConfig
 
 import train
-from recipes.auto import choose_automatically
+from recipes.auto import choose_automatically, sequence_bytes
 from tests.recipes.test_configs import composed
 
 
@@ -61,6 +61,16 @@ def test_the_papers_largest_run_gets_the_papers_partition_size_and_fits() -> Non
     assert "may not fit" not in table
     _, crowded = chosen("model=gpt-100b", "cluster=p4d_64", "data.batch_size=16")
     assert "this may not fit" in crowded
+
+
+def test_recomputing_some_blocks_takes_what_is_in_between() -> None:
+    def taken(choice: str) -> int:
+        config = composed(f"strategy.activation_checkpointing={choice}", "model.network.n_layer=12")
+        config.cluster.precision = "32-true"
+        return sequence_bytes(config, train.make_model(config))
+
+    none, last, half, full = map(taken, ("false", "['network.transformer.h.11']", "['*[02468]']", "true"))
+    assert none > last > half > full > 0
 
 
 def test_recomputing_blocks_leaves_room_for_larger_micro_batches() -> None:

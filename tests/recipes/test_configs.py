@@ -106,4 +106,4 @@ def test_trainer_is_built_as_configured(tmp_path: Path) -> None:
     trainer = instantiate(config.trainer)
     assert trainer.max_steps == config.trainer.max_steps
     names = [type(callback).__name__ for callback in trainer.callbacks]
-    assert {"TokensPerSecond", "StepProgressBar", "LossCurves", "ModelCheckpoint"} <= set(names)
+    assert {"Throughput", "GradientNorm", "StepProgressBar", "History", "ModelCheckpoint"} <= set(names)

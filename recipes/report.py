@@ -1,0 +1,89 @@
+"""What came out of a run, on one page that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import lightning
+import torch
+import transformers
+
+from recipes.history import Series, draw
+
+PANELS = [
+    ["train_loss", "val_loss"],
+    ["val_masked_accuracy"],
+    ["tokens_per_s"],
+    ["mfu_tflops_per_gpu", "hfu_tflops_per_gpu"],
+    ["grad_norm"],
+    ["lr"],
+    ["memory_gib"],
+]
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse}td{padding:.15rem 1rem .15rem 0;vertical-align:top}td:first-child{color:#666}"
+    "pre{background:#f5f5f5;padding:.8rem;overflow-x:auto;font-size:13px}img{max-width:100%}"
+)
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    command: Sequence[str],
+    facts: Mapping[str, str],
+    results: Mapping[str, str],
+    choices: str,
+    series: Series,
+    sample: str,
+) -> None:
+    """Write the page.
+
+    Args:
+        path: Of the HTML file.
+        title: Its heading.
+        command: What was typed, in words.
+        facts: On model, data and machine.
+        results: What was reached, next to what it is held against.
+        choices: The tables that are printed at start.
+        series: What was measured over steps.
+        sample: Text that the model has made.
+    """
+    versions = {
+        "lightning": lightning.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "Python": platform.python_version(),
+    }
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        f"<pre>{html.escape(shlex.join(command))}</pre>",
+        "<h2>Results</h2>",
+        _table(results),
+        f'<p><img alt="what was measured, by optimizer step" src="{_picture(series)}"></p>',
+        "<h2>Sample</h2>",
+        f"<pre>{html.escape(sample)}</pre>",
+        "<h2>Run</h2>",
+        _table({**facts, "versions": ", ".join(f"{name} {version}" for name, version in versions.items())}),
+        f"<pre>{html.escape(choices)}</pre>",
+    ]
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([f"{head}<style>{STYLE}</style>", *body, "</html>"]), encoding="utf-8")
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    cells = (f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows.items())
+    return f"<table>{''.join(cells)}</table>"
+
+
+def _picture(series: Series) -> str:
+    buffer = io.BytesIO()
+    draw(series, PANELS).savefig(buffer, format="png", dpi=110)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
