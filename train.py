@@ -30,8 +30,10 @@ from recipes.language_model import LanguageModel
 from recipes.machine import check_machine
 from recipes.report import write_report
 from recipes.resume import SavedRun, find_saved_runs, steps_to_reach
+from recipes.vocabulary import vocabulary_of
 
 OmegaConf.register_new_resolver("gpu_or_cpu", lambda gpu, cpu: gpu if torch.cuda.is_available() else cpu, replace=True)
+OmegaConf.register_new_resolver("vocabulary_of", vocabulary_of, replace=True)
 say = rank_zero_only(print)
 
 
