@@ -54,7 +54,7 @@ def test_tokens_decode_to_the_documents_of_their_split(tmp_path: Path, monkeypat
 def test_a_given_tokenizer_is_used_and_kept(tmp_path: Path) -> None:
     tokenizer = word_tokenizer(words=70000)
     fill_with_tokens(
-        tmp_path, Documents(["w3 w69999 w5", "w1 w2"]), **{**SETTINGS, "tokenizer": tokenizer, "val_fraction": 1e-9}
+        tmp_path, Documents(["w5 w1 w69999", "w3 w0 w2"]), **{**SETTINGS, "tokenizer": tokenizer, "val_fraction": 1e-9}
     )
     assert TokenFacts.read(tmp_path).dtype == "uint32"
     tokens = np.fromfile(tmp_path / "train.bin", dtype=np.uint32)
