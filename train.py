@@ -3,6 +3,7 @@
     python train.py                                   everything as in conf/train.yaml
     python train.py trainer.max_steps=1000            one value changed
     python train.py resume=last                       go on where the last run of that name stopped
+    python train.py -m strategy.partition_size=1,2,4  one run after another
 
 What else can be chosen is listed in conf/train.yaml.
 """
@@ -18,6 +19,7 @@ import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -30,6 +32,7 @@ from recipes.language_model import LanguageModel
 from recipes.machine import check_machine
 from recipes.report import write_report
 from recipes.resume import SavedRun, find_saved_runs, steps_to_reach
+from recipes.sweep import one_job
 from recipes.vocabulary import vocabulary_of
 
 OmegaConf.register_new_resolver("gpu_or_cpu", lambda gpu, cpu: gpu if torch.cuda.is_available() else cpu, replace=True)
@@ -43,9 +46,19 @@ def main(config: DictConfig) -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # likewise torchdata 0.11
 
-    check_machine(config.cluster, overrides=HydraConfig.get().overrides.task, environment=os.environ)
+    overrides = HydraConfig.get().overrides.task
+    check_machine(config.cluster, overrides=overrides, environment=os.environ)
     if config.dry_run:
         sys.exit("dry_run=true is not built yet: it will rehearse all ranks of the job on this machine")
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        with one_job([*overrides, f"run_dir={config.run_dir}"]):
+            run(config)
+    else:
+        run(config)
+
+
+def run(config: DictConfig) -> None:
+    """Train, or go on, and say what came out."""
     runs = find_saved_runs(config.resume, checkpoint_dir=config.checkpoint_dir, say=say)
     L.seed_everything(config.seed, verbose=False)
 

@@ -93,7 +93,14 @@ def _devices(cluster: DictConfig) -> tuple[int, str]:
 def _precision(cluster: DictConfig) -> tuple[str, str]:
     if cluster.accelerator == "gpu" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16-mixed", "the GPUs compute in bfloat16"
-    return "32-true", "nothing here computes faster in bfloat16"
+    if cluster.accelerator == "cpu" and _cpu_has_bfloat16():
+        return "bf16-mixed", "this processor multiplies in bfloat16"
+    return "32-true", "nothing here computes in bfloat16"
+
+
+def _cpu_has_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.13 has it
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,18 +227,16 @@ def _with_blocks(model: LanguageModel, blocks: int) -> LanguageModel:
 
 def _choose_batches(config: DictConfig, choices: Choices, memory: _Memory, *, ranks: int) -> None:
     data, trainer = config.data, config.trainer
-    on_cpu = config.cluster.accelerator == "cpu"
     batches = split_global_batch(
         config.global_batch_size,
         ranks=ranks,
         micro=None if data.batch_size == "auto" else data.batch_size,
         accumulation=None if trainer.accumulate_grad_batches == "auto" else trainer.accumulate_grad_batches,
         largest_micro=max(1, memory.largest_micro),
-        least_accumulation=2 if on_cpu else 1,  # a rehearsal on CPUs should have a boundary to see
     )
     choices.rows["global batch"] = f"{config.global_batch_size} sequences of {data.sequence_length} tokens"
-    fits = f"up to {memory.largest_micro} fit beside the model states" + (", two micro-steps wanted" if on_cpu else "")
-    data.batch_size = choices.take("micro-batch", data.batch_size, batches.micro, fits)
+    fitting = f"up to {memory.largest_micro} fit beside the model states"
+    data.batch_size = choices.take("micro-batch", data.batch_size, batches.micro, fitting)
     trainer.accumulate_grad_batches = choices.take(
         "accumulation", trainer.accumulate_grad_batches, batches.accumulation, "what makes up the global batch"
     )

@@ -23,7 +23,6 @@ def split_global_batch(
     micro: int | None = None,
     accumulation: int | None = None,
     largest_micro: int = 1,
-    least_accumulation: int = 1,
 ) -> Batches:
     """The largest micro-batch, and so the fewest micro-steps, that make up ``global_batch`` exactly.
 
@@ -33,7 +32,6 @@ def split_global_batch(
         micro: Sequences per rank and micro-step, if they are given.
         accumulation: Micro-steps per optimizer step, if they are given.
         largest_micro: What memory allows, where ``micro`` is not given.
-        least_accumulation: Micro-steps there should be at least, where the batch allows.
 
     Raises:
         ValueError: If a number is not positive, or nothing makes up ``global_batch``; with the nearest that work.
@@ -52,13 +50,12 @@ def split_global_batch(
         raise ValueError(_refusal(global_batch, ranks=ranks, micro=micro, accumulation=accumulation))
     of_rank = global_batch // ranks
     if micro is None:
-        micro = of_rank // accumulation if accumulation else _largest(of_rank, largest_micro, least_accumulation)
+        micro = of_rank // accumulation if accumulation else _largest(of_rank, largest_micro)
     return Batches(micro, of_rank // micro)
 
 
-def _largest(of_rank: int, largest_micro: int, least_accumulation: int) -> int:
-    most = min(largest_micro, of_rank // least_accumulation)
-    return next((micro for micro in range(most, 0, -1) if of_rank % micro == 0), 1)
+def _largest(of_rank: int, largest_micro: int) -> int:
+    return next((micro for micro in range(min(largest_micro, of_rank), 0, -1) if of_rank % micro == 0), 1)
 
 
 def _refusal(global_batch: int, *, ranks: int, micro: int | None, accumulation: int | None) -> str:

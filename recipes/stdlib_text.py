@@ -7,7 +7,10 @@ from pathlib import Path
 
 from recipes.local_files import LocalFiles
 
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "encodings"}  # encodings are tables, not text
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests"} | {
+    "encodings",
+    "pydoc_data",
+}  # generated: no code
 
 
 def stdlib_text() -> LocalFiles:

@@ -39,8 +39,8 @@ class TokenData(L.LightningDataModule):
         val_fraction: What is held out where the source brings no text for validation.
         prompt: What a sample of the model's text continues; a masked model gets it with some tokens masked.
         objective: ``"causal"`` or ``"masked"``.
-        num_workers: Processes per rank that make batches ahead; 0 makes them in between. A run that is resumed must keep
-            it, for torchdata cannot load the position of another number.
+        num_workers: Processes per rank that make batches ahead; 0 makes them in between. A resumed run must keep it:
+            torchdata cannot load the position of another number.
         seed: Of the order of the training windows, and of masks.
 
     Raises:

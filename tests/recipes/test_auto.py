@@ -20,6 +20,7 @@ def chosen(*overrides: str) -> tuple[DictConfig, str]:
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict, raising=False)
 
 
 def shape(config: DictConfig) -> tuple:
@@ -27,23 +28,23 @@ def shape(config: DictConfig) -> tuple:
     return (ranks, config.strategy.partition_size, config.data.batch_size, config.trainer.accumulate_grad_batches)
 
 
-def test_without_a_gpu_four_processes_take_two_micro_steps() -> None:
+def test_without_a_gpu_four_processes_share_the_batch() -> None:
     config, table = chosen()
-    assert shape(config) == (4, 2, 8, 2)
+    assert shape(config) == (4, 2, 8, 1)
     assert config.trainer.precision == "32-true"
     assert config.trainer.devices == 4
     assert '  micro-batch       8 ("auto": up to ' in table
-    assert config.trainer.val_check_interval == 2 * config.validate_every_n_steps
+    assert config.trainer.val_check_interval == config.validate_every_n_steps
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["data.batch_size=4"], (4, 2, 4, 4)),
-        (["trainer.accumulate_grad_batches=8"], (4, 2, 2, 8)),
-        (["strategy.partition_size=4"], (4, 4, 8, 2)),
-        (["cluster.devices=2"], (2, 2, 16, 2)),
-        (["global_batch_size=16"], (4, 2, 2, 2)),
+        (["data.batch_size=4"], (4, 2, 4, 2)),
+        (["trainer.accumulate_grad_batches=8"], (4, 2, 1, 8)),
+        (["strategy.partition_size=4"], (4, 4, 8, 1)),
+        (["cluster.devices=2"], (2, 2, 16, 1)),
+        (["global_batch_size=16"], (4, 2, 4, 1)),
     ],
 )
 def test_each_value_can_be_given_and_the_global_batch_stays(overrides: list[str], expected: tuple) -> None:
@@ -52,6 +53,18 @@ def test_each_value_can_be_given_and_the_global_batch_stays(overrides: list[str]
     ranks, _, micro, accumulation = expected
     assert config.global_batch_size == ranks * micro * accumulation
     assert table.count("(given)") == (0 if overrides[0].startswith("global") else 1)
+
+
+def test_a_processor_with_bfloat16_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    config, table = chosen()
+    assert config.trainer.precision == "bf16-mixed"
+    assert "this processor multiplies in bfloat16" in table
+
+
+def test_micro_steps_come_with_what_does_not_fit() -> None:
+    config, _ = chosen("model=gpt-20b", "cluster=p4d_8")
+    assert config.trainer.accumulate_grad_batches > 1
 
 
 def test_the_papers_largest_run_gets_the_papers_partition_size_and_fits() -> None:

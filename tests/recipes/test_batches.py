@@ -23,11 +23,6 @@ def test_what_is_given_stays() -> None:
     assert split_global_batch(64, ranks=4, micro=4, accumulation=4) == Batches(4, 4)
 
 
-def test_the_least_accumulation_is_kept_where_the_batch_allows() -> None:
-    assert split_global_batch(64, ranks=4, largest_micro=100, least_accumulation=2) == Batches(8, 2)
-    assert split_global_batch(4, ranks=4, largest_micro=100, least_accumulation=2) == Batches(1, 1)
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -23,6 +23,7 @@ SPECIAL_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "training"}
 def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", overrides=list(overrides), return_hydra_config=True)
+    config.hydra.runtime.output_dir = "outputs/composed"
     HydraConfig.instance().set_config(config)
     return config
 
@@ -95,9 +96,8 @@ def test_with_gpus_all_are_used_as_one_node(monkeypatch: pytest.MonkeyPatch) -> 
     assert _devices(config.cluster)[0] == 3
 
 
-def test_default_run_accumulates_and_ends_on_a_validation() -> None:
+def test_default_run_ends_on_a_validation() -> None:
     trainer = without_auto(composed()).trainer
-    assert trainer.accumulate_grad_batches >= 2
     assert trainer.max_steps * trainer.accumulate_grad_batches % trainer.val_check_interval == 0
 
 
