@@ -13,13 +13,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
-from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_mics import ResumableSampler
 from lightning_mics.agreement import on_all_ranks
 from recipes.masked_windows import EpochSampler, MaskedWindows, edge_tokens
 from recipes.token_windows import TokenWindows
+from recipes.window_loader import WindowLoader
 
 PROMPT_MASK_EVERY = 6  # about as many as in training
 
@@ -39,8 +39,7 @@ class TokenData(L.LightningDataModule):
         val_fraction: What is held out where the source brings no text for validation.
         prompt: What a sample of the model's text continues; a masked model gets it with some tokens masked.
         objective: ``"causal"`` or ``"masked"``.
-        num_workers: Processes per rank that make batches ahead; 0 makes them in between. A resumed run must keep it:
-            torchdata cannot load the position of another number.
+        num_workers: Processes per rank that make batches ahead; 0 makes them in between. A resumed run keeps it.
         seed: Of the order of the training windows, and of masks.
 
     Raises:
@@ -146,7 +145,7 @@ class TokenData(L.LightningDataModule):
         """Goes on in the middle of an epoch, also on another number of ranks if an optimizer step stays as large."""
         sampler_type = ResumableSampler if self.objective == "causal" else EpochSampler
         sampler = sampler_type(self.train, samples_per_step=self._windows_per_step, **self._ranks(), seed=self.seed)
-        return StatefulDataLoader(self.train, batch_size=self.batch_size, sampler=sampler, **self._loading())
+        return WindowLoader(self.train, batch_size=self.batch_size, sampler=sampler, **self._loading())
 
     def val_dataloader(self) -> DataLoader:
         sampler = DistributedSampler(self.val, **self._ranks(), shuffle=False)
