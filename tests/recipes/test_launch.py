@@ -8,8 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hydra.utils import instantiate
 
 import train
+from tests.recipes.test_configs import composed
 
 ROOT = Path(train.__file__).parent
 SCRIPTS = sorted((ROOT / "recipes" / "launch").glob("*.sbatch"))
@@ -62,3 +64,10 @@ def test_before_its_time_is_up_a_job_saves_and_is_queued_again(tmp_path: Path) -
     output, _ = run.communicate(timeout=30)
     assert output == "saved\nscontrol requeue 42\n"
     assert run.returncode == 0
+
+
+def test_jobs_of_a_sweep_ask_slurm_for_the_cluster() -> None:
+    launcher = composed("hydra/launcher=slurm", "hydra.mode=MULTIRUN", "model=gpt2", "cluster=p4d_16").hydra.launcher
+    asked = instantiate(launcher).params
+    assert (asked["nodes"], asked["tasks_per_node"], asked["gpus_per_node"]) == (16, 8, 8)
+    assert asked["submitit_folder"].startswith("outputs/sweeps/gpt2/")
