@@ -78,11 +78,11 @@ def test_the_papers_largest_run_gets_the_papers_partition_size_and_fits() -> Non
 
 def test_recomputing_some_blocks_takes_what_is_in_between() -> None:
     def taken(choice: str) -> int:
-        config = composed(f"strategy.activation_checkpointing={choice}", "model.network.n_layer=12")
+        config = composed(f"strategy.activation_checkpointing={choice}", "model.network.num_hidden_layers=12")
         config.cluster.precision = "32-true"
         return sequence_bytes(config, train.make_model(config))
 
-    none, last, half, full = map(taken, ("false", "['network.transformer.h.11']", "['*[02468]']", "true"))
+    none, last, half, full = map(taken, ("false", "['network.gpt_neox.layers.11']", "['*[02468]']", "true"))
     assert none > last > half > full > 0
 
 

@@ -107,3 +107,15 @@ def test_trainer_is_built_as_configured(tmp_path: Path) -> None:
     assert trainer.max_steps == config.trainer.max_steps
     names = [type(callback).__name__ for callback in trainer.callbacks]
     assert {"Throughput", "GradientNorm", "StepProgressBar", "History", "ModelCheckpoint"} <= set(names)
+
+
+def test_models_compose_with_clusters() -> None:
+    """A round through all pairs, which take a minute, that has every file of both twice."""
+    models, clusters = ([path.stem for path in sorted(CONF.glob(f"{group}/*.yaml"))] for group in ("model", "cluster"))
+    pairs = [(models[i % len(models)], clusters[i % len(clusters)]) for i in range(2 * max(len(models), len(clusters)))]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for model, cluster in pairs:
+            config = compose("train", overrides=[f"model={model}", f"cluster={cluster}"])
+            assert config.strategy.ranks_per_node == config.cluster.ranks_per_node
+            assert config.trainer.num_nodes == config.cluster.num_nodes
+            assert config.global_batch_size == config.model.training.global_batch_size

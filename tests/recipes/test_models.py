@@ -92,7 +92,7 @@ def test_a_schedule_that_cannot_be_is_refused(overrides: dict, message: str) -> 
 
 def test_what_multiplies_activations_is_decayed_and_nothing_else() -> None:
     """Also where an embedding is tied to the head, which multiplies activations."""
-    config = composed("model=gpt-tiny", "data.vocab_size=300", "model.network.n_layer=1")
+    config = composed("model=gpt2", "model.network.n_layer=1", "model.network.n_embd=24")
     network = train.make_model(config).build_network()
     groups = instantiate(config.optimizer)(network)["optimizer"].param_groups
     decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
