@@ -85,7 +85,11 @@ class LanguageModel(L.LightningModule, ABC):
 
     def build_network(self) -> nn.Module:
         """The network, on the current device, with torch's attention, which need not hold [length, length]."""
-        network: nn.Module = self.head.from_config(self.config, attn_implementation="sdpa")
+        network: nn.Module = self.head.from_config(
+            self.config,
+            attn_implementation="sdpa",
+            dtype=torch.get_default_dtype(),  # not that of the folder the configuration is from: it is for inference
+        )
         return network
 
     def configure_model(self) -> None:

@@ -100,7 +100,9 @@ def test_what_is_no_folder_is_a_name_on_the_hub_and_only_what_is_needed_is_downl
 
 def test_loss_is_that_of_the_next_token() -> None:
     every_token_equally_likely = torch.tensor(300.0).log()
-    torch.testing.assert_close(zero_model().loss(torch.randint(300, (2, 9))), every_token_equally_likely)
+    lm = zero_model()
+    loss = lm.loss_of(lm.network, torch.randint(300, (2, 9)))
+    torch.testing.assert_close(loss, every_token_equally_likely)
 
 
 def test_sample_continues_the_prompt_by_a_fixed_number_of_tokens() -> None:

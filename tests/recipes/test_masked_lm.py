@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,8 +73,9 @@ def test_a_batch_without_masked_tokens_gives_a_loss_of_zero_and_gradients() -> N
 def test_prediction_fills_masked_places_only() -> None:
     module = model()
     module.configure_model()
-    batch: dict[str, Any] = batches()[0]
-    filled = module.predict_step(batch, 0)
-    kept = batch["labels"] == -100
-    assert torch.equal(filled[kept], batch["input_ids"][kept])
-    assert torch.equal(filled[~kept], module(batch["input_ids"]).argmax(-1)[~kept])
+    module.trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=SimpleNamespace(mask_token_id=3)))
+    tokens = torch.tensor([[5, 3, 7, 3], [1, 2, 4, 6]])
+    filled = module.predict_step(tokens, 0)
+    masked = tokens == 3
+    assert torch.equal(filled[~masked], tokens[~masked])
+    assert torch.equal(filled[masked], module(tokens).argmax(-1)[masked])
