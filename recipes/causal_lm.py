@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from recipes.language_model import LanguageModel
+from recipes.token_loss import nats_per_token
 
 
 class CausalLM(LanguageModel):
@@ -46,7 +46,7 @@ class CausalLM(LanguageModel):
     def loss_of(self, network: nn.Module, batch: Tensor) -> Tensor:
         """Mean negative log-likelihood, nats per token, of windows ``[batch, length + 1]``."""
         logits = network(input_ids=batch[:, :-1], use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        return nats_per_token(logits.flatten(0, 1), batch[:, 1:].flatten()).mean()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.loss_of(self.network, batch)

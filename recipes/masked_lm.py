@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from transformers import AutoModelForMaskedLM
 
 from recipes.language_model import LanguageModel
+from recipes.token_loss import nats_per_token
 
 Batch = Mapping[str, Tensor]
 NOT_MASKED = -100  # the label of what is not to be predicted, which cross entropy leaves out
@@ -52,7 +52,7 @@ class MaskedLM(LanguageModel):
         """Mean negative log-likelihood, nats per masked token; zero if none is masked."""
         logits = network(input_ids=batch["input_ids"]).logits
         labels = batch["labels"]
-        total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        total = nats_per_token(logits.flatten(0, 1), labels.flatten()).sum()
         return total / (labels != NOT_MASKED).sum().clamp(min=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -62,8 +62,8 @@ class MaskedLM(LanguageModel):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         masked = batch["labels"] != NOT_MASKED  # [batch, length]
-        logits, labels = self(batch["input_ids"])[masked].float(), batch["labels"][masked]
-        self.val_loss.update(F.cross_entropy(logits, labels, reduction="none"))
+        logits, labels = self(batch["input_ids"])[masked], batch["labels"][masked]
+        self.val_loss.update(nats_per_token(logits, labels))
         self.val_masked_accuracy.update((logits.argmax(-1) == labels).float())
         self.log("val_loss", self.val_loss, prog_bar=True, batch_size=self.sequences_in(batch))
         self.log("val_masked_accuracy", self.val_masked_accuracy, prog_bar=True, batch_size=self.sequences_in(batch))
