@@ -23,18 +23,15 @@ def adamw_warmup_cosine(
     """AdamW that decays matrices only, its rate stepped once per optimizer step.
 
     The rate rises to ``lr`` over ``warmup_steps``, falls to ``final_lr_fraction * lr`` at ``total_steps`` and stays
-    there, so that a finished run can be continued.
+    there, so that a finished run can be continued. A run that is shorter than its warm-up, as for a trial, ends in it.
 
     Raises:
-        ValueError: If ``lr`` is not positive or the warm-up never ends.
+        ValueError: If ``lr`` is not positive or ``warmup_steps`` is negative.
     """
     if lr <= 0:
         raise ValueError(f"optimizer.lr={lr} must be positive")
-    if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(
-            f"optimizer.warmup_steps={warmup_steps} is not between 0 and the {total_steps} steps of the run; "
-            "shorten the warm-up, or raise trainer.max_steps"
-        )
+    if warmup_steps < 0:
+        raise ValueError(f"optimizer.warmup_steps={warmup_steps} must not be negative")
     optimizer = AdamW(_decayed_or_not(module, weight_decay=weight_decay), lr=lr, betas=tuple(betas), fused=True)
 
     def fraction(step: int) -> float:
