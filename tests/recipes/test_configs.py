@@ -74,6 +74,15 @@ def test_an_experiment_names_its_command(path: Path) -> None:
     assert f"python train.py experiment={path.stem}" in first_line(path)
 
 
+@pytest.mark.parametrize("path", sorted(CONF.glob("experiment/*.yaml")), ids=lambda path: path.stem)
+def test_what_an_experiment_says_is_what_is_run(path: Path) -> None:
+    config, said = composed(f"experiment={path.stem}"), OmegaConf.load(path)
+    assert config.name == path.stem
+    for group in ("trainer", "data", "optimizer"):
+        for key, value in said.get(group, {}).items():
+            assert config[group][key] == value
+
+
 def test_strategy_config_is_the_constructor_of_the_strategy() -> None:
     config = composed().strategy
     options = inspect.signature(get_object(config._target_)).parameters

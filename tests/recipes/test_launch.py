@@ -70,4 +70,4 @@ def test_jobs_of_a_sweep_ask_slurm_for_the_cluster() -> None:
     launcher = composed("hydra/launcher=slurm", "hydra.mode=MULTIRUN", "model=gpt2", "cluster=p4d_16").hydra.launcher
     asked = instantiate(launcher).params
     assert (asked["nodes"], asked["tasks_per_node"], asked["gpus_per_node"]) == (16, 8, 8)
-    assert asked["submitit_folder"].startswith("outputs/sweeps/gpt2/")
+    assert asked["submitit_folder"].startswith("outputs/sweeps/")
