@@ -8,7 +8,7 @@ import pytest
 from recipes.batches import Batches, split_global_batch
 
 
-@pytest.mark.parametrize(("ranks", "per_rank", "largest"), product((1, 4, 512), (1, 6, 16, 35), (1, 4, 100)))
+@pytest.mark.parametrize(("ranks", "per_rank", "largest"), [*product((1, 4, 512), (1, 6, 16, 35), (1, 4, 100))])
 def test_whatever_is_chosen_makes_up_the_global_batch(ranks: int, per_rank: int, largest: int) -> None:
     batches = split_global_batch(ranks * per_rank, ranks=ranks, largest_micro=largest)
     assert batches.micro * batches.accumulation == per_rank
