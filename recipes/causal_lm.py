@@ -18,7 +18,7 @@ class CausalLM(LanguageModel):
     Batches are token windows ``[batch, length + 1]``: all but the last token are inputs, all but the first are targets.
 
     Args:
-        sample_tokens: How many tokens a sample of generated text has.
+        sample_tokens: How many tokens a sample of generated text has, if the model has so many positions.
         temperature: Of the sample; below 1 the model keeps to what it finds likely.
         **options: As of :class:`~recipes.language_model.LanguageModel`.
     """
@@ -62,11 +62,13 @@ class CausalLM(LanguageModel):
 
         Every rank must make the same number of forward passes, for they gather parameters together: so no early end.
         """
+        longest, prompt = self.longest_sequence, batch.shape[1]
+        count = self.sample_tokens if longest is None else min(self.sample_tokens, longest - prompt)
         return self.network.generate(
             batch,
             attention_mask=torch.ones_like(batch),
-            max_new_tokens=self.sample_tokens,
-            min_new_tokens=self.sample_tokens,
+            max_new_tokens=count,
+            min_new_tokens=count,
             do_sample=True,
             temperature=self.temperature,
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lightning_mics import start_from
+from lightning_mics.blocks import find_blocks
 from recipes.pretrained_folder import pretrained_folder
 
 Objective = Literal["causal", "masked"]
@@ -26,7 +27,7 @@ class LanguageModel(L.LightningModule, ABC):
         optimizer: Makes the optimizer (and schedule) from the module, once its parameters are sharded.
         pretrained: Weights to start from: a folder that ``save_pretrained`` or ``lightning_mics.export`` has made, or a
             name on the hub; None draws them from the seed.
-        compile_blocks: ``torch.compile`` each transformer block.
+        compile_blocks: ``torch.compile`` each block that is sharded.
     """
 
     objective: ClassVar[Objective]  # what its batches must be; data modules ask for it
@@ -75,6 +76,19 @@ class LanguageModel(L.LightningModule, ABC):
                 "it or raise the model's positions"
             )
 
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raises ValueError if the network takes another token for padding than ``tokenizer`` does.
+
+        It learns no embedding for that token, and RoBERTa no position.
+        """
+        own, given = self.config.pad_token_id, getattr(tokenizer, "pad_token_id", None)
+        if own is not None and given is not None and own != given:
+            raise ValueError(
+                f"the model takes token {own} for padding, which is {tokenizer.convert_ids_to_tokens(own)!r} to the "
+                f"data's tokenizer, whose padding is token {given}; use model.network.pad_token_id={given}, or by "
+                "data.tokenizer the tokenizer that the model was made with"
+            )
+
     @property
     def longest_sequence(self) -> int | None:
         """Tokens that the model has positions for; None if it sets no limit."""
@@ -98,14 +112,14 @@ class LanguageModel(L.LightningModule, ABC):
         if self._trainer is None:  # by itself, as in `load_from_checkpoint`, which gives it its weights
             self.network = self.build_network()
             return
+        self.check_tokenizer(getattr(self.trainer.datamodule, "tokenizer", None))
         with torch.device("meta"):  # the strategy gives each block its first weights when it shards it
             self.network = self.build_network()
         if self.pretrained is not None:
             start_from(self.network, pretrained_folder(self.pretrained))
         if self.compile_blocks:
-            for module in self.network.modules():
-                if type(module).__name__ in self.network._no_split_modules:
-                    module.compile()
+            for block in find_blocks(self.network).values():
+                block.compile()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.make_optimizer(self)
