@@ -36,8 +36,8 @@ def hf_model(
         **options: As of :class:`~recipes.language_model.LanguageModel`.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or it has no ``config.json``.
-        ValueError: If the model has no head for ``objective``.
+        FileNotFoundError: If there is neither such a folder nor such a name, or the folder has no ``config.json``.
+        ValueError: If ``transformers`` does not know the architecture, or has no head for ``objective``.
     """
     config = _read_config(name)
     objective = _own_objective(name, config) if objective == "auto" else objective
@@ -45,7 +45,7 @@ def hf_model(
         raise ValueError(f"model.objective={objective!r} is not one of 'auto', {', '.join(map(repr, HEADS))}")
     if config.model_type not in HEADS[objective]:
         raise ValueError(f"model.name={name}: transformers has no {objective} language model of {config.model_type!r}")
-    options |= {"network": config, "pretrained": name if pretrained else None}
+    options |= {"network": config, "pretrained": str(Path(name).expanduser()) if pretrained else None}
     return CausalLM(**options, **causal) if objective == "causal" else MaskedLM(**options)
 
 
@@ -55,7 +55,14 @@ def _read_config(name: str) -> PretrainedConfig:
     if is_path and not (folder / "config.json").is_file():
         problem = "has no config.json" if folder.is_dir() else "is not a folder"
         raise FileNotFoundError(f"model.name={name} {problem}; give a folder of transformers or a name on the hub")
-    return AutoConfig.from_pretrained(str(folder) if is_path else name)
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)  # or it may ask on the terminal
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model.name={name} is neither a folder here nor a name on the hub that can be reached: {error}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"model.name={name} is of no architecture that transformers brings: {error}") from error
 
 
 def _own_objective(name: str, config: PretrainedConfig) -> Objective:
