@@ -1,35 +1,34 @@
+# shellcheck shell=bash
 # The part of a SLURM job that is the same on every cluster; the .sbatch files source it after their own settings.
 #
-# One task per GPU: Lightning reads ranks from SLURM. A job that runs out of time, or loses a node, is queued again and goes
-# on from its last checkpoint. Where it starts is the root of the repository: sbatch recipes/launch/FAMILY.sbatch ARGUMENTS
+# One task per GPU: Lightning reads ranks from SLURM. A job whose time is nearly up, that is preempted, or that loses a
+# node is queued again and goes on from its last checkpoint. It starts in the root of the repository:
+# sbatch --nodes=N recipes/launch/FAMILY.sbatch ARGUMENTS OF train.py
 
 set -u
 
-# libfabric: https://github.com/aws-samples/awsome-distributed-training, 1.architectures/efa-cheatsheet.md
-export FI_PROVIDER=efa          # fail, rather than train over TCP
-export FI_EFA_USE_HUGE_PAGE=0   # workers of a DataLoader are forked, which huge pages let fail
-# Not set, as libfabric 1.18 and aws-ofi-nccl 1.7 choose it: FI_EFA_USE_DEVICE_RDMA; nor FI_EFA_FORK_SAFE, for kernels
-# before 5.15. NCCL_ALGO and NCCL_PROTO: aws-ofi-nccl brings a tuner.
+# shellcheck source=recipes/launch/environment.sh
+source "${SLURM_SUBMIT_DIR:-.}/recipes/launch/environment.sh"
 
-# NCCL and gloo meet over an ordinary interface: NCCL's user guide, "Environment Variables"
-export NCCL_SOCKET_IFNAME='^lo,docker'
-export NCCL_DEBUG=WARN
+# SLURM signals the tasks of a job that it preempts, but not this script, and does not queue a job again that ends within
+# its grace time (SLURM's src/interfaces/preempt.c); the ranks do, as soon as they have saved.
+preempted() {
+    [[ "$(scontrol show job "$SLURM_JOB_ID")" =~ PreemptTime=[0-9] ]]
+}
 
-# Each rank keeps to its own cores. Since SLURM 22.05 srun does not inherit --cpus-per-task (srun's manual).
-export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
-export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
-
-again=0
-# Sent before the time is up (#SBATCH --signal). srun passes SIGTERM on, upon which all ranks save and leave together.
-trap 'again=1; kill -TERM "$job"' USR1
+time_is_up=0
+# By #SBATCH --signal. srun passes SIGTERM on, upon which all ranks save and leave together.
+trap 'time_is_up=1; kill -TERM "$job"' USR1
 
 # SLURM_RESTART_COUNT is there once the job has been queued again.
-srun --cpu-bind=cores --kill-on-bad-exit=1 python train.py "$@" ${SLURM_RESTART_COUNT:+resume=auto} &
+srun python train.py "$@" ${SLURM_RESTART_COUNT:+resume=auto} &
 job=$!
 wait "$job"
 status=$?
-if ((again)); then # the trap has ended the first wait
+if ((time_is_up)); then # the trap has ended the first wait
     wait "$job"
+fi
+if ((time_is_up)) || preempted; then
     exec scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -1,22 +1,27 @@
-"""The SLURM scripts, run with programs that only note how they are called."""
+"""The SLURM scripts, run with programs that only note how they are called, and the jobs of a sweep."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import submitit
 from hydra.utils import instantiate
 
 import train
-from tests.recipes.test_configs import composed
+from tests.recipes.test_configs import CONF, composed
 
 ROOT = Path(train.__file__).parent
-SCRIPTS = sorted((ROOT / "recipes" / "launch").glob("*.sbatch"))
+LAUNCH = ROOT / "recipes" / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sbatch"))
 SRUN = """#!/usr/bin/env bash
-echo "srun $* | $FI_PROVIDER $SRUN_CPUS_PER_TASK $OMP_NUM_THREADS"
+echo "srun $*"
+env | sort >"$(dirname "$0")/environment"
 if [[ "$*" == *wait=true* ]]; then
     trap 'echo saved; exit 0' TERM
     echo running
@@ -24,35 +29,78 @@ if [[ "$*" == *wait=true* ]]; then
 fi
 exit 7
 """
+SCONTROL = """#!/usr/bin/env bash
+if [[ "$1" == show ]]; then
+    echo "JobId=$3 PreemptEligibleTime=2026-11-25T07:00:00 PreemptTime=$PREEMPTED"
+else
+    echo "scontrol $*"
+fi
+"""
+
+
+def fake_programs(tmp_path: Path) -> Path:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def asked(script: Path) -> dict[str, str]:
+    """What a script asks of SLURM."""
+    return dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", script.read_text(), flags=re.MULTILINE))
 
 
 def start(tmp_path: Path, script: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, text in {"srun": SRUN, "scontrol": '#!/usr/bin/env bash\necho "scontrol $*"\n'}.items():
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
-    variables = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "12", "SLURM_JOB_ID": "42"}
+    variables = {
+        "PATH": f"{fake_programs(tmp_path)}:{os.environ['PATH']}",
+        "SLURM_CPUS_PER_TASK": asked(script)["cpus-per-task"],
+        "SLURM_JOB_ID": "42",
+        "PREEMPTED": "None",
+    }
     command = ["bash", str(script), *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=variables | environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(path: Path) -> None:
+    program = Path(sys.executable).with_name("shellcheck")
+    check = subprocess.run([program, "-x", path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (check.stdout, check.stderr, check.returncode) == ("", "", 0)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_starts_the_program_with_what_was_typed(tmp_path: Path, script: Path) -> None:
     run = start(tmp_path, script, "model=gpt2", "data.prompt=def f")
     output, _ = run.communicate(timeout=30)
-    assert (
-        output
-        == "srun --cpu-bind=cores --kill-on-bad-exit=1 python train.py model=gpt2 data.prompt=def f | efa 12 12\n"
-    )
+    assert output == "srun python train.py model=gpt2 data.prompt=def f\n"
     assert run.returncode == 7  # the program's own
-    tasks = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH --ntasks-per-node=8")]
-    assert len(tasks) == 1
+    cpus = asked(script)["cpus-per-task"]
+    environment = (tmp_path / "bin" / "environment").read_text().splitlines()
+    assert {
+        "FI_EFA_USE_HUGE_PAGE=0",
+        "NCCL_SOCKET_IFNAME=^lo,docker,veth",
+        "NCCL_DEBUG=WARN",
+        "SLURM_CPU_BIND=cores",
+        "SLURM_DISTRIBUTION=block:block",
+        "SLURM_KILL_BAD_EXIT=1",
+        f"SRUN_CPUS_PER_TASK={cpus}",
+        f"OMP_NUM_THREADS={cpus}",
+    } <= set(environment)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("cluster/*_*.yaml")))
+def test_a_script_asks_for_the_ranks_and_cores_of_its_clusters(name: str) -> None:
+    cluster = composed(f"cluster={name}").cluster
+    options = asked(ROOT / cluster.launch_script)
+    assert int(options["ntasks-per-node"]) == int(options["gpus-per-node"]) == cluster.devices
+    assert int(options["cpus-per-task"]) == cluster.cpus_per_rank
 
 
 def test_a_job_that_was_queued_again_goes_on_where_it_was(tmp_path: Path) -> None:
     output, _ = start(tmp_path, SCRIPTS[0], "model=gpt2", SLURM_RESTART_COUNT="1").communicate(timeout=30)
-    assert "train.py model=gpt2 resume=auto |" in output
+    assert output == "srun python train.py model=gpt2 resume=auto\n"
 
 
 def test_before_its_time_is_up_a_job_saves_and_is_queued_again(tmp_path: Path) -> None:
@@ -66,8 +114,30 @@ def test_before_its_time_is_up_a_job_saves_and_is_queued_again(tmp_path: Path) -
     assert run.returncode == 0
 
 
-def test_jobs_of_a_sweep_ask_slurm_for_the_cluster() -> None:
-    launcher = composed("hydra/launcher=slurm", "hydra.mode=MULTIRUN", "model=gpt2", "cluster=p4d_16").hydra.launcher
-    asked = instantiate(launcher).params
-    assert (asked["nodes"], asked["tasks_per_node"], asked["gpus_per_node"]) == (16, 8, 8)
-    assert asked["submitit_folder"].startswith("outputs/sweeps/")
+def test_a_job_that_was_preempted_is_queued_again(tmp_path: Path) -> None:
+    run = start(tmp_path, SCRIPTS[0], "model=gpt2", PREEMPTED="2026-11-25T07:10:00")
+    output, _ = run.communicate(timeout=30)
+    assert output == "srun python train.py model=gpt2\nscontrol requeue 42\n"
+
+
+def test_jobs_of_a_sweep_ask_slurm_for_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{fake_programs(tmp_path)}:{os.environ['PATH']}")  # submitit looks for srun
+    submitted = []
+
+    def submit(executor: submitit.AutoExecutor, *_: object) -> list[object]:
+        submitted.append(executor._executor._make_submission_file_text("TRAIN", "1"))
+        return []
+
+    monkeypatch.setattr("submitit.AutoExecutor.map_array", submit)
+    overrides = ("hydra/launcher=slurm", "hydra.mode=MULTIRUN", f"hydra.sweep.dir={tmp_path}", "cluster=p5_64")
+    config = composed(*overrides)
+    launcher = instantiate(config.hydra.launcher)
+    launcher.config = config
+    launcher.launch([["optimizer.lr=1e-3"], ["optimizer.lr=2e-3"]], initial_job_idx=0)
+    (script,) = submitted
+    lines = script.splitlines()
+    assert {f"#SBATCH --{option}" for option in ("nodes=64", "ntasks-per-node=8", "gpus-per-node=8")} <= set(lines)
+    assert {"#SBATCH --cpus-per-task=24", "#SBATCH --exclusive"} <= set(lines)
+    (started,) = (index for index, line in enumerate(lines) if line.startswith("srun "))
+    assert lines.index("source recipes/launch/environment.sh") < started
+    assert f"--output {tmp_path}/.submitit/" in lines[started]
