@@ -24,8 +24,10 @@ export NCCL_SOCKET_IFNAME='^lo,docker,veth'
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
 # What srun would be told by options of the same names; those of sbatch that it does not take over (srun's manual). Each
-# rank has cores of its own. Ranks 0 to 3 are on the socket of GPUs 0 to 3: the default, "cyclic", deals out the sockets in
-# turn, and half of the ranks would reach their GPU through the other one. A rank that fails ends those that wait for it.
+# rank has cores of its own, in the order of ranks. The default, "cyclic", deals out the sockets in turn, and half of the
+# ranks would reach their GPU through the other socket: GPUs 0 to 3 are at the first, 4 to 7 at the second (for p4d, the
+# plugin's topology/p4d-24xl-topo.xml; the other instances are taken to be alike). A rank that fails ends the others, which
+# would wait for it.
 export SLURM_CPU_BIND=cores
 export SLURM_DISTRIBUTION=block:block
 export SLURM_KILL_BAD_EXIT=1
