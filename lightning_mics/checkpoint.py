@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,13 +113,20 @@ def prepare_sharded(
 
     Raises:
         RuntimeError: On all ranks, if ``meta`` cannot be saved.
+        OSError: On all ranks, if the folder that ``path`` is in cannot be made.
     """
     own = {_of_rank(dist.get_rank()): rank_state} if rank_state else {}
     states = {"model": model_state, **_numbered(optimizer_states), **own}
     planner = OwnRowsSavePlanner(states, buffers=buffers)
     content: list[bytes] = []  # on rank 0, which has something to write
+
+    def begin() -> None:
+        content.append(_serialized(meta))
+        if isinstance(path, Path):  # at once: a link to the checkpoint may be made there before it is
+            path.parent.mkdir(parents=True, exist_ok=True)
+
     with saving(path):
-        on_rank_0(lambda: content.append(_serialized(meta)))
+        on_rank_0(begin)
     return partial(_write_sharded, path, planner, b"".join(content), group=group, show_progress=show_progress)
 
 

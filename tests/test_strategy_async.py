@@ -138,3 +138,27 @@ def test_a_checkpoint_that_is_saved_after_the_fit_is_there_at_once(tmp_path: Pat
 def test_asynchronous_full_files_are_refused() -> None:
     with pytest.raises(ValueError, match="save_async=True needs save_sharded=True"):
         mics(save_async=True, save_sharded=False)
+
+
+def _link_before_anything_is_written(folder: Path) -> str:
+    linked, begin = threading.Event(), CheckpointFolder.begin
+
+    class Linking(ModelCheckpoint):
+        def on_train_epoch_end(self, *args: Any) -> None:
+            super().on_train_epoch_end(*args)
+            linked.set()
+
+    def begin_late(self: CheckpointFolder) -> Path:
+        assert linked.wait(timeout=10)
+        return begin(self)
+
+    CheckpointFolder.begin = begin_late  # type: ignore[method-assign]
+    saving = Linking(dirpath=folder / "new", filename="{step}", monitor="step", mode="max", save_last="link")
+    fit(folder, strategy=mics(save_async=True), callbacks=[saving])
+    return os.readlink(folder / "new" / "last.ckpt")
+
+
+def test_the_first_checkpoint_of_a_new_folder_can_be_linked_before_it_is_there(tmp_path: Path) -> None:
+    (name, other) = on_ranks(_link_before_anything_is_written, tmp_path, world_size=2)
+    assert name == other
+    assert checkpoint.is_sharded(tmp_path / "new" / name)
