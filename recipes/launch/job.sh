@@ -27,8 +27,9 @@ wait "$job"
 status=$?
 if ((time_is_up)); then # the trap has ended the first wait
     wait "$job"
+    status=$?
 fi
-if ((time_is_up)) || preempted; then
+if ((time_is_up && status == 0)) || preempted; then # a job that fails would be queued again for ever
     exec scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

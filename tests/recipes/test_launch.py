@@ -23,7 +23,7 @@ SRUN = """#!/usr/bin/env bash
 echo "srun $*"
 env | sort >"$(dirname "$0")/environment"
 if [[ "$*" == *wait=true* ]]; then
-    trap 'echo saved; exit 0' TERM
+    trap 'echo stopped; exit "$STOPPED"' TERM
     echo running
     while true; do read -rt 0.05 <> <(:) || true; done
 fi
@@ -58,6 +58,7 @@ def start(tmp_path: Path, script: Path, *arguments: str, **environment: str) -> 
         "SLURM_CPUS_PER_TASK": asked(script)["cpus-per-task"],
         "SLURM_JOB_ID": "42",
         "PREEMPTED": "None",
+        "STOPPED": "0",
     }
     command = ["bash", str(script), *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=variables | environment, stdout=subprocess.PIPE, text=True)
@@ -110,8 +111,18 @@ def test_before_its_time_is_up_a_job_saves_and_is_queued_again(tmp_path: Path) -
     assert run.stdout.readline() == "running\n"
     run.send_signal(signal.SIGUSR1)
     output, _ = run.communicate(timeout=30)
-    assert output == "saved\nscontrol requeue 42\n"
+    assert output == "stopped\nscontrol requeue 42\n"
     assert run.returncode == 0
+
+
+def test_a_job_that_fails_when_its_time_is_up_is_not_queued_again(tmp_path: Path) -> None:
+    run = start(tmp_path, SCRIPTS[0], "wait=true", STOPPED="9")
+    assert run.stdout is not None
+    assert run.stdout.readline().startswith("srun ")
+    assert run.stdout.readline() == "running\n"
+    run.send_signal(signal.SIGUSR1)
+    output, _ = run.communicate(timeout=30)
+    assert (output, run.returncode) == ("stopped\n", 9)
 
 
 def test_a_job_that_was_preempted_is_queued_again(tmp_path: Path) -> None:
