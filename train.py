@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from pathlib import Path
 
 import hydra
 import lightning as L
@@ -26,11 +25,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_mics.manifest import DamagedCheckpointError
 from recipes.auto import choose_automatically
-from recipes.baselines import causal_baselines, masked_baselines
-from recipes.history import History
+from recipes.conclusion import conclude
 from recipes.language_model import LanguageModel
+from recipes.loggers import check_loggers
 from recipes.machine import check_machine
-from recipes.report import write_report
 from recipes.resume import SavedRun, find_saved_runs, steps_to_reach
 from recipes.sweep import one_job
 from recipes.vocabulary import vocabulary_of
@@ -48,6 +46,7 @@ def main(config: DictConfig) -> None:
 
     overrides = HydraConfig.get().overrides.task
     check_machine(config.cluster, overrides=overrides, environment=os.environ)
+    check_loggers(config.logger)
     if config.dry_run:
         sys.exit("dry_run=true is not built yet: it will rehearse all ranks of the job on this machine")
     if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -72,7 +71,8 @@ def run(config: DictConfig) -> None:
     (final,) = trainer.validate(model, data, verbose=False)
     (sample,) = trainer.predict(model, data)
     if trainer.is_global_zero:
-        conclude(config, trainer, model, data, choices=choices, final=final, sample=data.decode(sample[0]))
+        command = ["python", "train.py", *HydraConfig.get().overrides.task]
+        conclude(config, trainer, command=command, choices=choices, final=final, sample=data.decode(sample[0]))
 
 
 def make_model(config: DictConfig) -> LanguageModel:
@@ -106,44 +106,6 @@ def resume(
         say(f"  validation loss {now['val_loss']:.6f}; when it was saved: {saved.val_loss:.6f}")
         return trainer, str(saved.path)
     raise AssertionError("unreachable: the last of the runs returns or raises")
-
-
-def conclude(
-    config: DictConfig,
-    trainer: L.Trainer,
-    model: LanguageModel,
-    data: L.LightningDataModule,
-    *,
-    choices: str,
-    final: dict[str, float],
-    sample: str,
-) -> None:
-    """Print what came out of the run, next to what counting reaches on the same tokens, and write the report."""
-    if model.objective == "causal":
-        reached = {"validation loss, nats per token": final["val_loss"], **causal_baselines(data)}
-    else:
-        reached = {"accuracy on masked tokens": final["val_masked_accuracy"], **masked_baselines(data)}
-    results = {name: f"{value:.3f}" for name, value in reached.items()}
-    (history,) = (callback for callback in trainer.callbacks if isinstance(callback, History))
-    write_report(
-        Path(config.run_dir, "report.html"),
-        title=config.name,
-        command=["python", "train.py", *HydraConfig.get().overrides.task],
-        facts={
-            "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-            "training tokens": f"{len(data.train_tokens):,}",
-            "steps": f"{trainer.global_step:,}",
-            "ranks": f"{trainer.world_size}, {config.cluster.instance or 'local'}",
-            "checkpoints": str(config.checkpoint_dir),
-        },
-        results=results,
-        choices=choices,
-        series=history.series,
-        sample=sample,
-    )
-    width = max(map(len, results))
-    print(f"\nSample:\n\n{sample}\n\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in results.items()))
-    print(f"\n{config.run_dir}: report.html, csv/; {config.checkpoint_dir}: checkpoints (go on with resume=last)")
 
 
 if __name__ == "__main__":

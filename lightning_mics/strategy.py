@@ -74,6 +74,7 @@ class _Sharded:
 
     groups: PartitionGroups
     schedule: TwoHopSchedule
+    report: str
 
 
 class MiCSStrategy(ModelParallelStrategy):
@@ -282,8 +283,9 @@ class MiCSStrategy(ModelParallelStrategy):
         )
         if not module.automatic_optimization:
             _gather_whenever_used(module, blocks.values())
-        rank_zero_info(self._report(topology, once_per_step, size, capacity_bytes))
-        return _Sharded(groups, schedule)
+        report = self._report(topology, once_per_step, size, capacity_bytes)
+        rank_zero_info(report)
+        return _Sharded(groups, schedule, report)
 
     def _report(self, topology: Topology, once_per_step: OncePerStep, size: ModelSize, capacity_bytes: int) -> str:
         mixed_precision = self._mixed_precision()
@@ -491,6 +493,11 @@ class MiCSStrategy(ModelParallelStrategy):
     def traffic(self) -> Traffic:
         """What this rank's collectives of sharded training have sent; known once the model is sharded."""
         return self._state().schedule.traffic
+
+    @property
+    def start_report(self) -> str:
+        """The table that rank 0 has logged when the model was sharded: groups, techniques, memory."""
+        return self._state().report
 
     def _state(self) -> _Sharded:
         if self._sharded is None:

@@ -8,23 +8,15 @@ import io
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import lightning
 import torch
 import transformers
 
-from recipes.history import Series, draw
+from recipes.curves import PANELS, References, Series, draw
 
-PANELS = [
-    ["train_loss", "val_loss"],
-    ["val_masked_accuracy"],
-    ["tokens_per_s"],
-    ["mfu_tflops_per_gpu", "hfu_tflops_per_gpu"],
-    ["grad_norm"],
-    ["lr"],
-    ["memory_gib"],
-]
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse}td{padding:.15rem 1rem .15rem 0;vertical-align:top}td:first-child{color:#666}"
@@ -39,8 +31,9 @@ def write_report(
     command: Sequence[str],
     facts: Mapping[str, str],
     results: Mapping[str, str],
-    choices: str,
+    tables: Sequence[str],
     series: Series,
+    references: References,
     sample: str,
 ) -> None:
     """Write the page.
@@ -51,11 +44,13 @@ def write_report(
         command: What was typed, in words.
         facts: On model, data and machine.
         results: What was reached, next to what it is held against.
-        choices: The tables that are printed at start.
+        tables: Those that are printed at start.
         series: What was measured over steps.
+        references: What series are held against; see :func:`~recipes.curves.draw`.
         sample: Text that the model has made.
     """
     versions = {
+        "lightning_mics": metadata.version("lightning_mics"),
         "lightning": lightning.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -66,12 +61,12 @@ def write_report(
         f"<pre>{html.escape(shlex.join(command))}</pre>",
         "<h2>Results</h2>",
         _table(results),
-        f'<p><img alt="what was measured, by optimizer step" src="{_picture(series)}"></p>',
+        f'<p><img alt="what was measured, by optimizer step" src="{_picture(series, references)}"></p>',
         "<h2>Sample</h2>",
         f"<pre>{html.escape(sample)}</pre>",
         "<h2>Run</h2>",
         _table({**facts, "versions": ", ".join(f"{name} {version}" for name, version in versions.items())}),
-        f"<pre>{html.escape(choices)}</pre>",
+        *(f"<pre>{html.escape(table)}</pre>" for table in tables),
     ]
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +78,7 @@ def _table(rows: Mapping[str, str]) -> str:
     return f"<table>{''.join(cells)}</table>"
 
 
-def _picture(series: Series) -> str:
+def _picture(series: Series, references: References) -> str:
     buffer = io.BytesIO()
-    draw(series, PANELS).savefig(buffer, format="png", dpi=110)
+    draw(series, PANELS, references=references).savefig(buffer, format="png", dpi=110)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -9,13 +9,16 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-SHOWN = {"train_loss": ".3f", "val_loss": ".3f", "val_masked_accuracy": ".3f", "tokens_per_s": ",.0f", "lr": ".2e"}
+IN_TRAINING = {"train_loss": ".3f", "tokens_per_s": ",.0f", "lr": ".2e"}
+AFTER_VALIDATION = {"train_loss": ".3f", "val_loss": ".3f", "val_masked_accuracy": ".3f"}
 
 
 class StepProgressBar(ProgressBar):
-    """Lightning's own bars count micro-steps against ``max_steps``, so under accumulation they run past their end.
+    """A bar over optimizer steps, and a line that stays for each validation.
 
     Where the output is no terminal, as in the log file of a job, there is a line now and then instead of a bar.
+    Lightning's ``RichProgressBar`` counts micro-steps against ``max_steps``, so that under accumulation it runs past
+    its end, begins anew in each epoch, and has no lines: a subclass would replace each of its hooks.
 
     Args:
         refresh_rate: Steps between two looks at the metrics.
@@ -32,6 +35,11 @@ class StepProgressBar(ProgressBar):
         self._bar: Progress | None = None
         self._step = 0
 
+    @property
+    def is_enabled(self) -> bool:
+        """Whether bars are shown; the strategy asks for the sake of its own, of checkpoints that take long."""
+        return self._shown and self.console.is_terminal
+
     def disable(self) -> None:
         self._shown = False
 
@@ -44,8 +52,13 @@ class StepProgressBar(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
-        if self._shown and self.console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"))
+        if self.is_enabled:
+            columns = (
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[metrics]}"),
+            )
             self._bar = Progress(TextColumn("step"), *columns, console=self.console)
             self._bar.add_task("step", total=trainer.max_steps, completed=self._step, metrics="")
             self._bar.start()
@@ -55,27 +68,37 @@ class StepProgressBar(ProgressBar):
             return
         self._step = trainer.global_step
         if self._bar is not None and self._step % self.refresh_rate == 0:
-            self._bar.update(self._bar.task_ids[0], completed=self._step, metrics=self.metrics(trainer))
+            self._advance(trainer)
         elif self._bar is None and self._step % self.line_every_n_steps == 0:
-            self.print(f"step {self._step}/{trainer.max_steps}  {self.metrics(trainer)}")
+            self._print_line(trainer, IN_TRAINING)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
-            self.print(f"step {trainer.global_step}/{trainer.max_steps}  {self.metrics(trainer)}")
+            self._print_line(trainer, AFTER_VALIDATION)
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._bar is not None:
+            self._advance(trainer)
         self._stop()
 
     def on_exception(self, *_: Any) -> None:
         self._stop()
 
-    def metrics(self, trainer: L.Trainer) -> str:
-        """What is shown of the metrics, in one line."""
-        values = {name: value.item() for name, value in trainer.callback_metrics.items() if name in SHOWN}
-        values["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        return "  ".join(f"{name} {values[name]:{form}}" for name, form in SHOWN.items() if name in values)
+    def _advance(self, trainer: L.Trainer) -> None:
+        self._bar.update(self._bar.task_ids[0], completed=self._step, metrics=_metrics(trainer, IN_TRAINING))
+
+    def _print_line(self, trainer: L.Trainer, shown: dict[str, str]) -> None:
+        if self._shown:
+            self.print(f"step {trainer.global_step}/{trainer.max_steps}  {_metrics(trainer, shown)}")
 
     def _stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _metrics(trainer: L.Trainer, shown: dict[str, str]) -> str:
+    """Those of the metrics that are ``shown``, by name in their format, in one line."""
+    values = {name: value.item() for name, value in trainer.callback_metrics.items() if name in shown}
+    values["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+    return "  ".join(f"{name} {values[name]:{form}}" for name, form in shown.items() if name in values)

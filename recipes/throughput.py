@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from typing import Any
 
@@ -14,17 +13,19 @@ from lightning_mics.blocks import find_blocks
 from lightning_mics.planning.flops import TransformerShape, tflops_per_gpu
 from lightning_mics.sharding import find_recomputed
 from recipes.language_model import LanguageModel
+from recipes.log_steps import at_log_step
 
 
 class Throughput(L.Callback):
-    """Logs what all ranks have done per second since the last validation, at every ``log_every_n_steps``.
+    """Logs what all ranks have done per second since the last time, every ``log_every_n_steps``, without validation.
 
     ``samples_per_s``, ``tokens_per_s``, ``hfu_tflops_per_gpu`` and ``mfu_tflops_per_gpu`` (with what is recomputed and
-    without; :mod:`lightning_mics.planning.flops`), the latter's percentage of the peak as ``mfu_percent``, and
-    ``memory_gib``, the most that rank 0 has taken: of its GPU, else of the machine.
+    without; :mod:`lightning_mics.planning.flops`), and where the peak is known ``hfu_percent`` and ``mfu_percent``.
+    FLOPs are left out for mixtures of experts, of which a token uses some matrices only.
 
-    Lightning's ``ThroughputMonitor`` counts a rank's own batches, takes one number of FLOPs for both utilisations and
-    waits for the GPU in every step that it logs; here time is taken over many steps.
+    Lightning's ``ThroughputMonitor`` takes one number of FLOPs for both utilisations, waits for the GPU in every
+    micro-step, and averages over a window of batches rather than from one logged step to the next. Its
+    ``measure_flops`` counts the matrix products of a network once; the tests hold the formula against it.
 
     Args:
         sequence_length: Tokens in a sequence.
@@ -39,39 +40,49 @@ class Throughput(L.Callback):
         self.activation_checkpointing = (
             OmegaConf.to_object(activation_checkpointing) if is_list else activation_checkpointing
         )
+        self._flops: dict[str, float] = {}  # of a sequence, as "hfu" and "mfu" count them
+        self._paused_at: float | None = None  # while validation runs
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
-        shape, share = measure_shape(pl_module, self.activation_checkpointing)
-        self._model_flops = shape.training_flops(self.sequence_length)
-        self._hardware_flops = shape.training_flops(self.sequence_length, recomputed_share=share)
+        if all(parameter.ndim <= 2 for parameter in pl_module.parameters()):
+            shape, share = measure_shape(pl_module, self.activation_checkpointing)
+            hardware = shape.training_flops(self.sequence_length, recomputed_share=share)
+            self._flops = {"hfu": hardware, "mfu": shape.training_flops(self.sequence_length)}
         self._restart()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._restart()
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._paused_at = time.perf_counter()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self._paused_at is not None:  # and here, not when validation ends, which is followed by a checkpoint
+            self._since += time.perf_counter() - self._paused_at
+            self._paused_at = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._sequences += pl_module.sequences_in(batch) * trainer.world_size
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if stepped and trainer.global_step % trainer.log_every_n_steps == 0:
-            pl_module.log_dict(self.rates(gpus=trainer.world_size), prog_bar=False)
+        if at_log_step(trainer):
+            if trainer.strategy.root_device.type == "cuda":
+                torch.cuda.synchronize()  # or steps would count that the GPU has not begun yet
+            pl_module.log_dict(self.rates(gpus=trainer.world_size))
+            self._restart()
 
     def rates(self, *, gpus: int) -> dict[str, float]:
+        """What is logged."""
         per_s = self._sequences / (time.perf_counter() - self._since)
-        model = tflops_per_gpu(self._model_flops, sequences_per_s=per_s, gpus=gpus)
-        rates = {
-            "samples_per_s": per_s,
-            "tokens_per_s": per_s * self.sequence_length,
-            "hfu_tflops_per_gpu": tflops_per_gpu(self._hardware_flops, sequences_per_s=per_s, gpus=gpus),
-            "mfu_tflops_per_gpu": model,
-            "memory_gib": _peak_memory_bytes() / 2**30,
-        }
-        return rates | ({"mfu_percent": 100 * model / self.peak_tflops} if self.peak_tflops else {})
+        rates = {"samples_per_s": per_s, "tokens_per_s": per_s * self.sequence_length}
+        for name, flops in self._flops.items():
+            tflops = tflops_per_gpu(flops, sequences_per_s=per_s, gpus=gpus)
+            rates[f"{name}_tflops_per_gpu"] = tflops
+            if self.peak_tflops is not None:
+                rates[f"{name}_percent"] = 100 * tflops / self.peak_tflops
+        return rates
 
     def _restart(self) -> None:
         self._sequences = 0
         self._since = time.perf_counter()
+        self._paused_at = None  # a run that is resumed is validated before it trains
 
 
 def measure_shape(module: LanguageModel, activation_checkpointing: Any) -> tuple[TransformerShape, float]:
@@ -91,9 +102,3 @@ def measure_shape(module: LanguageModel, activation_checkpointing: Any) -> tuple
     )
     recomputed = find_recomputed(model, blocks, activation_checkpointing)
     return shape, len(set(recomputed) & set(blocks.values())) / len(blocks)
-
-
-def _peak_memory_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -358,17 +358,17 @@ def test_batch_norms_are_synchronised_when_fitting_only(tmp_path: Path) -> None:
     assert validated == {"validate": "BatchNorm1d"}
 
 
-def test_the_start_report_is_logged_once(tmp_path: Path) -> None:
-    def job(folder: str) -> list[str]:
+def test_the_start_report_is_logged_once_and_kept(tmp_path: Path) -> None:
+    def job(folder: str) -> tuple[list[str], str]:
         seen: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(handler)
         module = fit(TinyModule(), folder)
         module.trainer.validate(module, loader(4), verbose=False)
-        return [message for message in seen if message.startswith("MiCS")]
+        return [message for message in seen if message.startswith("MiCS")], module.trainer.strategy.start_report
 
-    first, second = on_ranks(job, str(tmp_path), world_size=RANKS)
-    assert len(first) == 1
-    assert "partition groups" in first[0]
+    (first, kept), (second, _) = on_ranks(job, str(tmp_path), world_size=RANKS)
+    assert first == [kept]
+    assert "partition groups" in kept
     assert second == []

@@ -115,7 +115,8 @@ def test_trainer_is_built_as_configured(tmp_path: Path) -> None:
     trainer = instantiate(config.trainer)
     assert trainer.max_steps == config.trainer.max_steps
     names = [type(callback).__name__ for callback in trainer.callbacks]
-    assert {"Throughput", "GradientNorm", "StepProgressBar", "History", "ModelCheckpoint"} <= set(names)
+    assert {"StopIfDiverged", "Throughput", "GradientNorm", "PeakMemory", "StepProgressBar"} <= set(names)
+    assert names.index("History") > names.index("PeakMemory")  # it notes what those before it have logged
 
 
 def test_models_compose_with_clusters() -> None:

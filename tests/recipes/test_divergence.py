@@ -1,4 +1,4 @@
-"""A run that diverges stops on all ranks, and leaves its good checkpoint as it is."""
+"""A run that diverges stops on all ranks, and leaves its good checkpoints as they are."""
 
 from __future__ import annotations
 
@@ -11,72 +11,95 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from recipes.divergence import DivergedError, GradientNorm
+from recipes.divergence import DivergedError, StopIfDiverged
 from tests.models import TinyModule
 from tests.trainers import loader, make_trainer, on_ranks
 
 
 class Diverges(TinyModule):
-    """The last rank's loss is NaN from one step on."""
+    """The loss of rank 2 is NaN in one step only: from then on all ranks' weights are, and all losses."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, *, step: int) -> None:
         super().__init__()
         self.step = step
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
-        diverged = self.global_step + 1 == self.step and dist.get_rank() == dist.get_world_size() - 1
-        return loss * (math.nan if diverged else 1.0)
+        return loss * math.nan if self.global_step + 1 == self.step and dist.get_rank() == 2 else loss
 
 
-def _fit(folder: str, step: int) -> dict[str, Any]:
-    saving = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+class Overflows(TinyModule):
+    """Weights become infinite after a step whose loss is a number."""
+
+    def __init__(self, *, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.global_step + 1 == self.step:
+            for group in optimizer.param_groups:
+                group["lr"] = math.inf
+
+
+def _fit(folder: str, model: Any, log_every_n_steps: int, save_every: int) -> tuple[str, int]:
+    saving = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=save_every, save_top_k=-1)
     trainer = make_trainer(
-        folder, callbacks=[GradientNorm(), saving], enable_checkpointing=True, log_every_n_steps=1, max_epochs=4
+        folder,
+        callbacks=[StopIfDiverged(), saving],
+        enable_checkpointing=True,
+        log_every_n_steps=log_every_n_steps,
+        accumulate_grad_batches=2,
+        max_epochs=8,
     )
-    try:
-        trainer.fit(Diverges(step), loader(16))
-    except DivergedError as error:
-        return {"said": str(error), "step": trainer.global_step}
-    return {"norm": trainer.callback_metrics["grad_norm"].item()}
+    with pytest.raises(DivergedError) as caught:
+        trainer.fit(model, loader(32))  # two steps of two micro-steps in each epoch
+    return str(caught.value), trainer.global_step
 
 
-def test_nan_on_one_rank_stops_all_in_that_step_and_names_the_last_good_checkpoint(tmp_path: Path) -> None:
-    for result in on_ranks(_fit, str(tmp_path), 4):
-        assert result["step"] == 3
-        assert result["said"].startswith("training has diverged: the gradients are not finite in step 4; the last good")
-        assert f"resume={tmp_path / 'step=3.ckpt'}" in result["said"]
-    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == [f"step={step}.ckpt" for step in (1, 2, 3)]
+def saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.ckpt"))
 
 
-def test_before_the_first_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
-    for result in on_ranks(_fit, str(tmp_path), 1):
-        assert "in step 1; nothing is saved yet: begin with a lower optimizer.lr" in result["said"]
-    assert not list(tmp_path.glob("*.ckpt"))
+def test_nan_on_one_rank_stops_all_and_names_its_step_and_the_last_good_checkpoint(tmp_path: Path) -> None:
+    results = on_ranks(_fit, str(tmp_path), Diverges(step=4), 5, 3)
+    assert len(set(results)) == 1
+    message, stopped_after = results[0]
+    assert stopped_after == 5  # the next step that is logged
+    good = tmp_path / "step=3.ckpt"
+    assert message.startswith(
+        f"training has diverged: the training loss of rank 2 is not finite in step 4; the last good"
+        f" checkpoint is {good}. Go on from it with resume={good} and a smaller"
+    )
+    assert saved(tmp_path) == ["step=3.ckpt"]
 
 
-def _norms(folder: str) -> tuple[float, float, float]:
-    """What is logged, what clipping to a tenth of it found, and what is left after."""
-    found: list[float] = []
-
-    class Watched(TinyModule):
-        def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-            found.append(torch.nn.utils.clip_grad_norm_(self.parameters(), 1e-3).full_tensor().item())
-
-    trainer = make_trainer(folder, callbacks=[GradientNorm()], log_every_n_steps=1, max_steps=1)
-    trainer.fit(Watched(), loader(16))
-    return trainer.callback_metrics["grad_norm"].item(), found[0], found[-1]
+def test_no_checkpoint_is_saved_between_the_loss_and_the_step_that_is_logged(tmp_path: Path) -> None:
+    for message, stopped_after in on_ranks(_fit, str(tmp_path), Diverges(step=1), 50, 2):
+        assert "rank 2 is not finite in step 1; nothing is saved yet, begin anew with a lower optimizer.lr" in message
+        assert stopped_after == 2
+    assert not saved(tmp_path)
 
 
-def test_the_norm_is_that_of_all_shards_before_clipping(tmp_path: Path) -> None:
-    for logged, clipped, _ in on_ranks(_norms, str(tmp_path)):
-        assert logged == pytest.approx(clipped, rel=1e-6)
-        assert logged > 1e-3
+def test_weights_that_overflowed_are_not_saved_although_the_loss_was_a_number(tmp_path: Path) -> None:
+    for message, stopped_after in on_ranks(_fit, str(tmp_path), Overflows(step=2), 50, 1):
+        assert "weights are not finite after step 2; the last good checkpoint is" in message
+        assert f"resume={tmp_path / 'step=1.ckpt'}" in message
+        assert stopped_after == 2
+    assert saved(tmp_path) == ["step=1.ckpt"]
 
 
 def test_a_validation_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, strategy="auto", devices=1)
     trainer.state.fn = "fit"  # type: ignore[assignment]
     trainer.callback_metrics["val_loss"] = torch.tensor(math.inf)
-    with pytest.raises(DivergedError, match="the validation loss is inf, not finite in step 0"):
-        GradientNorm().on_validation_end(trainer, TinyModule())
+    with pytest.raises(DivergedError, match="the validation loss is inf after step 0"):
+        StopIfDiverged().on_validation_end(trainer, TinyModule())
+
+
+def test_a_run_whose_losses_are_numbers_ends_as_it_would(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, strategy="auto", devices=1, callbacks=[StopIfDiverged()], log_every_n_steps=1, max_steps=3
+    )
+    trainer.fit(TinyModule(), loader(16), loader(4))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert trainer.global_step == 3 and saved(tmp_path) == ["a.ckpt"]
