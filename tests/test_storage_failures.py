@@ -114,5 +114,5 @@ def test_a_directory_that_cannot_be_written_is_named_on_all_ranks(tmp_path: Path
         assert facts["error"].startswith(f"PermissionError: [Errno 13] checkpoint {tmp_path}/a.ckpt was not saved")
         assert "Permission denied" in facts["error"]
         assert facts["value"] == (1.0, 1.0)
-        assert facts["in a file"].startswith("NotADirectoryError: ") and f"{tmp_path}/file/b.ckpt" in facts["in a file"]
+        assert facts["in a file"].startswith("FileExistsError: ") and f"{tmp_path}/file/b.ckpt" in facts["in a file"]
         assert facts["files"] == ["a.ckpt", "file"]
