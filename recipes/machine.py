@@ -45,15 +45,33 @@ class Launched:
 def check_machine(cluster: Mapping[str, Any], *, overrides: Sequence[str], environment: Mapping[str, str]) -> None:
     """Exit, with what to type, if this process is not part of the job that ``cluster`` describes.
 
+    One process of each node speaks and fails; the others leave without an error, or a launcher that has seen theirs
+    could end the one that speaks before it does.
+
     Args:
         cluster: As in ``conf/cluster``.
         overrides: What the user has typed after ``train.py``.
         environment: The process's.
     """
-    problem = find_problem(cluster, Launched.read(environment), gpus=torch.cuda.device_count())
-    if problem is not None:
-        alone = int(environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", 0))) == 0
-        sys.exit(f"{problem}\n\n{how_to_launch(cluster, overrides=overrides)}" if alone else 1)
+    message = _wrong_count(cluster)
+    if message is None:
+        problem = find_problem(cluster, Launched.read(environment), gpus=torch.cuda.device_count())
+        message = problem and f"{problem}\n\n{how_to_launch(cluster, overrides=overrides)}"
+    if message is not None:
+        speaks = int(environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", 0))) == 0
+        sys.exit(message if speaks else 0)
+
+
+def _wrong_count(cluster: Mapping[str, Any]) -> str | None:
+    nodes, devices = cluster["num_nodes"], cluster["devices"]
+    if not isinstance(nodes, int) or nodes < 1:
+        return f"cluster.num_nodes={nodes} must be a whole number of at least 1"
+    if devices != "auto" and (not isinstance(devices, int) or devices < 1):
+        return (
+            f"cluster.devices={devices} must be auto or the number of GPUs of each node; to use certain ones, set "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    return None
 
 
 def find_problem(cluster: Mapping[str, Any], launched: Launched, *, gpus: int) -> str | None:

@@ -17,8 +17,9 @@ preempted() {
 }
 
 time_is_up=0
-# By #SBATCH --signal. srun passes SIGTERM on, upon which all ranks save and leave together.
-trap 'time_is_up=1; kill -TERM "$job"' USR1
+# By #SBATCH --signal. The ranks hear of it by SIGTERM, upon which all save and leave together. It goes to the steps of the
+# job, not to this script (scancel's manual) and not to srun, which would kill its tasks at once.
+trap 'time_is_up=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 # SLURM_RESTART_COUNT is there once the job has been queued again.
 srun python train.py "$@" ${SLURM_RESTART_COUNT:+resume=auto} &

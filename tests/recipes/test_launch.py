@@ -21,6 +21,7 @@ LAUNCH = ROOT / "recipes" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sbatch"))
 SRUN = """#!/usr/bin/env bash
 echo "srun $*"
+echo $$ >"$(dirname "$0")/tasks"
 env | sort >"$(dirname "$0")/environment"
 if [[ "$*" == *wait=true* ]]; then
     trap 'echo stopped; exit "$STOPPED"' TERM
@@ -36,12 +37,17 @@ else
     echo "scontrol $*"
 fi
 """
+SCANCEL = """#!/usr/bin/env bash
+if [[ "$*" == "--signal=TERM 42" ]]; then
+    kill -TERM "$(cat "$(dirname "$0")/tasks")"
+fi
+"""
 
 
 def fake_programs(tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL}.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     return folder
