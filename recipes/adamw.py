@@ -1,8 +1,9 @@
-"""AdamW with warm-up and cosine decay, as ``configure_optimizers`` returns it."""
+"""AdamW with warm-up and cosine decay."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
@@ -10,37 +11,52 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def adamw_warmup_cosine(
-    module: nn.Module,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    warmup_steps: int,
-    total_steps: int,
-    final_lr_fraction: float,
-) -> OptimizerLRSchedulerConfig:
-    """AdamW that decays matrices only, its rate stepped once per optimizer step.
+@dataclass(frozen=True, kw_only=True)
+class AdamWWarmupCosine:
+    """Makes AdamW that decays matrices only, its rate stepped once per optimizer step.
 
     The rate rises to ``lr`` over ``warmup_steps``, falls to ``final_lr_fraction * lr`` at ``total_steps`` and stays
     there, so that a finished run can be continued. A run that is shorter than its warm-up, as for a trial, ends in it.
 
     Raises:
-        ValueError: If ``lr`` is not positive or ``warmup_steps`` is negative.
+        ValueError: If a value is out of its range; at once, while the model is still to be built.
     """
-    if lr <= 0:
-        raise ValueError(f"optimizer.lr={lr} must be positive")
-    if warmup_steps < 0:
-        raise ValueError(f"optimizer.warmup_steps={warmup_steps} must not be negative")
-    optimizer = AdamW(_decayed_or_not(module, weight_decay=weight_decay), lr=lr, betas=tuple(betas), fused=True)
 
-    def fraction(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return final_lr_fraction + (1 - final_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    warmup_steps: int
+    total_steps: int
+    final_lr_fraction: float
 
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, fraction), "interval": "step"}}
+    def __post_init__(self) -> None:
+        for name, allowed, what in (
+            ("lr", self.lr > 0, "positive"),
+            (
+                "betas",
+                len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+                "two numbers from 0 to below 1",
+            ),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
+            ("final_lr_fraction", self.final_lr_fraction >= 0, "at least 0"),
+        ):
+            if not allowed:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be {what}")
+
+    def __call__(self, module: nn.Module) -> OptimizerLRSchedulerConfig:
+        """The optimizer and the schedule of ``module``, as ``configure_optimizers`` returns them."""
+        groups = _decayed_or_not(module, weight_decay=self.weight_decay)
+        optimizer = AdamW(groups, lr=self.lr, betas=tuple(self.betas), fused=True)
+        schedule = LambdaLR(optimizer, self.fraction)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def fraction(self, step: int) -> float:
+        """The share of ``lr`` that ``step`` takes, counted from 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        return self.final_lr_fraction + (1 - self.final_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _decayed_or_not(module: nn.Module, *, weight_decay: float) -> list[dict]:
@@ -52,9 +68,9 @@ def _decayed_or_not(module: nn.Module, *, weight_decay: float) -> list[dict]:
     decayed = {
         parameter
         for owner in module.modules()
-        if not (isinstance(owner, nn.Embedding) or "Norm" in type(owner).__name__)
+        if not isinstance(owner, nn.Embedding)
         for name, parameter in owner.named_parameters(recurse=False)
-        if "bias" not in name
+        if parameter.ndim >= 2 and "bias" not in name  # experts have biases in two dimensions
     }
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return [

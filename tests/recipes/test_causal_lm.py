@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from lightning_mics.export import main as export
-from recipes.adamw import adamw_warmup_cosine
 from recipes.causal_lm import CausalLM
 from recipes.pretrained_folder import pretrained_folder
 from tests.trainers import make_trainer, on_ranks
@@ -18,7 +17,6 @@ from tests.trainers import make_trainer, on_ranks
 NETWORK = GPT2Config(
     vocab_size=300, n_positions=16, n_embd=8, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
 )
-SCHEDULE = {"lr": 1.0, "betas": [0.9, 0.95], "weight_decay": 0.1, "final_lr_fraction": 0.1}
 
 
 def sgd(module: torch.nn.Module) -> torch.optim.Optimizer:
@@ -122,23 +120,3 @@ def test_sample_continues_the_prompt_by_a_fixed_number_of_tokens() -> None:
 def test_data_that_the_network_cannot_take_are_refused(facts: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model().check_data(**facts)
-
-
-def test_only_matrices_are_decayed() -> None:
-    module = torch.nn.Linear(3, 2)
-    optimizer = adamw_warmup_cosine(module, **SCHEDULE, warmup_steps=1, total_steps=10)["optimizer"]
-    decayed = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert decayed == {id(module.weight): 0.1, id(module.bias): 0.0}
-
-
-def test_rate_warms_up_decays_and_then_stays() -> None:
-    configured = adamw_warmup_cosine(torch.nn.Linear(1, 1), **SCHEDULE, warmup_steps=4, total_steps=10)
-    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-    rates = []
-    for _ in range(13):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
-    assert rates[4:11] == sorted(rates[4:11], reverse=True)
-    assert rates[10:] == pytest.approx([0.1] * 3)
