@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import IO, Any
@@ -25,6 +26,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_api
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -96,9 +98,75 @@ def groups_made() -> int:
     return len(dist.distributed_c10d._world.pg_names)
 
 
+_rehearsed_backend: str | None = None
+
+
+@contextmanager
+def rehearsed_job(*, world_size: int, rank: int, backend: str) -> Iterator[None]:
+    """Make this process ``rank`` of a job whose other ranks do not exist: collectives return at once.
+
+    Args:
+        world_size: Ranks in the job.
+        rank: This one.
+        backend: What :func:`backend_name` tells, of all groups.
+
+    Raises:
+        RuntimeError: If this process is part of a real job.
+    """
+    global _rehearsed_backend
+    if dist.is_initialized():
+        raise RuntimeError("a job is rehearsed in a process that is not part of another one: torch.distributed is in use")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)  # type: ignore[no-untyped-call]
+    _rehearsed_backend = backend
+    try:
+        yield
+    finally:
+        _rehearsed_backend = None
+        dist.destroy_process_group()
+
+
 def backend_name(group: dist.ProcessGroup, device: torch.device) -> str:
     """The backend of ``group`` for ``device``, as in "gloo"."""
-    return group._get_backend(device).name()
+    return _rehearsed_backend or group._get_backend(device).name()
+
+
+def group_of(operation: Any, args: tuple[Any, ...]) -> dist.ProcessGroup | None:
+    """The process group of an operation of torch.distributed that a dispatch mode has seen; None for any other."""
+    if operation.namespace == "_c10d_functional":
+        names = [argument for argument in args if isinstance(argument, str)]
+        return dist.distributed_c10d._resolve_process_group(names[-1]) if names else None
+    if operation.namespace != "c10d":
+        return None
+    objects = [argument for argument in args if isinstance(argument, torch.ScriptObject)]
+    return next((dist.ProcessGroup.unbox(o) for o in objects if "ProcessGroup" in str(o._type())), None)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def watched_resizes(resized: Callable[[torch.UntypedStorage, int], None]) -> Iterator[None]:
+    """Call ``resized(storage, bytes before)`` after each change of a storage's size, by which FSDP2 frees memory."""
+    resize = torch.UntypedStorage.resize_
+
+    def watched(storage: torch.UntypedStorage, size: int) -> Any:
+        before = storage.nbytes()
+        result = resize(storage, size)
+        resized(storage, before)
+        return result
+
+    torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+def unsharded_parameters(module: FSDPModule) -> list[nn.Parameter]:
+    """The parameters of ``module`` itself as they are gathered, of which only shapes are sure to be there."""
+    return [p._unsharded_param for group in _param_groups(module) for p in group.fsdp_params if p.sharded_param.requires_grad]
+
+
+def partial_sums(module: FSDPModule) -> list[Tensor]:
+    """What ``module`` itself keeps of gradients that wait for the second hop."""
+    return [g._partial_reduce_output for g in _param_groups(module) if g._partial_reduce_output is not None]
 
 
 def premultiplied_sum_factor(op: dist.ReduceOp | dist.ReduceOp.RedOpType) -> float | None:

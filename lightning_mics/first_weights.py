@@ -110,8 +110,8 @@ def verify_replicas(model: nn.Module, groups: PartitionGroups) -> None:
     dist.all_gather(of_replicas, checksums, group=groups.replication)
     same = (torch.stack(of_replicas) == checksums).all(dim=0)  # [parameters]
     # a rank whose own part agrees must raise with the others
-    dist.all_reduce(agreed := same.all().int(), op=dist.ReduceOp.MIN)
-    if not agreed:
+    dist.all_reduce(differ := (~same.all()).int(), op=dist.ReduceOp.MAX)
+    if differ:
         differing = [name for name, ok in zip(names, same.tolist(), strict=True) if not ok]
         raise RuntimeError(
             f"the replicas of the model differ in {len(differing)} of {len(names)} parameters that rank "

@@ -115,6 +115,21 @@ def shard_model(
     return communication.install(model)
 
 
+def mixed_precision_policy(precision: str, *, reduce_dtype: torch.dtype | None = None) -> MixedPrecisionPolicy:
+    """FSDP2's side of a precision: what it gathers and reduces in. Autocast casts what goes into operations.
+
+    Args:
+        precision: As Lightning names it: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
+        reduce_dtype: What gradients are reduced and summed in; None follows the precision.
+    """
+    mixed = precision == "bf16-mixed"
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if mixed else None,
+        reduce_dtype=reduce_dtype or (torch.float32 if mixed else None),
+        cast_forward_inputs=False,
+    )
+
+
 def find_recomputed(
     model: nn.Module, blocks: dict[str, nn.Module], activation_checkpointing: bool | ModuleClasses
 ) -> list[nn.Module]:

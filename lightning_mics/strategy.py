@@ -57,7 +57,7 @@ from lightning_mics.planning.memory import (
 from lightning_mics.planning.once_per_step import Auto, OncePerStep, choose_once_per_step
 from lightning_mics.preemption import stop_when_signalled
 from lightning_mics.save_planner import HostBuffers
-from lightning_mics.sharding import find_recomputed, shard_model
+from lightning_mics.sharding import find_recomputed, mixed_precision_policy, shard_model
 from lightning_mics.silent_ranks import all_ranks_answer
 from lightning_mics.start_report import start_report
 from lightning_mics.storage_path import StoragePath, storage_path
@@ -340,13 +340,7 @@ class MiCSStrategy(ModelParallelStrategy):
         return int(self.reduce(torch.tensor(own, device=self.root_device), reduce_op="min"))
 
     def _mixed_precision(self) -> MixedPrecisionPolicy:
-        """FSDP2's side of the precision: Lightning's autocast casts inputs, FSDP2 gathers and reduces."""
-        mixed = self.precision_plugin.precision == "bf16-mixed"
-        return MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if mixed else None,
-            reduce_dtype=self._reduce_dtype or (torch.float32 if mixed else None),
-            cast_forward_inputs=False,
-        )
+        return mixed_precision_policy(self.precision_plugin.precision, reduce_dtype=self._reduce_dtype)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from lightning_mics._torch_compat import (
 )
 
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,40 @@ class Sent:
         return Sent(self.inside_bytes - other.inside_bytes, self.between_bytes - other.between_bytes)
 
 
+def sent_by(kind: Kind, whole_bytes: float, *, nodes: Sequence[int], position: int, gloo: bool = False) -> Sent:
+    """What one rank sends in a collective.
+
+    Args:
+        kind: Of the collective.
+        whole_bytes: What is gathered, reduced or exchanged, of all ranks together.
+        nodes: The node of each rank, in the order of the group.
+        position: Of the rank in the group.
+        gloo: Whether gloo runs it, whose reduce-scatter is an all-reduce.
+    """
+    n = len(nodes)
+    twice = kind == "all_reduce" or (kind == "reduce_scatter" and gloo)
+    sent_bytes = (2 if twice else 1) * whole_bytes * (n - 1) / n
+    if kind == "all_to_all":
+        between_share = pair_share(nodes, position)
+    else:
+        between_share = sum(nodes[i] != nodes[(i + 1) % n] for i in range(n)) / n
+    return Sent(sent_bytes * (1 - between_share), sent_bytes * between_share)
+
+
+def pair_share(nodes: Sequence[int], position: int) -> float:
+    """The share of the other ranks, 0 to 1, that are on other nodes than the rank at ``position``."""
+    return sum(node != nodes[position] for node in nodes) / max(1, len(nodes) - 1)
+
+
 class Traffic:
     """What the collectives of sharded training have sent since they were made."""
 
     def __init__(self) -> None:
         self._sent: dict[str, Sent] = {}
 
-    def record(self, technique: str, sent_bytes: float, *, between_share: float) -> None:
-        """Add ``sent_bytes``, of which ``between_share`` (0 to 1) went to other nodes."""
-        between = sent_bytes * between_share
-        self._sent[technique] = self._sent.get(technique, Sent()) + Sent(sent_bytes - between, between)
+    def record(self, technique: str, sent: Sent) -> None:
+        """Add what was ``sent``."""
+        self._sent[technique] = self._sent.get(technique, Sent()) + sent
 
     def by_technique(self) -> dict[str, Sent]:
         """What was sent so far, for each technique that has sent anything."""
@@ -66,9 +92,7 @@ class CountedGroup:
     def __init__(self, group: dist.ProcessGroup, *, nodes: Sequence[int], traffic: Traffic) -> None:
         self._group = group
         self._traffic = traffic
-        n, own = len(nodes), nodes[group.rank()]
-        self._ring_share = sum(nodes[i] != nodes[(i + 1) % n] for i in range(n)) / n
-        self._pair_share = sum(node != own for node in nodes) / max(1, n - 1)
+        self._nodes = nodes
 
     @property
     def size(self) -> int:
@@ -89,7 +113,7 @@ class CountedGroup:
         async_op: bool = False,
     ) -> dist.Work | None:
         """Gather every rank's shard, in the order of the group."""
-        self._traffic.record(technique, (self.size - 1) * shard.nbytes, between_share=self._ring_share)
+        self._count("all_gather", self.size * shard.nbytes, technique)
         work: dist.Work | None = all_gather_single(output, shard, group=self._group, async_op=async_op)
         return work
 
@@ -114,14 +138,11 @@ class CountedGroup:
             ValueError: If ``op`` is one that a local sum cannot do: other than SUM, AVG and PREMUL_SUM.
         """
         gloo = backend_name(self._group, source.device) == "gloo"
-        by_pairs = wire_dtype is not None or (gloo and self._pair_share in (0, 1))
-        sent_bytes = source.numel() * (wire_dtype or source.dtype).itemsize * (self.size - 1) / self.size
-        if by_pairs:
-            self._traffic.record(technique, sent_bytes, between_share=self._pair_share)
-            parts = self._exchange(source.to(wire_dtype or source.dtype))
+        if wire_dtype is not None or (gloo and pair_share(self._nodes, self.rank) in (0, 1)):
+            parts = self._exchange(source.to(wire_dtype or source.dtype), technique)
             _reduce_locally(parts, output, op=op)
             return None
-        self._traffic.record(technique, sent_bytes * (1 + gloo), between_share=self._ring_share)
+        self._count("reduce_scatter", source.nbytes, technique, gloo=gloo)
         work: dist.Work | None = reduce_scatter_single(output, source, group=self._group, op=op, async_op=async_op)
         return work
 
@@ -134,21 +155,24 @@ class CountedGroup:
         source = tensor.new_zeros(self.size * shard_numel, dtype=wire_dtype)
         source[: tensor.numel()].copy_(tensor.view(-1))
         shard = tensor.new_empty(shard_numel)
-        self._traffic.record(technique, (self.size - 1) * shard_numel * source.itemsize, between_share=self._pair_share)
-        _reduce_locally(self._exchange(source), shard, op=op)
+        _reduce_locally(self._exchange(source, technique), shard, op=op)
         self.all_gather(source, shard.to(wire_dtype), technique=technique)
         tensor.view(-1).copy_(source[: tensor.numel()])
 
     def count_all_reduce(self, tensor: Tensor, *, technique: str) -> None:
         """Count an all-reduce of ``tensor`` over this group that somebody else has run."""
-        sent_bytes = 2 * tensor.nbytes * (self.size - 1) / self.size
-        self._traffic.record(technique, sent_bytes, between_share=self._ring_share)
+        self._count("all_reduce", tensor.nbytes, technique)
 
-    def _exchange(self, source: Tensor) -> Tensor:
+    def _exchange(self, source: Tensor, technique: str) -> Tensor:
         """Send each rank its part of ``source`` [ranks * shard]; returns the parts for this rank [ranks, shard]."""
+        self._count("all_to_all", source.nbytes, technique)
         parts = torch.empty_like(source)
         dist.all_to_all_single(parts, source, group=self._group)
         return parts.view(self.size, -1)
+
+    def _count(self, kind: Kind, whole_bytes: int, technique: str, *, gloo: bool = False) -> None:
+        sent = sent_by(kind, whole_bytes, nodes=self._nodes, position=self.rank, gloo=gloo)
+        self._traffic.record(technique, sent)
 
 
 def _reduce_locally(parts: Tensor, output: Tensor, *, op: ReduceOp) -> None:
