@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
@@ -11,7 +10,6 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 
-@dataclass(frozen=True, kw_only=True)
 class AdamWWarmupCosine:
     """Makes AdamW that decays matrices only, its rate stepped once per optimizer step.
 
@@ -22,27 +20,31 @@ class AdamWWarmupCosine:
         ValueError: If a value is out of its range; at once, while the model is still to be built.
     """
 
-    lr: float
-    betas: tuple[float, float]
-    weight_decay: float
-    warmup_steps: int
-    total_steps: int
-    final_lr_fraction: float
-
-    def __post_init__(self) -> None:
-        for name, allowed, what in (
-            ("lr", self.lr > 0, "positive"),
-            (
-                "betas",
-                len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-                "two numbers from 0 to below 1",
-            ),
-            ("weight_decay", self.weight_decay >= 0, "at least 0"),
-            ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
-            ("final_lr_fraction", self.final_lr_fraction >= 0, "at least 0"),
+    def __init__(
+        self,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        warmup_steps: int,
+        total_steps: int,
+        final_lr_fraction: float,
+    ) -> None:
+        for name, value, allowed, what in (
+            ("lr", lr, lr > 0, "positive"),
+            ("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers from 0 to below 1"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
+            ("warmup_steps", warmup_steps, warmup_steps >= 0, "at least 0"),
+            ("final_lr_fraction", final_lr_fraction, final_lr_fraction >= 0, "at least 0"),
         ):
             if not allowed:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be {what}")
+                raise ValueError(f"optimizer.{name}={value} must be {what}")
+        self.lr = lr
+        self.betas = betas
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        self.final_lr_fraction = final_lr_fraction
 
     def __call__(self, module: nn.Module) -> OptimizerLRSchedulerConfig:
         """The optimizer and the schedule of ``module``, as ``configure_optimizers`` returns them."""

@@ -76,3 +76,8 @@ def test_a_value_out_of_its_range_is_refused(wrong: dict[str, Any], message: str
 def test_it_is_refused_before_the_model_is_built() -> None:
     with pytest.raises(InstantiationException, match=r"optimizer\.lr=-1 must be positive"):
         train.make_model(composed("optimizer.lr=-1"))
+
+
+def test_a_configured_model_makes_it() -> None:
+    made = train.make_model(composed("optimizer.lr=0.5")).make_optimizer(nn.Linear(1, 1))
+    assert made["optimizer"].defaults["lr"] == 0.5
