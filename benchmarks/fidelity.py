@@ -196,8 +196,8 @@ PAGE = """# Fidelity: the losses of MiCS and of DDP
 Does training under MiCS reach what data parallelism reaches, step by step? Four CPU ranks that count as two nodes of
 two train a GPT and a BERT (`conf/experiment/fidelity.yaml`: the models `gpt-tiny` and `bert-tiny` with two blocks,
 sequences of 64 tokens of the standard library's source, 8 sequences per step in 2 micro-steps, AdamW, gradients
-clipped at norm 1, warm-up and cosine) for {steps} steps, from the same weights, on the same sequences in the same order. Losses are means over all
-ranks and micro-steps. *Measured.*
+clipped at norm 1, warm-up and cosine) for {steps} steps, from the same weights, on the same sequences in the same
+order. Losses are means over all ranks and micro-steps. *Measured.*
 
 ![Training losses of four systems over {steps} steps, two models, two precisions](losses.svg)
 

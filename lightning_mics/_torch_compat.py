@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.tensor.debug
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -115,7 +116,9 @@ def rehearsed_job(*, world_size: int, rank: int, backend: str) -> Iterator[None]
     """
     global _rehearsed_backend
     if dist.is_initialized():
-        raise RuntimeError("a job is rehearsed in a process that is not part of another one: torch.distributed is in use")
+        raise RuntimeError(
+            "a job is rehearsed in a process that is not part of another one: torch.distributed is in use"
+        )
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)  # type: ignore[no-untyped-call]
     _rehearsed_backend = backend
     try:
@@ -123,6 +126,14 @@ def rehearsed_job(*, world_size: int, rank: int, backend: str) -> Iterator[None]
     finally:
         _rehearsed_backend = None
         dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """DTensor's caches hold meshes, and find those of another job that has equal ones, with groups that are gone."""
+    forget = getattr(dist.tensor.debug, "_clear_sharding_prop_cache", None)  # torch >= 2.13
+    if forget is not None:
+        forget()
 
 
 def backend_name(group: dist.ProcessGroup, device: torch.device) -> str:
@@ -161,7 +172,12 @@ def watched_resizes(resized: Callable[[torch.UntypedStorage, int], None]) -> Ite
 
 def unsharded_parameters(module: FSDPModule) -> list[nn.Parameter]:
     """The parameters of ``module`` itself as they are gathered, of which only shapes are sure to be there."""
-    return [p._unsharded_param for group in _param_groups(module) for p in group.fsdp_params if p.sharded_param.requires_grad]
+    return [
+        p._unsharded_param
+        for group in _param_groups(module)
+        for p in group.fsdp_params
+        if p.sharded_param.requires_grad
+    ]
 
 
 def partial_sums(module: FSDPModule) -> list[Tensor]:
@@ -205,7 +221,7 @@ def weights_version(module: FSDPModule) -> Hashable:
 
 def _version(parameter: Any) -> Hashable:
     shard = parameter.sharded_param
-    return shard._version, shard._local_tensor._version, parameter._sharded_param_data.data_ptr()
+    return shard._version, shard._local_tensor._version, parameter._sharded_param_data.untyped_storage()._cdata
 
 
 def _has_unreduced_gradient(parameter: Any) -> bool:
@@ -261,6 +277,12 @@ class GatheredParameters:
             if group.is_sharded:
                 for parameter in group.fsdp_params:
                     parameter.free_unsharded_param()
+
+    def whole(self) -> list[Tensor]:
+        """The memory of each: [ranks * shard]."""
+        return [
+            out for group in self._groups for parameter in group.fsdp_params for out in parameter.all_gather_outputs
+        ]
 
     def own_parts(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's part of each gathered parameter, and the shard that it was gathered from: [shard], both."""

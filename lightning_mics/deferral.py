@@ -31,6 +31,10 @@ class Deferral:
         """Whether sums wait."""
         return self._sums is not None
 
+    def tensors(self) -> list[Tensor]:
+        """What waits: [any], if anything does."""
+        return [] if self._sums is None else [self._sums]
+
     def keep_back(self, part: Tensor) -> None:
         """Add ``part`` to what waits; it is copied."""
         self._without_gradient += [p for p in self._parameters() if p.grad is None]

@@ -35,6 +35,10 @@ class KeptCopy:
         """Forget the copy: the next use gathers."""
         self._kept_version = None
 
+    def tensors(self) -> list[Tensor]:
+        """What is kept now."""
+        raise NotImplementedError
+
     def compare(self, own: Tensor, shard: Tensor) -> None:
         """Note whether this rank's ``own`` part of the copy is its ``shard`` still; does not wait for a device."""
         if own.is_cuda:

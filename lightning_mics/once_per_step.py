@@ -77,6 +77,10 @@ class NodeCopy(KeptCopy, TwoStages, AllGather):
             return None
         return self.node.all_gather(output_tensor, kept, technique="gather inside nodes", async_op=async_op)
 
+    def tensors(self) -> list[Tensor]:
+        """The rail's slice, [nodes * shard], if there is one."""
+        return [] if self._rail_slice is None else [self._rail_slice]
+
     def drop(self) -> None:
         """Forget the copy: the next gather crosses nodes."""
         super().drop()
@@ -134,6 +138,10 @@ class RankCopy(KeptCopy):
     def __init__(self, module: FSDPModule) -> None:
         super().__init__(lambda: weights_version(module))
         self._gathered = GatheredParameters(module, reuse=self._reuse, made=self.made)
+
+    def tensors(self) -> list[Tensor]:
+        """The gathered parameters."""
+        return self._gathered.whole() if self.usable else []
 
     def drop(self) -> None:
         """Free the copy, or let FSDP2 do so after its use: the next use gathers."""

@@ -163,6 +163,10 @@ class TwoHopSchedule:
         for copy in self._copies:
             copy.drop()
 
+    def kept(self) -> list[Tensor]:
+        """What is in memory now so that it travels once per step: copies of parameters, and sums of gradients."""
+        return [tensor for keeper in (*self._copies, *self._deferrals.values()) for tensor in keeper.tensors()]
+
     def before_backward(self) -> None:
         """Reduce at once what cannot wait: blocks of which some parameters are frozen for this backward only.
 

@@ -75,6 +75,9 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> tuple[Dict
     config.strategy.partition_size = choices.take(
         "partition size", config.strategy.partition_size, memory.topology.partition_size, memory.why_partition_size
     )
+    for option, chosen in memory.once_per_step.options().items():
+        why = getattr(memory.once_per_step, option).why.removeprefix('"auto": ')
+        config.strategy[option] = choices.take(option.replace("_", " "), config.strategy[option], chosen, why)
     _choose_batches(config, choices, memory, ranks=ranks)
     _choose_validation(config)
     choices.rows["memory per rank"] = memory.report(config.data.batch_size)
@@ -109,6 +112,7 @@ class _Memory:
 
     topology: Topology
     why_partition_size: str
+    once_per_step: OncePerStep
     capacity: int
     states: int  # with what is kept to travel once per step
     sequence: int  # activations of one sequence
@@ -133,12 +137,13 @@ class _Memory:
             )
             why = "the fewest whole nodes that hold the model states"
         topology = Topology(world_size=ranks, ranks_per_node=per_node, partition_size=partition_size)
-        kept = _once_per_step(config, size, topology, capacity).kept_bytes
+        once_per_step = _once_per_step(config, size, topology, capacity)
         return cls(
             topology=topology,
             why_partition_size=why,
+            once_per_step=once_per_step,
             capacity=capacity,
-            states=size.per_rank_bytes(partition_size) + kept,
+            states=size.per_rank_bytes(partition_size) + once_per_step.kept_bytes,
             sequence=sequence_bytes(config, model),
         )
 

@@ -7,15 +7,16 @@ attention saves the same: queries, keys, values, the output and one sum per quer
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mics._torch_compat import FakeTensorMode, TorchDispatchMode, tree_leaves, tree_map_only
+from lightning_mics._torch_compat import FakeTensorMode, tree_map_only
+from lightning_mics.planning.allocations import Allocations
+from lightning_mics.planning.observed import Observed
 
 
 def peak_activation_bytes(
@@ -46,12 +47,12 @@ def peak_activation_bytes(
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
         shapes = {_unordered(parameter) for parameter in model.parameters()}
         with (
-            _Allocations(shapes) as allocations,
+            Allocations(counts=lambda tensor: _unordered(tensor) not in shapes) as allocations,
+            Observed(allocations),
             torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None),
         ):
             loss(model, batch).backward()  # type: ignore[no-untyped-call]
-    peak_bytes: int = allocations.peak_bytes
-    return peak_bytes
+    return allocations.peak_bytes
 
 
 @contextmanager
@@ -70,40 +71,3 @@ def _unordered(tensor: Tensor) -> tuple[int, ...]:
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that operations make, until the last reference to each is gone.
-
-    Args:
-        ignored_shapes: Of tensors that are not counted.
-    """
-
-    def __init__(self, ignored_shapes: set[tuple[int, ...]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._ignored_shapes = ignored_shapes
-        self.peak_bytes = 0
-        self._live_bytes = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = operation(*args, **(kwargs or {}))
-        given = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-        for tensor in tree_leaves(result):
-            is_new = isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in given  # else a view
-            if is_new and _unordered(tensor) not in self._ignored_shapes:
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        self._live_bytes += storage.nbytes()
-        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
-        weakref.finalize(storage, self._release, storage.nbytes())
-
-    def _release(self, size_bytes: int) -> None:
-        self._live_bytes -= size_bytes

@@ -33,7 +33,9 @@ def test_without_a_gpu_four_processes_share_the_batch() -> None:
     assert shape(config) == (4, 2, 8, 1)
     assert config.trainer.precision == "32-true"
     assert config.trainer.devices == 4
-    assert '  micro-batch       8 ("auto": up to ' in table
+    assert re.search(r'  micro-batch +8 \("auto": up to ', table)
+    assert re.search(r'  cross node gather +every_use \("auto": a partition group is inside one node\)', table)
+    assert config.strategy.cross_node_gather == "every_use"
     assert config.trainer.val_check_interval == config.validate_every_n_steps
 
 
