@@ -9,6 +9,7 @@ train the models of ``conf/experiment/fidelity.yaml`` by Lightning's Trainer. Wh
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -124,33 +125,33 @@ def first_weights(model: str, folder: Path) -> Path:
     return folder
 
 
-def run_all() -> dict[str, Any]:
-    results: dict[str, Any] = {"curves": {}, "seconds": {}}
+def run_all(out: Path) -> dict[str, Any]:
+    """Run what ``out`` has no losses of yet, by this commit: what was cut off goes on."""
+    kept, commit = out / "results.json", environment()["commit"]
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    if results.get("commit") != commit:
+        results = {"commit": commit, "curves": {}, "seconds": {}}
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        for name, model in MODELS.items():
-            weights = first_weights(model, Path(scratch, model))
-            for precision in PRECISIONS:
-                for system in SYSTEMS:
-                    losses, begin = Path(scratch, "losses.json"), time.perf_counter()
-                    launch = [
-                        sys.executable,
-                        "-m",
-                        "torch.distributed.run",
-                        "--standalone",
-                        f"--nproc-per-node={RANKS}",
-                    ]
-                    job = ["-m", "benchmarks.fidelity", "--work", system, model, precision, str(weights), str(losses)]
-                    subprocess.run([*launch, *job], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-                    key = f"{name}, {precision}"
-                    results["curves"].setdefault(key, {})[system] = json.loads(losses.read_text())
-                    results["seconds"].setdefault(key, {})[system] = round(time.perf_counter() - begin, 1)
-                    print(key, system, results["curves"][key][system][-1], flush=True)
+        weights = {name: first_weights(model, Path(scratch, model)) for name, model in MODELS.items()}
+        for name, precision, system in itertools.product(MODELS, PRECISIONS, SYSTEMS):
+            key = f"{name}, {precision}"
+            curves = results["curves"].setdefault(key, {})
+            if system in curves:
+                continue
+            losses, begin = Path(scratch, "losses.json"), time.perf_counter()
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+            job = ["-m", "benchmarks.fidelity", "--work"]
+            job += [system, MODELS[name], precision, str(weights[name]), str(losses)]
+            subprocess.run([*launch, *job], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            curves[system] = json.loads(losses.read_text())
+            results["seconds"].setdefault(key, {})[system] = round(time.perf_counter() - begin, 1)
+            kept.write_text(json.dumps(results))
+            print(key, system, curves[system][-1], flush=True)
     return results
 
 
 def write_page(results: dict[str, Any], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results))
     draw(results["curves"], out / "losses.svg")
     rows = []
     for key, curves in results["curves"].items():
@@ -220,7 +221,7 @@ def main() -> None:
         system, model, precision, weights, out = arguments.work
         work(system, model, precision, weights=Path(weights), out=Path(out))
     else:
-        write_page(run_all(), arguments.out)
+        write_page(run_all(arguments.out), arguments.out)
 
 
 if __name__ == "__main__":

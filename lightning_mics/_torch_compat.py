@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.tensor.debug
 from torch import Tensor, nn
+from torch._C._distributed_c10d import _resolve_process_group
 from torch._dynamo import OptimizedModule
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
@@ -119,7 +120,7 @@ def rehearsed_job(*, world_size: int, rank: int, backend: str) -> Iterator[None]
         raise RuntimeError(
             "a job is rehearsed in a process that is not part of another one: torch.distributed is in use"
         )
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)  # type: ignore[no-untyped-call]
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     _rehearsed_backend = backend
     try:
         yield
@@ -145,11 +146,11 @@ def group_of(operation: Any, args: tuple[Any, ...]) -> dist.ProcessGroup | None:
     """The process group of an operation of torch.distributed that a dispatch mode has seen; None for any other."""
     if operation.namespace == "_c10d_functional":
         names = [argument for argument in args if isinstance(argument, str)]
-        return dist.distributed_c10d._resolve_process_group(names[-1]) if names else None
+        return _resolve_process_group(names[-1]) if names else None  # type: ignore[arg-type]
     if operation.namespace != "c10d":
         return None
     objects = [argument for argument in args if isinstance(argument, torch.ScriptObject)]
-    return next((dist.ProcessGroup.unbox(o) for o in objects if "ProcessGroup" in str(o._type())), None)  # type: ignore[attr-defined]
+    return next((dist.ProcessGroup.unbox(o) for o in objects if "ProcessGroup" in str(o._type())), None)
 
 
 @contextmanager
@@ -157,13 +158,13 @@ def watched_resizes(resized: Callable[[torch.UntypedStorage, int], None]) -> Ite
     """Call ``resized(storage, bytes before)`` after each change of a storage's size, by which FSDP2 frees memory."""
     resize = torch.UntypedStorage.resize_
 
-    def watched(storage: torch.UntypedStorage, size: int) -> Any:
+    def watched(storage: Any, size: int) -> Any:
         before = storage.nbytes()
         result = resize(storage, size)
         resized(storage, before)
         return result
 
-    torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = watched  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:

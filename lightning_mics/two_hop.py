@@ -165,7 +165,8 @@ class TwoHopSchedule:
 
     def kept(self) -> list[Tensor]:
         """What is in memory now so that it travels once per step: copies of parameters, and sums of gradients."""
-        return [tensor for keeper in (*self._copies, *self._deferrals.values()) for tensor in keeper.tensors()]
+        keepers: list[KeptCopy | Deferral] = [*self._copies, *self._deferrals.values()]
+        return [tensor for keeper in keepers for tensor in keeper.tensors()]
 
     def before_backward(self) -> None:
         """Reduce at once what cannot wait: blocks of which some parameters are frozen for this backward only.

@@ -298,7 +298,7 @@ class _Watch:
         self._allocations.assign(GATHERED if gathers else REDUCING, tensors, over=UNKNOWN)
 
 
-class _WithoutValues(Observed):
+class _WithoutValues(Observed):  # type: ignore[no-untyped-call]
     """Answers what tensors without values cannot: numbers are 0, conditions do not hold, and equals are equal."""
 
     def run(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
