@@ -73,9 +73,7 @@ def rehearsed(name: str, shape: tuple[int, int, int], options: dict[str, Any], *
         model.example_batch(SEQUENCES, LENGTH),
         loss=loss,
         topology=Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size),
-        backend="gloo",
-        gradient_clip_val=1.0,
-        **{"micro_steps": 3, **options, **job},
+        **{"backend": "gloo", "gradient_clip_val": 1.0, "micro_steps": 3, **options, **job},
     )
 
 
