@@ -20,6 +20,7 @@ from torch import nn
 from lightning_mics.blocks import find_blocks
 from lightning_mics.partition_groups import choose_hierarchical
 from lightning_mics.planning.activations import peak_activation_bytes
+from lightning_mics.planning.batches import split_global_batch
 from lightning_mics.planning.memory import (
     ModelSize,
     device_memory_bytes,
@@ -30,7 +31,6 @@ from lightning_mics.planning.memory import (
 from lightning_mics.planning.once_per_step import OncePerStep, choose_once_per_step
 from lightning_mics.sharding import find_recomputed, recompute_in_backward
 from lightning_mics.topology import Topology
-from recipes.batches import split_global_batch
 from recipes.language_model import LanguageModel
 from recipes.machine import Launched
 from recipes.throughput import measure_shape

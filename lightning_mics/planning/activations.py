@@ -40,7 +40,7 @@ def peak_activation_bytes(
         autocast_dtype: What autocast computes in; None is without.
     """
     with FakeTensorMode() as fake:
-        with _default_dtype(dtype):
+        with default_dtype(dtype):
             model = make_model()
         batch = tree_map_only(Tensor, fake.from_tensor, batch)
         for parameter in model.parameters():
@@ -56,7 +56,8 @@ def peak_activation_bytes(
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Build in ``dtype`` what is built inside."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -32,6 +32,7 @@ from lightning_mics._torch_compat import (
 from lightning_mics.blocks import ModuleClasses
 from lightning_mics.communication import Gather, Reduce
 from lightning_mics.partition_groups import create_groups
+from lightning_mics.planning.activations import default_dtype
 from lightning_mics.planning.allocations import GATHERED, UNKNOWN, Allocations
 from lightning_mics.planning.collectives import Collective, Collectives
 from lightning_mics.planning.observed import Observed
@@ -159,7 +160,7 @@ def rehearse(
         groups = create_groups(topology, device_type="cpu", hierarchical=hierarchical)
         watch = _Watch(topology, gloo=backend == "gloo")
         with watch.entered() as fake:
-            with _default_dtype(torch.bfloat16 if precision == "bf16-true" else torch.float32):
+            with default_dtype(torch.bfloat16 if precision == "bf16-true" else torch.float32):
                 model = make_model()
             schedule = shard_model(
                 model,
@@ -313,13 +314,3 @@ class _WithoutValues(Observed):  # type: ignore[no-untyped-call]
 def _tensors(states: Iterable[Mapping[str, Any]]) -> Iterator[Tensor]:
     for state in states:
         yield from (value for value in state.values() if isinstance(value, Tensor))
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -58,19 +59,32 @@ def _shapes(unit: nn.Module, blocks: set[nn.Module]) -> tuple[tuple[int, int], .
     return tuple(sorted((p.shape[0], p.numel() // p.shape[0]) for p in own))
 
 
+When = Literal["every", "first", "boundary"]
+
+
 @dataclass(frozen=True)
 class Repeated:
-    """A collective and how often it runs in an optimizer step."""
+    """A collective of an optimizer step.
+
+    Attributes:
+        collective: What runs.
+        times: How often in a micro-step that it runs in.
+        when: In which micro-steps it runs: every one, the first, or the boundary.
+    """
 
     collective: Collective
     times: int
+    when: When
+
+    def in_step(self, micro_steps: int) -> int:
+        """How often it runs in an optimizer step."""
+        return self.times * (micro_steps if self.when == "every" else 1)
 
 
 def step_traffic(
     units: Sequence[Unit],
     topology: Topology,
     *,
-    micro_steps: int,
     hierarchical: bool,
     once_per_step: OncePerStepOptions = EVERY_TIME,
     two_hop: bool = True,
@@ -83,7 +97,6 @@ def step_traffic(
     Args:
         units: From :func:`find_units`.
         topology: Where every rank is.
-        micro_steps: Per optimizer step.
         hierarchical: Whether collectives of the partition group run in two stages.
         once_per_step: What travels once per step.
         two_hop: Whether the second hop waits for the boundary.
@@ -91,7 +104,7 @@ def step_traffic(
         reduce_dtype: Of gradient sums.
         cross_node_dtype: What gradients travel in between nodes; None is ``reduce_dtype``.
     """
-    step = _Step(topology, micro_steps, hierarchical, once_per_step, two_hop, cross_node_dtype)
+    step = _Step(topology, hierarchical, once_per_step, two_hop, cross_node_dtype)
     return [
         repeated
         for unit in units
@@ -100,19 +113,24 @@ def step_traffic(
     ]
 
 
-def total_sent(traffic: Iterable[Repeated]) -> Sent:
-    """What rank 0 sends in all of ``traffic``."""
+def total_sent(traffic: Iterable[Repeated], *, micro_steps: int) -> Sent:
+    """What rank 0 sends in an optimizer step of ``traffic``."""
     total = Sent()
     for repeated in traffic:
-        sent = repeated.collective.sent
-        total += Sent(sent.inside_bytes * repeated.times, sent.between_bytes * repeated.times)
+        sent, times = repeated.collective.sent, repeated.in_step(micro_steps)
+        total += Sent(sent.inside_bytes * times, sent.between_bytes * times)
     return total
+
+
+@dataclass(frozen=True)
+class _Uses:
+    times: int
+    when: When
 
 
 @dataclass(frozen=True)
 class _Step:
     topology: Topology
-    micro_steps: int
     hierarchical: bool
     once_per_step: OncePerStepOptions
     two_hop: bool
@@ -124,40 +142,42 @@ class _Step:
 
     def gathers(self, unit: Unit, dtype: torch.dtype) -> list[Repeated]:
         elements = unit.elements(self.topology.partition_size)
-        uses = self.micro_steps * (1 if unit.is_root else 2)
-        if self.once_per_step["in_node_gather"] == "once_per_step":
-            uses = 1
+        once, always = _Uses(1, "first"), _Uses(1 if unit.is_root else 2, "every")
+        every = once if self.once_per_step["in_node_gather"] == "once_per_step" else always
         if not self._in_stages:
-            return [self._run("all_gather", "partition", elements, dtype, uses)]
+            return [self._run("all_gather", "partition", elements, dtype, times=every.times, when=every.when)]
         k = self.topology.local_ranks_per_partition_group
-        crossings = 1 if self.once_per_step["cross_node_gather"] == "once_per_step" else uses
-        rail = self._run("all_gather", "rail", elements // k, dtype, crossings)
-        return [rail, self._run("all_gather", "node", elements, dtype, uses)]
+        crossing = once if self.once_per_step["cross_node_gather"] == "once_per_step" else every
+        rail = self._run("all_gather", "rail", elements // k, dtype, times=crossing.times, when=crossing.when)
+        return [rail, self._run("all_gather", "node", elements, dtype, times=every.times, when=every.when)]
 
     def reductions(self, unit: Unit, dtype: torch.dtype) -> list[Repeated]:
         p, k = self.topology.partition_size, self.topology.local_ranks_per_partition_group
         elements = unit.elements(p)
-        in_node = 1 if self.once_per_step["in_node_reduce"] == "once_per_step" else self.micro_steps
-        crossings = 1 if self.once_per_step["cross_node_reduce"] == "once_per_step" else in_node
+        every = _when(self.once_per_step["in_node_reduce"] == "once_per_step")
         if self._in_stages:
             wire = self.cross_node_dtype
             rail: Kind = "reduce_scatter" if wire is None else "all_to_all"
+            crossing = _when(self.once_per_step["cross_node_reduce"] == "once_per_step" or every == "boundary")
             first = [
-                self._run("reduce_scatter", "node", elements, dtype, in_node),
-                self._run(rail, "rail", elements // k, wire or dtype, crossings),
+                self._run("reduce_scatter", "node", elements, dtype, when=every),
+                self._run(rail, "rail", elements // k, wire or dtype, when=crossing),
             ]
         else:
-            first = [self._run("reduce_scatter", "partition", elements, dtype, in_node)]
-        return [*first, *self._second_hop(elements // p, dtype, 1 if self.two_hop else self.micro_steps)]
+            first = [self._run("reduce_scatter", "partition", elements, dtype, when=every)]
+        return [*first, *self._second_hop(elements // p, dtype, _when(self.two_hop))]
 
-    def _second_hop(self, shard: int, dtype: torch.dtype, times: int) -> list[Repeated]:
+    def _second_hop(self, shard: int, dtype: torch.dtype, when: When) -> list[Repeated]:
         wire, replicas = self.cross_node_dtype, self.topology.replicas
         if wire is None:
-            return [self._run("all_reduce", "replication", shard, dtype, times)]
+            return [self._run("all_reduce", "replication", shard, dtype, when=when)]
         whole = -(-shard // replicas) * replicas
-        return [self._run(kind, "replication", whole, wire, times) for kind in ("all_to_all", "all_gather")]
+        kinds: tuple[Kind, Kind] = ("all_to_all", "all_gather")
+        return [self._run(kind, "replication", whole, wire, when=when) for kind in kinds]
 
-    def _run(self, kind: Kind, group: str, elements: int, dtype: torch.dtype, times: int) -> Repeated:
+    def _run(
+        self, kind: Kind, group: str, elements: int, dtype: torch.dtype, *, when: When, times: int = 1
+    ) -> Repeated:
         ranks = self._members(group)
         nodes = [self.topology.node_of(rank) for rank in ranks]
         name = "partition" if ranks == self._members("partition") else group
@@ -165,7 +185,7 @@ class _Step:
         collective = Collective(
             kind=kind, group=name, ranks=len(ranks), nodes=len(set(nodes)), dtype=dtype, elements=elements, sent=sent
         )
-        return Repeated(collective, times)
+        return Repeated(collective, times, when)
 
     def _members(self, group: str) -> tuple[int, ...]:
         if group == "replication":
@@ -176,3 +196,7 @@ class _Step:
             return self.topology.node_group(0)
         ranks = self.topology.partition_group(0)
         return ranks if self.hierarchical else tuple(sorted(ranks))
+
+
+def _when(at_boundary: bool) -> When:
+    return "boundary" if at_boundary else "every"

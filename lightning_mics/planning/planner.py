@@ -1,0 +1,301 @@
+"""The planner: all partition sizes of a job, ranked. What fits, what crosses the network, how long a step takes.
+
+The choice itself, ``partition_size="auto"``, is the smallest whole number of nodes that holds the model states
+(:mod:`lightning_mics.planning.memory`), and what travels once per step is chosen as the strategy chooses it
+(:mod:`lightning_mics.planning.once_per_step`); the same functions, so that they never disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_mics.communication import Gather, Reduce
+from lightning_mics.partition_groups import choose_hierarchical
+from lightning_mics.planning.batches import Batches, split_global_batch
+from lightning_mics.planning.hardware import Hardware
+from lightning_mics.planning.memory import in_gib, smallest_partition_size
+from lightning_mics.planning.once_per_step import Auto, OncePerStep, choose_once_per_step
+from lightning_mics.planning.step_time import Seconds, step_seconds
+from lightning_mics.planning.step_traffic import EVERY_TIME, step_traffic, total_sent
+from lightning_mics.planning.workload import Workload
+from lightning_mics.topology import Topology, partition_sizes
+from lightning_mics.traffic import Sent
+
+LEFT_FREE = 0.06  # share of a device for what nobody counts: the CUDA context, NCCL, fragmentation
+FULL_SHARDING = "full sharding (ZeRO-3, FSDP)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way to run the job.
+
+    Attributes:
+        system: "MiCS", or the baseline that is priced by the same model.
+        topology: Where every rank is.
+        batches: How the global batch is cut.
+        hierarchical: Whether collectives of the partition group run in two stages.
+        once_per_step: What travels once per step.
+        states_bytes: Model states of a rank, with what is kept to travel once per step.
+        activations_bytes: Of a micro-batch.
+        fits: Whether all of it is on the device.
+        node_sent: What a node sends per optimizer step.
+        seconds: Of an optimizer step.
+        hfu_tflops: Of one GPU, with what is recomputed, at the expected time.
+        mfu_tflops: The same without.
+    """
+
+    system: str
+    topology: Topology
+    batches: Batches
+    hierarchical: bool
+    once_per_step: OncePerStep | None
+    states_bytes: int
+    activations_bytes: int
+    fits: bool
+    node_sent: Sent
+    seconds: Seconds
+    hfu_tflops: float
+    mfu_tflops: float
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a rank needs."""
+        return self.states_bytes + self.activations_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All ways to run a job, the best first.
+
+    Attributes:
+        rows: Those that fit before those that do not, faster before slower.
+        recommended: The one that ``partition_size="auto"`` takes.
+        baseline: Full sharding over all ranks, flat, every time.
+        global_batch: Samples per optimizer step.
+        capacity_bytes: Memory of a GPU.
+        warnings: What one should know before paying.
+    """
+
+    rows: tuple[Row, ...]
+    recommended: Row
+    baseline: Row
+    global_batch: int
+    capacity_bytes: int
+    warnings: tuple[str, ...]
+
+
+def plan(
+    workload: Workload,
+    hardware: Hardware,
+    *,
+    nodes: int,
+    global_batch: int,
+    ranks_per_node: int | None = None,
+    micro_batch: int | None = None,
+    accumulation: int | None = None,
+    hierarchical: bool | Literal["auto"] = "auto",
+    cross_node_gather: Gather | Auto = "auto",
+    cross_node_reduce: Reduce | Auto = "auto",
+    in_node_gather: Gather | Auto = "auto",
+    in_node_reduce: Reduce | Auto = "auto",
+    two_hop: bool = True,
+) -> Plan:
+    """Compare all partition sizes.
+
+    Args:
+        workload: From :func:`~lightning_mics.planning.workload.measure_workload`.
+        hardware: Of each node; see :func:`~lightning_mics.planning.hardware.find_instance`.
+        nodes: How many.
+        global_batch: Samples per optimizer step, over all ranks.
+        ranks_per_node: None is one per GPU.
+        micro_batch: Samples per rank and micro-step; None is as many as fit.
+        accumulation: Micro-steps per optimizer step; None follows.
+        hierarchical: As of the strategy; and so are the following.
+        cross_node_gather: When parameters cross nodes.
+        cross_node_reduce: When gradients cross nodes.
+        in_node_gather: When parameters travel inside nodes.
+        in_node_reduce: When gradients travel inside nodes.
+        two_hop: Whether the second hop waits for the boundary.
+
+    Raises:
+        ValueError: If there is no node, nothing divides the global batch, or a device is smaller than one block.
+    """
+    if nodes < 1:
+        raise ValueError(f"nodes={nodes}: a cluster has at least one")
+    ranks_per_node = ranks_per_node or hardware.gpus_per_node
+    world_size = nodes * ranks_per_node
+    _check_block_fits(workload, hardware)
+    price = _Price(workload, hardware, global_batch, micro_batch, accumulation)
+    rows = []
+    for size in partition_sizes(world_size=world_size, ranks_per_node=ranks_per_node):
+        topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=size)
+        in_stages = choose_hierarchical(hierarchical if topology.spans_nodes else "auto", topology)
+        once = choose_once_per_step(
+            workload.size,
+            topology,
+            cross_node_gather=cross_node_gather,
+            cross_node_reduce=cross_node_reduce,
+            in_node_gather=in_node_gather,
+            in_node_reduce=in_node_reduce,
+            two_hop=two_hop,
+            hierarchical=in_stages,
+            capacity_bytes=hardware.memory_bytes,
+        )
+        rows.append(price.row("MiCS", topology, hierarchical=in_stages, once=once, two_hop=two_hop))
+    auto = smallest_partition_size(
+        workload.size, world_size=world_size, ranks_per_node=ranks_per_node, capacity_bytes=hardware.memory_bytes
+    )
+    whole = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=world_size)
+    ranked = sorted(rows, key=lambda row: (not row.fits, row.seconds.expected))
+    recommended = next(row for row in rows if row.topology.partition_size == auto)
+    baseline = price.row(FULL_SHARDING, whole, hierarchical=False, once=None, two_hop=True)
+    return Plan(
+        rows=tuple(ranked),
+        recommended=recommended,
+        baseline=baseline,
+        global_batch=global_batch,
+        capacity_bytes=hardware.memory_bytes,
+        warnings=tuple(_warnings(recommended, ranked, baseline, hardware)),
+    )
+
+
+def weak_scaling(
+    workload: Workload,
+    hardware: Hardware,
+    *,
+    nodes: Sequence[int],
+    samples_per_rank: int,
+    micro_batch: int | None = None,
+) -> list[Plan]:
+    """Plans for growing clusters whose ranks have as much to do each.
+
+    Args:
+        workload: The same in all.
+        hardware: Of each node.
+        nodes: Sizes of the cluster.
+        samples_per_rank: Per optimizer step.
+        micro_batch: As of :func:`plan`.
+    """
+    return [
+        plan(
+            workload,
+            hardware,
+            nodes=count,
+            global_batch=samples_per_rank * count * hardware.gpus_per_node,
+            micro_batch=micro_batch,
+        )
+        for count in nodes
+    ]
+
+
+@dataclass(frozen=True)
+class _Price:
+    workload: Workload
+    hardware: Hardware
+    global_batch: int
+    micro_batch: int | None
+    accumulation: int | None
+
+    def row(
+        self, system: str, topology: Topology, *, hierarchical: bool, once: OncePerStep | None, two_hop: bool
+    ) -> Row:
+        work, capacity = self.workload, self.hardware.memory_bytes
+        states = work.size.per_rank_bytes(topology.partition_size) + (once.kept_bytes if once else 0)
+        usable = int((1 - LEFT_FREE) * capacity)
+        batches = split_global_batch(
+            self.global_batch,
+            ranks=topology.world_size,
+            micro=self.micro_batch,
+            accumulation=self.accumulation,
+            largest_micro=max(1, (usable - states) // work.sample_bytes),
+        )
+        traffic = step_traffic(
+            work.units,
+            topology,
+            hierarchical=hierarchical,
+            once_per_step=once.options() if once else EVERY_TIME,
+            two_hop=two_hop,
+            gathered_dtype=work.gathered_dtype,
+            reduce_dtype=work.reduce_dtype,
+        )
+        seconds = step_seconds(
+            traffic,
+            self.hardware,
+            micro_steps=batches.accumulation,
+            micro_step_flops=batches.micro * work.hardware_flops,
+            ranks_per_node=topology.ranks_per_node,
+        )
+        of_rank = total_sent(traffic, micro_steps=batches.accumulation)
+        samples = batches.micro * batches.accumulation
+        return Row(
+            system=system,
+            topology=topology,
+            batches=batches,
+            hierarchical=hierarchical,
+            once_per_step=once,
+            states_bytes=states,
+            activations_bytes=batches.micro * work.sample_bytes,
+            fits=states + batches.micro * work.sample_bytes <= usable,
+            node_sent=Sent(
+                of_rank.inside_bytes * topology.ranks_per_node, of_rank.between_bytes * topology.ranks_per_node
+            ),
+            seconds=seconds,
+            hfu_tflops=samples * work.hardware_flops / seconds.expected / 1e12,
+            mfu_tflops=samples * work.model_flops / seconds.expected / 1e12,
+        )
+
+
+def _check_block_fits(workload: Workload, hardware: Hardware) -> None:
+    """A block is gathered whole, with its gradients, on each rank, however many share the model states."""
+    size, capacity = workload.size, hardware.memory_bytes
+    needed = size.per_rank_bytes(2**40)  # of model states a rank holds nothing then
+    if needed <= capacity:
+        return
+    root = size.root_bytes > size.block_bytes
+    unit = (
+        f"what no block holds ({in_gib(size.root_bytes)})"
+        if root
+        else f"the largest block ({in_gib(size.block_bytes)})"
+    )
+    raise ValueError(
+        f"{unit} does not fit a {hardware.gpu}: gathered, with its gradients and what is on the way, it takes "
+        f"{in_gib(needed)} of {in_gib(capacity)}, {in_gib(needed - capacity)} too many; choose smaller blocks by "
+        "shard_modules, or GPUs with more memory"
+    )
+
+
+def _warnings(recommended: Row, ranked: Sequence[Row], baseline: Row, hardware: Hardware) -> list[str]:
+    warnings = []
+    topology = recommended.topology
+    if not recommended.fits:
+        warnings.append(
+            f"no partition size fits: the best needs {in_gib(recommended.memory_bytes)} of "
+            f"{in_gib(hardware.memory_bytes)} per GPU; use more nodes or GPUs with more memory"
+        )
+    best = ranked[0]
+    gain = 1 - best.seconds.expected / recommended.seconds.expected
+    if best.fits and gain > 0.05:
+        warnings.append(
+            f"partition_size={best.topology.partition_size} is predicted to be {gain:.0%} faster than "
+            f"{topology.partition_size}, the smallest that holds the model states"
+        )
+    over_baseline = baseline.seconds.expected / recommended.seconds.expected
+    if topology.nodes > 1 and over_baseline < 1.05:
+        warnings.append(
+            "MiCS gains little here: full sharding over all ranks is predicted to take "
+            f"{over_baseline:.2f} times as long"
+        )
+    few = recommended.batches.accumulation == 1 and topology.replicas > 1
+    if few and recommended.node_sent.between_bytes > baseline.node_sent.between_bytes:
+        warnings.append(
+            "with one micro-step per optimizer step the second hop in float32 sends more between nodes than full "
+            "sharding does: use a larger global batch, or cross_node_dtype=bfloat16"
+        )
+    if topology.nodes_per_partition_group > 8:
+        warnings.append(
+            f"a partition group spans {topology.nodes_per_partition_group} nodes: its collectives have the latency of "
+            "as many hops; more memory per GPU would make it smaller"
+        )
+    return warnings
