@@ -61,7 +61,7 @@ class Hardware:
         return self.network_rate_gbits_per_s * self.network_achieved * 1e9 / 8
 
 
-V100_SHARE, A100_SHARE, HOPPER_SHARE = 0.50, 0.60, 0.48  # replaced by what the fit gives
+V100_SHARE, A100_SHARE, HOPPER_SHARE = 0.56, 0.64, 0.465  # fitted by benchmarks.published
 INSTANCES = {
     "p3dn.24xlarge": Hardware(
         gpu="V100 32 GB",

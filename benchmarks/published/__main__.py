@@ -1,0 +1,288 @@
+"""Predictions of the step-time model beside published throughputs.
+
+    python -m benchmarks.published --out benchmarks/results/published
+
+``points.yaml`` has the published numbers, their sources, and which of them calibrate. Three shares of the peak (V100,
+A100, Hopper) and the share of communication that is hidden are fitted to those alone; the rest is a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+
+from lightning_mics.blocks import find_blocks
+from lightning_mics.partition_groups import choose_hierarchical
+from lightning_mics.planning.flops import TransformerShape
+from lightning_mics.planning.hardware import INSTANCES, Hardware
+from lightning_mics.planning.step_time import HIDDEN_SHARE, Seconds, step_seconds
+from lightning_mics.planning.step_traffic import Unit, find_units, step_traffic
+from lightning_mics.topology import Topology
+
+HERE = Path(__file__).parent
+RANKS_PER_NODE = 8
+FAMILIES = {"V100": ("p3dn.24xlarge",), "A100": ("p4d.24xlarge", "p4de.24xlarge"), "H100": ("p5.48xlarge",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A published throughput and the job that reached it."""
+
+    name: str
+    calibrates: bool
+    engine: str
+    like: str
+    hardware: Hardware
+    shape: tuple[Any, ...]
+    topology: Topology
+    sequence_length: int
+    micro_batch: int
+    micro_steps: int
+    recomputed_share: float
+    reduce_dtype: torch.dtype
+    tokens_per_s: float  # of each GPU
+
+    def predict(self, *, kernel_share: float | None = None, hidden_share: float = HIDDEN_SHARE) -> Seconds:
+        """Seconds of an optimizer step; DeepSpeed's engine hides nothing."""
+        hardware = replace(self.hardware, kernel_share=kernel_share or self.hardware.kernel_share)
+        return step_seconds(
+            _traffic(self),
+            hardware,
+            micro_steps=self.micro_steps,
+            micro_step_flops=self.micro_batch * self.flops(self.recomputed_share),
+            hidden_share=0.0 if self.engine == "deepspeed" else hidden_share,
+        )
+
+    def flops(self, recomputed_share: float) -> float:
+        """Of a sequence."""
+        return _shape(self.shape).training_flops(self.sequence_length, recomputed_share=recomputed_share)
+
+    def speed(self, seconds: float) -> float:
+        """Tokens per second of each GPU, for so many seconds per step."""
+        return self.micro_steps * self.micro_batch * self.sequence_length / seconds
+
+
+@cache
+def _traffic(point: Point) -> list[Any]:
+    whole = point.topology.partition_size == point.topology.world_size
+    return step_traffic(
+        _units(point.shape),
+        point.topology,
+        hierarchical=False if whole and point.engine == "fsdp" else choose_hierarchical("auto", point.topology),
+        gathered_dtype=torch.bfloat16,
+        reduce_dtype=point.reduce_dtype,
+    )
+
+
+def _config(shape: tuple[Any, ...]) -> PretrainedConfig:
+    layers, hidden, inner, heads, kv_heads, vocab, gated = shape
+    if not gated:
+        return GPT2Config(n_layer=layers, n_embd=hidden, n_inner=inner, n_head=heads, vocab_size=vocab)
+    return LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+    )
+
+
+@cache
+def _model(shape: tuple[Any, ...]) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_config(shape))
+
+
+@cache
+def _units(shape: tuple[Any, ...]) -> list[Unit]:
+    return find_units(_model(shape), find_blocks(_model(shape)))
+
+
+@cache
+def _shape(shape: tuple[Any, ...]) -> TransformerShape:
+    blocks = find_blocks(_model(shape))
+    matrices = sum(p.numel() for block in blocks.values() for p in block.parameters() if p.ndim >= 2)
+    return TransformerShape(
+        layers=len(blocks), hidden=shape[1], vocab=shape[5], block_matrix_parameters=matrices // len(blocks)
+    )
+
+
+def read_points(path: Path = HERE / "points.yaml") -> tuple[list[Point], dict[str, Any]]:
+    """The points, and all that the file says."""
+    said = yaml.safe_load(path.read_text())
+    points = [_point(entry, series, said) for series in said["series"] for entry in series["points"]]
+    return points, said
+
+
+def _point(entry: dict[str, Any], series: dict[str, Any], said: dict[str, Any]) -> Point:
+    cluster = dict(said["clusters"][entry["cluster"]])
+    like = cluster.pop("like")
+    gpus, partition_size, length, micro_batch, micro_steps, recomputed = entry["job"]
+    point = Point(
+        name=entry["id"],
+        calibrates=entry.get("part") == "calibration",
+        engine=entry["engine"],
+        like=like,
+        hardware=replace(INSTANCES[like], **cluster),
+        shape=tuple(said["shapes"][entry["shape"]]),
+        topology=Topology(
+            world_size=gpus, ranks_per_node=min(gpus, RANKS_PER_NODE), partition_size=partition_size or gpus
+        ),
+        sequence_length=length,
+        micro_batch=micro_batch,
+        micro_steps=micro_steps,
+        recomputed_share=recomputed,
+        reduce_dtype=torch.bfloat16 if series.get("reduce") == "bfloat16" else torch.float32,
+        tokens_per_s=0.0,
+    )
+    return replace(point, tokens_per_s=_measured(entry, point))
+
+
+def _measured(entry: dict[str, Any], point: Point) -> float:
+    if "tokens" in entry:
+        return float(entry["tokens"])
+    if "mfu" in entry:
+        flops_per_s, per_sequence = entry["mfu"] * point.hardware.peak_tflops * 1e12, point.flops(0)
+    else:
+        flops_per_s, per_sequence = entry["tflops"] * 1e12, point.flops(point.recomputed_share)
+    return flops_per_s / per_sequence * point.sequence_length
+
+
+def fit(points: Iterable[Point]) -> tuple[dict[str, float], float]:
+    """The shares of the peak by family, and the hidden share, with the least squares of logarithms of errors."""
+    calibration = [point for point in points if point.calibrates]
+
+    def best_of_family(instances: tuple[str, ...], hidden: float) -> tuple[float, float]:
+        own = [point for point in calibration if point.like in instances]
+        shares = [share / 1000 for share in range(300, 801, 5)]
+        return min((sum(_error(p, share, hidden) ** 2 for p in own), share) for share in shares)
+
+    def total(hidden: float) -> float:
+        return sum(best_of_family(instances, hidden)[0] for instances in FAMILIES.values())
+
+    hidden = min((value / 20 for value in range(21)), key=total)
+    return {name: best_of_family(instances, hidden)[1] for name, instances in FAMILIES.items()}, hidden
+
+
+def _error(point: Point, kernel_share: float | None = None, hidden_share: float = HIDDEN_SHARE) -> float:
+    """Logarithm of predicted over measured speed."""
+    seconds = point.predict(kernel_share=kernel_share, hidden_share=hidden_share).expected
+    return math.log(point.speed(seconds) / point.tokens_per_s)
+
+
+def write_page(out: Path) -> None:
+    points, said = read_points()
+    shares, hidden = fit(points)
+    by_name = {point.name: point for point in points}
+    tables = {True: [], False: []}
+    for point in points:
+        seconds = point.predict()
+        low, expected, high = (point.speed(s) for s in (seconds.most, seconds.expected, seconds.least))
+        error = expected / point.tokens_per_s - 1
+        tables[point.calibrates].append(
+            f"| {point.name} | {point.engine} | {point.tokens_per_s:,.0f} | {low:,.0f} to {high:,.0f} "
+            f"| {expected:,.0f} | {error:+.0%} | {seconds.limit} |"
+        )
+    ratios = []
+    for pair in said["pairs"]:
+        over, under = by_name[pair["over"]], by_name[pair["under"]]
+        measured = pair.get("published", over.tokens_per_s / under.tokens_per_s)
+        predicted = over.speed(over.predict().expected) / under.speed(under.predict().expected)
+        engines = "+".join(sorted({over.engine, under.engine}))
+        ratios.append(
+            f"| {pair['name']} | {engines} | {measured:.2f} | {predicted:.2f} | {predicted / measured - 1:+.0%} |"
+        )
+    sources = [f"- {s['source']}. Unknown: {s['unknown']}." for s in said["series"]]
+    out.mkdir(parents=True, exist_ok=True)
+    remarks = out / "remarks.md"
+    page = PAGE.format(
+        shares=", ".join(f"{name} {share:.3f}" for name, share in shares.items()),
+        hidden=hidden,
+        summary=_summary(points),
+        calibration="\n".join(tables[True]),
+        test="\n".join(tables[False]),
+        ratios="\n".join(ratios),
+        remarks=remarks.read_text() if remarks.exists() else "",
+        sources="\n".join(sources),
+        assumed=said["assumed"],
+    )
+    (out / "README.md").write_text(page)
+
+
+def _summary(points: list[Point]) -> str:
+    rows = []
+    for name, chosen in {
+        "calibration": [p for p in points if p.calibrates],
+        "test, PyTorch's engine": [p for p in points if not p.calibrates and p.engine == "fsdp"],
+        "test, DeepSpeed's engine": [p for p in points if not p.calibrates and p.engine == "deepspeed"],
+    }.items():
+        errors = [abs(math.exp(_error(point)) - 1) for point in chosen]
+        within = sum(error <= 0.25 for error in errors)
+        mean, count = sum(errors) / len(errors), len(errors)
+        rows.append(f"| {name} | {count} | {mean:.0%} | {max(errors):.0%} | {within} of {count} |")
+    return "\n".join(rows)
+
+
+PAGE = """# Predicted and published
+
+How far off is the step-time model (`lightning_mics/planning/step_time.py`)? Published throughputs beside what it says
+of the same jobs. *Predicted; the measurements are their authors'.*
+
+Fitted to the calibration points, and to nothing else: the share of the peak that kernels reach ({shares})
+and the share of communication that is hidden behind arithmetic ({hidden:.2f}). Traffic is exact; rates and latencies are
+those of `lightning_mics/planning/hardware.py`.
+
+| points | number | mean error | largest | within 25 % |
+|---|---|---|---|---|
+{summary}
+
+## Test
+
+Tokens per second of each GPU. The range is from nothing hidden to all hidden that can be.
+
+| point | engine | published | predicted range | expected | error | limited by |
+|---|---|---|---|---|---|---|
+{test}
+
+Ratios of two points:
+
+| ratio | engine | published | predicted | error |
+|---|---|---|---|---|
+{ratios}
+
+## Calibration
+
+| point | engine | published | predicted range | expected | error | limited by |
+|---|---|---|---|---|---|---|
+{calibration}
+
+{remarks}
+## Sources
+
+{sources}
+
+{assumed}
+
+To get it again: `python -m benchmarks.published --out benchmarks/results/published`
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the result page")
+    write_page(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()

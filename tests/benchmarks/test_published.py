@@ -1,0 +1,42 @@
+"""The predictions' page: its fit is what the package uses, and the test points are as far off as it says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks.published.__main__ import Point, _error, fit, read_points, write_page
+from lightning_mics.planning import hardware
+from lightning_mics.planning.step_time import HIDDEN_SHARE
+
+POINTS, SAID = read_points()
+
+
+def test_the_package_uses_what_the_calibration_points_give() -> None:
+    shares, hidden = fit(POINTS)
+    assert shares == {"V100": hardware.V100_SHARE, "A100": hardware.A100_SHARE, "H100": hardware.HOPPER_SHARE}
+    assert hidden == HIDDEN_SHARE
+
+
+def test_points_of_the_test_did_not_take_part_in_the_fit() -> None:
+    assert fit([point for point in POINTS if point.calibrates]) == fit(POINTS)
+    assert 5 <= sum(point.calibrates for point in POINTS) <= len(POINTS) // 3
+
+
+@pytest.mark.parametrize(
+    "point", [p for p in POINTS if not p.calibrates and p.engine == "fsdp"], ids=lambda point: point.name
+)
+def test_expected_times_are_within_a_quarter(point: Point) -> None:
+    assert abs(math.exp(_error(point)) - 1) < 0.25
+    seconds = point.predict()
+    assert seconds.least <= seconds.expected <= seconds.most
+
+
+def test_every_pair_is_of_points_that_are_there(tmp_path: Path) -> None:
+    names = {point.name for point in POINTS}
+    assert {pair[side] for pair in SAID["pairs"] for side in ("over", "under")} <= names
+    write_page(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert all(name in page for name in names)
