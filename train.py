@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
 import hydra
 import lightning as L
@@ -24,8 +25,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mics.manifest import DamagedCheckpointError
+from lightning_mics.planning import find_instance
 from recipes.auto import choose_automatically
 from recipes.conclusion import conclude
+from recipes.dry_run import dry_run
 from recipes.language_model import LanguageModel
 from recipes.loggers import check_loggers
 from recipes.machine import check_machine
@@ -34,6 +37,7 @@ from recipes.sweep import one_job
 from recipes.vocabulary import vocabulary_of
 
 OmegaConf.register_new_resolver("gpu_or_cpu", lambda gpu, cpu: gpu if torch.cuda.is_available() else cpu, replace=True)
+OmegaConf.register_new_resolver("of_instance", lambda name, fact: getattr(find_instance(name), fact), replace=True)
 OmegaConf.register_new_resolver("vocabulary_of", vocabulary_of, replace=True)
 say = rank_zero_only(print)
 
@@ -45,10 +49,11 @@ def main(config: DictConfig) -> None:
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # likewise torchdata 0.11
 
     overrides = HydraConfig.get().overrides.task
+    if config.dry_run:
+        rehearse_job(config, overrides)
+        return
     check_machine(config.cluster, overrides=overrides, environment=os.environ)
     check_loggers(config.logger)
-    if config.dry_run:
-        sys.exit("dry_run=true is not built yet: it will rehearse all ranks of the job on this machine")
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         with one_job([*overrides, f"run_dir={config.run_dir}"]):
             run(config)
@@ -73,6 +78,14 @@ def run(config: DictConfig) -> None:
     if trainer.is_global_zero:
         command = ["python", "train.py", *HydraConfig.get().overrides.task]
         conclude(config, trainer, command=command, choices=choices, final=final, sample=data.decode(sample[0]))
+
+
+def rehearse_job(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Say what the job needs and what it does, without its machines; a job that cannot be ends with the reason."""
+    try:
+        dry_run(config, make_model(config), command=["python", "train.py", *overrides])
+    except ValueError as error:
+        sys.exit(f"This job cannot be: {error}")
 
 
 def make_model(config: DictConfig) -> LanguageModel:

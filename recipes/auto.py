@@ -29,6 +29,7 @@ from lightning_mics.planning.memory import (
     smallest_partition_size,
 )
 from lightning_mics.planning.once_per_step import OncePerStep, choose_once_per_step
+from lightning_mics.planning.planner import LEFT_FREE
 from lightning_mics.sharding import find_recomputed, recompute_in_backward
 from lightning_mics.topology import Topology
 from recipes.language_model import LanguageModel
@@ -36,7 +37,6 @@ from recipes.machine import Launched
 from recipes.throughput import measure_shape
 
 CPU_PROCESSES = 4  # two "nodes" of two: the smallest job that has all kinds of groups
-LEFT_FREE = 0.06  # share of a device for what nobody counts: the CUDA context, NCCL, fragmentation
 
 
 @dataclass

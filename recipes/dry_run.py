@@ -1,17 +1,31 @@
-"""The run of a configuration, rehearsed: what one of its ranks would do, on this machine and without its GPUs."""
+"""``dry_run=true``: all ways to run the job in a table, and the chosen one rehearsed, without its machines."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mics.planning.rehearsal import Rehearsal, rehearse
+from lightning_mics.blocks import find_blocks
+from lightning_mics.planning import Hardware, Plan, Rehearsal, Workload, plan, rehearse, weak_scaling
+from lightning_mics.planning.memory import measure_model
+from lightning_mics.planning.step_traffic import find_units
+from lightning_mics.sharding import mixed_precision_policy
 from lightning_mics.topology import Topology
+from recipes.auto import choose_automatically, sequence_bytes
 from recipes.language_model import LanguageModel
+from recipes.plan_page import write_plan_page
+from recipes.plan_tables import plan_table, rehearsal_tables
+from recipes.throughput import measure_shape
 
 SHARDING = (
     "hierarchical",
@@ -23,7 +37,9 @@ SHARDING = (
     "two_hop",
     "activation_checkpointing",
 )
+WIDTH = 140  # of what is printed where there is no terminal
 DTYPES = ("cross_node_dtype", "reduce_dtype")
+PLANNED = ("hierarchical", "cross_node_gather", "cross_node_reduce", "in_node_gather", "in_node_reduce", "two_hop")
 
 
 class Training(nn.Module):
@@ -40,6 +56,110 @@ class Training(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self._loss_of(self.network, batch)
+
+
+def dry_run(config: DictConfig, model: LanguageModel, *, command: Sequence[str]) -> None:
+    """Print the plan of the run and its rehearsal, and write ``plan.html`` and ``plan.json`` to its folder.
+
+    Args:
+        config: As ``conf/train.yaml`` composes it.
+        model: Of the run, not built yet.
+        command: What was typed, in words.
+
+    Raises:
+        ValueError: If the job cannot be: a batch that nothing divides, a rank that is not there, a block that is too
+            large for a device.
+    """
+    console, begin = Console(), time.perf_counter()
+    console = console if console.is_terminal else Console(width=WIDTH)
+    chosen, choices = choose_automatically(config, model)
+    console.print(choices, highlight=False, markup=False, soft_wrap=True)
+    planned, scaling = None, []
+    if chosen.cluster.network_rate_gbits_per_s is not None:
+        workload, hardware = workload_of(chosen, model), hardware_of(chosen.cluster)
+        planned = plan_run(config, workload, hardware)
+        scaling = scaling_of(chosen, workload, hardware)
+        console.print(plan_table(planned, config=chosen))
+        for warning in planned.warnings:
+            console.print(f"Note: {warning}.", highlight=False, soft_wrap=True)
+    rehearsal = rehearse_run(chosen, model, rank=config.dry_run_rank)
+    for table in rehearsal_tables(rehearsal, capacity_bytes=_capacity(chosen)):
+        console.print(table)
+    folder = Path(config.run_dir)
+    write_plan_page(
+        folder / "plan.html",
+        title=f"{config.name} on {chosen.cluster.instance or 'this machine'}",
+        command=command,
+        choices=choices,
+        planned=planned,
+        scaling=scaling,
+        rehearsal=rehearsal,
+        hardware=hardware_of(chosen.cluster) if planned else None,
+        config=chosen,
+    )
+    (folder / "plan.json").write_text(json.dumps(as_json(planned, rehearsal), indent=1))
+    seconds = time.perf_counter() - begin
+    console.print(f"{folder}: plan.html, plan.json, after {seconds:.0f} s", soft_wrap=True)
+
+
+def plan_run(config: DictConfig, workload: Workload, hardware: Hardware) -> Plan:
+    """The plan of the run, with whatever ``config`` leaves to "auto"."""
+    cluster, data, trainer = config.cluster, config.data, config.trainer
+    options = {name: config.strategy[name] for name in PLANNED}
+    return plan(
+        workload,
+        hardware,
+        nodes=cluster.num_nodes,
+        ranks_per_node=cluster.ranks_per_node or cluster.devices,
+        global_batch=config.global_batch_size,
+        micro_batch=None if data.batch_size == "auto" else data.batch_size,
+        accumulation=None if trainer.accumulate_grad_batches == "auto" else trainer.accumulate_grad_batches,
+        **options,
+    )
+
+
+def scaling_of(config: DictConfig, workload: Workload, hardware: Hardware) -> list[Plan]:
+    """Plans for clusters of a partition group and more, with as much for each rank to do as in ``config``."""
+    ranks = config.cluster.num_nodes * config.cluster.devices
+    fewest = max(1, config.strategy.partition_size // config.cluster.devices)
+    nodes = [fewest * factor for factor in (1, 2, 4, 8) if fewest * factor <= max(fewest, config.cluster.num_nodes)]
+    return weak_scaling(
+        workload,
+        hardware,
+        nodes=nodes,
+        samples_per_rank=config.global_batch_size // ranks,
+        micro_batch=config.data.batch_size,
+    )
+
+
+def hardware_of(cluster: DictConfig) -> Hardware:
+    """What ``conf/cluster`` says of a node."""
+    names = {field.name for field in dataclasses.fields(Hardware)} - {"gpus_per_node"}
+    return Hardware(gpus_per_node=cluster.devices, **{name: cluster[name] for name in names})
+
+
+def workload_of(config: DictConfig, model: LanguageModel) -> Workload:
+    """What the run has to do, measured on two and four blocks and extrapolated: blocks are alike."""
+    with torch.device("meta"):
+        network = Training(model)
+    blocks = find_blocks(network)
+    reduce_dtype = config.strategy.reduce_dtype and getattr(torch, config.strategy.reduce_dtype)
+    policy = mixed_precision_policy(config.cluster.precision, reduce_dtype=reduce_dtype)
+    choice = OmegaConf.to_object(OmegaConf.create({"": config.strategy.activation_checkpointing}))[""]
+    shape, share = measure_shape(model, choice)
+    dtype = torch.bfloat16 if config.cluster.precision == "bf16-true" else torch.float32
+    return Workload(
+        units=tuple(find_units(network, blocks)),
+        size=measure_model(
+            network, blocks.values(), gathered_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype
+        ),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        sample_bytes=sequence_bytes(config, model),
+        model_flops=shape.training_flops(config.data.sequence_length),
+        hardware_flops=shape.training_flops(config.data.sequence_length, recomputed_share=share),
+        gathered_dtype=policy.param_dtype or dtype,
+        reduce_dtype=policy.reduce_dtype or dtype,
+    )
 
 
 def rehearse_run(config: DictConfig, model: LanguageModel, *, rank: int = 0) -> Rehearsal:
@@ -74,6 +194,24 @@ def rehearse_run(config: DictConfig, model: LanguageModel, *, rank: int = 0) -> 
         backend="nccl" if cluster.accelerator == "gpu" else "gloo",
         **options,
     )
+
+
+def as_json(planned: Plan | None, rehearsal: Rehearsal) -> dict[str, Any]:
+    """Both as plain data."""
+    of_plan = None if planned is None else _plain(dataclasses.asdict(planned))
+    return {"plan": of_plan, "rehearsal": _plain(dataclasses.asdict(rehearsal))}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def _capacity(config: DictConfig) -> int | None:
+    return None if config.cluster.memory_gib is None else int(config.cluster.memory_gib * 2**30)
 
 
 def _optimizer(model: LanguageModel, training: nn.Module) -> Optimizer:

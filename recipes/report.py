@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -61,24 +62,31 @@ def write_report(
         f"<pre>{html.escape(shlex.join(command))}</pre>",
         "<h2>Results</h2>",
         _table(results),
-        f'<p><img alt="what was measured, by optimizer step" src="{_picture(series, references)}"></p>',
+        picture(draw(series, PANELS, references=references), alt="what was measured, by optimizer step"),
         "<h2>Sample</h2>",
         f"<pre>{html.escape(sample)}</pre>",
         "<h2>Run</h2>",
         _table({**facts, "versions": ", ".join(f"{name} {version}" for name, version in versions.items())}),
         *(f"<pre>{html.escape(table)}</pre>" for table in tables),
     ]
+    write_page(path, title=title, body=body)
+
+
+def write_page(path: Path, *, title: str, body: Sequence[str]) -> None:
+    """Write an HTML file of the parts in ``body`` that needs no other file."""
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([f"{head}<style>{STYLE}</style>", *body, "</html>"]), encoding="utf-8")
 
 
+def picture(figure: Any, *, alt: str) -> str:
+    """A matplotlib figure as an HTML image."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></p>'
+
+
 def _table(rows: Mapping[str, str]) -> str:
     cells = (f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows.items())
     return f"<table>{''.join(cells)}</table>"
-
-
-def _picture(series: Series, references: References) -> str:
-    buffer = io.BytesIO()
-    draw(series, PANELS, references=references).savefig(buffer, format="png", dpi=110)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

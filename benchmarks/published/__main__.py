@@ -240,8 +240,8 @@ How far off is the step-time model (`lightning_mics/planning/step_time.py`)? Pub
 of the same jobs. *Predicted; the measurements are their authors'.*
 
 Fitted to the calibration points, and to nothing else: the share of the peak that kernels reach ({shares})
-and the share of communication that is hidden behind arithmetic ({hidden:.2f}). Traffic is exact; rates and latencies are
-those of `lightning_mics/planning/hardware.py`.
+and the share of communication that is hidden behind arithmetic ({hidden:.2f}). Traffic is exact; rates and latencies
+are those of `lightning_mics/planning/hardware.py`.
 
 | points | number | mean error | largest | within 25 % |
 |---|---|---|---|---|
