@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_mics.blocks import find_blocks
 from lightning_mics.partition_groups import choose_hierarchical
-from lightning_mics.planning.activations import peak_activation_bytes
+from lightning_mics.planning.activations import Activations, peak_activations
 from lightning_mics.planning.batches import split_global_batch
 from lightning_mics.planning.memory import (
     ModelSize,
@@ -108,14 +108,14 @@ def _cpu_has_bfloat16() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _Memory:
-    """What takes memory on a rank, in bytes."""
+    """What takes memory on a rank."""
 
     topology: Topology
     why_partition_size: str
     once_per_step: OncePerStep
-    capacity: int
-    states: int  # with what is kept to travel once per step
-    sequence: int  # activations of one sequence
+    capacity: int  # bytes
+    size: ModelSize
+    sequence: Activations  # of one
 
     @classmethod
     def of(cls, config: DictConfig, model: LanguageModel, *, ranks: int) -> _Memory:
@@ -143,18 +143,25 @@ class _Memory:
             why_partition_size=why,
             once_per_step=once_per_step,
             capacity=capacity,
-            states=size.per_rank_bytes(partition_size) + once_per_step.kept_bytes,
-            sequence=sequence_bytes(config, model),
+            size=size,
+            sequence=sequence_activations(config, model),
         )
 
     @property
     def largest_micro(self) -> int:
         """Sequences whose activations fit beside the model states; 0 if not even one does."""
-        return max(0, int((1 - LEFT_FREE) * self.capacity - self.states) // self.sequence)
+        return self.size.largest_micro_batch(
+            self.topology.partition_size,
+            self.sequence,
+            free_bytes=int((1 - LEFT_FREE) * self.capacity),
+            kept_bytes=self.once_per_step.kept_bytes,
+        )
 
     def report(self, micro: int) -> str:
-        total = self.states + micro * self.sequence
-        text = f"{in_gib(self.states)} states + {in_gib(micro * self.sequence)} activations of {in_gib(self.capacity)}"
+        total = self.size.rank_bytes(
+            self.topology.partition_size, self.sequence * micro, kept_bytes=self.once_per_step.kept_bytes
+        )
+        text = f"about {in_gib(total)} of {in_gib(self.capacity)}"
         return text if total <= (1 - LEFT_FREE) * self.capacity else f"{text}: this may not fit"
 
 
@@ -181,25 +188,26 @@ def _once_per_step(config: DictConfig, size: ModelSize, topology: Topology, capa
     )
 
 
-def sequence_bytes(config: DictConfig, model: LanguageModel) -> int:
-    """Bytes that training on one more sequence takes on a rank."""
+def sequence_activations(config: DictConfig, model: LanguageModel) -> Activations:
+    """What training on one more sequence takes on a rank."""
     choice = OmegaConf.to_object(OmegaConf.create({"": config.strategy.activation_checkpointing}))[""]
     _, share = measure_shape(model, choice)
     if share == 0:
         return _extrapolated(config, model, recompute=choice)
     kept, recomputed = (_extrapolated(config, model, recompute=all_blocks) for all_blocks in (False, True))
-    return round(share * recomputed + (1 - share) * kept)
+    return recomputed * share + kept * (1 - share)
 
 
-def _extrapolated(config: DictConfig, model: LanguageModel, *, recompute: Any) -> int:
+def _extrapolated(config: DictConfig, model: LanguageModel, *, recompute: Any) -> Activations:
     """From networks of two and of four blocks: each block more takes the same."""
     blocks, length = model.config.num_hidden_layers, config.data.sequence_length
     with torch.device("meta"):
         dims = {dim for parameter in _with_blocks(model, 1).build_network().parameters() for dim in parameter.shape}
     sequences = next(count for count in itertools.count(3) if count * length not in dims)
+    mixed = config.cluster.precision == "bf16-mixed"
 
-    def taken(few: int) -> int:
-        return peak_activation_bytes(
+    def taken(few: int) -> Activations:
+        return peak_activations(
             lambda: _make_network(_with_blocks(model, few), recompute=recompute),
             model.example_batch(sequences, length),
             loss=lambda network, batch: model.loss_of(network["network"], batch),
@@ -207,9 +215,8 @@ def _extrapolated(config: DictConfig, model: LanguageModel, *, recompute: Any) -
             autocast_dtype=torch.bfloat16 if mixed else None,
         )
 
-    mixed = config.cluster.precision == "bf16-mixed"
     two, four = taken(2), taken(4)
-    return (two + (blocks - 2) * (four - two) // 2) // sequences
+    return (two + (four + two * -1) * ((blocks - 2) / 2)) * (1 / sequences)
 
 
 def _make_network(model: LanguageModel, *, recompute: Any) -> nn.ModuleDict:

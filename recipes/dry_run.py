@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 from lightning_mics.blocks import find_blocks
 from lightning_mics.planning import Hardware, Plan, Rehearsal, Workload, plan, rehearse, weak_scaling
 from lightning_mics.planning.memory import measure_model
+from lightning_mics.planning.nccl_tests import with_measured
 from lightning_mics.planning.step_traffic import find_units
 from lightning_mics.sharding import mixed_precision_policy
 from lightning_mics.topology import Topology
-from recipes.auto import choose_automatically, sequence_bytes
+from recipes.auto import choose_automatically, sequence_activations
 from recipes.language_model import LanguageModel
 from recipes.plan_page import write_plan_page
 from recipes.plan_tables import plan_table, rehearsal_tables
@@ -133,9 +134,15 @@ def scaling_of(config: DictConfig, workload: Workload, hardware: Hardware) -> li
 
 
 def hardware_of(cluster: DictConfig) -> Hardware:
-    """What ``conf/cluster`` says of a node."""
+    """What ``conf/cluster`` says of a node, and the user's own measurements."""
     names = {field.name for field in dataclasses.fields(Hardware)} - {"gpus_per_node"}
-    return Hardware(gpus_per_node=cluster.devices, **{name: cluster[name] for name in names})
+    hardware = Hardware(gpus_per_node=cluster.devices, **{name: cluster[name] for name in names})
+    return with_measured(
+        hardware,
+        in_node=cluster.in_node_nccl_tests and Path(cluster.in_node_nccl_tests),
+        between_nodes=cluster.network_nccl_tests and Path(cluster.network_nccl_tests),
+        nodes=cluster.num_nodes,
+    )
 
 
 def workload_of(config: DictConfig, model: LanguageModel) -> Workload:
@@ -154,7 +161,7 @@ def workload_of(config: DictConfig, model: LanguageModel) -> Workload:
             network, blocks.values(), gathered_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype
         ),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        sample_bytes=sequence_bytes(config, model),
+        sample=sequence_activations(config, model),
         model_flops=shape.training_flops(config.data.sequence_length),
         hardware_flops=shape.training_flops(config.data.sequence_length, recomputed_share=share),
         gathered_dtype=policy.param_dtype or dtype,

@@ -72,11 +72,10 @@ def write_plan_page(
 def draw_memory(planned: Plan) -> Figure:
     """Memory of a rank by partition size: states, what is kept, activations; against capacity."""
     rows = sorted((row for row in planned.rows), key=lambda row: row.topology.partition_size)
-    kept = [row.once_per_step.kept_bytes if row.once_per_step else 0 for row in rows]
     parts = {
-        "model states": [row.states_bytes - k for row, k in zip(rows, kept, strict=True)],
-        "kept to travel once per step": kept,
-        "activations": [row.activations_bytes for row in rows],
+        "model states": [row.states_bytes for row in rows],
+        "kept to travel once per step": [row.kept_bytes for row in rows],
+        "activations": [max(0, row.memory_bytes - row.states_bytes - row.kept_bytes) for row in rows],
     }
     figure, axes = _axes("Memory of a rank", "partition size, ranks", "GiB")
     places, bottom = range(len(rows)), [0.0] * len(rows)

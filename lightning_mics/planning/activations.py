@@ -7,27 +7,54 @@ attention saves the same: queries, keys, values, the output and one sum per quer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mics._torch_compat import FakeTensorMode, tree_map_only
+from lightning_mics.blocks import find_blocks
 from lightning_mics.planning.allocations import Allocations
 from lightning_mics.planning.observed import Observed
 
 
-def peak_activation_bytes(
+@dataclass(frozen=True)
+class Activations:
+    """The most bytes that are allocated at any moment of a forward and backward.
+
+    Attributes:
+        at_head: Until the backward of the last block begins: what blocks keep, and the loss.
+        in_blocks: After that: what blocks keep, and one block at work.
+    """
+
+    at_head: float
+    in_blocks: float
+
+    @property
+    def peak(self) -> float:
+        """At any moment."""
+        return max(self.at_head, self.in_blocks)
+
+    def __add__(self, other: Activations) -> Activations:
+        return Activations(self.at_head + other.at_head, self.in_blocks + other.in_blocks)
+
+    def __mul__(self, factor: float) -> Activations:
+        return Activations(self.at_head * factor, self.in_blocks * factor)
+
+
+def peak_activations(
     make_model: Callable[[], nn.Module],
     batch: Any,
     *,
     loss: Callable[[nn.Module, Any], Tensor],
     dtype: torch.dtype,
     autocast_dtype: torch.dtype | None = None,
-) -> int:
-    """The most bytes that are allocated at any moment of a forward and backward of ``batch``.
+    find_blocks: Callable[[nn.Module], Mapping[str, nn.Module]] = find_blocks,
+) -> Activations:
+    """What a forward and backward of ``batch`` allocates.
 
     Parameters and their gradients are not counted: they are model states. Whatever has a parameter's shape is taken for
     a gradient, so the batch should have another number of tokens than the model has rows or columns anywhere.
@@ -38,7 +65,9 @@ def peak_activation_bytes(
         loss: Runs the model on the batch.
         dtype: Of the parameters that the forward sees.
         autocast_dtype: What autocast computes in; None is without.
+        find_blocks: Finds the blocks of the model, the last one first.
     """
+    head_peaks: list[int] = []
     with FakeTensorMode() as fake:
         with default_dtype(dtype):
             model = make_model()
@@ -46,13 +75,22 @@ def peak_activation_bytes(
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
         shapes = {_unordered(parameter) for parameter in model.parameters()}
+        allocations = Allocations(counts=lambda tensor: _unordered(tensor) not in shapes)
+
+        def backward_reaches_blocks(*_: Any) -> None:
+            head_peaks.append(allocations.peak_bytes)
+            allocations.reset_peak()
+
+        last_block = next(iter(find_blocks(model).values()), None)
+        if last_block is not None:
+            last_block.register_full_backward_pre_hook(backward_reaches_blocks)
         with (
-            Allocations(counts=lambda tensor: _unordered(tensor) not in shapes) as allocations,
+            allocations,
             Observed(allocations),
             torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None),
         ):
             loss(model, batch).backward()  # type: ignore[no-untyped-call]
-    return allocations.peak_bytes
+    return Activations(max(head_peaks, default=allocations.peak_bytes), allocations.peak_bytes)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Sources: memory and peaks are those of the vendors' data sheets; rates between nodes those of AWS's pages of the
 instances; latencies between nodes those of the platform table of aws-ofi-nccl. For the others see each entry. Your own
-machines are better described by your own ``nccl-tests``: :func:`lightning_mics.planning.nccl_tests.measured`.
+machines are better described by your own ``nccl-tests``: :func:`lightning_mics.planning.nccl_tests.with_measured`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Activations depend on the batch and are not counted; a share of the device is le
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_mics.blocks import unit_modules
+from lightning_mics.planning.activations import Activations
 from lightning_mics.topology import partition_sizes
 
 # Share of a device that model states may take; the rest is for activations. The paper's own choices of partition size
@@ -49,11 +51,29 @@ class ModelSize:
         """Bytes on each rank at the peak of a backward, without activations.
 
         Besides its part of the model states a rank holds the root with its gradients, and either the block at work with
-        its gradients, the next one already gathered, and two of them being reduced; or, at the end, the root being
+        its gradients, the next one already gathered, and the one before being reduced; or, at the end, the root being
         reduced.
         """
-        in_blocks = 3 * self.block_bytes + 2 * self.block_reduced_bytes
+        in_blocks = 3 * self.block_bytes + self.block_reduced_bytes
         return -(-self.states_bytes // partition_size) + 2 * self.root_bytes + max(in_blocks, self.root_reduced_bytes)
+
+    def at_head_bytes(self, partition_size: int) -> int:
+        """Bytes on each rank when the backward begins, without activations: no block has gradients yet."""
+        return -(-self.states_bytes // partition_size) + 2 * self.root_bytes + self.block_bytes
+
+    def rank_bytes(self, partition_size: int, activations: Activations, *, kept_bytes: int = 0) -> int:
+        """Bytes on each rank at the peak of a step, with ``activations`` and what is kept to travel once per step."""
+        at_head = self.at_head_bytes(partition_size) + activations.at_head
+        in_blocks = self.per_rank_bytes(partition_size) + activations.in_blocks
+        return kept_bytes + math.ceil(max(at_head, in_blocks))
+
+    def largest_micro_batch(
+        self, partition_size: int, sample: Activations, *, free_bytes: int, kept_bytes: int = 0
+    ) -> int:
+        """How many samples fit into ``free_bytes`` beside the model states; 0 if not even one does."""
+        at_head = (free_bytes - kept_bytes - self.at_head_bytes(partition_size)) // sample.at_head
+        in_blocks = (free_bytes - kept_bytes - self.per_rank_bytes(partition_size)) // sample.in_blocks
+        return max(0, int(min(at_head, in_blocks)))
 
 
 def measure_model(

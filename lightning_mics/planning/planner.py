@@ -37,9 +37,10 @@ class Row:
         batches: How the global batch is cut.
         hierarchical: Whether collectives of the partition group run in two stages.
         once_per_step: What travels once per step.
-        states_bytes: Model states of a rank, with what is kept to travel once per step.
-        activations_bytes: Of a micro-batch.
-        fits: Whether all of it is on the device.
+        states_bytes: Model states of a rank, with what is gathered and reduced at the peak.
+        kept_bytes: What a rank keeps to travel once per step.
+        memory_bytes: What a rank needs with the activations of a micro-batch.
+        fits: Whether that leaves enough of the device free.
         node_sent: What a node sends per optimizer step.
         seconds: Of an optimizer step.
         hfu_tflops: Of one GPU, with what is recomputed, at the expected time.
@@ -52,17 +53,13 @@ class Row:
     hierarchical: bool
     once_per_step: OncePerStep | None
     states_bytes: int
-    activations_bytes: int
+    kept_bytes: int
+    memory_bytes: int
     fits: bool
     node_sent: Sent
     seconds: Seconds
     hfu_tflops: float
     mfu_tflops: float
-
-    @property
-    def memory_bytes(self) -> int:
-        """What a rank needs."""
-        return self.states_bytes + self.activations_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,15 +199,18 @@ class _Price:
         self, system: str, topology: Topology, *, hierarchical: bool, once: OncePerStep | None, two_hop: bool
     ) -> Row:
         work, capacity = self.workload, self.hardware.memory_bytes
-        states = work.size.per_rank_bytes(topology.partition_size) + (once.kept_bytes if once else 0)
-        usable = int((1 - LEFT_FREE) * capacity)
+        kept, usable = once.kept_bytes if once else 0, int((1 - LEFT_FREE) * capacity)
         batches = split_global_batch(
             self.global_batch,
             ranks=topology.world_size,
             micro=self.micro_batch,
             accumulation=self.accumulation,
-            largest_micro=max(1, (usable - states) // work.sample_bytes),
+            largest_micro=max(
+                1,
+                work.size.largest_micro_batch(topology.partition_size, work.sample, free_bytes=usable, kept_bytes=kept),
+            ),
         )
+        memory = work.size.rank_bytes(topology.partition_size, work.sample * batches.micro, kept_bytes=kept)
         traffic = step_traffic(
             work.units,
             topology,
@@ -235,9 +235,10 @@ class _Price:
             batches=batches,
             hierarchical=hierarchical,
             once_per_step=once,
-            states_bytes=states,
-            activations_bytes=batches.micro * work.sample_bytes,
-            fits=states + batches.micro * work.sample_bytes <= usable,
+            states_bytes=work.size.per_rank_bytes(topology.partition_size),
+            kept_bytes=kept,
+            memory_bytes=memory,
+            fits=memory <= usable,
             node_sent=Sent(
                 of_rank.inside_bytes * topology.ranks_per_node, of_rank.between_bytes * topology.ranks_per_node
             ),

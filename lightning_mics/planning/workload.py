@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mics._torch_compat import FakeTensorMode, tree_map_only
 from lightning_mics.blocks import ModuleClasses, find_blocks
-from lightning_mics.planning.activations import default_dtype, peak_activation_bytes
+from lightning_mics.planning.activations import Activations, default_dtype, peak_activations
 from lightning_mics.planning.memory import ModelSize, measure_model
 from lightning_mics.planning.step_traffic import Unit, find_units
 from lightning_mics.sharding import find_recomputed, mixed_precision_policy, recompute_in_backward
@@ -26,7 +27,7 @@ class Workload:
         units: What is gathered and reduced at once.
         size: What the model keeps.
         parameters: How many there are.
-        sample_bytes: Activations of one sample, at the peak of its backward.
+        sample: Activations of one sample.
         model_flops: Of a forward and a backward of one sample, by the mathematics.
         hardware_flops: The same with what is recomputed.
         gathered_dtype: Of gathered parameters.
@@ -36,7 +37,7 @@ class Workload:
     units: tuple[Unit, ...]
     size: ModelSize
     parameters: int
-    sample_bytes: int
+    sample: Activations
     model_flops: float
     hardware_flops: float
     gathered_dtype: torch.dtype
@@ -90,10 +91,15 @@ def measure_workload(
         units=tuple(find_units(model, blocks)),
         size=measure_model(model, blocks.values(), gathered_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        sample_bytes=peak_activation_bytes(
-            recomputing, batch, loss=loss, dtype=policy.param_dtype or dtype, autocast_dtype=autocast_dtype
+        sample=peak_activations(
+            recomputing,
+            batch,
+            loss=loss,
+            dtype=policy.param_dtype or dtype,
+            autocast_dtype=autocast_dtype,
+            find_blocks=partial(find_blocks, shard_modules=shard_modules),
         )
-        // samples,
+        * (1 / samples),
         model_flops=_flops(make_model, batch, loss) / samples,
         hardware_flops=_flops(recomputing, batch, loss) / samples,
         gathered_dtype=policy.param_dtype or dtype,

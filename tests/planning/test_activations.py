@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, GPT2Config
 
 from lightning_mics.blocks import find_blocks
-from lightning_mics.planning.activations import peak_activation_bytes
+from lightning_mics.planning.activations import peak_activations
 from lightning_mics.sharding import recompute_in_backward
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -65,13 +65,13 @@ def really_allocated(model: nn.Module, dtype: torch.dtype) -> int:
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("config", [GPT, WIDE, BERT], ids=["gpt", "wide", "bert"])
 def test_a_step_without_numbers_takes_what_a_real_one_does(config: Any, recompute: bool, dtype: torch.dtype) -> None:
-    predicted = peak_activation_bytes(
+    predicted = peak_activations(
         lambda: build(config, recompute=recompute),
         TOKENS,
         loss=loss,
         dtype=dtype,
         autocast_dtype=torch.bfloat16 if dtype == torch.bfloat16 else None,
-    )
+    ).peak
     with torch.random.fork_rng():
         real = really_allocated(build(config, recompute=recompute), dtype)
     largest_gradients = 2 * max(parameter.numel() for parameter in build(config, recompute=False).parameters())
@@ -81,12 +81,12 @@ def test_a_step_without_numbers_takes_what_a_real_one_does(config: Any, recomput
 def test_recomputed_blocks_keep_only_what_goes_into_them() -> None:
     def taken(layers: int) -> int:
         config = GPT2Config(**{**GPT.to_dict(), "n_layer": layers})
-        return peak_activation_bytes(
+        return peak_activations(
             lambda: build(config, recompute=True),
             TOKENS,
             loss=loss,
             dtype=torch.bfloat16,
             autocast_dtype=torch.bfloat16,
-        )
+        ).peak
 
     assert (taken(8) - taken(4)) / 4 == TOKENS.numel() * GPT.n_embd * 2

@@ -56,7 +56,7 @@ def test_sizes_are_counted_in_the_dtypes_that_are_used():
     assert (size.block_bytes, size.block_reduced_bytes) == (2 * 200, 4 * 200)
     assert (size.root_bytes, size.root_reduced_bytes) == (2 * 100, 4 * 100)
     assert (size.gathered_bytes, size.reduced_bytes) == (2 * 400, 4 * 300)
-    assert size.per_rank_bytes(4) == 5200 / 4 + 2 * 200 + 3 * 400 + 2 * 800
+    assert size.per_rank_bytes(4) == 5200 / 4 + 2 * 200 + 3 * 400 + 800
 
 
 def test_a_large_root_is_what_counts_at_the_end_of_the_backward():

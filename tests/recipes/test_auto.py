@@ -8,7 +8,7 @@ import pytest
 from omegaconf import DictConfig
 
 import train
-from recipes.auto import choose_automatically, sequence_bytes
+from recipes.auto import choose_automatically, sequence_activations
 from tests.recipes.test_configs import composed
 
 
@@ -82,7 +82,7 @@ def test_recomputing_some_blocks_takes_what_is_in_between() -> None:
     def taken(choice: str) -> int:
         config = composed(f"strategy.activation_checkpointing={choice}", "model.network.num_hidden_layers=12")
         config.cluster.precision = "32-true"
-        return sequence_bytes(config, train.make_model(config))
+        return sequence_activations(config, train.make_model(config)).peak
 
     none, last, half, full = map(taken, ("false", "['network.gpt_neox.layers.11']", "['*[02468]']", "true"))
     assert none > last > half > full > 0

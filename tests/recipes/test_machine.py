@@ -101,7 +101,8 @@ def test_every_cluster_has_all_facts_and_its_launch_script(path: Path) -> None:
     name, _, nodes = path.stem.rpartition("_")
     assert cluster.num_nodes == int(nodes)
     assert cluster.instance.split(".")[0] == name
-    assert all(value is not None for key, value in cluster.items() if key != "ranks_per_node")
+    optional = {"ranks_per_node", "in_node_nccl_tests", "network_nccl_tests"}
+    assert all(value is not None for key, value in cluster.items() if key not in optional)
     assert (Path(train.__file__).parent / cluster.launch_script).is_file()
 
 

@@ -1,0 +1,212 @@
+"""The planner: what it recommends, what it refuses, and that it agrees with the strategy and with rehearsals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import train
+from lightning_mics.blocks import find_blocks
+from lightning_mics.planning import Plan, Workload, find_instance, measure_workload, plan, weak_scaling
+from lightning_mics.planning.activations import Activations
+from lightning_mics.planning.collectives import Collective
+from lightning_mics.planning.memory import measure_model, smallest_partition_size
+from lightning_mics.planning.nccl_tests import read_runs, with_measured
+from lightning_mics.planning.step_time import collective_seconds, step_seconds
+from lightning_mics.planning.step_traffic import Repeated
+from lightning_mics.traffic import Sent
+from recipes.dry_run import Training
+from tests.planning.test_rehearsal import JOBS, LENGTH, MODELS, SEQUENCES, language_model, loss, rehearsed
+from tests.recipes.test_configs import composed
+
+P4D = find_instance("p4d.24xlarge")
+
+
+class Tower(nn.Module):
+    """Any module, not one of the recipes."""
+
+    def __init__(self, *, blocks: int = 6, width: int = 1000) -> None:
+        super().__init__()
+        self.inside = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.inside:
+            x = torch.relu(block(x))
+        return self.head(x)
+
+
+def tower_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return F.cross_entropy(model(batch), torch.zeros(len(batch), dtype=torch.int64))
+
+
+def work(**options: Any) -> Workload:
+    batch = torch.zeros(7, options.get("width", 1000))
+    return measure_workload(lambda: Tower(**options), batch, samples=7, loss=tower_loss)
+
+
+def planned(**options: Any) -> Plan:
+    return plan(work(), P4D, **{"nodes": 4, "global_batch": 1024, **options})
+
+
+def test_a_workload_is_what_the_module_has_and_does() -> None:
+    workload = work()
+    assert workload.parameters == 6 * 1_001_000 + 10_010
+    assert len(workload.units) == 7 and workload.units[0].is_root
+    # two operations per multiply-add, three products per matrix but for the first, which has no gradient of its input
+    assert workload.model_flops == 6 * (6 * 1000**2 + 1000 * 10) - 2 * 1000**2
+    assert workload.hardware_flops == workload.model_flops
+    assert workload.sample.peak >= 6 * 1000 * 4
+
+
+def test_all_partition_sizes_are_ranked_and_the_strategys_is_recommended() -> None:
+    plan_ = planned()
+    assert {row.topology.partition_size for row in plan_.rows} == {1, 2, 4, 8, 16, 32}
+    times = [row.seconds.expected for row in plan_.rows]
+    assert times == sorted(times) and all(row.fits for row in plan_.rows)
+    assert plan_.recommended.topology.partition_size == 8  # a node, which holds it
+    assert all(row.batches.micro * row.batches.accumulation * 32 == 1024 for row in plan_.rows)
+
+
+def test_once_per_step_every_partition_size_sends_the_same_between_nodes() -> None:
+    """2M(N-1)/N, in the dtypes of parameters and gradients: design.md, section 5.4."""
+    workload = work(width=1024)  # which all sizes divide
+    states = 4 * workload.parameters
+    for row in plan(workload, P4D, nodes=4, global_batch=1024, micro_batch=8).rows:
+        if row.once_per_step is not None and row.topology.partition_size > 1:
+            assert row.node_sent.between_bytes == pytest.approx(2 * states * 3 / 4, rel=0.02)
+
+
+@pytest.mark.parametrize(("model", "partition_size"), [("10b", 8), ("15b", 16), ("20b", 16), ("50b", 64)])
+def test_partition_sizes_of_berts_are_those_of_the_paper(model: str, partition_size: int) -> None:
+    """MiCS, table 1: on p3dn.24xlarge with 32 GB per GPU, in float16."""
+    language = train.make_model(composed(f"model=bert-{model}", "cluster=p3dn_16"))
+    with torch.device("meta"):
+        network = Training(language)
+    size = measure_model(
+        network, find_blocks(network).values(), gathered_dtype=torch.float16, reduce_dtype=torch.float16
+    )
+    assert (
+        smallest_partition_size(
+            size, world_size=128, ranks_per_node=8, capacity_bytes=find_instance("p3dn.24xlarge").memory_bytes
+        )
+        == partition_size
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("job", ["a node a group", "hierarchical", "once per step", "recomputed", "mixed precision"])
+def test_memory_of_a_plan_is_a_little_more_than_what_a_rehearsal_takes(job: str, name: str) -> None:
+    shape, options = JOBS[job]
+    model = language_model(name)
+    workload = measure_workload(
+        lambda: Training(model),
+        model.example_batch(SEQUENCES, LENGTH),
+        samples=SEQUENCES,
+        loss=loss,
+        precision=options.get("precision", "32-true"),
+        activation_checkpointing=options.get("activation_checkpointing", False),
+    )
+    once = {key: value for key, value in options.items() if key.startswith(("cross_node", "in_node"))}
+    hardware = replace(P4D, gpus_per_node=shape[1])
+    every = {"in_node_gather": "every_use", "in_node_reduce": "every_micro_step"}
+    every |= {"cross_node_gather": "every_use", "cross_node_reduce": "every_micro_step"}
+    plan_ = plan(
+        workload, hardware, nodes=2, global_batch=4 * 3 * SEQUENCES, micro_batch=SEQUENCES, **{**every, **once}
+    )
+    (row,) = (row for row in plan_.rows if row.topology.partition_size == shape[2])
+    real = rehearsed(name, shape, options, backend="nccl").peak_bytes
+    assert real <= row.memory_bytes <= 1.3 * real
+
+
+def test_weak_scaling_keeps_the_work_of_a_rank() -> None:
+    plans = weak_scaling(work(), P4D, nodes=[1, 2, 4], samples_per_rank=32)
+    assert [plan_.global_batch for plan_ in plans] == [256, 512, 1024]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"nodes": 0}, "nodes=0: a cluster has at least one"),
+        ({"global_batch": 33}, "global_batch_size=33 sequences cannot be split over 32 ranks; the nearest that can"),
+        ({"micro_batch": 0}, "data.batch_size=0 must be a whole number of at least 1"),
+    ],
+)
+def test_nonsense_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned(**wrong)
+
+
+def test_an_instance_that_is_not_known_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match=r"'p4d\.24xl' is not known; did you mean 'p4d\.24xlarge'"):
+        find_instance("p4d.24xl")
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(TypeError, match="found no blocks to shard in Linear"):
+        measure_workload(lambda: nn.Linear(3, 3), torch.zeros(2, 3), samples=2, loss=tower_loss)
+
+
+def test_a_block_that_no_device_holds_is_refused_with_what_is_missing() -> None:
+    workload = replace(work(), size=replace(work().size, block_bytes=20 * 2**30))
+    with pytest.raises(ValueError, match=r"the largest block \(20 GiB\) does not fit a A100 40 GB.*20 GiB too many"):
+        plan(workload, P4D, nodes=2, global_batch=64)
+
+
+def test_what_does_not_fit_is_said_by_how_much() -> None:
+    large = replace(work(), sample=Activations(50 * 2**30, 1.0))
+    plan_ = plan(large, P4D, nodes=2, global_batch=64)
+    assert not any(row.fits for row in plan_.rows)
+    assert any("no partition size fits: the best needs 50" in warning for warning in plan_.warnings)
+
+
+def gather(**options: Any) -> Collective:
+    facts = {"kind": "all_gather", "group": "rail", "ranks": 4, "nodes": 4, "dtype": torch.float32, "elements": 1000}
+    return Collective(**{**facts, "sent": Sent(0.0, 3e9), **options})
+
+
+def test_a_collective_takes_its_bytes_at_the_rate_of_the_network_and_a_latency_per_hop() -> None:
+    network = 8 * 3e9 / (400e9 / 8 * 0.85)  # eight ranks share it
+    assert collective_seconds(gather(), P4D) == pytest.approx(network + 3 * 75e-6)
+    in_node = gather(group="node", ranks=8, nodes=1, sent=Sent(3e9, 0.0))
+    assert collective_seconds(in_node, P4D) == pytest.approx(3e9 / 230e9 + 7 * 3.4e-6)
+
+
+def test_what_travels_once_per_step_hides_behind_one_micro_step_only() -> None:
+    second = collective_seconds(gather(), P4D)
+    flops = 2 * second * P4D.peak_tflops * 1e12 * P4D.kernel_share  # twice as long
+    every = [Repeated(gather(), 1, "every")]
+    seconds = step_seconds(every, P4D, micro_steps=4, micro_step_flops=flops)
+    assert seconds.least == pytest.approx(4 * 2 * second)
+    assert seconds.most == pytest.approx(4 * 3 * second)
+    boundary = [Repeated(gather(), 4, "boundary")]
+    seconds = step_seconds(boundary, P4D, micro_steps=4, micro_step_flops=flops)
+    assert seconds.between == pytest.approx(4 * second)
+    assert seconds.least == pytest.approx((3 * 2 + 4) * second)
+
+
+NCCL_TESTS = """# nThread 1 nGpus 8 minBytes 1048576 maxBytes 1073741824 step: 2(factor) warmup iters: 5 iters: 20
+#       size         count      type   redop    root     time   algbw   busbw #wrong     time   algbw   busbw #wrong
+#        (B)    (elements)                               (us)  (GB/s)  (GB/s)            (us)  (GB/s)  (GB/s)
+     1048576         32768     float    none      -1    60.00   17.48   15.29      0    61.00   17.19   15.04      0
+  1073741824      33554432     float    none      -1   4500.0  238.61  208.78      0   4510.0  238.08  208.32      0
+# Out of bounds values : 0 OK
+"""
+
+
+def test_nccl_tests_of_ones_own_go_before_the_table(tmp_path: Path) -> None:
+    (tmp_path / "in_node.txt").write_text(NCCL_TESTS)
+    assert [run.size_bytes for run in read_runs(tmp_path / "in_node.txt")] == [2**20, 2**30]
+    measured = with_measured(P4D, in_node=tmp_path / "in_node.txt", between_nodes=tmp_path / "in_node.txt", nodes=2)
+    assert measured.in_node_rate_gbytes_per_s == pytest.approx(208.78)
+    assert measured.in_node_latency_us == pytest.approx((60 - 2**20 / 208.78e3) / 7)
+    assert measured.network_achieved == 1.0
+    (tmp_path / "wrong.txt").write_text("hello\n")
+    with pytest.raises(ValueError, match=r"wrong\.txt has no results of nccl-tests"):
+        read_runs(tmp_path / "wrong.txt")
