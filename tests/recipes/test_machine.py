@@ -106,19 +106,13 @@ def test_every_cluster_has_all_facts_and_its_launch_script(path: Path) -> None:
     assert (Path(train.__file__).parent / cluster.launch_script).is_file()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["model=gpt-100b", "cluster=p4d_64"], "python train.py model=gpt-100b cluster=p4d_64 dry_run=true"),
-        (["dry_run=true"], "dry_run=true is not built yet"),
-    ],
-)
-def test_the_program_ends_with_the_message_and_without_a_traceback(
-    tmp_path: Path, overrides: list[str], message: str
-) -> None:
+def test_the_program_ends_with_the_message_and_without_a_traceback(tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, train.__file__, *overrides, f"run_dir={tmp_path}"], capture_output=True, text=True, timeout=120
+        [sys.executable, train.__file__, "model=gpt-100b", "cluster=p4d_64", f"run_dir={tmp_path}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert run.returncode == 1
-    assert message in run.stderr.replace(f" run_dir={tmp_path}", "")
+    assert f"python train.py model=gpt-100b cluster=p4d_64 run_dir={tmp_path} dry_run=true" in run.stderr
     assert "Traceback" not in run.stderr
