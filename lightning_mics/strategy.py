@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import time
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -216,6 +218,9 @@ class MiCSStrategy(ModelParallelStrategy):
         self.set_world_ranks()
         self._check_before_communicating()
         self._setup_distributed()
+        if self.root_device.type == "cpu":
+            atexit.unregister(_let_gloo_finish)
+            atexit.register(_let_gloo_finish)
 
     @contextmanager
     @override
@@ -682,6 +687,13 @@ class MiCSStrategy(ModelParallelStrategy):
                 f"the model is already sharded with partition_size={topology.partition_size} by another strategy; "
                 f"partition_size={self._partition_size} needs a new instance of the model"
             )
+
+
+def _let_gloo_finish() -> None:
+    """Gloo's threads let go of the tensors of the last collective a moment after it. Where the interpreter is gone by
+    then the process aborts (https://github.com/pytorch/pytorch/pull/179291), and a job that is done looks failed.
+    """
+    time.sleep(0.2)
 
 
 def _gather_whenever_used(root: Any, blocks: Collection[nn.Module]) -> None:
