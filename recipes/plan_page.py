@@ -129,13 +129,15 @@ def draw_scaling(scaling: Sequence[Plan]) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_xticks(gpus, [str(count) for count in gpus])
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    _legend(axes)
     return figure
 
 
 def draw_timeline(rehearsal: Rehearsal, planned: Plan, hardware: Hardware) -> Figure:
     """What runs in each micro-step that was rehearsed, priced: arithmetic above, collectives below."""
-    figure, axes = _axes("One optimizer step, predicted: micro-steps that differ", "seconds", "")
+    figure, axes = _axes(
+        "One optimizer step, predicted, where all is hidden that can be: micro-steps that differ", "seconds", ""
+    )
     lanes = {"arithmetic": 2, "inside nodes": 1, "between nodes": 0}
     row, at = planned.recommended, 0.0
     compute = row.seconds.compute / row.batches.accumulation
@@ -175,7 +177,11 @@ def _label_sizes(axes: Any, rows: Sequence[Any], planned: Plan) -> None:
     sizes = [row.topology.partition_size for row in rows]
     chosen = planned.recommended.topology.partition_size
     axes.set_xticks(range(len(rows)), [f'{size}\n("auto")' if size == chosen else str(size) for size in sizes])
-    axes.legend(frameon=False, fontsize=9)
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _as_text(table: Any) -> str:
