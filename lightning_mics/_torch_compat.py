@@ -24,7 +24,7 @@ from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 # FSDP2's communication interface has no public path yet (https://github.com/pytorch/pytorch/pull/155189).
-from torch.distributed.fsdp._fully_shard import _fsdp_api
+from torch.distributed.fsdp._fully_shard import _fsdp_api, _fsdp_param
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
@@ -122,12 +122,29 @@ def rehearsed_job(*, world_size: int, rank: int, backend: str) -> Iterator[None]
         )
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     _rehearsed_backend = backend
+    chunk, _fsdp_param._chunk_with_empty = _fsdp_param._chunk_with_empty, _Chunks  # type: ignore[assignment]
     try:
         yield
     finally:
+        _fsdp_param._chunk_with_empty = chunk
         _rehearsed_backend = None
         dist.destroy_process_group()
         _forget_meshes()
+
+
+class _Chunks:
+    """The parts of a parameter, made when they are asked for. FSDP2 makes those of all ranks and takes its own, which
+    on fake tensors takes longer than all else where there are hundreds.
+    """
+
+    def __init__(self, tensor: Tensor, num_chunks: int, dim: int) -> None:
+        self._tensor, self._dim = tensor, dim
+        self._size = -(-tensor.shape[dim] // num_chunks)
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = index * self._size
+        left = self._tensor.shape[self._dim] - start
+        return self._tensor.narrow(self._dim, start, min(self._size, left)) if left > 0 else self._tensor.new_empty(0)
 
 
 def _forget_meshes() -> None:
