@@ -122,11 +122,12 @@ def rehearsed_job(*, world_size: int, rank: int, backend: str) -> Iterator[None]
         )
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     _rehearsed_backend = backend
-    chunk, _fsdp_param._chunk_with_empty = _fsdp_param._chunk_with_empty, _Chunks  # type: ignore[assignment]
+    fsdp_param: Any = _fsdp_param
+    chunk_with_empty, fsdp_param._chunk_with_empty = fsdp_param._chunk_with_empty, _Chunks
     try:
         yield
     finally:
-        _fsdp_param._chunk_with_empty = chunk
+        fsdp_param._chunk_with_empty = chunk_with_empty
         _rehearsed_backend = None
         dist.destroy_process_group()
         _forget_meshes()
