@@ -52,10 +52,15 @@ class OncePerStep:
         return sum(choice.kept_bytes for choice in choices)
 
     def options(self) -> OncePerStepOptions:
-        """The options of :func:`~lightning_mics.sharding.shard_model`."""
+        """The options of :func:`~lightning_mics.sharding.shard_model`, and of the strategy.
+
+        What travels once per step inside nodes does so between them, even where there is nothing between them.
+        """
+        gather = self.in_node_gather if self.in_node_gather.once else self.cross_node_gather
+        reduce = self.in_node_reduce if self.in_node_reduce.once else self.cross_node_reduce
         return {
-            "cross_node_gather": _when_gathered(self.cross_node_gather),
-            "cross_node_reduce": _when_reduced(self.cross_node_reduce),
+            "cross_node_gather": _when_gathered(gather),
+            "cross_node_reduce": _when_reduced(reduce),
             "in_node_gather": _when_gathered(self.in_node_gather),
             "in_node_reduce": _when_reduced(self.in_node_reduce),
         }

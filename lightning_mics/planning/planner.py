@@ -271,10 +271,18 @@ def _warnings(recommended: Row, ranked: Sequence[Row], baseline: Row, hardware: 
     warnings = []
     topology = recommended.topology
     if not recommended.fits:
-        warnings.append(
-            f"no partition size fits: the best needs {in_gib(recommended.memory_bytes)} of "
-            f"{in_gib(hardware.memory_bytes)} per GPU; use more nodes or GPUs with more memory"
+        needs = (
+            f"{in_gib(recommended.memory_bytes)} of {in_gib(hardware.memory_bytes)} per GPU, of which "
+            f"{LEFT_FREE:.0%} should stay free"
         )
+        others = sorted(row.topology.partition_size for row in ranked if row.fits)
+        if others:
+            warnings.append(
+                f"with micro-batches of {recommended.batches.micro} partition_size={topology.partition_size} needs "
+                f"{needs}; {', '.join(map(str, others))} would fit, or a smaller micro-batch"
+            )
+        else:
+            warnings.append(f"no partition size fits: the best needs {needs}; use more nodes or GPUs with more memory")
     best = ranked[0]
     gain = 1 - best.seconds.expected / recommended.seconds.expected
     if best.fits and gain > 0.05:

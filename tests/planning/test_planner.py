@@ -166,6 +166,13 @@ def test_what_does_not_fit_is_said_by_how_much() -> None:
     assert any("no partition size fits: the best needs 50" in warning for warning in plan_.warnings)
 
 
+def test_a_micro_batch_that_only_larger_partition_groups_hold_is_said_to_be_one() -> None:
+    workload = replace(work(), size=replace(work().size, states_bytes=200 * 2**30), sample=Activations(1.0, 20 * 2**30))
+    plan_ = plan(workload, P4D, nodes=4, global_batch=32, micro_batch=1)
+    assert plan_.recommended.topology.partition_size == 8 and not plan_.recommended.fits
+    assert any("partition_size=8 needs 45 GiB of 40 GiB" in w and "16, 32 would fit" in w for w in plan_.warnings)
+
+
 def gather(**options: Any) -> Collective:
     facts = {"kind": "all_gather", "group": "rail", "ranks": 4, "nodes": 4, "dtype": torch.float32, "elements": 1000}
     return Collective(**{**facts, "sent": Sent(0.0, 3e9), **options})
