@@ -226,8 +226,8 @@ def write_page(measured: dict[str, Any], *, rate: str, out: Path) -> None:
 
 PAGE = """# Predicted and measured on the emulated cluster
 
-Two nodes of four CPU ranks, links of {rate}, 4 micro-steps per optimizer step, the model of the comparison with 8 layers
-of width 256. Calibrated by an all-gather in two sizes, before the schedules ran: {network:.0f} Mbit/s and
+Two nodes of four CPU ranks, links of {rate}, 4 micro-steps per optimizer step, the model of the comparison with 8
+layers of width 256. Calibrated by an all-gather in two sizes, before the schedules ran: {network:.0f} Mbit/s and
 {network_latency:.0f} us per hop between nodes, {in_node:.0f} MB/s per rank and {in_node_latency:.0f} us per hop
 inside; and by a micro-step without communication, {micro_step:.3f} s. *Measured, and predicted.*
 

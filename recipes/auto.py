@@ -76,7 +76,7 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> tuple[Dict
         "partition size", config.strategy.partition_size, memory.topology.partition_size, memory.why_partition_size
     )
     for option, chosen in memory.once_per_step.options().items():
-        why = getattr(memory.once_per_step, option).why.removeprefix('"auto": ')
+        why = memory.once_per_step.why(option).removeprefix('"auto": ')
         config.strategy[option] = choices.take(option.replace("_", " "), config.strategy[option], chosen, why)
     _choose_batches(config, choices, memory, ranks=ranks)
     _choose_validation(config)

@@ -51,6 +51,12 @@ class OncePerStep:
         choices = (self.cross_node_gather, self.cross_node_reduce, self.in_node_gather, self.in_node_reduce)
         return sum(choice.kept_bytes for choice in choices)
 
+    def why(self, option: str) -> str:
+        """The reason for the value of one of the :meth:`options`."""
+        inside: Choice = getattr(self, option.replace("cross", "in"))
+        choice: Choice = getattr(self, option)
+        return "as inside nodes" if inside.once and choice is not inside else choice.why
+
     def options(self) -> OncePerStepOptions:
         """The options of :func:`~lightning_mics.sharding.shard_model`, and of the strategy.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 import train
@@ -34,8 +35,8 @@ def test_without_a_gpu_four_processes_share_the_batch() -> None:
     assert config.trainer.precision == "32-true"
     assert config.trainer.devices == 4
     assert re.search(r'  micro-batch +8 \("auto": up to ', table)
-    assert re.search(r'  cross node gather +every_use \("auto": a partition group is inside one node\)', table)
-    assert config.strategy.cross_node_gather == "every_use"
+    assert re.search(r'  cross node gather +once_per_step \("auto": as inside nodes\)', table)
+    assert config.strategy.cross_node_gather == config.strategy.in_node_gather == "once_per_step"
     assert config.trainer.val_check_interval == config.validate_every_n_steps
 
 
@@ -105,3 +106,10 @@ def test_an_impossible_batch_is_refused() -> None:
 def test_a_partition_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="partition_size=3 does not divide world_size=4"):
         chosen("strategy.partition_size=3")
+
+
+@pytest.mark.parametrize("overrides", [[], ["cluster=p4d_2"], ["cluster=p4d_64", "model=gpt-100b"], ["cluster=p5_8"]])
+def test_the_strategy_takes_what_was_chosen(overrides: list[str]) -> None:
+    config, _ = choose_automatically(composed(*overrides), train.make_model(composed(*overrides)))
+    assert "auto" not in {config.strategy[name] for name in config.strategy if "node" in name}
+    assert instantiate(config.strategy)
