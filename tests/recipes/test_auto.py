@@ -108,7 +108,9 @@ def test_a_partition_size_that_does_not_divide_is_refused() -> None:
         chosen("strategy.partition_size=3")
 
 
-@pytest.mark.parametrize("overrides", [[], ["cluster=p4d_2"], ["cluster=p4d_64", "model=gpt-100b"], ["cluster=p5_8"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["cluster=p4d_2"], ["cluster=p4d_64", "model=gpt-100b"], ["cluster=p5_8", "global_batch_size=64"]]
+)
 def test_the_strategy_takes_what_was_chosen(overrides: list[str]) -> None:
     config, _ = choose_automatically(composed(*overrides), train.make_model(composed(*overrides)))
     assert "auto" not in {config.strategy[name] for name in config.strategy if "node" in name}
