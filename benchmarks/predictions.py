@@ -10,7 +10,9 @@ The first two calibrate the model, the last are what it is held against. It need
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -210,7 +212,8 @@ def write_page(measured: dict[str, Any], *, rate: str, out: Path) -> None:
         error = predicted[name] / seconds - 1
         rows.append(f"| {name} | {seconds:.3f} | {predicted[name]:.3f} | {error:+.0%} |")
     by_time = sorted(measured["steps"], key=measured["steps"].__getitem__)
-    as_predicted = sorted(predicted, key=predicted.__getitem__)
+    order = [predicted[name] for name in by_time]
+    same = all(one <= other or math.isclose(one, other) for one, other in itertools.pairwise(order))
     remarks = out / "remarks.md"
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(
@@ -220,7 +223,7 @@ def write_page(measured: dict[str, Any], *, rate: str, out: Path) -> None:
         PAGE.format(
             rate=rate,
             rows="\n".join(rows),
-            ranking="the same" if by_time == as_predicted else f"{by_time} measured, {as_predicted} predicted",
+            ranking="the same" if same else f"not the same; as measured, {', '.join(by_time)}",
             network=hardware.network_rate_gbits_per_s * 1e3,
             network_latency=hardware.network_latency_us,
             in_node=hardware.in_node_rate_gbytes_per_s * 1e3,
