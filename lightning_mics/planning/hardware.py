@@ -141,7 +141,7 @@ def find_instance(name: str) -> Hardware:
     if name in INSTANCES:
         return INSTANCES[name]
     near = difflib.get_close_matches(name, INSTANCES, n=1, cutoff=0.3)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     known = ", ".join(INSTANCES)
     raise ValueError(
         f"instance {name!r} is not known{hint} Known are {known}; describe others by a Hardware of your own"
