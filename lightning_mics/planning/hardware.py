@@ -8,7 +8,7 @@ machines are better described by your own ``nccl-tests``: :func:`lightning_mics.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IN_NODE_LATENCY_US = 3.4  # of NVLink, per hop of a ring with protocol Simple: NCCL's src/graph/tuning.cc
 
@@ -62,6 +62,28 @@ class Hardware:
 
 
 V100_SHARE, A100_SHARE, HOPPER_SHARE = 0.56, 0.64, 0.465  # fitted by benchmarks.published
+_P4D = Hardware(
+    gpu="A100 40 GB",
+    gpus_per_node=8,
+    memory_gib=40,
+    peak_tflops=312,
+    kernel_share=A100_SHARE,
+    in_node_rate_gbytes_per_s=230,  # NVIDIA/nccl issue 527
+    network_rate_gbits_per_s=400,
+    network_achieved=0.85,  # nccl-tests in aws-samples/awsome-distributed-training
+    network_latency_us=75,
+)
+_P5 = Hardware(
+    gpu="H100 80 GB",
+    gpus_per_node=8,
+    memory_gib=80,
+    peak_tflops=989,
+    kernel_share=HOPPER_SHARE,
+    in_node_rate_gbytes_per_s=440,  # nccl-tests in stas00/ml-engineering
+    network_rate_gbits_per_s=3200,
+    network_achieved=0.82,  # nccl-tests in aws-samples/awsome-distributed-training
+    network_latency_us=72,
+)
 INSTANCES = {
     "p3dn.24xlarge": Hardware(
         gpu="V100 32 GB",
@@ -74,47 +96,13 @@ INSTANCES = {
         network_achieved=0.6,  # MiCS, section 2.3
         network_latency_us=150,
     ),
-    "p4d.24xlarge": Hardware(
-        gpu="A100 40 GB",
-        gpus_per_node=8,
-        memory_gib=40,
-        peak_tflops=312,
-        kernel_share=A100_SHARE,
-        in_node_rate_gbytes_per_s=230,  # NVIDIA/nccl issue 527
-        network_rate_gbits_per_s=400,
-        network_achieved=0.85,  # nccl-tests in aws-samples/awsome-distributed-training
-        network_latency_us=75,
-    ),
-    "p4de.24xlarge": Hardware(
-        gpu="A100 80 GB",
-        gpus_per_node=8,
-        memory_gib=80,
-        peak_tflops=312,
-        kernel_share=A100_SHARE,
-        in_node_rate_gbytes_per_s=230,  # NVIDIA/nccl issue 527
-        network_rate_gbits_per_s=400,
-        network_achieved=0.85,  # nccl-tests in aws-samples/awsome-distributed-training
-        network_latency_us=75,
-    ),
-    "p5.48xlarge": Hardware(
-        gpu="H100 80 GB",
-        gpus_per_node=8,
-        memory_gib=80,
-        peak_tflops=989,
-        kernel_share=HOPPER_SHARE,
-        in_node_rate_gbytes_per_s=440,  # nccl-tests in stas00/ml-engineering
-        network_rate_gbits_per_s=3200,
-        network_achieved=0.82,  # nccl-tests in aws-samples/awsome-distributed-training
-        network_latency_us=72,
-    ),
-    "p5en.48xlarge": Hardware(
+    "p4d.24xlarge": _P4D,
+    "p4de.24xlarge": replace(_P4D, gpu="A100 80 GB", memory_gib=80),
+    "p5.48xlarge": _P5,
+    "p5en.48xlarge": replace(
+        _P5,
         gpu="H200 141 GB",
-        gpus_per_node=8,
         memory_gib=141,
-        peak_tflops=989,
-        kernel_share=HOPPER_SHARE,
-        in_node_rate_gbytes_per_s=440,  # nccl-tests in stas00/ml-engineering
-        network_rate_gbits_per_s=3200,
         network_achieved=0.91,  # nccl-tests in aws-samples/awsome-distributed-training
         network_latency_us=35,
     ),
