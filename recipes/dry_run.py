@@ -72,10 +72,11 @@ def dry_run(config: DictConfig, model: LanguageModel, *, command: Sequence[str])
             large for a device.
     """
     console, begin = Console(), time.perf_counter()
-    console = console if console.is_terminal else Console(width=WIDTH)
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     chosen, choices = choose_automatically(config, model)
     console.print(choices, highlight=False, markup=False, soft_wrap=True)
-    planned, scaling = None, []
+    planned, hardware, scaling = None, None, []
     if chosen.cluster.network_rate_gbits_per_s is not None:
         workload, hardware = workload_of(chosen, model), hardware_of(chosen.cluster)
         planned = plan_run(config, workload, hardware)
@@ -95,7 +96,7 @@ def dry_run(config: DictConfig, model: LanguageModel, *, command: Sequence[str])
         planned=planned,
         scaling=scaling,
         rehearsal=rehearsal,
-        hardware=hardware_of(chosen.cluster) if planned else None,
+        hardware=hardware,
         config=chosen,
     )
     (folder / "plan.json").write_text(json.dumps(as_json(planned, rehearsal), indent=1))
