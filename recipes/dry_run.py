@@ -38,9 +38,17 @@ SHARDING = (
     "two_hop",
     "activation_checkpointing",
 )
-WIDTH = 140  # of what is printed where there is no terminal
+WIDTH = 140  # of the tables, on narrow terminals too: whole numbers in broken lines, not broken numbers
 DTYPES = ("cross_node_dtype", "reduce_dtype")
-PLANNED = ("hierarchical", "cross_node_gather", "cross_node_reduce", "in_node_gather", "in_node_reduce", "two_hop")
+PLANNED = (
+    "partition_size",
+    "hierarchical",
+    "cross_node_gather",
+    "cross_node_reduce",
+    "in_node_gather",
+    "in_node_reduce",
+    "two_hop",
+)
 
 
 class Training(nn.Module):
@@ -71,16 +79,14 @@ def dry_run(config: DictConfig, model: LanguageModel, *, command: Sequence[str])
         ValueError: If the job cannot be: a batch that nothing divides, a rank that is not there, a block that is too
             large for a device.
     """
-    console, begin = Console(), time.perf_counter()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    console, begin = Console(width=max(WIDTH, Console().width)), time.perf_counter()
     chosen, choices = choose_automatically(config, model)
     console.print(choices, highlight=False, markup=False, soft_wrap=True)
     planned, hardware, scaling = None, None, []
     if chosen.cluster.network_rate_gbits_per_s is not None:
         workload, hardware = workload_of(chosen, model), hardware_of(chosen.cluster)
         planned = plan_run(config, workload, hardware)
-        scaling = scaling_of(chosen, workload, hardware)
+        scaling = scaling_of(config, chosen, workload, hardware)
         console.print(plan_table(planned, config=chosen))
         for warning in planned.warnings:
             console.print(f"Note: {warning}.", highlight=False, soft_wrap=True)
@@ -107,7 +113,6 @@ def dry_run(config: DictConfig, model: LanguageModel, *, command: Sequence[str])
 def plan_run(config: DictConfig, workload: Workload, hardware: Hardware) -> Plan:
     """The plan of the run, with whatever ``config`` leaves to "auto"."""
     cluster, data, trainer = config.cluster, config.data, config.trainer
-    options = {name: config.strategy[name] for name in PLANNED}
     return plan(
         workload,
         hardware,
@@ -116,22 +121,29 @@ def plan_run(config: DictConfig, workload: Workload, hardware: Hardware) -> Plan
         global_batch=config.global_batch_size,
         micro_batch=None if data.batch_size == "auto" else data.batch_size,
         accumulation=None if trainer.accumulate_grad_batches == "auto" else trainer.accumulate_grad_batches,
-        **options,
+        **_planned(config),
     )
 
 
-def scaling_of(config: DictConfig, workload: Workload, hardware: Hardware) -> list[Plan]:
-    """Plans for clusters of a partition group and more, with as much for each rank to do as in ``config``."""
-    ranks = config.cluster.num_nodes * config.cluster.devices
-    fewest = max(1, config.strategy.partition_size // config.cluster.devices)
-    nodes = [fewest * factor for factor in (1, 2, 4, 8) if fewest * factor <= max(fewest, config.cluster.num_nodes)]
+def scaling_of(config: DictConfig, chosen: DictConfig, workload: Workload, hardware: Hardware) -> list[Plan]:
+    """Plans for clusters of a partition group and more, with as much for each rank to do as in ``chosen``."""
+    cluster = chosen.cluster
+    per_node = cluster.ranks_per_node or cluster.devices
+    fewest = max(1, chosen.strategy.partition_size // per_node)
+    nodes = [fewest * factor for factor in (1, 2, 4, 8) if fewest * factor <= max(fewest, cluster.num_nodes)]
     return weak_scaling(
         workload,
         hardware,
         nodes=nodes,
-        samples_per_rank=config.global_batch_size // ranks,
-        micro_batch=config.data.batch_size,
+        samples_per_rank=chosen.global_batch_size // (cluster.num_nodes * cluster.devices),
+        ranks_per_node=per_node,
+        micro_batch=chosen.data.batch_size,
+        **_planned(config),
     )
+
+
+def _planned(config: DictConfig) -> dict[str, Any]:
+    return {name: config.strategy[name] for name in PLANNED}
 
 
 def hardware_of(cluster: DictConfig) -> Hardware:

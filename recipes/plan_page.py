@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lightning_mics.planning import Hardware, Plan, Rehearsal
 from lightning_mics.planning.step_time import collective_seconds
-from recipes.plan_tables import duration, plan_table, rehearsal_tables
+from recipes.plan_tables import duration, plan_table, rehearsal_tables, size_label
 from recipes.report import picture, write_page
 
 BLUE, ORANGE, GREEN, GREY = "#2b5c8a", "#e07b39", "#5b9a68", "#9aa0a6"
@@ -51,7 +51,7 @@ def write_plan_page(
     if planned is not None and hardware is not None:
         body += [
             "<h2>Plan</h2>",
-            f"<p>{html.escape(duration(planned.recommended, config))}. Bytes are exact; times are predictions: the "
+            f"<p>{html.escape(duration(planned, config))}. Bytes are exact; times are predictions: the "
             "range is from all communication hidden behind arithmetic that can be to none.</p>",
             _as_text(plan_table(planned, config=config)),
             *(f"<p>Note: {html.escape(warning)}.</p>" for warning in planned.warnings),
@@ -116,9 +116,9 @@ def draw_bytes(planned: Plan) -> Figure:
 def draw_scaling(scaling: Sequence[Plan]) -> Figure:
     """Predicted TFLOPS of a GPU over the size of the cluster, where each rank has as much to do."""
     figure, axes = _axes("Predicted weak scaling", "GPUs", "TFLOPS per GPU (HFU)")
-    gpus = [plan.recommended.topology.world_size for plan in scaling]
+    gpus = [plan.chosen.topology.world_size for plan in scaling]
     for name, color, rows in (
-        ("MiCS", BLUE, [plan.recommended for plan in scaling]),
+        ("MiCS", BLUE, [plan.chosen for plan in scaling]),
         ("full sharding", ORANGE, [plan.baseline for plan in scaling]),
     ):
         flops = [row.hfu_tflops * row.seconds.expected for row in rows]
@@ -139,7 +139,7 @@ def draw_timeline(rehearsal: Rehearsal, planned: Plan, hardware: Hardware) -> Fi
         "One optimizer step, predicted, where all is hidden that can be: micro-steps that differ", "seconds", ""
     )
     lanes = {"arithmetic": 2, "inside nodes": 1, "between nodes": 0}
-    row, at = planned.recommended, 0.0
+    row, at = planned.chosen, 0.0
     compute = row.seconds.compute / row.batches.accumulation
     times = {ran.micro_step: ran.times for ran in rehearsal.ran}
     for micro_step in sorted(step for step in times if step):
@@ -174,9 +174,9 @@ def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Any]:
 
 
 def _label_sizes(axes: Any, rows: Sequence[Any], planned: Plan) -> None:
-    sizes = [row.topology.partition_size for row in rows]
-    chosen = planned.recommended.topology.partition_size
-    axes.set_xticks(range(len(rows)), [f'{size}\n("auto")' if size == chosen else str(size) for size in sizes])
+    axes.set_xticks(range(len(rows)), [size_label(row, planned).replace(" ", "\n") for row in rows])
+    for label, row in zip(axes.get_xticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if row is planned.chosen else "normal")
     _legend(axes)
 
 

@@ -7,61 +7,66 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig
 from rich import box
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from lightning_mics.planning import Plan, Rehearsal
 from lightning_mics.planning.memory import in_gib
 from lightning_mics.planning.planner import Row
 
-COLUMNS = (
-    ("partition", "ranks"),
-    ("micro-batch", "x steps"),
-    ("memory", "GiB"),
-    ("once per step", ""),
-    ("inside nodes", "GB/step"),
-    ("between nodes", "GB/step"),
-    ("step", "s"),
-    ("HFU", "TFLOPS"),
-    ("MFU", "TFLOPS"),
-    ("limit", ""),
+COLUMNS: tuple[tuple[str, str, JustifyMethod], ...] = (  # and the unit, and the side that values are on
+    ("partition", "ranks", "right"),
+    ("micro-batch", "x steps", "right"),
+    ("memory", "GiB", "right"),
+    ("once per step", "", "left"),
+    ("in nodes", "GB/step", "right"),
+    ("between", "GB/step", "right"),
+    ("step", "s", "right"),
+    ("HFU, MFU", "TFLOPS", "right"),
+    ("limit", "", "left"),
 )
 
 
 def plan_table(planned: Plan, *, config: DictConfig) -> Table:
-    """All ways to run the job, the best first; what "auto" takes in bold."""
-    topology = planned.recommended.topology
+    """All ways to run the job, the best first; what the run takes in bold."""
+    topology = planned.chosen.topology
     table = Table(
         title=f"Plan: {topology.world_size} GPUs on {topology.nodes} nodes, {planned.global_batch} sequences per step",
-        caption=duration(planned.recommended, config),
+        caption=duration(planned, config),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE,
     )
-    for name, unit in COLUMNS:
-        table.add_column(f"{name}\n{unit}", justify="left" if name in ("once per step", "limit") else "right")
+    for name, unit, side in COLUMNS:
+        table.add_column(f"{name}\n{unit}", justify=side, no_wrap=True)
     for row in planned.rows:
-        table.add_row(*cells(row, planned.capacity_bytes), style="bold" if row is planned.recommended else None)
+        table.add_row(*cells(row, planned), style="bold" if row is planned.chosen else None)
     table.add_section()
-    table.add_row(*cells(planned.baseline, planned.capacity_bytes))
+    table.add_row(*cells(planned.baseline, planned))
     return table
 
 
-def cells(row: Row, capacity_bytes: int) -> list[str]:
+def cells(row: Row, planned: Plan) -> list[str]:
     """What is said of one way to run the job."""
     seconds, sent = row.seconds, row.node_sent
-    over = row.memory_bytes - capacity_bytes
+    over = row.memory_bytes - planned.capacity_bytes
     return [
-        str(row.topology.partition_size) if row.system == "MiCS" else row.system,
+        size_label(row, planned) if row.system == "MiCS" else row.system,
         f"{row.batches.micro} x {row.batches.accumulation}",
-        f"{row.memory_bytes / 2**30:.1f}" + ("" if row.fits else f", {in_gib(over)} over" if over > 0 else ", tight"),
+        _short(row.memory_bytes / 2**30)
+        + ("" if row.fits else f" (+{_short(over / 2**30)})" if over > 0 else " (tight)"),
         once_per_step(row),
-        f"{sent.inside_bytes / 1e9:,.4g}",
-        f"{sent.between_bytes / 1e9:,.4g}",
-        f"{seconds.expected:.3g} ({seconds.least:.3g} to {seconds.most:.3g})",
-        f"{row.hfu_tflops:.0f}",
-        f"{row.mfu_tflops:.0f}",
+        _short(sent.inside_bytes / 1e9),
+        _short(sent.between_bytes / 1e9),
+        f"{_short(seconds.expected)} ({_short(seconds.least)} to {_short(seconds.most)})",
+        f"{row.hfu_tflops:.0f}, {row.mfu_tflops:.0f}",
         seconds.limit,
     ]
+
+
+def _short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def once_per_step(row: Row) -> str:
@@ -70,21 +75,26 @@ def once_per_step(row: Row) -> str:
     if once is None:
         return "-"
     parts = {
-        "parameters": once.cross_node_gather.once or once.in_node_gather.once,
-        "gradients": once.cross_node_reduce.once or once.in_node_reduce.once,
+        "gather": once.cross_node_gather.once or once.in_node_gather.once,
+        "reduce": once.cross_node_reduce.once or once.in_node_reduce.once,
     }
-    where = " everywhere" if once.in_node_gather.once else ""
-    return " and ".join(name for name, is_once in parts.items() if is_once) + where or "-"
+    where = " in nodes too" if once.in_node_gather.once else ""
+    return ", ".join(name for name, is_once in parts.items() if is_once) + where or "-"
 
 
-def duration(row: Row, config: DictConfig) -> str:
+def size_label(row: Row, planned: Plan) -> str:
+    """The partition size, and whether "auto" takes it."""
+    return f"{row.topology.partition_size}" + (' "auto"' if row is planned.recommended else "")
+
+
+def duration(planned: Plan, config: DictConfig) -> str:
     """How long the whole run takes, and for how many tokens."""
-    steps, days = config.trainer.max_steps, [s / 86400 for s in (row.seconds.least, row.seconds.most)]
+    row, steps = planned.chosen, config.trainer.max_steps
+    days = [steps * seconds / 86400 for seconds in (row.seconds.least, row.seconds.most)]
     tokens = steps * config.global_batch_size * config.data.sequence_length
     return (
-        f'"auto" takes partition_size={row.topology.partition_size}: {steps:,} steps of '
-        f"{tokens / steps / 1e6:,.3g} M tokens ({tokens / 1e9:,.3g} B in all) take {steps * days[0]:,.3g} to "
-        f"{steps * days[1]:,.3g} days"
+        f"With partition_size={size_label(row, planned)}, {steps:,} steps of {tokens / steps / 1e6:,.3g} M tokens "
+        f"({_short(tokens / 1e9)} B in all) take {_short(days[0])} to {_short(days[1])} days"
     )
 
 

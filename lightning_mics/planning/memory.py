@@ -136,8 +136,9 @@ def device_memory_bytes(device: torch.device, *, processes: int) -> int:
 
 
 def in_gib(size_bytes: int) -> str:
-    """``size_bytes`` for people: three digits and the unit."""
-    return f"{size_bytes / 2**30:.3g} GiB"
+    """``size_bytes`` for people: three digits, or all before the point, and the unit."""
+    size = size_bytes / 2**30
+    return f"{size:,.0f} GiB" if size >= 1000 else f"{size:.3g} GiB"
 
 
 def _unit_parameters(unit: nn.Module, blocks: set[nn.Module]) -> set[nn.Parameter]:

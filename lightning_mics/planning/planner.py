@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from lightning_mics.communication import Gather, Reduce
 from lightning_mics.partition_groups import choose_hierarchical
@@ -24,7 +24,7 @@ from lightning_mics.topology import Topology, partition_sizes
 from lightning_mics.traffic import Sent
 
 LEFT_FREE = 0.06  # share of a device for what nobody counts: the CUDA context, NCCL, fragmentation
-FULL_SHARDING = "full sharding (ZeRO-3, FSDP)"
+FULL_SHARDING = "FSDP, ZeRO-3"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,7 @@ class Plan:
     Attributes:
         rows: Those that fit before those that do not, faster before slower.
         recommended: The one that ``partition_size="auto"`` takes.
+        chosen: The one of the partition size that was given; without one, what is recommended.
         baseline: Full sharding over all ranks, flat, every time.
         global_batch: Samples per optimizer step.
         capacity_bytes: Memory of a GPU.
@@ -77,6 +78,7 @@ class Plan:
 
     rows: tuple[Row, ...]
     recommended: Row
+    chosen: Row
     baseline: Row
     global_batch: int
     capacity_bytes: int
@@ -92,7 +94,8 @@ def plan(
     ranks_per_node: int | None = None,
     micro_batch: int | None = None,
     accumulation: int | None = None,
-    hierarchical: bool | Literal["auto"] = "auto",
+    partition_size: int | Auto = "auto",
+    hierarchical: bool | Auto = "auto",
     cross_node_gather: Gather | Auto = "auto",
     cross_node_reduce: Reduce | Auto = "auto",
     in_node_gather: Gather | Auto = "auto",
@@ -109,7 +112,8 @@ def plan(
         ranks_per_node: None is one per GPU.
         micro_batch: Samples per rank and micro-step; None is as many as fit.
         accumulation: Micro-steps per optimizer step; None follows.
-        hierarchical: As of the strategy; and so are the following.
+        partition_size: As of the strategy, and so are the following. All others are compared anyway.
+        hierarchical: Whether groups of several nodes are crossed in two stages.
         cross_node_gather: When parameters cross nodes.
         cross_node_reduce: When gradients cross nodes.
         in_node_gather: When parameters travel inside nodes.
@@ -117,7 +121,8 @@ def plan(
         two_hop: Whether the second hop waits for the boundary.
 
     Raises:
-        ValueError: If there is no node, nothing divides the global batch, or a device is smaller than one block.
+        ValueError: If there is no node, nothing divides the global batch, a device is smaller than one block, or
+            there is no such partition size.
     """
     if nodes < 1:
         raise ValueError(f"nodes={nodes}: a cluster has at least one")
@@ -146,25 +151,27 @@ def plan(
     )
     whole = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=world_size)
     ranked = sorted(rows, key=lambda row: (not row.fits, row.seconds.expected))
-    recommended = next(row for row in rows if row.topology.partition_size == auto)
+    by_size = {row.topology.partition_size: row for row in rows}
+    recommended = by_size[auto]
+    chosen = recommended if partition_size == "auto" else by_size.get(partition_size)
+    if chosen is None:
+        raise ValueError(
+            f"partition_size={partition_size} is none of {', '.join(map(str, by_size))}, which are possible"
+        )
     baseline = price.row(FULL_SHARDING, whole, hierarchical=False, once=None, two_hop=True)
     return Plan(
         rows=tuple(ranked),
         recommended=recommended,
+        chosen=chosen,
         baseline=baseline,
         global_batch=global_batch,
         capacity_bytes=hardware.memory_bytes,
-        warnings=tuple(_warnings(recommended, ranked, baseline, hardware)),
+        warnings=tuple(_warnings(chosen, ranked, baseline, hardware)),
     )
 
 
 def weak_scaling(
-    workload: Workload,
-    hardware: Hardware,
-    *,
-    nodes: Sequence[int],
-    samples_per_rank: int,
-    micro_batch: int | None = None,
+    workload: Workload, hardware: Hardware, *, nodes: Sequence[int], samples_per_rank: int, **options: Any
 ) -> list[Plan]:
     """Plans for growing clusters whose ranks have as much to do each.
 
@@ -173,16 +180,11 @@ def weak_scaling(
         hardware: Of each node.
         nodes: Sizes of the cluster.
         samples_per_rank: Per optimizer step.
-        micro_batch: As of :func:`plan`.
+        options: As of :func:`plan`.
     """
+    ranks_per_node = options.get("ranks_per_node") or hardware.gpus_per_node
     return [
-        plan(
-            workload,
-            hardware,
-            nodes=count,
-            global_batch=samples_per_rank * count * hardware.gpus_per_node,
-            micro_batch=micro_batch,
-        )
+        plan(workload, hardware, nodes=count, global_batch=samples_per_rank * count * ranks_per_node, **options)
         for count in nodes
     ]
 
@@ -261,43 +263,43 @@ def _check_block_fits(workload: Workload, hardware: Hardware) -> None:
         else f"the largest block ({in_gib(size.block_bytes)})"
     )
     raise ValueError(
-        f"{unit} does not fit a {hardware.gpu}: gathered, with its gradients and what is on the way, it takes "
+        f"{unit} does not fit one {hardware.gpu}: gathered, with its gradients and what is on the way, it takes "
         f"{in_gib(needed)} of {in_gib(capacity)}, {in_gib(needed - capacity)} too many; choose smaller blocks by "
         "shard_modules, or GPUs with more memory"
     )
 
 
-def _warnings(recommended: Row, ranked: Sequence[Row], baseline: Row, hardware: Hardware) -> list[str]:
+def _warnings(chosen: Row, ranked: Sequence[Row], baseline: Row, hardware: Hardware) -> list[str]:
     warnings = []
-    topology = recommended.topology
-    if not recommended.fits:
+    topology = chosen.topology
+    if not chosen.fits:
         needs = (
-            f"{in_gib(recommended.memory_bytes)} of {in_gib(hardware.memory_bytes)} per GPU, of which "
+            f"{in_gib(chosen.memory_bytes)} of {in_gib(hardware.memory_bytes)} per GPU, of which "
             f"{LEFT_FREE:.0%} should stay free"
         )
         others = sorted(row.topology.partition_size for row in ranked if row.fits)
         if others:
             warnings.append(
-                f"with micro-batches of {recommended.batches.micro} partition_size={topology.partition_size} needs "
+                f"with micro-batches of {chosen.batches.micro} partition_size={topology.partition_size} needs "
                 f"{needs}; {', '.join(map(str, others))} would fit, or a smaller micro-batch"
             )
         else:
             warnings.append(f"no partition size fits: the best needs {needs}; use more nodes or GPUs with more memory")
     best = ranked[0]
-    gain = 1 - best.seconds.expected / recommended.seconds.expected
+    gain = 1 - best.seconds.expected / chosen.seconds.expected
     if best.fits and gain > 0.05:
         warnings.append(
             f"partition_size={best.topology.partition_size} is predicted to be {gain:.0%} faster than "
-            f"{topology.partition_size}, the smallest that holds the model states"
+            f"{topology.partition_size}"
         )
-    over_baseline = baseline.seconds.expected / recommended.seconds.expected
+    over_baseline = baseline.seconds.expected / chosen.seconds.expected
     if topology.nodes > 1 and over_baseline < 1.05:
         warnings.append(
             "MiCS gains little here: full sharding over all ranks is predicted to take "
             f"{over_baseline:.2f} times as long"
         )
-    few = recommended.batches.accumulation == 1 and topology.replicas > 1
-    if few and recommended.node_sent.between_bytes > baseline.node_sent.between_bytes:
+    few = chosen.batches.accumulation == 1 and topology.replicas > 1
+    if few and chosen.node_sent.between_bytes > baseline.node_sent.between_bytes:
         warnings.append(
             "with one micro-step per optimizer step the second hop in float32 sends more between nodes than full "
             "sharding does: use a larger global batch, or cross_node_dtype=bfloat16"

@@ -48,7 +48,7 @@ class Seconds:
     @property
     def limit(self) -> str:
         """What takes longest."""
-        parts = {"arithmetic": self.compute, "links inside nodes": self.inside, "network": self.between}
+        parts = {"arithmetic": self.compute, "links in nodes": self.inside, "network": self.between}
         return max(parts, key=parts.__getitem__)
 
 

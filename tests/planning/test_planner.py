@@ -133,6 +133,15 @@ def test_memory_of_a_plan_is_a_little_more_than_what_a_rehearsal_takes(job: str,
     assert real <= row.memory_bytes <= 1.3 * real
 
 
+def test_a_given_partition_size_is_planned_beside_the_recommended() -> None:
+    plan_ = plan(work(), P4D, nodes=4, global_batch=256, partition_size=16, two_hop=False)
+    assert plan_.chosen.topology.partition_size == 16 and plan_.recommended.topology.partition_size == 8
+    scaling = weak_scaling(work(), P4D, nodes=[2, 4], samples_per_rank=8, partition_size=16, two_hop=False)
+    assert scaling[-1].chosen.node_sent == plan_.chosen.node_sent
+    with pytest.raises(ValueError, match="partition_size=12 is none of 1, 2, 4, 8, 16, 32, which are possible"):
+        plan(work(), P4D, nodes=4, global_batch=256, partition_size=12)
+
+
 def test_weak_scaling_keeps_the_work_of_a_rank() -> None:
     plans = weak_scaling(work(), P4D, nodes=[1, 2, 4], samples_per_rank=32)
     assert [plan_.global_batch for plan_ in plans] == [256, 512, 1024]
@@ -163,7 +172,7 @@ def test_a_model_without_blocks_is_refused() -> None:
 
 def test_a_block_that_no_device_holds_is_refused_with_what_is_missing() -> None:
     workload = replace(work(), size=replace(work().size, block_bytes=20 * 2**30))
-    with pytest.raises(ValueError, match=r"the largest block \(20 GiB\) does not fit a A100 40 GB.*20 GiB too many"):
+    with pytest.raises(ValueError, match=r"the largest block \(20 GiB\) does not fit one A100 40 GB.*20 GiB too many"):
         plan(workload, P4D, nodes=2, global_batch=64)
 
 

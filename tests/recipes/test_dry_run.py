@@ -64,7 +64,7 @@ def test_bytes_of_the_plan_are_those_of_the_rehearsal() -> None:
         ("dry_run_rank=16", "rank=16 is not one of the 16 ranks of the job"),
         ("global_batch_size=33", "the nearest that can are 32 and 48"),
         ("strategy.partition_size=3", "partition_size=3 does not divide world_size=16"),
-        ("cluster.memory_gib=0.001", "does not fit a A100 40 GB"),
+        ("cluster.memory_gib=0.001", "does not fit one A100 40 GB"),
     ],
 )
 def test_a_job_that_cannot_be_ends_with_the_reason(wrong: str, message: str, tmp_path: Path) -> None:
