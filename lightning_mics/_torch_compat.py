@@ -19,7 +19,7 @@ import torch.distributed.tensor.debug
 from torch import Tensor, nn
 from torch._C._distributed_c10d import _resolve_process_group
 from torch._dynamo import OptimizedModule
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import fake_tensor
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.fsdp import FSDPModule
 
@@ -47,6 +47,13 @@ HAS_UNSORTED_GROUPS = hasattr(dist, "all_gather_single")  # `sort_ranks` came wi
 
 all_gather_single = dist.all_gather_single if HAS_UNSORTED_GROUPS else dist.all_gather_into_tensor
 reduce_scatter_single = dist.reduce_scatter_single if HAS_UNSORTED_GROUPS else dist.reduce_scatter_tensor
+
+
+class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-call]
+    """The same, of one kind with copies: a model may be made of deep copies of a block, as `nn.Transformer` is."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FakeTensorMode:
+        return self
 
 
 class _OrdinaryBuffers:

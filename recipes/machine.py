@@ -110,7 +110,7 @@ def how_to_launch(cluster: Mapping[str, Any], *, overrides: Sequence[str]) -> st
     return "\n".join(
         [
             *lines,
-            "To rehearse all of its ranks on this machine, without a GPU:",
+            "To rehearse one of its ranks on this machine, without a GPU:",
             f"  python train.py{typed} dry_run=true",
         ]
     )

@@ -203,6 +203,7 @@ def write_page(out: Path) -> None:
         ratios.append(
             f"| {pair['name']} | {engines} | {measured:.2f} | {predicted:.2f} | {predicted / measured - 1:+.0%} |"
         )
+    rankings = [_ranking([by_name[name] for name in names]) for names in said["partition_sizes"]]
     sources = [f"- {s['source']}. Unknown: {s['unknown']}." for s in said["series"]]
     out.mkdir(parents=True, exist_ok=True)
     remarks = out / "remarks.md"
@@ -213,11 +214,23 @@ def write_page(out: Path) -> None:
         calibration="\n".join(tables[True]),
         test="\n".join(tables[False]),
         ratios="\n".join(ratios),
+        rankings="\n".join(rankings),
         remarks=remarks.read_text() if remarks.exists() else "",
         sources="\n".join(sources),
         assumed=said["assumed"],
     )
     (out / "README.md").write_text(page)
+
+
+def _ranking(points: list[Point]) -> str:
+    """Partition sizes of one job, the fastest first, as published and as predicted."""
+
+    def sizes(ranked: list[Point]) -> str:
+        return ", ".join(str(point.topology.partition_size) for point in ranked)
+
+    published = sorted(points, key=lambda point: -point.tokens_per_s)
+    predicted = sorted(points, key=lambda point: -point.speed(point.predict().expected))
+    return f"| {', '.join(point.name for point in points)} | {sizes(published)} | {sizes(predicted)} |"
 
 
 def _summary(points: list[Point]) -> str:
@@ -260,6 +273,12 @@ Ratios of two points:
 | ratio | engine | published | predicted | error |
 |---|---|---|---|---|
 {ratios}
+
+Partition sizes, the fastest first (the emulated cluster's ranking is on [its own page](../predictions/README.md)):
+
+| jobs | published | predicted |
+|---|---|---|
+{rankings}
 
 ## Calibration
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.published.__main__ import Point, _error, fit, read_points, write_page
+from benchmarks.published.__main__ import Point, _error, _ranking, fit, read_points, write_page
 from lightning_mics.planning import hardware
 from lightning_mics.planning.step_time import HIDDEN_SHARE
 
@@ -32,6 +32,13 @@ def test_expected_times_are_within_a_quarter(point: Point) -> None:
     assert abs(math.exp(_error(point)) - 1) < 0.25
     seconds = point.predict()
     assert seconds.least <= seconds.expected <= seconds.most
+
+
+def test_partition_sizes_are_ranked_as_published() -> None:
+    by_name = {point.name: point for point in POINTS}
+    for names in SAID["partition_sizes"]:
+        _, published, predicted = _ranking([by_name[name] for name in names]).strip("|").split(" | ")
+        assert published.strip() == predicted.strip()
 
 
 def test_every_pair_is_of_points_that_are_there(tmp_path: Path) -> None:

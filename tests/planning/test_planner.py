@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -234,3 +235,15 @@ def test_nccl_tests_of_ones_own_go_before_the_table(tmp_path: Path) -> None:
     (tmp_path / "wrong.txt").write_text("hello\n")
     with pytest.raises(ValueError, match=r"wrong\.txt has no results of nccl-tests"):
         read_runs(tmp_path / "wrong.txt")
+
+
+def test_the_page_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    for name in ("one-node.txt", "two-nodes.txt"):
+        (tmp_path / name).write_text(NCCL_TESTS)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, names)
+    assert names["best"].fits and names["rehearsed"].ran
+    assert names["measured"].in_node_rate_gbytes_per_s == pytest.approx(208.78)

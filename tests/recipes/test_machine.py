@@ -68,7 +68,7 @@ def test_commands_hold_what_the_user_has_typed() -> None:
         "  torchrun --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py " + typed,
         "Under SLURM:",
         f"  sbatch --nodes=4 recipes/launch/p4d.sbatch {typed}",
-        "To rehearse all of its ranks on this machine, without a GPU:",
+        "To rehearse one of its ranks on this machine, without a GPU:",
         f"  python train.py {typed} dry_run=true",
     ]
     assert "torchrun --standalone --nproc-per-node=gpu train.py" in how_to_launch(LOCAL, overrides=[])
