@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
-import time
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -26,57 +23,26 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint, random_states, resuming
-from lightning_mics._torch_compat import check_order, expect_backward, gather
+from lightning_mics._torch_compat import expect_backward, gather
 from lightning_mics.background_saving import BackgroundSaving
-from lightning_mics.blocks import ModuleClasses, find_blocks, unit_modules
+from lightning_mics.blocks import unit_modules
 from lightning_mics.checkpoint_store import CheckpointStore
-from lightning_mics.communication import (
-    WIRE_DTYPES,
-    Gather,
-    Reduce,
-    check_choice,
-    check_traffic_options,
-    check_two_hop,
-)
 from lightning_mics.first_weights import verify_replicas
+from lightning_mics.lightning_job import check_job, check_precision, let_gloo_finish, reduce_in_place
 from lightning_mics.mixed_precision import BFloat16Mixed
 from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.origin import origin
-from lightning_mics.partition_groups import PartitionGroups, check_hierarchical, choose_hierarchical, create_groups
-from lightning_mics.planning.memory import (
-    ModelSize,
-    device_memory_bytes,
-    fits,
-    measure_model,
-    smallest_partition_size,
-)
-from lightning_mics.planning.once_per_step import Auto, OncePerStep, choose_once_per_step
+from lightning_mics.policy import Policy, Sharded
 from lightning_mics.preemption import stop_when_signalled
 from lightning_mics.save_planner import HostBuffers
-from lightning_mics.sharding import find_recomputed, mixed_precision_policy, shard_model
 from lightning_mics.silent_ranks import all_ranks_answer
-from lightning_mics.start_report import start_report
 from lightning_mics.storage_path import StoragePath, storage_path
 from lightning_mics.topology import Topology
 from lightning_mics.traffic import Traffic
-from lightning_mics.two_hop import TwoHopSchedule
-
-PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
-
-
-@dataclass(frozen=True)
-class _Sharded:
-    """What a LightningModule carries once it is sharded, so that a second Trainer finds it."""
-
-    groups: PartitionGroups
-    schedule: TwoHopSchedule
-    report: str
 
 
 class MiCSStrategy(ModelParallelStrategy):
@@ -86,28 +52,6 @@ class MiCSStrategy(ModelParallelStrategy):
     ``fit``, ``validate``, ``test`` or ``predict``.
 
     Args:
-        partition_size: Ranks per partition group; ``"auto"`` is the smallest whole number of nodes whose memory holds
-            the model states.
-        ranks_per_node: None takes it from the launcher. An integer pretends that nodes are smaller, for tests and for
-            runs on one machine.
-        hierarchical: Two-stage collectives; ``"auto"`` uses them where a partition group spans nodes.
-        cross_node_gather: Where a partition group spans nodes: parameters cross nodes ``"once_per_step"``, for a copy
-            on each node, or at ``"every_use"``; ``"auto"`` keeps the copy if memory allows.
-        cross_node_reduce: Likewise gradients: ``"once_per_step"``, for sums on each node, or ``"every_micro_step"``.
-        in_node_gather: Inside nodes: parameters travel ``"once_per_step"``, and so no more often between nodes, for a
-            whole copy on each rank, or at ``"every_use"``; ``"auto"`` keeps the copy if a rank's memory would hold the
-            whole model states.
-        in_node_reduce: Likewise gradients: ``"once_per_step"``, for whole sums on each rank, or ``"every_micro_step"``.
-        cross_node_dtype: What gradients travel in between nodes, a dtype or its name; None is ``reduce_dtype``, in
-            which they are summed in any case.
-        two_hop: Gradients are reduced over replicas at the boundary only; False does so in every micro-step, as hybrid
-            sharding by itself does, to see what two hops save.
-        reduce_dtype: What gradients are reduced and summed in, a dtype or its name; None follows the precision:
-            float32 for "32-true" and "bf16-mixed", bfloat16 for "bf16-true".
-        shard_modules: The blocks to shard, classes or class names; None takes the model's ``_no_split_modules``, else
-            the longest list of equal modules.
-        activation_checkpointing: True recomputes each block in backward; classes or names choose other modules,
-            patterns some of the blocks by their names: ``"network.transformer.h.*[02468]"``.
         save_sharded: Checkpoints are directories of shards; False gathers them into one file on rank 0.
         save_async: Checkpoints of a fit are written while training goes on, from copies in the host's memory; the end
             of the fit waits for them. Needs ``save_sharded``.
@@ -115,6 +59,9 @@ class MiCSStrategy(ModelParallelStrategy):
             and tensors need; an explicit ``weights_only`` goes before.
         process_group_backend: None is nccl for CUDA, gloo for CPU.
         timeout: For the collectives of all groups.
+        policy: As of :class:`~lightning_mics.policy.Policy`: ``partition_size``, ``ranks_per_node``, ``hierarchical``,
+            ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``, ``cross_node_dtype``,
+            ``two_hop``, ``reduce_dtype``, ``shard_modules``, ``activation_checkpointing``.
 
     Raises:
         TypeError: If an option has the wrong type, or the model cannot be sharded.
@@ -124,56 +71,24 @@ class MiCSStrategy(ModelParallelStrategy):
     def __init__(
         self,
         *,
-        partition_size: int | Literal["auto"] = "auto",
-        ranks_per_node: int | None = None,
-        hierarchical: bool | Literal["auto"] = "auto",
-        cross_node_gather: Gather | Auto = "auto",
-        cross_node_reduce: Reduce | Auto = "auto",
-        in_node_gather: Gather | Auto = "auto",
-        in_node_reduce: Reduce | Auto = "auto",
-        cross_node_dtype: torch.dtype | str | None = None,
-        two_hop: bool = True,
-        reduce_dtype: torch.dtype | str | None = None,
-        shard_modules: ModuleClasses | None = None,
-        activation_checkpointing: bool | ModuleClasses = False,
         save_sharded: bool = True,
         save_async: bool = False,
         trust_checkpoints: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        **policy: Any,
     ) -> None:
         super().__init__(
             save_distributed_checkpoint=save_sharded, process_group_backend=process_group_backend, timeout=timeout
         )
-        if isinstance(partition_size, str) and partition_size != "auto":
-            raise ValueError(f'partition_size={partition_size!r} is neither "auto" nor a number of ranks')
-        check_hierarchical(hierarchical)
-        check_choice("cross_node_gather", cross_node_gather, ("auto", *get_args(Gather)))
-        check_choice("cross_node_reduce", cross_node_reduce, ("auto", *get_args(Reduce)))
-        check_choice("in_node_gather", in_node_gather, ("auto", *get_args(Gather)))
-        check_choice("in_node_reduce", in_node_reduce, ("auto", *get_args(Reduce)))
-        _check_agreement("gather", cross_node=cross_node_gather, in_node=in_node_gather)
-        _check_agreement("reduce", cross_node=cross_node_reduce, in_node=in_node_reduce)
-        check_two_hop(two_hop, cross_node_reduce=cross_node_reduce, in_node_reduce=in_node_reduce)
         if save_async and not save_sharded:
             raise ValueError("save_async=True needs save_sharded=True: a full file is gathered while training waits")
-        self._partition_size = partition_size
-        self._ranks_per_node = ranks_per_node
-        self._hierarchical = hierarchical
-        self._cross_node_gather = cross_node_gather
-        self._cross_node_reduce = cross_node_reduce
-        self._in_node_gather = in_node_gather
-        self._in_node_reduce = in_node_reduce
-        self._cross_node_dtype = _floating_dtype("cross_node_dtype", cross_node_dtype)
-        self._two_hop = two_hop
-        self._reduce_dtype = _floating_dtype("reduce_dtype", reduce_dtype)
-        self._shard_modules = shard_modules
-        self._activation_checkpointing = activation_checkpointing
+        self._policy = Policy(timeout=timeout, **policy)
         self._save_async = save_async
         self._trust_checkpoints = trust_checkpoints
         self._saving = BackgroundSaving()
         self._saving_group: dist.ProcessGroup | None = None
-        self._sharded: _Sharded | None = None
+        self._sharded: Sharded | None = None
         self._evaluation = ExitStack()
         self._resumed: resuming.Saved | None = None  # from loading a checkpoint until training starts
 
@@ -202,11 +117,8 @@ class MiCSStrategy(ModelParallelStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        if precision_plugin is not None and precision_plugin.precision not in PRECISIONS:
-            raise ValueError(
-                f"strategy 'mics' does not support precision={str(precision_plugin.precision)!r}; "
-                f"use one of {', '.join(map(repr, PRECISIONS))}"
-            )
+        if precision_plugin is not None:
+            check_precision(precision_plugin.precision)
         if type(precision_plugin) is MixedPrecision:
             precision_plugin = BFloat16Mixed(device=precision_plugin.device)
         self._precision_plugin = precision_plugin
@@ -218,9 +130,7 @@ class MiCSStrategy(ModelParallelStrategy):
         self.set_world_ranks()
         self._check_before_communicating()
         self._setup_distributed()
-        if self.root_device.type == "cpu":
-            atexit.unregister(_let_gloo_finish)
-            atexit.register(_let_gloo_finish)
+        let_gloo_finish(self.root_device)
 
     @contextmanager
     @override
@@ -245,8 +155,7 @@ class MiCSStrategy(ModelParallelStrategy):
                 vars(module)["_mics"] = self._shard(module, fitting=fitting)
             self.model, self._sharded = module, vars(module)["_mics"]
             self.model_to_device()  # metrics, and what the module itself says of its device
-            self._check_still_sharded()
-            self._check_partition_size_kept()
+            self._policy.check_kept(module, self._state())
             module._device_mesh = self._device_mesh = self._state().groups.mesh
             self._abandon_window()
             if fitting:
@@ -256,96 +165,20 @@ class MiCSStrategy(ModelParallelStrategy):
                 _optimizers_to_device(self.optimizers, self.root_device)
         stop_when_signalled(trainer, reduce_max=self._reduce_max, wait_for_checkpoints=self.wait_for_checkpoints)
 
-    def _shard(self, module: nn.Module, *, fitting: bool) -> _Sharded:
+    def _shard(self, module: nn.Module, *, fitting: bool) -> Sharded:
         if fitting and self._layer_sync is not None:
             module = self._layer_sync.apply(module)
         module = self.precision_plugin.convert_module(module)
-        mixed_precision = self._mixed_precision()
-        blocks = find_blocks(module, self._shard_modules)
-        find_recomputed(module, blocks, self._activation_checkpointing)  # refuses before ranks wait for each other
-        size = measure_model(
+        sharded = self._policy.shard(
             module,
-            blocks.values(),
-            gathered_dtype=mixed_precision.param_dtype,
-            reduce_dtype=mixed_precision.reduce_dtype,
-        )
-        capacity_bytes = self._capacity_bytes()
-        topology = self._choose_topology(size, capacity_bytes)
-        self._check_collectives(topology)
-        groups = create_groups(
-            topology, device_type=self.root_device.type, hierarchical=self._hierarchical, timeout=self._timeout
-        )
-        once_per_step = self._choose_once_per_step(topology, size, capacity_bytes)
-        schedule = shard_model(
-            module,
-            groups,
-            shard_modules=self._shard_modules,
-            **once_per_step.options(),
-            cross_node_dtype=self._cross_node_dtype,
-            two_hop=self._two_hop,
-            activation_checkpointing=self._activation_checkpointing,
-            mixed_precision=mixed_precision,
+            precision=self.precision_plugin.precision,
+            device=self.root_device,
+            local_size=self.num_processes,
         )
         if not module.automatic_optimization:
-            _gather_whenever_used(module, blocks.values())
-        report = self._report(topology, once_per_step, size, capacity_bytes)
-        rank_zero_info(report)
-        return _Sharded(groups, schedule, report)
-
-    def _report(self, topology: Topology, once_per_step: OncePerStep, size: ModelSize, capacity_bytes: int) -> str:
-        mixed_precision = self._mixed_precision()
-        half = self.precision_plugin.precision == "bf16-true"
-        return start_report(
-            topology,
-            chosen_automatically=self._partition_size == "auto",
-            hierarchical=choose_hierarchical(self._hierarchical, topology),
-            once_per_step=once_per_step,
-            two_hop=self._two_hop,
-            cross_node_dtype=self._cross_node_dtype,
-            reduce_dtype=mixed_precision.reduce_dtype or (torch.bfloat16 if half else torch.float32),
-            states_bytes=size.per_rank_bytes(topology.partition_size) + once_per_step.kept_bytes,
-            capacity_bytes=capacity_bytes,
-            fits=fits(size, topology.partition_size, capacity_bytes, kept_bytes=once_per_step.kept_bytes),
-        )
-
-    def _choose_once_per_step(self, topology: Topology, size: ModelSize, capacity_bytes: int) -> OncePerStep:
-        return choose_once_per_step(
-            size,
-            topology,
-            cross_node_gather=self._cross_node_gather,
-            cross_node_reduce=self._cross_node_reduce,
-            in_node_gather=self._in_node_gather,
-            in_node_reduce=self._in_node_reduce,
-            two_hop=self._two_hop,
-            hierarchical=choose_hierarchical(self._hierarchical, topology),
-            capacity_bytes=capacity_bytes,
-        )
-
-    def _choose_topology(self, size: ModelSize, capacity_bytes: int) -> Topology:
-        partition_size = self._partition_size
-        if partition_size == "auto":
-            partition_size = smallest_partition_size(
-                size,
-                world_size=self.world_size,
-                ranks_per_node=self._node_size,
-                capacity_bytes=capacity_bytes,
-            )
-        return self._topology_of(partition_size)
-
-    def _topology_of(self, partition_size: int) -> Topology:
-        return Topology(world_size=self.world_size, ranks_per_node=self._node_size, partition_size=partition_size)
-
-    @property
-    def _node_size(self) -> int:
-        return self._ranks_per_node or self.num_processes
-
-    def _capacity_bytes(self) -> int:
-        """Memory of the smallest device of the job: all ranks must come to the same partition size."""
-        own = device_memory_bytes(self.root_device, processes=self.num_processes)
-        return int(self.reduce(torch.tensor(own, device=self.root_device), reduce_op="min"))
-
-    def _mixed_precision(self) -> MixedPrecisionPolicy:
-        return mixed_precision_policy(self.precision_plugin.precision, reduce_dtype=self._reduce_dtype)
+            _gather_whenever_used(module, sharded.blocks)
+        rank_zero_info(sharded.report)
+        return sharded
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -498,7 +331,7 @@ class MiCSStrategy(ModelParallelStrategy):
         """The table that rank 0 has logged when the model was sharded: groups, techniques, memory."""
         return self._state().report
 
-    def _state(self) -> _Sharded:
+    def _state(self) -> Sharded:
         if self._sharded is None:
             raise RuntimeError("the model is sharded when the Trainer runs; there are no groups before")
         return self._sharded
@@ -508,12 +341,7 @@ class MiCSStrategy(ModelParallelStrategy):
     @override
     def reduce(self, tensor: Tensor | Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduce in place, as Lightning's own does, but without a barrier of all ranks before each value."""
-        if not isinstance(tensor, Tensor) or not dist.is_initialized():
-            return tensor
-        mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
-        op = getattr(dist.ReduceOp, reduce_op.upper()) if isinstance(reduce_op, str) and not mean else reduce_op
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM if mean or op is None else op, group=group)
-        return tensor.copy_(tensor / dist.get_world_size(group)) if mean else tensor
+        return reduce_in_place(tensor, group=group, op=reduce_op)
 
     def _reduce_max(self, tensor: Tensor) -> Tensor:
         largest: Tensor = self.reduce(tensor.to(self.root_device), reduce_op="max")
@@ -635,31 +463,9 @@ class MiCSStrategy(ModelParallelStrategy):
     # -- refusals ----------------------------------------------------------------------------------------------------
 
     def _check_before_communicating(self) -> None:
-        """Refuse a job that cannot work, with the same error on every rank and before any rank waits for another."""
-        if self.root_device.type not in ("cpu", "cuda"):
-            raise ValueError(f"strategy 'mics' runs on CUDA and CPU devices, not on {self.root_device.type!r}")
-        backend = self._get_process_group_backend()
-        if self.root_device.type == "cpu" and "gloo" not in backend:
-            raise ValueError(f"process_group_backend={backend!r} cannot serve CPU devices; use 'gloo' or None")
-        topology = self._topology_of(self._node_size if self._partition_size == "auto" else self._partition_size)
-        if self._partition_size != "auto":
-            self._check_collectives(topology)
+        check_job(self.root_device, backend=self._get_process_group_backend())
+        self._policy.check(world_size=self.world_size, local_size=self.num_processes)
         self._refuse_weight_averaging()
-
-    def _check_collectives(self, topology: Topology) -> None:
-        hierarchical = choose_hierarchical(self._hierarchical, topology)
-        if hierarchical:
-            check_order(topology.partition_group(0))
-        check_traffic_options(
-            topology,
-            hierarchical=hierarchical,
-            cross_node_gather="every_use" if self._cross_node_gather == "auto" else self._cross_node_gather,
-            cross_node_reduce="every_micro_step" if self._cross_node_reduce == "auto" else self._cross_node_reduce,
-            in_node_gather="every_use" if self._in_node_gather == "auto" else self._in_node_gather,
-            in_node_reduce="every_micro_step" if self._in_node_reduce == "auto" else self._in_node_reduce,
-            cross_node_dtype=self._cross_node_dtype,
-            two_hop=self._two_hop,
-        )
 
     def _refuse_weight_averaging(self) -> None:
         assert self.lightning_module is not None
@@ -669,31 +475,6 @@ class MiCSStrategy(ModelParallelStrategy):
                 raise MisconfigurationException(
                     f"{type(callback).__name__} copies the whole model, which strategy 'mics' keeps in parts; remove it"
                 )
-
-    def _check_still_sharded(self) -> None:
-        """``configure_model`` runs again for each stage and may put new, whole modules into a sharded model."""
-        assert self.lightning_module is not None
-        for name, parameter in self.lightning_module.named_parameters():
-            if not isinstance(parameter, DTensor):
-                raise RuntimeError(
-                    f"parameter {name!r} appeared after the model was sharded; let `configure_model` return at once if "
-                    "the model is there already"
-                )
-
-    def _check_partition_size_kept(self) -> None:
-        topology = self._state().groups.topology
-        if self._partition_size not in ("auto", topology.partition_size):
-            raise ValueError(
-                f"the model is already sharded with partition_size={topology.partition_size} by another strategy; "
-                f"partition_size={self._partition_size} needs a new instance of the model"
-            )
-
-
-def _let_gloo_finish() -> None:
-    """Gloo's threads let go of the tensors of the last collective a moment after it. Where the interpreter is gone by
-    then the process aborts (https://github.com/pytorch/pytorch/pull/179291), and a job that is done looks failed.
-    """
-    time.sleep(0.2)
 
 
 def _gather_whenever_used(root: Any, blocks: Collection[nn.Module]) -> None:
@@ -706,21 +487,6 @@ def _gather_whenever_used(root: Any, blocks: Collection[nn.Module]) -> None:
     for module in unit_modules(root, set(blocks)):
         if module is not root:
             module.register_forward_pre_hook(gather_root)
-
-
-def _check_agreement(verb: str, *, cross_node: str, in_node: str) -> None:
-    if in_node == "once_per_step" and cross_node not in ("auto", "once_per_step"):
-        raise ValueError(
-            f"in_node_{verb}='once_per_step' leaves nothing to cross nodes more often, but cross_node_{verb}="
-            f"{cross_node!r}; use 'once_per_step' or 'auto'"
-        )
-
-
-def _floating_dtype(option: str, value: torch.dtype | str | None) -> torch.dtype | None:
-    dtype = getattr(torch, value, None) if isinstance(value, str) else value
-    if value is not None and not (isinstance(dtype, torch.dtype) and dtype in WIRE_DTYPES):
-        raise ValueError(f"{option}={value!r} is not one of {', '.join(map(str, WIRE_DTYPES))}")
-    return dtype
 
 
 StrategyRegistry.register("mics", MiCSStrategy, description="MiCS: sharding inside partition groups, on FSDP2")

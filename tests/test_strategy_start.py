@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_mics import MiCSStrategy, _torch_compat
 from lightning_mics.planning.memory import measure_model
+from lightning_mics.topology import Topology
 from tests.models import TinyModule
 from tests.trainers import loader, make_trainer, mics, on_ranks
 
@@ -71,15 +72,21 @@ def test_a_registered_variant_keeps_its_options(tmp_path: Path) -> None:
         strategy = make_trainer(tmp_path, strategy="mics_one", devices=2).strategy
     finally:
         StrategyRegistry.remove("mics_one")
-    size = measure_model(TinyModule(), [])
-    assert strategy._choose_topology(size, 2**30).partition_size == 1
+    assert topology_of(strategy).partition_size == 1
     assert not strategy._save_distributed_checkpoint
+
+
+def topology_of(strategy: MiCSStrategy) -> Topology:
+    """Of a model that one node holds."""
+    size = measure_model(TinyModule(), [])
+    job = {"world_size": strategy.world_size, "local_size": strategy.num_processes}
+    return strategy._policy.choose_topology(size, 2**30, **job)
 
 
 @pytest.mark.parametrize("strategy", ["mics", MiCSStrategy(partition_size=2)], ids=["by name", "instance"])
 def test_the_number_of_nodes_reaches_the_topology(tmp_path: Path, strategy: Any) -> None:
     trainer = make_trainer(tmp_path, strategy=strategy, devices=2, num_nodes=3)
-    topology = trainer.strategy._choose_topology(measure_model(TinyModule(), []), 2**30)
+    topology = topology_of(trainer.strategy)
     assert (topology.world_size, topology.nodes, topology.ranks_per_node) == (6, 3, 2)
     assert topology.partition_size == 2  # "auto", too: one node holds the model
 

@@ -13,6 +13,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import train
+from lightning_mics.policy import Policy
 from recipes.auto import _devices, choose_automatically
 
 CONF = Path(train.__file__).parent / "conf"
@@ -85,8 +86,8 @@ def test_what_an_experiment_says_is_what_is_run(path: Path) -> None:
 
 def test_strategy_config_is_the_constructor_of_the_strategy() -> None:
     config = composed().strategy
-    options = inspect.signature(get_object(config._target_)).parameters
-    assert set(config) - SPECIAL_KEYS <= set(options)
+    options = {*inspect.signature(get_object(config._target_)).parameters, *inspect.signature(Policy).parameters}
+    assert set(config) - SPECIAL_KEYS <= options - {"policy"}
     assert {"partition_size", "ranks_per_node", "hierarchical", "save_sharded"} <= set(config)
 
 
