@@ -1,10 +1,11 @@
 """MiCS for PyTorch Lightning: sharded training whose constant traffic stays inside small groups of ranks.
 
-Importing this package registers ``Trainer(strategy="mics")``, and lets ``LightningModule.load_from_checkpoint`` read
-sharded checkpoints.
+Importing this package registers ``Trainer(strategy="mics")`` and ``Fabric(strategy="mics")``, and lets
+``LightningModule.load_from_checkpoint`` read sharded checkpoints.
 """
 
 from lightning_mics import module_loading  # noqa: F401 - `load_from_checkpoint` reads directories too
+from lightning_mics.fabric import MiCSFabricStrategy
 from lightning_mics.partition_groups import PartitionGroups, create_groups
 from lightning_mics.pretrained import load_pretrained, start_from
 from lightning_mics.resumable_sampler import ResumableSampler
@@ -17,6 +18,7 @@ from lightning_mics.two_hop import TwoHopSchedule
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "MiCSFabricStrategy",
     "MiCSStrategy",
     "PartitionGroups",
     "ResumableSampler",

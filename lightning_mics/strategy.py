@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -28,7 +26,6 @@ from typing_extensions import override
 
 from lightning_mics import checkpoint, random_states, resuming
 from lightning_mics._torch_compat import expect_backward, gather
-from lightning_mics.background_saving import BackgroundSaving
 from lightning_mics.blocks import unit_modules
 from lightning_mics.checkpoint_store import CheckpointStore
 from lightning_mics.first_weights import verify_replicas
@@ -38,7 +35,7 @@ from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.origin import origin
 from lightning_mics.policy import Policy, Sharded
 from lightning_mics.preemption import stop_when_signalled
-from lightning_mics.save_planner import HostBuffers
+from lightning_mics.sharded_saving import ShardedSaving
 from lightning_mics.silent_ranks import all_ranks_answer
 from lightning_mics.storage_path import StoragePath, storage_path
 from lightning_mics.topology import Topology
@@ -84,10 +81,8 @@ class MiCSStrategy(ModelParallelStrategy):
         if save_async and not save_sharded:
             raise ValueError("save_async=True needs save_sharded=True: a full file is gathered while training waits")
         self._policy = Policy(timeout=timeout, **policy)
-        self._save_async = save_async
         self._trust_checkpoints = trust_checkpoints
-        self._saving = BackgroundSaving()
-        self._saving_group: dist.ProcessGroup | None = None
+        self._saving = ShardedSaving(beside_training=save_async, timeout=timeout)
         self._sharded: Sharded | None = None
         self._evaluation = ExitStack()
         self._resumed: resuming.Saved | None = None  # from loading a checkpoint until training starts
@@ -379,24 +374,15 @@ class MiCSStrategy(ModelParallelStrategy):
             checkpoint.save_full(path, write=lambda file: self.checkpoint_io.save_checkpoint(state, str(file)))
             return
         state.update(origin(self._root(), self.topology))
-        prepare = partial(
-            checkpoint.prepare_sharded,
+        self._saving.save(
             path,
             model_state=state.pop("state_dict"),
             optimizer_states=state.pop("optimizer_states", []),
             meta=state,
             rank_state=random_state,
-            group=self._group_for_saving(),
+            at_once=not self._in_fit(),
+            show_progress=self._shows_progress(),
         )
-        if not (self._save_async and self._in_fit()):
-            self.wait_for_checkpoints()
-            prepare(buffers=None, show_progress=self._shows_progress())()
-            return
-
-        def prepare_copies(buffers: HostBuffers) -> Callable[[], None]:
-            return all_ranks_answer(f"saving {path}", timeout=self._timeout)(prepare(buffers=buffers))
-
-        self._saving.save(str(path), prepare_copies)
 
     def _in_fit(self) -> bool:
         """Whether something will wait for what is being written: a user who saves after the fit wants it at once."""
@@ -415,12 +401,6 @@ class MiCSStrategy(ModelParallelStrategy):
             RuntimeError: If one failed. Those saved earlier are as they were.
         """
         self._saving.wait()
-
-    def _group_for_saving(self) -> dist.ProcessGroup | None:
-        """All ranks on the host, for what they say about checkpoints beside training; made when it is first needed."""
-        if self._save_async and self._saving_group is None:
-            self._saving_group = dist.new_group(backend="gloo", timeout=self._timeout)
-        return self._saving_group
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
