@@ -423,7 +423,8 @@ class MiCSStrategy(ModelParallelStrategy):
             verify_replicas(self.model, self._state().groups)
         if fitting and resuming.KEY in meta:
             self._resumed = resuming.Saved(pace=resuming.Pace(**meta[resuming.KEY]), random_state=random_state)
-        return meta
+        # one that no Trainer has saved has states of the model and its optimizers, and training begins with them
+        return {"pytorch-lightning_version": pl.__version__, "lr_schedulers": [], **meta}
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
