@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -424,7 +425,7 @@ class MiCSStrategy(ModelParallelStrategy):
         if fitting and resuming.KEY in meta:
             self._resumed = resuming.Saved(pace=resuming.Pace(**meta[resuming.KEY]), random_state=random_state)
         # one that no Trainer has saved has states of the model and its optimizers, and training begins with them
-        return {"pytorch-lightning_version": pl.__version__, "lr_schedulers": [], **meta}
+        return {"pytorch-lightning_version": lightning.__version__, "lr_schedulers": [], **meta}
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:

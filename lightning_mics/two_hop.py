@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_mics._torch_compat import (
     deferred_sums,
@@ -215,6 +215,17 @@ class TwoHopSchedule:
             )
         self._refuse_outdated_copies()
         self._close_window()
+
+    def close_windows_by_steps(self) -> None:
+        """Let steps of this model's optimizers close windows, for loops that tell nobody of their backwards."""
+        schedule = weakref.ref(self)
+
+        def close_before_step(optimizer: Optimizer, *_: Any) -> None:
+            if (alive := schedule()) is not None and alive._trains_with(optimizer):
+                alive.after_backward()
+
+        handle = register_optimizer_step_pre_hook(close_before_step)
+        weakref.finalize(self, handle.remove)
 
     def abandon_window(self) -> None:
         """Drop what an unfinished window has accumulated, so that it cannot leak into the next one.

@@ -149,7 +149,9 @@ def by_name() -> tuple[str, int, dict[str, int]]:
     seen = [int(value) for value in data]
     gathered: list[Any] = [None] * 4
     dist.all_gather_object(gathered, seen)
-    assert sorted(sum(gathered, [])) == list(range(8))  # every rank has data of its own
+    assert sorted(value for of_rank in gathered for value in of_rank) == list(
+        range(8)
+    )  # every rank has data of its own
     return type(fabric.strategy).__name__, len(seen), fabric.strategy.distributed_sampler_kwargs
 
 
@@ -211,7 +213,7 @@ def backward_by_hand() -> None:
 
 
 def test_a_backward_that_fabric_does_not_see_is_refused() -> None:
-    with pytest.raises(RankError, match="fabric.backward"):
+    with pytest.raises(RankError, match=r"fabric\.backward"):
         on_ranks(backward_by_hand)
 
 
@@ -377,7 +379,7 @@ def test_training_goes_on_from_a_checkpoint(
 
 def load_what_is_not_there(path: Path) -> tuple[str, Any]:
     fabric = start()
-    model, optimizer = set_up_in_two_calls(fabric)
+    model, _ = set_up_in_two_calls(fabric)
     fabric.save(path, {"model": model})
     state = {"model": model, "epoch": 3}
     with pytest.raises(KeyError) as error:
@@ -431,9 +433,11 @@ def refused(case: str, path: Path) -> str:
         plain(tokens(2)).backward()
         stepped.step()
         cases[case] = lambda: fabric.setup(plain, stepped)
-    with pytest.raises(Exception) as caught:
+    try:
         cases[case]()
-    return f"{type(caught.value).__name__}: {caught.value}"
+    except (KeyError, NotImplementedError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The same training under every host: Trainer, Fabric, and plain ``shard_model``."""
+"""The same training under every host: Trainer, Fabric, Accelerate, and plain ``shard_model``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from lightning.fabric import Fabric
 from torch import Tensor
 
 from lightning_mics import MiCSFabricStrategy, Topology, create_groups, shard_model
+from lightning_mics.hf_accelerate import MiCSPlugin
 from tests.collectives import RecordCollectives
 from tests.models import TinyModule, tokens
 from tests.trainers import make_trainer, mics, on_ranks
@@ -84,6 +87,23 @@ def fabric(policy: dict[str, Any], micro_steps: int, _folder: Path) -> list[floa
     return losses
 
 
+def hf_accelerate(policy: dict[str, Any], micro_steps: int, _folder: Path) -> list[float]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plugin = MiCSPlugin(ranks_per_node=2, **policy)
+    host = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=micro_steps)
+    net = model()
+    net, optimizer = host.prepare(net, torch.optim.SGD(net.parameters(), lr=LR))
+    losses = []
+    for batch in batches(host.process_index, micro_steps):
+        with host.accumulate(net):
+            loss = net(batch)
+            host.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 class Recorded(TinyModule):
     """Keeps its losses."""
 
@@ -109,7 +129,12 @@ def trainer(policy: dict[str, Any], micro_steps: int, folder: Path) -> list[floa
     return net.losses
 
 
-HOSTS: dict[str, Callable[..., list[float]]] = {"plain": plain, "fabric": fabric, "trainer": trainer}
+HOSTS: dict[str, Callable[..., list[float]]] = {
+    "plain": plain,
+    "fabric": fabric,
+    "accelerate": hf_accelerate,
+    "trainer": trainer,
+}
 
 
 def of_training(seen: list[Any]) -> list[Any]:
