@@ -16,6 +16,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -45,6 +46,30 @@ from lightning_mics.save_failures import saving
 from lightning_mics.save_planner import HostBuffers, OwnRowsSavePlanner
 from lightning_mics.shard_files import ShardWriter
 from lightning_mics.storage_path import StoragePath, exists, forget_listings
+
+NAMES_KEY = "mics_names"  # in a full file
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullNames:
+    """What users call the model and its optimizers in a full file, where the Trainer has names of its own.
+
+    Attributes:
+        model: A key of the file.
+        optimizers: Likewise, in their order.
+    """
+
+    model: str
+    optimizers: Sequence[str]
+
+    def plain(self) -> dict[str, Any]:
+        """What to add to the file, so that whoever loads it knows."""
+        return {NAMES_KEY: {"model": self.model, "optimizers": list(self.optimizers)}}
+
+    @classmethod
+    def said_by(cls, content: Mapping[str, Any]) -> FullNames | None:
+        """What a file says."""
+        return cls(**content[NAMES_KEY]) if NAMES_KEY in content else None
 
 
 def save_sharded(
@@ -186,6 +211,7 @@ def load(
     strict: bool,
     weights_only: bool,
     rank_state: dict[str, Tensor] | None = None,
+    names: FullNames | None = None,
     show_progress: bool = False,
 ) -> dict[str, Any]:
     """Load a checkpoint into a sharded model and its optimizers, in place; every rank calls it.
@@ -198,6 +224,7 @@ def load(
         weights_only: Whether what is no tensor may be plain data only. Off, it may run code as it loads.
         rank_state: Is filled with what this rank has saved; with rank 0's if there were more or fewer ranks. What the
             checkpoint lacks keeps its value.
+        names: What a full file calls the model and the optimizers, unless it says so itself or has the Trainer's names.
         show_progress: Whether this rank shows progress bars where loading takes long.
 
     Returns:
@@ -216,10 +243,33 @@ def load(
         reader = SafeReader(_check_whole(path, show_progress=show_progress), show_progress=show_progress)
         return _load_sharded(reader, **into, strict=strict, weights_only=weights_only)
     if path.is_file():
-        return _load_full(path, **into, strict=strict, weights_only=weights_only)
+        return _load_full(path, **into, names=names, strict=strict, weights_only=weights_only)
     raise ValueError(
         f"{str(path)!r} does not point to a valid checkpoint: neither a file nor a directory with {META_FILE} in it"
     )
+
+
+def load_raw(path: StoragePath, model: nn.Module, *, strict: bool, weights_only: bool) -> None:
+    """Load a file with a plain ``state_dict``, or a checkpoint's, into a module, sharded or not; every rank calls it.
+
+    Args:
+        path: The file.
+        model: Gets the weights, in place.
+        strict: Whether the names must be those of the module.
+        weights_only: As of :func:`load`.
+
+    Raises:
+        ValueError: If ``path`` is no file, or holds no dictionary.
+        RuntimeError: If ``strict`` and the names differ, or a shape does.
+    """
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} is neither a file with a state_dict nor a sharded checkpoint")
+    content = load_value(path, name=str(path), weights_only=weights_only, mapped=True)
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds {type(content).__name__}, no state_dict")
+    state = content.get("state_dict", content)
+    _check_model(get_model_state_dict(model), state, strict=strict)
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=strict))
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -259,10 +309,13 @@ def _load_full(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
     rank_state: dict[str, Tensor],
+    names: FullNames | None,
     strict: bool,
     weights_only: bool,
 ) -> dict[str, Any]:
-    content: dict[str, Any] = load_value(path, name=str(path), weights_only=weights_only, mapped=True)
+    content: Any = load_value(path, name=str(path), weights_only=weights_only, mapped=True)
+    if isinstance(content, dict):
+        content = _with_trainers_names(content, names)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{str(path)!r} does not point to a valid checkpoint: the file holds no 'state_dict'")
     model_state = content.pop("state_dict")
@@ -275,6 +328,15 @@ def _load_full(
     set_model_state_dict(model, model_state, options=StateDictOptions(full_state_dict=True, strict=strict))
     copy_state(content.get(_source_of_rank_state(content.keys()), {}), rank_state)
     return content
+
+
+def _with_trainers_names(content: dict[str, Any], names: FullNames | None) -> dict[str, Any]:
+    names = FullNames.said_by(content) or names
+    if "state_dict" in content or names is None or names.model not in content:
+        return content
+    rest = {key: value for key, value in content.items() if key not in (names.model, *names.optimizers, NAMES_KEY)}
+    states = [content[name] for name in names.optimizers if name in content]
+    return {**rest, "state_dict": content[names.model], "optimizer_states": states}
 
 
 def _read(reader: SafeReader, state: dict[str, Any], *, weights_only: bool) -> None:

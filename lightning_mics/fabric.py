@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.precision import Precision
 from lightning.fabric.strategies import STRATEGY_REGISTRY
-from lightning.fabric.strategies.model_parallel import ModelParallelStrategy, _load_raw_module_state_from_path
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from lightning.fabric.utilities.load import _move_state_into
 from lightning.fabric.utilities.types import _Stateful
@@ -31,7 +31,7 @@ from lightning_mics.evaluation import allow_evaluation
 from lightning_mics.first_weights import verify_replicas
 from lightning_mics.lightning_job import check_job, check_precision, let_gloo_finish, reduce_in_place
 from lightning_mics.optimizer_states import optimizer_state
-from lightning_mics.origin import origin
+from lightning_mics.origin import NETWORK_KEY, TOPOLOGY_KEY, origin
 from lightning_mics.policy import Policy, Sharded
 from lightning_mics.sharded_saving import ShardedSaving
 from lightning_mics.silent_ranks import all_ranks_answer
@@ -48,8 +48,9 @@ class MiCSFabricStrategy(ModelParallelStrategy):
     the partition group in each, over replicas at the boundary.
 
     Args:
-        save_sharded: Checkpoints are directories of shards; False gathers them into one file on rank 0. Both are the
-            Trainer's, who can go on from them, and the other way round.
+        save_sharded: Checkpoints are directories of shards; False gathers them into one file on rank 0, with the names
+            of your state, as Fabric on one device has it. The Trainer begins from both, and Fabric goes on from the
+            Trainer's.
         save_async: Checkpoints are written while training goes on, from copies in the host's memory; call
             :meth:`wait_for_checkpoints` after the last. Needs ``save_sharded``.
         trust_checkpoints: Whether loading a checkpoint may run code that is in it, which objects other than plain data
@@ -242,13 +243,8 @@ class MiCSFabricStrategy(ModelParallelStrategy):
             return
         whole = get_model_state_dict(parts.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         contents = {parts.key: whole, **optimizers, **rest}
-        kept = {key: _filtered(value, filter.get(key)) for key, value in contents.items()}
-        content = {
-            "state_dict": kept[parts.key],
-            "optimizer_states": [kept[key] for key in optimizers],
-            **{key: kept[key] for key in rest},
-        }
-        checkpoint.save_full(path, write=lambda file: torch.save(content, file))
+        kept = {key: _filtered(value, filter.get(key)) for key, value in contents.items()} | parts.names.plain()
+        checkpoint.save_full(path, write=lambda file: torch.save(kept, file))
 
     def wait_for_checkpoints(self) -> None:
         """Wait until all checkpoints are there that are being written beside training; every rank calls it.
@@ -287,40 +283,37 @@ class MiCSFabricStrategy(ModelParallelStrategy):
             return {}
         parts = _Parts.of(state or {}, doing="load")
         assert state is not None
-        remainder = self._load(where, parts.model, list(parts.optimizers.values()), strict, weights_only)
+        remainder = self._load(where, parts, strict, weights_only)
         missing = sorted(parts.rest.keys() - remainder.keys())
         if missing and strict:
             raise KeyError(f"{path} has no {missing[0]!r}; load with strict=False to leave it as it is")
         _move_state_into(source=remainder, destination=state, keys=parts.rest.keys() - missing)
         return remainder
 
-    def _load(
-        self,
-        path: StoragePath,
-        model: nn.Module,
-        optimizers: Sequence[Optimizer],
-        strict: bool,
-        weights_only: bool | None,
-    ) -> dict[str, Any]:
+    def _load(self, path: StoragePath, parts: _Parts, strict: bool, weights_only: bool | None) -> dict[str, Any]:
         with torch.inference_mode(False), all_ranks_answer(f"loading {path}", timeout=self._timeout):
             remainder = checkpoint.load(
                 path,
-                model=model,
-                optimizers=optimizers,
+                model=parts.model,
+                optimizers=list(parts.optimizers.values()),
                 strict=strict,
-                weights_only=not self._trust_checkpoints if weights_only is None else weights_only,
+                weights_only=self._weights_only(weights_only),
+                names=parts.names,
             )
-            _start_anew(model)
-        return remainder
+            _start_anew(parts.model)
+        return {key: value for key, value in remainder.items() if key not in (TOPOLOGY_KEY, NETWORK_KEY)}
 
     def _load_raw(self, path: StoragePath, model: nn.Module, *, strict: bool, weights_only: bool | None) -> None:
         """A sharded checkpoint's model, or a file with a plain ``state_dict``."""
         if is_sharded(path):
-            self._load(path, model, [], strict, weights_only)
+            self._load(path, _Parts.of({"model": model}, doing="load_raw"), strict, weights_only)
             return
-        _load_raw_module_state_from_path(Path(str(path)), module=model, world_size=self.world_size, strict=strict)
+        checkpoint.load_raw(path, model, strict=strict, weights_only=self._weights_only(weights_only))
         if "_mics" in vars(model):
             _start_anew(model)
+
+    def _weights_only(self, given: bool | None) -> bool:
+        return not self._trust_checkpoints if given is None else given
 
     def _shared_path(self, path: str | Path) -> StoragePath:
         """Rank 0's path: a name with the time in it may differ between ranks."""
@@ -335,6 +328,10 @@ class _Parts:
     model: nn.Module
     optimizers: dict[str, Optimizer]
     rest: dict[str, Any]
+
+    @property
+    def names(self) -> checkpoint.FullNames:
+        return checkpoint.FullNames(model=self.key, optimizers=list(self.optimizers))
 
     @classmethod
     def of(cls, state: Mapping[str, Any], *, doing: str) -> _Parts:

@@ -23,7 +23,12 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate import accelerator as accelerate_accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import convert_outputs_to_fp32, get_int_from_env, get_mixed_precision_context_manager
+from accelerate.utils import (
+    convert_outputs_to_fp32,
+    get_int_from_env,
+    get_mixed_precision_context_manager,
+    parse_flag_from_env,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
@@ -54,7 +59,8 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
     """MiCS for Accelerate: sharded training whose constant traffic stays inside partition groups.
 
     Args:
-        state_dict_type: What ``save_state`` writes: ``"SHARDED_STATE_DICT"`` or ``"FULL_STATE_DICT"``.
+        state_dict_type: What ``save_state`` writes: ``"SHARDED_STATE_DICT"`` or ``"FULL_STATE_DICT"``; None takes what
+            the config file of ``accelerate launch`` says, as ``activation_checkpointing`` does, and else the former.
         policy: As of :class:`~lightning_mics.policy.Policy`: ``partition_size``, ``ranks_per_node``, ``hierarchical``,
             ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``, ``cross_node_dtype``,
             ``two_hop``, ``reduce_dtype``, ``shard_modules``, ``activation_checkpointing``, ``timeout``.
@@ -64,8 +70,12 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
         ValueError: If an option's value cannot be.
     """
 
-    def __init__(self, *, state_dict_type: str = "SHARDED_STATE_DICT", **policy: Any) -> None:
-        self.policy = Policy(**policy)
+    def __init__(self, *, state_dict_type: str | None = None, **policy: Any) -> None:
+        if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+            raise ValueError("MiCSPlugin keeps shards on the devices: set fsdp_offload_params to false")
+        self.policy = Policy(
+            **{"activation_checkpointing": parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"), **policy}
+        )
         super().__init__(
             fsdp_version=2,
             state_dict_type=state_dict_type,

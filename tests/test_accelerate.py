@@ -16,7 +16,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ParallelismConfig
+from accelerate.utils import GradientAccumulationPlugin, ParallelismConfig, merge_fsdp_weights
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -27,7 +28,7 @@ from lightning_mics import hf_accelerate
 from lightning_mics.hf_accelerate import MiCSPlugin, load_checkpoint, save_checkpoint, sharded_of
 from tests.models import VOCAB, TinyModule, tokens
 from tests.networks import GPT
-from tests.test_fabric import adam, alone, assert_same, network, sgd, weights
+from tests.test_fabric import adam, alone, assert_same, network, sgd, two_batches_then_one, weights
 from tests.test_fabric import start as start_fabric
 from tests.trainers import EVERY_TIME, loader, make_trainer, mics, on_ranks
 
@@ -143,6 +144,76 @@ def test_no_sync_waits_for_the_boundary_and_is_over_after_it() -> None:
         assert_same(trained, dict(model.state_dict()), 1e-6)
 
 
+def several_forwards_first() -> dict[str, Tensor]:
+    accelerator = start()
+    model, optimizer = prepared(accelerator)
+    with accelerator.no_sync(model):
+        losses = [model(tokens(2, seed=10 * index + accelerator.process_index)) / 2 for index in range(2)]
+    accelerator.backward(losses[0])
+    with accelerator.trigger_sync_in_backward(model):
+        accelerator.backward(losses[1])
+    optimizer.step()
+    optimizer.zero_grad()
+    step(accelerator, model, optimizer)
+    return weights(model)
+
+
+def test_backwards_may_come_after_several_forwards() -> None:
+    for trained in on_ranks(several_forwards_first):
+        assert_same(trained, two_batches_then_one(), 1e-6)
+
+
+def every_micro_step_a_boundary(plugin: dict[str, Any]) -> dict[str, Tensor]:
+    accumulation = GradientAccumulationPlugin(num_steps=2, sync_each_batch=True)
+    accelerator = start(plugin=plugin, gradient_accumulation_plugin=accumulation)
+    model, optimizer = prepared(accelerator)
+    for index in range(2):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(tokens(2, seed=10 * index + accelerator.process_index)))
+            optimizer.step()
+            optimizer.zero_grad()
+    for _ in range(2):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(tokens(2, seed=accelerator.process_index)))
+            optimizer.step()
+            optimizer.zero_grad()
+    return weights(model)
+
+
+@pytest.mark.parametrize("plugin", [{}, {"partition_size": 4, "cross_node_reduce": "once_per_step"}])
+def test_every_micro_step_may_synchronise(plugin: dict[str, Any]) -> None:
+    for trained in on_ranks(every_micro_step_a_boundary, plugin):
+        assert_same(trained, two_batches_then_one(), 1e-6)
+
+
+def prepare_again() -> tuple[bool, int, bool]:
+    accelerator = start(gradient_accumulation_steps=2)
+    model, optimizer = prepared(accelerator)
+    again, _, nothing = accelerator.prepare(model, optimizer, None)
+    accelerator.gradient_accumulation_steps = 1  # in the middle of a run
+    step(accelerator, again, optimizer)
+    second = Accelerator(cpu=True)  # as the Trainer of transformers makes one
+    assert isinstance(second.state.fsdp_plugin, MiCSPlugin) and second.is_fsdp2
+    return again is model, len({id(known) for known in accelerator._models}), nothing is None
+
+
+def test_a_prepared_model_stays_what_it_is_and_a_second_accelerator_shares_the_plugin() -> None:
+    assert on_ranks(prepare_again) == [(True, 1, True)] * 4
+
+
+def compiled() -> dict[str, Tensor]:
+    accelerator = start()
+    model = torch.compile(network(), backend="aot_eager")
+    model, optimizer = accelerator.prepare(model, sgd(model))
+    step(accelerator, model, optimizer)
+    return {name.removeprefix("_orig_mod."): value for name, value in weights(model).items()}
+
+
+def test_a_compiled_model_trains() -> None:
+    for trained in on_ranks(compiled):
+        assert_same(trained, alone(), 1e-6)
+
+
 def accumulate_to_the_end_of_data() -> tuple[int, list[bool]]:
     accelerator = start(gradient_accumulation_steps=4)
     model, optimizer = prepared(accelerator)
@@ -248,6 +319,39 @@ def test_load_state_goes_on_from_save_state(
         assert_same(loaded, saved)
         if devices == 4:
             assert_same(then, went_on, 1e-6)
+
+
+def save_and_merge(folder: Path) -> dict[str, Tensor]:
+    accelerator = start()
+    model, optimizer = prepared(accelerator)
+    step(accelerator, model, optimizer)
+    accelerator.save_state(str(folder / "state"))
+    accelerator.save_model(model, str(folder / "model"))
+    merge_fsdp_weights(str(folder / "state" / "pytorch_model_fsdp_0"), str(folder / "merged"))
+    return weights(model)
+
+
+def test_weights_can_be_saved_whole_and_merged_from_shards(tmp_path: Path) -> None:
+    saved = on_ranks(save_and_merge, tmp_path)[0]
+    for folder in ("model", "merged"):
+        stored = load_file(tmp_path / folder / "model.safetensors")
+        assert stored.keys() <= saved.keys() and len(stored) >= len(saved) - 1  # tied weights once
+        assert_same(stored, {name: saved[name] for name in stored})
+
+
+def of_the_config_file(name: str, value: str) -> Any:
+    os.environ[name] = value
+    plugin = MiCSPlugin()
+    return str(plugin.state_dict_type), plugin.policy._activation_checkpointing
+
+
+def test_the_config_file_of_the_launcher_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    ((kind, _),) = on_ranks(of_the_config_file, "FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT", world_size=1)
+    assert kind == "StateDictType.FULL_STATE_DICT"
+    assert on_ranks(of_the_config_file, "FSDP_ACTIVATION_CHECKPOINTING", "true", world_size=1)[0][1] is True
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(ValueError, match="set fsdp_offload_params to false"):
+        MiCSPlugin()
 
 
 def whole_state() -> dict[str, Tensor]:

@@ -206,6 +206,36 @@ def test_no_backward_sync_waits_for_the_boundary_and_is_over_after_it() -> None:
         assert_same(trained, accumulated(), 1e-6)
 
 
+def several_forwards_first(options: dict[str, Any]) -> dict[str, Tensor]:
+    fabric = start(**options)
+    model, optimizer = set_up_in_one_call(fabric)
+    with fabric.no_backward_sync(model):
+        losses = [model(tokens(2, seed=10 * index + fabric.global_rank)) / 2 for index in range(2)]
+    for loss in losses:
+        fabric.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    step(fabric, model, optimizer)
+    return weights(model)
+
+
+def two_batches_then_one() -> dict[str, Tensor]:
+    model = network()
+    optimizer = sgd(model)
+    (sum(model(tokens(2, seed=10 * index + rank)) for rank in range(4) for index in range(2)) / 8).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    (sum(model(tokens(2, seed=rank)) for rank in range(4)) / 4).backward()
+    optimizer.step()
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("options", [{}, {"partition_size": 4, "cross_node_gather": "once_per_step"}])
+def test_backwards_may_come_after_several_forwards(options: dict[str, Any]) -> None:
+    for trained in on_ranks(several_forwards_first, options):
+        assert_same(trained, two_batches_then_one(), 1e-6)
+
+
 def backward_by_hand() -> None:
     fabric = start()
     model, _ = set_up_in_one_call(fabric)
@@ -350,7 +380,7 @@ def load(path: Path, devices: int, options: dict[str, Any]) -> tuple[dict[str, T
     state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0, "counter": Counter(0)}
     remainder = fabric.load(path, state)
     assert state["step"] == 1 and state["counter"].count == 7
-    assert remainder["nested"] == {"lr": [0.1]} and "step" not in remainder
+    assert remainder == {"nested": {"lr": [0.1]}}  # and nothing of our own
     loaded = weights(model)
     if devices == 4:
         step(fabric, model, optimizer, seed=1)
@@ -407,7 +437,7 @@ def test_a_full_file_can_be_filtered(tmp_path: Path) -> None:
     on_ranks(save_filtered, tmp_path / "c.pt")
     content = torch.load(tmp_path / "c.pt", weights_only=True)
     assert content["epoch"] == 2
-    assert content["state_dict"].keys() == {name for name in network().state_dict() if "bias" not in name}
+    assert content["model"].keys() == {name for name in network().state_dict() if "bias" not in name}
 
 
 def refused(case: str, path: Path) -> str:
@@ -483,6 +513,73 @@ def too_large_a_partition() -> None:
 def test_a_partition_size_that_does_not_fit_is_refused() -> None:
     with pytest.raises(RankError, match="partition_size=3"):
         on_ranks(too_large_a_partition)
+
+
+def on_one_device() -> tuple[Fabric, Any, Any]:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = network()
+    model, optimizer = fabric.setup(model, adam(model))
+    return fabric, model, optimizer
+
+
+def save_a_full_file(path: Path) -> dict[str, Tensor]:
+    fabric = start(save_sharded=False)
+    model = network()
+    model, optimizer = fabric.setup(model, adam(model))
+    step(fabric, model, optimizer)
+    fabric.save(path, {"net": model, "adam": optimizer, "step": 1})
+    return weights(model)
+
+
+def load_a_full_file(path: Path) -> tuple[dict[str, Tensor], int, float]:
+    fabric = start()
+    model = network(seed=5)
+    model, optimizer = fabric.setup(model, adam(model))
+    state = {"net": model, "adam": optimizer, "step": 0}
+    assert fabric.load(path, state) == {}
+    moments = optimizer.state_dict()["state"][0]["exp_avg"]
+    return weights(model), state["step"], float(moments.full_tensor().abs().sum())
+
+
+def test_full_files_go_to_fabric_on_one_device_and_back(tmp_path: Path) -> None:
+    saved = on_ranks(save_a_full_file, tmp_path / "four.pt")[0]
+    fabric, model, optimizer = on_one_device()
+    state = {"net": model, "adam": optimizer, "step": 0}
+    fabric.load(tmp_path / "four.pt", state)
+    assert_same(weights(model), saved)
+    step(fabric, model, optimizer)
+    fabric.save(tmp_path / "one.pt", {**state, "step": 2})
+    moments = float(optimizer.state_dict()["state"][0]["exp_avg"].abs().sum())
+    for loaded, steps, of_moments in on_ranks(load_a_full_file, tmp_path / "one.pt"):
+        assert_same(loaded, weights(model))
+        assert steps == 2 and of_moments == pytest.approx(moments)
+
+
+def load_raw_files(folder: Path) -> list[str]:
+    fabric = start()
+    model, _ = set_up_in_one_call(fabric)
+    said = []
+    for name in ("lacking.pt", "list.pt", "not there.pt"):
+        try:
+            fabric.load_raw(folder / name, model)
+        except (RuntimeError, ValueError) as error:
+            said.append(str(error))
+    fabric.load_raw(folder / "lacking.pt", model, strict=False)
+    plain = network(seed=5)
+    fabric.load_raw(folder / "whole.pt", plain)  # a module that was not set up
+    assert_same(weights(plain), dict(network().state_dict()))
+    return said
+
+
+def test_raw_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    whole = network().state_dict()
+    torch.save(whole, tmp_path / "whole.pt")
+    torch.save({name: value for name, value in whole.items() if name != "norm.bias"}, tmp_path / "lacking.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for lacking, no_dictionary, not_there in on_ranks(load_raw_files, tmp_path):
+        assert "1 names are missing in the checkpoint ['norm.bias']" in lacking
+        assert "holds list, no state_dict" in no_dictionary
+        assert "is neither a file with a state_dict nor a sharded checkpoint" in not_there
 
 
 # -- the Trainer's checkpoints, and the other way round ----------------------------------------------------------------
