@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
 import subprocess
 import sys
+import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -337,6 +340,27 @@ def test_weights_can_be_saved_whole_and_merged_from_shards(tmp_path: Path) -> No
         stored = load_file(tmp_path / folder / "model.safetensors")
         assert stored.keys() <= saved.keys() and len(stored) >= len(saved) - 1  # tied weights once
         assert_same(stored, {name: saved[name] for name in stored})
+
+
+def forget() -> tuple[bool, list[str], torch.dtype]:
+    accelerator = start()
+    model = network().to(torch.bfloat16)
+    model, optimizer = accelerator.prepare(model, sgd(model))
+    dtype = next(model.parameters()).dtype
+    seen: list[str] = []
+    handle = accelerator.register_save_state_pre_hook(lambda models, *_: seen.extend(type(m).__name__ for m in models))
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator.save_state(folder)
+        handle.remove()
+        accelerator.save_state(folder)
+    known = weakref.ref(model)
+    model, optimizer = accelerator.free_memory(model, optimizer)
+    gc.collect()
+    return known() is None, seen, dtype
+
+
+def test_hooks_get_the_model_which_can_be_forgotten_and_keeps_its_dtype() -> None:
+    assert on_ranks(forget) == [(True, ["FSDPTinyLM"], torch.bfloat16)] * 4
 
 
 def of_the_config_file(name: str, value: str) -> Any:

@@ -1,4 +1,4 @@
-"""Every test that the table of Lightning's behaviours names is there."""
+"""Every test that the tables of upstream behaviours name is there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NAMED = sorted(set(re.findall(r"(tests/[\w/]+\.py)::(\w+)", (ROOT / "tests/lightning_behaviours.md").read_text())))
+TABLES = "".join((ROOT / "tests" / name).read_text() for name in ("lightning_behaviours.md", "host_behaviours.md"))
+NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TABLES)))
 
 
 def test_the_table_names_tests():

@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel
 
 from lightning_mics import MiCSFabricStrategy
+from lightning_mics.safe_reading import UnsafeCheckpointError
+from tests.collectives import RecordCollectives
 from tests.forked import RankError
 from tests.models import TinyLM, TinyModule, tokens
 from tests.networks import GPT
@@ -171,6 +173,44 @@ def compiled() -> dict[str, Tensor]:
 def test_a_compiled_model_is_compiled_again() -> None:
     for trained in on_ranks(compiled):
         assert_same({name.removeprefix("_orig_mod."): value for name, value in trained.items()}, alone(), 1e-6)
+
+
+def parts_of_ranks(move: bool) -> tuple[float, str, list[Any]]:
+    fabric = start(activation_checkpointing=True)
+    model = network()
+    with RecordCollectives() as recorded:
+        model, optimizer = fabric.setup(model, sgd(model), move_to_device=move)
+    step(fabric, model, optimizer)
+    held = sum(parameter.to_local().numel() for parameter in model.parameters())
+    gathers = [one for one in recorded.of("all_gather") if one.nbytes > 64]
+    return held / sum(p.numel() for p in model.parameters()), str(model.device), gathers
+
+
+@pytest.mark.parametrize("move", [True, False])
+def test_each_rank_holds_its_part_and_setting_up_gathers_nothing(move: bool) -> None:
+    for share, device, gathers in on_ranks(parts_of_ranks, move):
+        assert share == pytest.approx(0.5, abs=0.06)  # rows of awkward shapes are uneven
+        assert device == "cpu" and gathers == []
+
+
+def too_early_and_too_much() -> list[str]:
+    strategy = MiCSFabricStrategy()
+    said = []
+    for ask in (
+        lambda: strategy.device_mesh,
+        lambda: strategy.checkpoint_io,
+        lambda: setattr(strategy, "checkpoint_io", None),
+        lambda: strategy.save_checkpoint("c", {}, storage_options={}),
+    ):
+        try:
+            ask()
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            said.append(type(error).__name__)
+    return said
+
+
+def test_what_comes_too_early_or_belongs_to_other_strategies_is_refused() -> None:
+    assert too_early_and_too_much() == ["RuntimeError", "NotImplementedError", "NotImplementedError", "TypeError"]
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------
@@ -553,6 +593,31 @@ def test_full_files_go_to_fabric_on_one_device_and_back(tmp_path: Path) -> None:
     for loaded, steps, of_moments in on_ranks(load_a_full_file, tmp_path / "one.pt"):
         assert_same(loaded, weights(model))
         assert steps == 2 and of_moments == pytest.approx(moments)
+
+
+def save_and_load_in_a_store(folder: Path) -> None:
+    fabric = start()
+    model = network()
+    model, optimizer = fabric.setup(model, adam(model))
+    step(fabric, model, optimizer)
+    saved, url = weights(model), f"local://{folder}/sharded"
+    fabric.save(url, {"model": model, "optimizer": optimizer, "kind": re.compile("a")})
+    step(fabric, model, optimizer, seed=1)
+    with pytest.raises(UnsafeCheckpointError):
+        fabric.load(url, {"model": model, "optimizer": optimizer})
+    remainder = fabric.load(url, {"model": model, "optimizer": optimizer}, weights_only=False)
+    assert remainder == {"kind": re.compile("a")}
+    assert_same(weights(model), saved)
+    if fabric.global_rank == 0:
+        torch.save(network(seed=7).state_dict(), folder / "raw.pt")
+    fabric.barrier()
+    fabric.load_raw(f"local://{folder}/raw.pt", model)
+    assert_same(weights(model), dict(network(seed=7).state_dict()))
+
+
+@pytest.mark.filterwarnings("ignore:.*trust:UserWarning")
+def test_checkpoints_in_a_store_and_objects_that_must_be_trusted(tmp_path: Path) -> None:
+    on_ranks(save_and_load_in_a_store, tmp_path)
 
 
 def load_raw_files(folder: Path) -> list[str]:
