@@ -42,6 +42,8 @@ from lightning_mics.storage_path import StoragePath, storage_path
 from lightning_mics.topology import Topology
 from lightning_mics.traffic import Traffic
 
+VERSION = "pytorch-lightning_version"  # in what a Trainer has saved; of others' it takes the model and the optimizers
+
 
 class MiCSStrategy(ModelParallelStrategy):
     """MiCS: sharded training whose constant traffic stays inside partition groups.
@@ -424,8 +426,7 @@ class MiCSStrategy(ModelParallelStrategy):
             verify_replicas(self.model, self._state().groups)
         if fitting and resuming.KEY in meta:
             self._resumed = resuming.Saved(pace=resuming.Pace(**meta[resuming.KEY]), random_state=random_state)
-        # one that no Trainer has saved has states of the model and its optimizers, and training begins with them
-        return {"pytorch-lightning_version": lightning.__version__, "lr_schedulers": [], **meta}
+        return meta if VERSION in meta else {VERSION: lightning.__version__, "lr_schedulers": [], **meta}
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:

@@ -71,6 +71,8 @@ KEPT: dict[str, Any] = {"hierarchical": "auto", "in_node_gather": "once_per_step
 def test_gradients_weights_and_clipping_are_those_of_one_process(world, ranks_per_node, partition):
     topology = Topology(world_size=world, ranks_per_node=ranks_per_node, partition_size=partition)
     modes = [FLAT, HIERARCHICAL, ONCE_PER_STEP, KEPT] if topology.spans_nodes else [FLAT, KEPT]
+    if partition == 8:  # takes long, and four ranks know nothing less of the other modes
+        modes = [HIERARCHICAL, ONCE_PER_STEP]
     of_ranks = run_ranks(world, _train_beside_reference, topology, modes)
     assert len(of_ranks[0]) == len(modes) * len(MICRO_STEPS)
     for facts in zip(*of_ranks, strict=True):

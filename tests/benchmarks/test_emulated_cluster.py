@@ -47,7 +47,7 @@ def test_links_hold_their_rate_in_both_directions_at_once_and_it_can_be_changed(
         fast = reports(cluster, "exchange", str(16 * MEGABYTE), logs=tmp_path / "fast")
         cluster.network.set_rate(None)
         free = reports(cluster, "exchange", str(16 * MEGABYTE), logs=tmp_path / "free")
-    assert all(60 < report["mbit"] < 90 for report in slow), slow  # loose: other tests may keep the machine busy
+    assert all(45 < report["mbit"] < 90 for report in slow), slow  # loose: other tests may keep the machine busy
     assert all(200 < report["mbit"] < 350 for report in fast), fast
     assert max(report["mbit"] for report in free) > 350, free
 
