@@ -38,5 +38,5 @@ def all_ranks_answer(what: str, *, timeout: timedelta | None) -> Generator[None]
         raise SilentRankError(
             f"{what} failed: at least one rank did not answer within {limit}; it hangs or has died, so look for the "
             "rank that does not report this error. Checkpoints that were complete before are as they were. If ranks "
-            "need longer than that, give MiCSStrategy a larger timeout"
+            "need longer than that, give the strategy a larger timeout"
         ) from error
