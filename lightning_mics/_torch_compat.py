@@ -367,9 +367,14 @@ def expect_backward(root: FSDPModule, loss: Tensor) -> None:
     root._get_fsdp_state()._register_pre_backward_hook(loss)
 
 
+def reduces_unused_parameters(module: FSDPModule) -> bool:
+    """Whether this torch can do what follows."""
+    return hasattr(module, "set_reduce_scatter_unused_params")
+
+
 def reduce_unused_parameters(module: FSDPModule, enabled: bool) -> None:
     """Let parameters of ``module`` that got no gradient take part in the next reduction, as zeros (torch >= 2.13)."""
-    if hasattr(module, "set_reduce_scatter_unused_params"):
+    if reduces_unused_parameters(module):
         module.set_reduce_scatter_unused_params(enabled, recurse=False)
 
 

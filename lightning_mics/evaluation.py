@@ -35,7 +35,7 @@ def allow_evaluation(root: nn.Module) -> None:
         evaluated = not torch.is_grad_enabled()
         if modes:
             modes.pop().close()
-        if evaluated:
+        if evaluated and not modes:  # a forward around it may need the root still
             module.reshard()  # type: ignore[operator]
 
     root.register_forward_pre_hook(enter, prepend=True)  # before FSDP2's own, which gathers

@@ -139,6 +139,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
         sharded_of(module).schedule.abandon_window()
         if not any(module is known for known in self._models):
             allow_evaluation(module)
+            sharded_of(module).schedule.follow_steps()
             module.register_forward_pre_hook(self._note_forward)
             self._models.append(module)
         return module
@@ -154,6 +155,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
         for optimizer, groups in zip(optimizers, names, strict=True):
             for group, of_group in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = [parameters[name] for name in of_group]
+            sharded_of(module).schedule.follow_zero_grad(optimizer)
         return module, optimizers, scheduler
 
     @override
@@ -166,27 +168,19 @@ class MiCSFabricStrategy(ModelParallelStrategy):
                 "set up, so nothing would reduce their gradients; make it after `model = fabric.setup_module(model)`, "
                 "or set up both in one call: `model, optimizer = fabric.setup(model, optimizer)`"
             )
+        for model in self._models:
+            if sharded_of(model).schedule.trains_with(optimizer):
+                sharded_of(model).schedule.follow_zero_grad(optimizer)
         return optimizer
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
     @override
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
-        schedules = [sharded_of(model).schedule for model in self._ran_forward]
+        for model in self._ran_forward:
+            sharded_of(model).schedule.before_backward()
         self._ran_forward = []
-        for schedule in schedules:
-            schedule.before_backward()
         super().backward(tensor, module, *args, **kwargs)
-        for schedule in schedules:
-            schedule.after_backward()
-
-    @override
-    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
-        output = super().optimizer_step(optimizer, **kwargs)
-        for model in self._models:  # if no backward has: the next use must gather the new weights
-            assert isinstance(model, FSDPModule)
-            model.reshard()
-        return output
 
     @override
     def clip_gradients_norm(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -10,6 +10,7 @@ model not to synchronise gradients, which a model sharded by a policy understand
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import wraps
@@ -130,6 +131,7 @@ def load_checkpoint(accelerator: Accelerator, path: str | Path, *, weights_only:
         RuntimeError: If the checkpoint is of another model or other optimizers.
     """
     model = _prepared_model(accelerator)
+    sharded_of(model).schedule.abandon_window()
     rest = checkpoint.load(
         storage_path(path),
         model=model,
@@ -137,7 +139,6 @@ def load_checkpoint(accelerator: Accelerator, path: str | Path, *, weights_only:
         strict=True,
         weights_only=weights_only,
     )
-    sharded_of(model).schedule.abandon_window()
     verify_replicas(model, sharded_of(model).groups)
     return rest
 
@@ -177,6 +178,11 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
         if "set_requires_gradient_sync" in vars(model):
             return model
         raise ValueError("the model is sharded already, and not by this plugin: prepare a plain module")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "the model is on the meta device, where Accelerate cannot tell the optimizer's parameters from each other; "
+            "build it on the CPU: only one block at a time goes to the device whole"
+        )
     precision = _precision(accelerator, model)
     sharded = plugin.policy.shard(
         model,
@@ -187,13 +193,27 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     vars(model)["_mics"] = sharded
     model.to(accelerator.device)  # what is no parameter
     allow_evaluation(model)
-    sharded.schedule.close_windows_by_steps()
+    sharded.schedule.follow_steps()
+    for optimizer in _optimizers(accelerator):
+        sharded.schedule.follow_zero_grad(optimizer)
+    _start_over_when_loading(accelerator, sharded.schedule)
     vars(model)["set_requires_gradient_sync"] = _GradientSync(model, sharded.schedule)
     if precision == "bf16-mixed":
         _compute_under_autocast(accelerator, model)
     if accelerator.is_main_process:
         print(sharded.report, flush=True)
     return model
+
+
+def _start_over_when_loading(accelerator: Accelerator, schedule: TwoHopSchedule) -> None:
+    """What a window has accumulated belongs to other weights; the hook must not keep the model alive."""
+    known = weakref.ref(schedule)
+
+    def start_over(*_: Any) -> None:
+        if (alive := known()) is not None:
+            alive.abandon_window()
+
+    accelerator.register_load_state_pre_hook(start_over)
 
 
 def _precision(accelerator: Accelerator, model: nn.Module) -> str:
@@ -259,6 +279,11 @@ def _keep_our_plugin_on_cpus(initialize: Callable[..., None]) -> Callable[..., N
         plugin = kwargs.get("fsdp_plugin")
         if isinstance(plugin, MiCSPlugin) and kwargs.get("parallelism_config") is not None:
             raise ValueError("MiCSPlugin divides the ranks by its partition_size: leave out the parallelism_config")
+        there = AcceleratorState._shared_state.get("fsdp_plugin")
+        if isinstance(plugin, MiCSPlugin) and there is not None and there is not plugin:
+            raise ValueError(
+                "another Accelerator is there already, and all share its plugin: make this one without fsdp_plugin"
+            )
         initialize(state, *args, **kwargs)
         if not isinstance(plugin, MiCSPlugin) or state.distributed_type == DistributedType.FSDP:
             return

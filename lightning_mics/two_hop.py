@@ -31,6 +31,7 @@ from lightning_mics._torch_compat import (
     forget_iteration,
     fsdp_modules,
     reduce_unused_parameters,
+    reduces_unused_parameters,
     sharded_parameters,
     trainable,
 )
@@ -209,23 +210,55 @@ class TwoHopSchedule:
             return
         left_behind = [name for name, m in self._modules.items() if self._sums_wait(name) and any(trainable(m))]
         if left_behind:
+            names = ", ".join(name or "the root" for name in left_behind)
+            old = not reduces_unused_parameters(self._root)
             raise RuntimeError(
-                f"{', '.join(left_behind)} got gradients earlier in this accumulation window and none at its "
-                f"boundary; reducing them needs torch >= 2.13, this is torch {torch.__version__}"
+                f"{names} got gradients earlier in this accumulation window and none at its boundary; "
+                + (
+                    f"reducing them needs torch >= 2.13, this is torch {torch.__version__}"
+                    if old
+                    else "run the last backward of a window as its boundary, outside of `no_backward_sync` or `no_sync`"
+                )
             )
         self._refuse_outdated_copies()
         self._close_window()
 
-    def close_windows_by_steps(self) -> None:
-        """Let steps of this model's optimizers close windows, for loops that tell nobody of their backwards."""
+    def follow_steps(self) -> None:
+        """Let steps of this model's optimizers close windows, for loops that tell nobody of their backwards.
+
+        After a step the root is not gathered, however many forwards without a backward came before it.
+        """
         schedule = weakref.ref(self)
 
         def close_before_step(optimizer: Optimizer, *_: Any) -> None:
-            if (alive := schedule()) is not None and alive._trains_with(optimizer):
+            if (alive := schedule()) is not None and alive.trains_with(optimizer) and _changes_weights(optimizer):
                 alive.after_backward()
 
-        handle = register_optimizer_step_pre_hook(close_before_step)
-        weakref.finalize(self, handle.remove)
+        def reshard_after_step(optimizer: Optimizer, *_: Any) -> None:
+            if (alive := schedule()) is not None and alive.trains_with(optimizer):
+                alive._root.reshard()
+
+        for handle in (
+            register_optimizer_step_pre_hook(close_before_step),
+            register_optimizer_step_post_hook(reshard_after_step),
+        ):
+            weakref.finalize(self, handle.remove)
+
+    def follow_zero_grad(self, optimizer: Optimizer) -> None:
+        """Let ``optimizer.zero_grad()`` drop what an open window has accumulated too, as it does on one process."""
+        schedule, kind = weakref.ref(self), type(optimizer)
+
+        def zero_all(wrapped: Optimizer, set_to_none: bool = True) -> None:
+            alive = schedule()
+            waiting = all(p.grad is None for group in wrapped.param_groups for p in group["params"])
+            if alive is not None and alive._in_window and waiting:  # else torch makes states, by a step that is none
+                alive.abandon_window()
+            kind.zero_grad(wrapped, set_to_none)
+
+        # a class, for Fabric's wrapper of an optimizer inherits from it and does not look into the instance
+        optimizer.__class__ = type(
+            kind.__name__, (kind,), {"zero_grad": zero_all, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        )
 
     def abandon_window(self) -> None:
         """Drop what an unfinished window has accumulated, so that it cannot leak into the next one.
@@ -283,13 +316,14 @@ class TwoHopSchedule:
         schedule = weakref.ref(self)
 
         def drop_after_step(optimizer: Optimizer, *_: Any) -> None:
-            if (alive := schedule()) is not None and alive._trains_with(optimizer):
+            if (alive := schedule()) is not None and alive.trains_with(optimizer):
                 alive.weights_changed()
 
         handle = register_optimizer_step_post_hook(drop_after_step)
         weakref.finalize(self, handle.remove)
 
-    def _trains_with(self, optimizer: Optimizer) -> bool:
+    def trains_with(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer holds parameters of this model."""
         ours = {id(parameter) for module in self._modules.values() for parameter in sharded_parameters(module)}
         return any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"])
 
@@ -307,3 +341,8 @@ class TwoHopSchedule:
             module.set_requires_gradient_sync(False, recurse=False)
         else:
             reduce_unused_parameters(module, True)
+
+
+def _changes_weights(optimizer: Optimizer) -> bool:
+    """Whether a step may; torch makes the states of an optimizer that has none by a step at a rate of zero."""
+    return any(bool(group.get("lr", 1) != 0) for group in optimizer.param_groups)

@@ -19,7 +19,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, ParallelismConfig, merge_fsdp_weights
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ParallelismConfig,
+    broadcast_object_list,
+    merge_fsdp_weights,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -163,6 +168,38 @@ def several_forwards_first() -> dict[str, Tensor]:
 
 def test_backwards_may_come_after_several_forwards() -> None:
     for trained in on_ranks(several_forwards_first):
+        assert_same(trained, two_batches_then_one(), 1e-6)
+
+
+def start_over(how: str) -> dict[str, Tensor]:
+    accelerator = start()
+    model, optimizer = prepared(accelerator)
+    folder = broadcast_object_list([tempfile.mkdtemp()])[0]
+    save_checkpoint(accelerator, f"{folder}/ours")
+    accelerator.save_state(f"{folder}/state")
+    with accelerator.no_sync(model):
+        accelerator.backward(model(tokens(2, seed=70 + accelerator.process_index)))
+    if how == "zero_grad":
+        optimizer.zero_grad()
+    elif how == "load_checkpoint":
+        load_checkpoint(accelerator, f"{folder}/ours")
+    else:
+        accelerator.load_state(f"{folder}/state")
+    with accelerator.no_sync(model):
+        accelerator.backward(model(tokens(2, seed=accelerator.process_index)) / 2)
+    save_checkpoint(accelerator, f"{folder}/inside")
+    accelerator.save_state(f"{folder}/inside state")
+    accelerator.backward(model(tokens(2, seed=10 + accelerator.process_index)) / 2)
+    model(tokens(2))  # with gradients, and nothing follows
+    optimizer.step()
+    optimizer.zero_grad()
+    step(accelerator, model, optimizer)
+    return weights(model)
+
+
+@pytest.mark.parametrize("how", ["zero_grad", "load_checkpoint", "load_state"])
+def test_a_window_starts_over_and_may_be_saved_in(how: str) -> None:
+    for trained in on_ranks(start_over, how):
         assert_same(trained, two_batches_then_one(), 1e-6)
 
 
@@ -558,6 +595,11 @@ def refused(case: str) -> str:
             model := network(), sgd(model)
         ),
         "a parallelism_config": lambda: start(parallelism_config=ParallelismConfig(dp_shard_size=4)),
+        "a model on the meta device": lambda: start().prepare(model := network().to("meta"), sgd(model)),
+        "another plugin": lambda: (
+            start(),
+            Accelerator(cpu=True, fsdp_plugin=MiCSPlugin(partition_size=4)),
+        ),
         "float16": lambda: start(mixed_precision="fp16").prepare(model := network(), sgd(model)),
         "nothing prepared": lambda: save_checkpoint(start(), "c"),
         "a plain model": lambda: sharded_of(network()),
@@ -577,6 +619,8 @@ def refused(case: str) -> str:
         ("a model alone", "ValueError: When using FSDP2, a model and optimizer must be passed together"),
         ("a partition size that is none", "ValueError: partition_size=3"),
         ("a parallelism_config", "ValueError: .*parallelism_config"),
+        ("a model on the meta device", "ValueError: the model is on the meta device"),
+        ("another plugin", "ValueError: another Accelerator is there already, and all share its plugin"),
         ("float16", "ValueError: MiCSPlugin does not support mixed_precision='fp16'; use one of 'no', 'bf16'"),
         ("nothing prepared", "ValueError: the Accelerator has 0 models that it has prepared with a MiCSPlugin"),
         ("a plain model", "ValueError: the model was not prepared by an Accelerator with fsdp_plugin=MiCSPlugin"),

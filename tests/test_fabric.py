@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,72 @@ def two_batches_then_one() -> dict[str, Tensor]:
 @pytest.mark.parametrize("options", [{}, {"partition_size": 4, "cross_node_gather": "once_per_step"}])
 def test_backwards_may_come_after_several_forwards(options: dict[str, Any]) -> None:
     for trained in on_ranks(several_forwards_first, options):
+        assert_same(trained, two_batches_then_one(), 1e-6)
+
+
+def start_over(how: str) -> dict[str, Tensor]:
+    fabric = start()
+    model, optimizer = set_up_in_one_call(fabric)
+    with fabric.no_backward_sync(model):
+        fabric.backward(model(tokens(2, seed=70 + fabric.global_rank)))
+    optimizer.zero_grad()
+    if how == "save between":
+        with fabric.no_backward_sync(model):
+            fabric.backward(model(tokens(2, seed=fabric.global_rank)) / 2)
+        fabric.save(tempfile.mkdtemp() if fabric.global_rank == 0 else "", {"model": model, "optimizer": optimizer})
+    else:
+        with fabric.no_backward_sync(model):
+            fabric.backward(model(tokens(2, seed=fabric.global_rank)) / 2)
+    fabric.backward(model(tokens(2, seed=10 + fabric.global_rank)) / 2)
+    model(tokens(2))  # with gradients, and nothing follows
+    optimizer.step()
+    optimizer.zero_grad()
+    step(fabric, model, optimizer)
+    return weights(model)
+
+
+@pytest.mark.parametrize("how", ["at once", "save between"])
+def test_zero_grad_starts_a_window_over(how: str) -> None:
+    for trained in on_ranks(start_over, how):
+        assert_same(trained, two_batches_then_one(), 1e-6)
+
+
+def step_without_a_boundary() -> str:
+    fabric = start()
+    model, optimizer = set_up_in_one_call(fabric)
+    with fabric.no_backward_sync(model):
+        fabric.backward(model(tokens(2)))
+    with pytest.raises(RuntimeError) as error:
+        optimizer.step()
+    return str(error.value)
+
+
+def test_a_step_without_a_boundary_is_refused() -> None:
+    for said in on_ranks(step_without_a_boundary):
+        assert said.startswith("the root, blocks.0")
+        assert said.endswith(
+            "run the last backward of a window as its boundary, outside of `no_backward_sync` or `no_sync`"
+        )
+
+
+def accumulate_one_beside_another() -> dict[str, Tensor]:
+    fabric = start()
+    one, two = network(1), network(2)
+    one, first = fabric.setup(one, sgd(one))
+    two, second = fabric.setup(two, sgd(two))
+    with fabric.no_backward_sync(one):
+        fabric.backward(one(tokens(2, seed=fabric.global_rank)) / 2)
+    one(tokens(2))  # as a generator whose output is detached
+    step(fabric, two, second)
+    fabric.backward(one(tokens(2, seed=10 + fabric.global_rank)) / 2)
+    first.step()
+    first.zero_grad()
+    step(fabric, one, first)
+    return weights(one)
+
+
+def test_one_model_may_accumulate_while_another_steps() -> None:
+    for trained in on_ranks(accumulate_one_beside_another):
         assert_same(trained, two_batches_then_one(), 1e-6)
 
 
