@@ -251,8 +251,8 @@ class TwoHopSchedule:
         def zero_all(wrapped: Optimizer, set_to_none: bool = True) -> None:
             alive = schedule()
             waiting = all(p.grad is None for group in wrapped.param_groups for p in group["params"])
-            if alive is not None and alive._in_window and waiting:  # else torch makes states, by a step that is none
-                alive.abandon_window()
+            if alive is not None and alive._in_window and waiting and alive.trains_with(wrapped):
+                alive.abandon_window()  # with gradients there torch makes states, by a step that is none
             kind.zero_grad(wrapped, set_to_none)
 
         # a class, for Fabric's wrapper of an optimizer inherits from it and does not look into the instance
