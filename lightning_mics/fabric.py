@@ -32,7 +32,7 @@ from lightning_mics.first_weights import verify_replicas
 from lightning_mics.lightning_job import check_job, check_precision, let_gloo_finish, reduce_in_place
 from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.origin import NETWORK_KEY, TOPOLOGY_KEY, origin
-from lightning_mics.policy import Policy, Sharded
+from lightning_mics.policy import Policy, sharded_of
 from lightning_mics.sharded_saving import ShardedSaving
 from lightning_mics.silent_ranks import all_ranks_answer
 from lightning_mics.storage_path import StoragePath, storage_path
@@ -346,12 +346,6 @@ class _TwoHop(_BackwardSyncControl):
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         """Before the boundary gradients are reduced inside the partition group only."""
         return sharded_of(module).schedule.micro_step(boundary=False) if enabled else nullcontext()
-
-
-def sharded_of(module: nn.Module) -> Sharded:
-    """What belongs to a model that was set up."""
-    sharded: Sharded = vars(module)["_mics"]
-    return sharded
 
 
 def _start_anew(model: nn.Module) -> None:

@@ -41,7 +41,7 @@ from lightning_mics.evaluation import allow_evaluation
 from lightning_mics.first_weights import verify_replicas
 from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.origin import origin
-from lightning_mics.policy import Policy, Sharded
+from lightning_mics.policy import Policy, sharded_of
 from lightning_mics.storage_path import storage_path
 from lightning_mics.two_hop import TwoHopSchedule
 
@@ -141,18 +141,6 @@ def load_checkpoint(accelerator: Accelerator, path: str | Path, *, weights_only:
     )
     verify_replicas(model, sharded_of(model).groups)
     return rest
-
-
-def sharded_of(model: nn.Module) -> Sharded:
-    """What belongs to a model that was prepared with a :class:`MiCSPlugin`: its groups, schedule, and report.
-
-    Raises:
-        ValueError: If it was not.
-    """
-    sharded: Sharded | None = vars(model).get("_mics")
-    if sharded is None:
-        raise ValueError("the model was not prepared by an Accelerator with fsdp_plugin=MiCSPlugin(...)")
-    return sharded
 
 
 def _prepared_model(accelerator: Accelerator) -> nn.Module:

@@ -55,6 +55,21 @@ class Sharded:
     blocks: tuple[nn.Module, ...]
 
 
+def sharded_of(model: nn.Module) -> Sharded:
+    """What belongs to a model that Fabric has set up or Accelerate has prepared.
+
+    Raises:
+        ValueError: If neither has.
+    """
+    sharded: Sharded | None = vars(model).get("_mics")
+    if sharded is None:
+        raise ValueError(
+            "the model was not prepared by an Accelerator with fsdp_plugin=MiCSPlugin(...), nor set up by Fabric under "
+            "strategy 'mics'"
+        )
+    return sharded
+
+
 class Policy:
     """MiCS: which ranks share the model states, and when parameters and gradients travel where.
 

@@ -33,7 +33,8 @@ from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 from lightning_mics import hf_accelerate
-from lightning_mics.hf_accelerate import MiCSPlugin, load_checkpoint, save_checkpoint, sharded_of
+from lightning_mics.hf_accelerate import MiCSPlugin, load_checkpoint, save_checkpoint
+from lightning_mics.policy import sharded_of
 from tests.models import VOCAB, TinyModule, tokens
 from tests.networks import GPT
 from tests.test_fabric import adam, alone, assert_same, network, sgd, two_batches_then_one, weights
