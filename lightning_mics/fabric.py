@@ -29,7 +29,7 @@ from lightning_mics import checkpoint
 from lightning_mics.checkpoint_folder import is_sharded
 from lightning_mics.evaluation import allow_evaluation
 from lightning_mics.first_weights import verify_replicas
-from lightning_mics.lightning_job import check_job, check_precision, let_gloo_finish, reduce_in_place
+from lightning_mics.lightning_job import check_job, check_precision, check_saving, let_gloo_finish, reduce_in_place
 from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.origin import NETWORK_KEY, TOPOLOGY_KEY, origin
 from lightning_mics.policy import Policy, sharded_of
@@ -82,8 +82,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        if save_async and not save_sharded:
-            raise ValueError("save_async=True needs save_sharded=True: a full file is gathered while training waits")
+        check_saving(save_sharded=save_sharded, save_async=save_async)
         self._policy = Policy(timeout=timeout, **policy)
         self._trust_checkpoints = trust_checkpoints
         self._saving = ShardedSaving(beside_training=save_async, timeout=timeout)

@@ -30,7 +30,7 @@ from lightning_mics._torch_compat import expect_backward, gather
 from lightning_mics.blocks import unit_modules
 from lightning_mics.checkpoint_store import CheckpointStore
 from lightning_mics.first_weights import verify_replicas
-from lightning_mics.lightning_job import check_job, check_precision, let_gloo_finish, reduce_in_place
+from lightning_mics.lightning_job import check_job, check_precision, check_saving, let_gloo_finish, reduce_in_place
 from lightning_mics.mixed_precision import BFloat16Mixed
 from lightning_mics.optimizer_states import optimizer_state
 from lightning_mics.origin import origin
@@ -81,8 +81,7 @@ class MiCSStrategy(ModelParallelStrategy):
         super().__init__(
             save_distributed_checkpoint=save_sharded, process_group_backend=process_group_backend, timeout=timeout
         )
-        if save_async and not save_sharded:
-            raise ValueError("save_async=True needs save_sharded=True: a full file is gathered while training waits")
+        check_saving(save_sharded=save_sharded, save_async=save_async)
         self._policy = Policy(timeout=timeout, **policy)
         self._trust_checkpoints = trust_checkpoints
         self._saving = ShardedSaving(beside_training=save_async, timeout=timeout)
