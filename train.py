@@ -24,7 +24,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_mics.manifest import DamagedCheckpointError
+from lightning_mics.checkpoint.errors import DamagedCheckpointError
 from lightning_mics.planning import find_instance
 from recipes.auto import choose_automatically
 from recipes.conclusion import conclude

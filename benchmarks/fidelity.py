@@ -31,7 +31,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 import train
 from lightning_mics import MiCSStrategy
-from lightning_mics.mixed_precision import BFloat16Mixed
+from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
 
 CONF = Path(train.__file__).parent / "conf"
 RANKS, RANKS_PER_NODE = 4, 2

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_mics import Topology, checkpoint, create_groups, shard_model
-from lightning_mics.manifest import MANIFEST_FILE, FileFacts, Manifest
-from lightning_mics.optimizer_states import optimizer_state
+from lightning_mics.checkpoint.optimizer_states import optimizer_state
+from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, FileFacts, Manifest
 
 PACKAGE = Path(checkpoint.__file__).parent
 LOADED = "loaded"

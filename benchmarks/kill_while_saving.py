@@ -33,9 +33,9 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_mics import Topology, checkpoint, create_groups, shard_model
-from lightning_mics.background_saving import BackgroundSaving
-from lightning_mics.optimizer_states import optimizer_state
-from lightning_mics.save_planner import HostBuffers
+from lightning_mics.checkpoint.async_save import BackgroundSaving
+from lightning_mics.checkpoint.dcp.save_planner import HostBuffers
+from lightning_mics.checkpoint.optimizer_states import optimizer_state
 
 WIDTH, LAYERS = 256, 4
 START_SECONDS = 60.0

@@ -25,14 +25,15 @@ from torch import Tensor, nn
 
 from benchmarks.comparison.workload import Workload, build_model, micro_batch
 from benchmarks.emulated_cluster import EmulatedCluster
-from lightning_mics.partition_groups import PartitionGroups, create_groups
-from lightning_mics.planning.hardware import Hardware
-from lightning_mics.planning.rehearsal import Ran, rehearse
-from lightning_mics.planning.step_time import step_seconds
-from lightning_mics.planning.step_traffic import Repeated
-from lightning_mics.sharding import shard_model
+from lightning_mics.collectives.counted_group import CountedGroup
+from lightning_mics.collectives.traffic import Traffic
+from lightning_mics.cost.hardware import Hardware
+from lightning_mics.cost.step_time import step_seconds
+from lightning_mics.cost.step_traffic import Repeated
+from lightning_mics.planning.rehearsal.rehearse import Ran, rehearse
+from lightning_mics.sharding.shard_model import shard_model
+from lightning_mics.techniques.partition_groups import PartitionGroups, create_groups
 from lightning_mics.topology import Topology
-from lightning_mics.traffic import CountedGroup, Traffic
 
 NODES, RANKS_PER_NODE, MICRO_STEPS = 2, 4, 4
 WORKLOAD = Workload(layers=8, width=256)

@@ -4,16 +4,16 @@ Importing this package registers ``Trainer(strategy="mics")`` and ``Fabric(strat
 ``LightningModule.load_from_checkpoint`` read sharded checkpoints.
 """
 
-from lightning_mics import module_loading  # noqa: F401 - `load_from_checkpoint` reads directories too
-from lightning_mics.fabric import MiCSFabricStrategy
-from lightning_mics.partition_groups import PartitionGroups, create_groups
-from lightning_mics.pretrained import load_pretrained, start_from
-from lightning_mics.resumable_sampler import ResumableSampler
-from lightning_mics.sharding import shard_model
-from lightning_mics.strategy import MiCSStrategy
+from lightning_mics.integrations.fabric import MiCSFabricStrategy
+from lightning_mics.integrations.trainer import module_loading  # noqa: F401 - `load_from_checkpoint` reads directories too
+from lightning_mics.integrations.trainer.strategy import MiCSStrategy
+from lightning_mics.integrations.trainer.traffic_monitor import TrafficMonitor
+from lightning_mics.sampler import ResumableSampler
+from lightning_mics.sharding.pretrained import load_pretrained, start_from
+from lightning_mics.sharding.schedule import TwoHopSchedule
+from lightning_mics.sharding.shard_model import shard_model
+from lightning_mics.techniques.partition_groups import PartitionGroups, create_groups
 from lightning_mics.topology import Topology
-from lightning_mics.traffic_monitor import TrafficMonitor
-from lightning_mics.two_hop import TwoHopSchedule
 
 __version__ = "0.1.0.dev0"
 

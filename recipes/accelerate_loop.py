@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_mics.hf_accelerate import MiCSPlugin, load_checkpoint, save_checkpoint
+from lightning_mics.integrations.accelerate import MiCSPlugin, load_checkpoint, save_checkpoint
 from recipes.stdlib_text import source_files
 from recipes.token_windows import TokenWindows
 

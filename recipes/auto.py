@@ -17,20 +17,21 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from lightning_mics.blocks import find_blocks
-from lightning_mics.partition_groups import choose_hierarchical
-from lightning_mics.planning.activations import Activations, peak_activations
-from lightning_mics.planning.batches import split_global_batch
-from lightning_mics.planning.memory import (
+from lightning_mics.cost.batches import split_global_batch
+from lightning_mics.planning.planner import LEFT_FREE
+from lightning_mics.planning.rehearsal.activations import peak_activations
+from lightning_mics.policy.memory import (
+    Activations,
     ModelSize,
     device_memory_bytes,
     in_gib,
     measure_model,
     smallest_partition_size,
 )
-from lightning_mics.planning.once_per_step import OncePerStep, choose_once_per_step
-from lightning_mics.planning.planner import LEFT_FREE
-from lightning_mics.sharding import find_recomputed, recompute_in_backward
+from lightning_mics.policy.once_per_step import OncePerStep, choose_once_per_step
+from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
+from lightning_mics.sharding.blocks import find_blocks
+from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.topology import Topology
 from recipes.language_model import LanguageModel
 from recipes.machine import Launched

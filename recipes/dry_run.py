@@ -15,12 +15,12 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mics.blocks import find_blocks
+from lightning_mics.cost.nccl_tests import with_measured
+from lightning_mics.cost.step_traffic import find_units
 from lightning_mics.planning import Hardware, Plan, Rehearsal, Workload, plan, rehearse, weak_scaling
-from lightning_mics.planning.memory import measure_model
-from lightning_mics.planning.nccl_tests import with_measured
-from lightning_mics.planning.step_traffic import find_units
-from lightning_mics.sharding import mixed_precision_policy
+from lightning_mics.policy.memory import measure_model
+from lightning_mics.sharding.blocks import find_blocks
+from lightning_mics.sharding.shard_model import mixed_precision_policy
 from lightning_mics.topology import Topology
 from recipes.auto import choose_automatically, sequence_activations
 from recipes.language_model import LanguageModel

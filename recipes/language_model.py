@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lightning_mics import start_from
-from lightning_mics.blocks import find_blocks
+from lightning_mics.sharding.blocks import find_blocks
 from recipes.pretrained_folder import pretrained_folder
 
 Objective = Literal["causal", "masked"]
@@ -25,7 +25,7 @@ class LanguageModel(L.LightningModule, ABC):
     Args:
         network: The architecture, as one of ``transformers``' configurations.
         optimizer: Makes the optimizer (and schedule) from the module, once its parameters are sharded.
-        pretrained: Weights to start from: a folder that ``save_pretrained`` or ``lightning_mics.export`` has made, or a
+        pretrained: Weights to start from: a folder that ``save_pretrained`` or ``lightning_mics.checkpoint.export`` has made, or a
             name on the hub; None draws them from the seed.
         compile_blocks: ``torch.compile`` each block that is sharded.
     """
@@ -126,7 +126,7 @@ class LanguageModel(L.LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the latest validation loss, so that a resumed run can show that it starts from it, and the tokenizer's
-        folder, for ``python -m lightning_mics.export``.
+        folder, for ``python -m lightning_mics.checkpoint.export``.
         """
         if "val_loss" in self.trainer.callback_metrics:
             checkpoint["val_loss"] = self.trainer.callback_metrics["val_loss"].item()

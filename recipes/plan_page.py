@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.console import Console
 
+from lightning_mics.cost.step_time import collective_seconds
 from lightning_mics.planning import Hardware, Plan, Rehearsal
-from lightning_mics.planning.step_time import collective_seconds
 from recipes.plan_tables import duration, plan_table, rehearsal_tables, size_label
 from recipes.report import picture, write_page
 

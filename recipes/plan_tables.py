@@ -11,8 +11,8 @@ from rich.console import JustifyMethod
 from rich.table import Table
 
 from lightning_mics.planning import Plan, Rehearsal
-from lightning_mics.planning.memory import in_gib
 from lightning_mics.planning.planner import Row
+from lightning_mics.policy.memory import in_gib
 
 COLUMNS: tuple[tuple[str, str, JustifyMethod], ...] = (  # and the unit, and the side that values are on
     ("partition", "ranks", "right"),

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_mics.checkpoint_folder import META_FILE, is_sharded
-from lightning_mics.manifest import MANIFEST_FILE, DamagedCheckpointError, Manifest
-from lightning_mics.safe_reading import load_value
-from lightning_mics.storage_path import StoragePath, exists, is_local, storage_path
+from lightning_mics.checkpoint.dcp.unpickling import load_value
+from lightning_mics.checkpoint.errors import DamagedCheckpointError
+from lightning_mics.checkpoint.storage.folder import META_FILE, is_sharded
+from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, Manifest
+from lightning_mics.checkpoint.storage.path import StoragePath, exists, is_local, storage_path
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import lightning as L
 import torch
 from omegaconf import ListConfig, OmegaConf
 
-from lightning_mics.blocks import find_blocks
 from lightning_mics.planning.flops import TransformerShape, tflops_per_gpu
-from lightning_mics.sharding import find_recomputed
+from lightning_mics.sharding.activation_checkpointing import find_recomputed
+from lightning_mics.sharding.blocks import find_blocks
 from recipes.language_model import LanguageModel
 from recipes.log_steps import at_log_step
 

@@ -16,7 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from lightning_mics import ResumableSampler
-from lightning_mics.agreement import on_all_ranks
+from lightning_mics.collectives.agreement import on_all_ranks
 from recipes.masked_windows import EpochSampler, MaskedWindows, edge_tokens
 from recipes.token_windows import TokenWindows
 from recipes.window_loader import WindowLoader

@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lightning_mics.progress import progress_bar
+from lightning_mics.checkpoint.progress import progress_bar
 from recipes.text_source import PIECE_CHARACTERS, Piece, TextSource, labelled_pieces
 from recipes.text_tokenizer import encode, end_of_document, token_dtype, train_tokenizer
 

@@ -32,9 +32,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
-from lightning_mics import hf_accelerate
-from lightning_mics.hf_accelerate import MiCSPlugin, load_checkpoint, save_checkpoint
-from lightning_mics.policy import sharded_of
+from lightning_mics.integrations import accelerate as mics_accelerate
+from lightning_mics.integrations.accelerate import MiCSPlugin, load_checkpoint, save_checkpoint
+from lightning_mics.sharding.sharded import sharded_of
 from tests.models import VOCAB, TinyModule, tokens
 from tests.networks import GPT
 from tests.test_fabric import adam, alone, assert_same, network, sgd, two_batches_then_one, weights
@@ -540,7 +540,7 @@ mixed_precision: 'no'
 SCRIPT = """
 import torch
 from accelerate import Accelerator
-from lightning_mics.hf_accelerate import MiCSPlugin
+from lightning_mics.integrations.accelerate import MiCSPlugin
 from tests.models import TinyLM, tokens
 
 plugin = MiCSPlugin(partition_size=2)
@@ -660,6 +660,6 @@ def test_an_accelerate_that_is_too_old_or_too_new_is_refused(
 ) -> None:
     monkeypatch.setattr(accelerate, "__version__", version)
     monkeypatch.delattr("accelerate.accelerator.fsdp2_prepare_model")
-    source = Path(hf_accelerate.__file__).read_text()
+    source = Path(mics_accelerate.__file__).read_text()
     with pytest.raises(ImportError, match=message):
-        exec(compile(source, hf_accelerate.__file__, "exec"), {"__name__": "a second one", "__package__": ""})
+        exec(compile(source, mics_accelerate.__file__, "exec"), {"__name__": "a second one", "__package__": ""})

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from lightning_mics.background_saving import MOST_UNFINISHED, BackgroundSaving
-from lightning_mics.save_planner import HostBuffers
+from lightning_mics.checkpoint.async_save import MOST_UNFINISHED, BackgroundSaving
+from lightning_mics.checkpoint.dcp.save_planner import HostBuffers
 
 
 class Writes:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mics.blocks import find_blocks, unit_modules
+from lightning_mics.sharding.blocks import find_blocks, unit_modules
 from tests.models import Block, TinyLM
 
 

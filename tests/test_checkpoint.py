@@ -21,11 +21,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_mics import checkpoint
-from lightning_mics.manifest import MANIFEST_FILE, FileFacts, Manifest
-from lightning_mics.optimizer_states import optimizer_state
-from lightning_mics.partition_groups import create_groups
-from lightning_mics.safe_reading import read_metadata
-from lightning_mics.sharding import shard_model
+from lightning_mics.checkpoint import saving
+from lightning_mics.checkpoint.dcp.unpickling import read_metadata
+from lightning_mics.checkpoint.optimizer_states import optimizer_state
+from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, FileFacts, Manifest
+from lightning_mics.sharding.shard_model import shard_model
+from lightning_mics.techniques.partition_groups import create_groups
 from lightning_mics.topology import Topology
 from tests.forked import RankError, run_ranks
 from tests.models import Block, TinyLM, tokens
@@ -394,10 +395,10 @@ def _fail_midway(folder: Path) -> dict[str, Any]:
         (path / "notes.txt").write_text("mine")
     changed = _sharded(seed=2)
     attempt("unpicklable meta", lambda: _save(path, changed, meta=lambda: None))
-    write_shards = checkpoint.save_shards
-    checkpoint.save_shards = _raising(OSError(28, "No space left on device"))
+    write_shards = saving.save_shards
+    saving.save_shards = _raising(OSError(28, "No space left on device"))
     attempt("full disk", lambda: _save(path, changed, meta="second"))
-    checkpoint.save_shards = write_shards
+    saving.save_shards = write_shards
     write = _raising(OSError(28, "No space left on device"))
     if dist.get_rank() == 0:
         (path / "notes.txt").unlink()

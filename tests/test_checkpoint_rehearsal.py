@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_mics import Topology, checkpoint, create_groups
-from lightning_mics.safe_reading import SafePlanner, SafeReader
+from lightning_mics.checkpoint.dcp.load_planner import SafePlanner
+from lightning_mics.checkpoint.dcp.reader import SafeReader
 from tests.forked import run_ranks
 
 ROWS, WIDTH, WORLD_SIZE, PARTITION_SIZE = 128 * 40, 128, 512, 128

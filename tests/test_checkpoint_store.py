@@ -17,12 +17,13 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from lightning_mics import checkpoint, inspect
-from lightning_mics.checkpoint_store import CheckpointStore
-from lightning_mics.manifest import MANIFEST_FILE, FileFacts, Manifest
-from lightning_mics.partition_groups import create_groups
-from lightning_mics.sharding import shard_model
-from lightning_mics.storage_path import StoragePath, storage_path
+from lightning_mics import checkpoint
+from lightning_mics.checkpoint import inspect
+from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, FileFacts, Manifest
+from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
+from lightning_mics.checkpoint.storage.store import CheckpointStore
+from lightning_mics.sharding.shard_model import shard_model
+from lightning_mics.techniques.partition_groups import create_groups
 from lightning_mics.topology import Topology
 from tests.forked import run_ranks
 from tests.s3 import BUCKET, Fault, fault, s3

@@ -1,4 +1,4 @@
-"""`python -m lightning_mics.export` makes folders that ``transformers`` loads, with the weights of the checkpoint."""
+"""`python -m lightning_mics.checkpoint.export` makes folders that ``transformers`` loads, with the weights of the checkpoint."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertTokenizer
 
 from lightning_mics import Topology, checkpoint, create_groups, shard_model
-from lightning_mics.export import main
-from lightning_mics.manifest import FileFacts, Manifest
-from lightning_mics.origin import NETWORK_KEY, describe_network
-from lightning_mics.whole_model import read_tensors
+from lightning_mics.checkpoint.export import main
+from lightning_mics.checkpoint.origin import NETWORK_KEY, describe_network
+from lightning_mics.checkpoint.storage.manifest import FileFacts, Manifest
+from lightning_mics.checkpoint.whole_model import read_tensors
 from tests.forked import run_ranks
 from tests.models import TinyLM, tokens
 from tests.networks import BERT, GPT, NetworkModule, make, same_batches
@@ -124,7 +124,7 @@ def test_no_more_than_one_file_of_weights_is_in_memory(
         read_bytes.append(sum(tensor.nbytes for tensor in tensors.values()))
         return tensors
 
-    monkeypatch.setattr("lightning_mics.export.read_tensors", counting)
+    monkeypatch.setattr("lightning_mics.checkpoint.export.read_tensors", counting)
     out = exported(saved, tmp_path / "out", "--shard-size", SHARD_SIZE)
     assert len(read_bytes) == len(list(out.glob("*.safetensors"))) > 4
     assert max(read_bytes) <= SHARD_BYTES
@@ -317,6 +317,12 @@ def test_a_config_that_cannot_be_written_does_not_stop_a_run_from_saving(monkeyp
 
 
 def test_the_command_runs(saved: Any, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lightning_mics.export", str(saved["folder"] / "gpt.ckpt"), str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_mics.checkpoint.export",
+        str(saved["folder"] / "gpt.ckpt"),
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "model.safetensors" in done.stdout and (tmp_path / "out" / "config.json").is_file()

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel
 
 from lightning_mics import MiCSFabricStrategy
-from lightning_mics.safe_reading import UnsafeCheckpointError
+from lightning_mics.checkpoint.errors import UnsafeCheckpointError
 from tests.collectives import RecordCollectives
 from tests.forked import RankError
 from tests.models import TinyLM, TinyModule, tokens

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_mics import Topology, create_groups, shard_model
-from lightning_mics.first_weights import verify_replicas
+from lightning_mics.sharding.initialization import verify_replicas
 from tests.forked import run_ranks
 from tests.models import TinyLM, tokens
 
@@ -78,7 +78,7 @@ def _units_that_are_whole() -> list[int]:
     with torch.device("meta"):
         model = TinyLM()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_mics.sharding.fully_shard", counting)
+        patch.setattr("lightning_mics.sharding.shard_model.fully_shard", counting)
         shard_model(model, create_groups(PAIR, device_type="cpu"))
     return alive
 

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 
 from lightning_mics import Topology, create_groups
-from lightning_mics.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
-from lightning_mics.partition_groups import PartitionGroups
-from lightning_mics.traffic import CountedGroup, Traffic
+from lightning_mics.collectives.counted_group import CountedGroup
+from lightning_mics.collectives.traffic import Traffic
+from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
+from lightning_mics.techniques.partition_groups import PartitionGroups
 from tests.forked import run_ranks
 
 SHARD = 5

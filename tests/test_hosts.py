@@ -16,7 +16,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lightning_mics import MiCSFabricStrategy, Topology, create_groups, shard_model
-from lightning_mics.hf_accelerate import MiCSPlugin
+from lightning_mics.integrations.accelerate import MiCSPlugin
 from tests.collectives import RecordCollectives
 from tests.models import TinyModule, tokens
 from tests.trainers import make_trainer, mics, on_ranks

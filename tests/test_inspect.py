@@ -1,4 +1,4 @@
-"""`python -m lightning_mics.inspect` says what is in a checkpoint, and whether it is whole."""
+"""`python -m lightning_mics.checkpoint.inspect` says what is in a checkpoint, and whether it is whole."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 from torch.optim import AdamW
 
 from lightning_mics import Topology, checkpoint, create_groups, shard_model
-from lightning_mics.inspect import main
-from lightning_mics.manifest import FileFacts, Manifest
-from lightning_mics.optimizer_states import optimizer_state
-from lightning_mics.origin import TOPOLOGY_KEY, origin
+from lightning_mics.checkpoint.inspect import main
+from lightning_mics.checkpoint.optimizer_states import optimizer_state
+from lightning_mics.checkpoint.origin import TOPOLOGY_KEY, origin
+from lightning_mics.checkpoint.storage.manifest import FileFacts, Manifest
 from tests.forked import run_ranks
 from tests.models import TinyModule
 from tests.test_schedule import DIM, LAYERS, Stack

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from lightning_mics.manifest import MANIFEST_FILE, DamagedCheckpointError, FileFacts, Manifest
+from lightning_mics.checkpoint.errors import DamagedCheckpointError
+from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, FileFacts, Manifest
 
 CONTENT = bytes(range(256)) * 8192  # two chunks
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mics.manifest import DamagedCheckpointError
-from lightning_mics.safe_reading import UnsafeCheckpointError
-from lightning_mics.whole_model import read_whole
+from lightning_mics.checkpoint.errors import DamagedCheckpointError, UnsafeCheckpointError
+from lightning_mics.checkpoint.whole_model import read_whole
 from tests.models import TinyModule
 from tests.test_strategy_checkpoints import same, whole_weights
 from tests.trainers import loader, make_trainer, on_ranks

@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from lightning_mics import Topology, checkpoint, create_groups, safe_reading
-from lightning_mics.own_rows import SMALLEST_BYTES, divide
-from lightning_mics.safe_reading import SafeReader
+from lightning_mics import Topology, checkpoint, create_groups
+from lightning_mics.checkpoint import loading
+from lightning_mics.checkpoint.dcp import reader
+from lightning_mics.checkpoint.dcp.reader import SafeReader
+from lightning_mics.checkpoint.dcp.rows import SMALLEST_BYTES, divide
 from tests.forked import run_ranks
 
 SHAPES = {
@@ -69,7 +71,7 @@ def _save_and_load(folder: Path, saved_with: int, loaded_with: int) -> dict[str,
     tensors, path = _tensors(saved_with), folder / "c.ckpt"
     checkpoint.save_sharded(path, model_state=dict(tensors), optimizer_states=[], meta={})
     into, read_bytes = _tensors(loaded_with, seed=None), _count_values_read()
-    checkpoint._read(SafeReader(path), {"model": dict(into)}, weights_only=True)
+    loading._read(SafeReader(path), {"model": dict(into)}, weights_only=True)
     return {
         "equal": all(torch.equal(into[name].full_tensor(), tensors[name].full_tensor()) for name in tensors),
         "written": (path / f"__{dist.get_rank()}_0.distcp").stat().st_size,
@@ -80,7 +82,7 @@ def _save_and_load(folder: Path, saved_with: int, loaded_with: int) -> dict[str,
 def _count_values_read() -> list[int]:
     """Bytes of tensors that this process reads from files: of a stored tensor that is taken whole, or of a part."""
     counted: list[int] = []
-    load, read_part = torch.load, safe_reading._read_part
+    load, read_part = torch.load, reader._read_part
 
     def count_load(file: Any, **options: Any) -> Any:
         loaded = load(file, **options)
@@ -95,7 +97,7 @@ def _count_values_read() -> list[int]:
             counted.append(values.nbytes)
         return values
 
-    torch.load, safe_reading._read_part = count_load, count_part
+    torch.load, reader._read_part = count_load, count_part
     return counted
 
 

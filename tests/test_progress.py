@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from lightning_mics import progress
+from lightning_mics.checkpoint import progress
 from tests.test_strategy_checkpoints import AdamModule, fit
 from tests.trainers import on_ranks
 

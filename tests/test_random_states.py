@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_mics import random_states
+from lightning_mics.checkpoint import random_states
 
 
 def draws() -> list[Any]:

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from lightning_mics.blocks import find_blocks
-from lightning_mics.sharding import find_recomputed
+from lightning_mics.sharding.activation_checkpointing import find_recomputed
+from lightning_mics.sharding.blocks import find_blocks
 from tests.models import TinyLM
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_mics.resuming import Pace, place_in_epoch
+from lightning_mics.integrations.trainer.resuming import Pace, place_in_epoch
 from tests.models import TinyModule, tokens
 from tests.test_strategy_checkpoints import refusal
 from tests.trainers import make_trainer, mics, on_ranks

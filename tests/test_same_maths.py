@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_mics import Topology, create_groups, shard_model
-from lightning_mics.first_weights import verify_replicas
-from lightning_mics.partition_groups import PartitionGroups
+from lightning_mics.sharding.initialization import verify_replicas
+from lightning_mics.techniques.partition_groups import PartitionGroups
 from tests.forked import run_ranks
 from tests.models import Block, TinyLM, tokens
 

@@ -93,11 +93,11 @@ def test_evaluation_does_not_pay_for_recomputing():
 
 
 def _count_checkpoints() -> tuple[int, int]:
-    from lightning_mics import sharding
+    from lightning_mics.sharding import activation_checkpointing
 
     calls = []
-    real = sharding.checkpoint
-    sharding.checkpoint = lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
+    real = activation_checkpointing.checkpoint
+    activation_checkpointing.checkpoint = lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
     model = TinyLM(layers=3)
     shard_model(model, create_groups(PAIR, device_type="cpu"), activation_checkpointing=True)
     with torch.no_grad():

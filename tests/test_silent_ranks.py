@@ -14,8 +14,9 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from lightning_mics import MiCSStrategy, inspect
-from lightning_mics.silent_ranks import SilentRankError, all_ranks_answer
+from lightning_mics import MiCSStrategy
+from lightning_mics.checkpoint import inspect
+from lightning_mics.checkpoint.errors import SilentRankError, all_ranks_answer
 from tests.forked import run_ranks
 from tests.models import TinyModule
 from tests.trainers import loader, make_trainer

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_mics.planning.once_per_step import Choice, OncePerStep
-from lightning_mics.start_report import start_report
+from lightning_mics.policy.once_per_step import Choice, OncePerStep
+from lightning_mics.policy.start_report import start_report
 from lightning_mics.topology import Topology
 
 GIB = 2**30

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_mics import checkpoint
-from lightning_mics.checkpoint_folder import CheckpointFolder
+from lightning_mics.checkpoint.storage.folder import CheckpointFolder
 from tests.forked import run_ranks
 
 FILES = ["__0_0.distcp", "__1_0.distcp", ".metadata.tmp", "meta.pt", "manifest.json"]

@@ -12,7 +12,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_mics import checkpoint
-from lightning_mics.checkpoint_folder import CheckpointFolder
+from lightning_mics.checkpoint.storage.folder import CheckpointFolder
 from tests.test_strategy_checkpoints import fit, same, whole_weights
 from tests.trainers import mics, on_ranks
 

@@ -137,7 +137,7 @@ def test_the_table_at_start_says_when_parameters_travel(tmp_path, options, betwe
 def start(folder: str, options: dict[str, str]) -> str:
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_mics.strategy.rank_zero_info", lines.append)
+        patch.setattr("lightning_mics.integrations.trainer.strategy.rank_zero_info", lines.append)
         trainer = make_trainer(
             folder,
             strategy=mics(partition_size=4, **options),

@@ -19,8 +19,9 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors import accelerator_connector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_mics import MiCSStrategy, _torch_compat
-from lightning_mics.planning.memory import measure_model
+from lightning_mics import MiCSStrategy
+from lightning_mics._torch import process_groups
+from lightning_mics.policy.memory import measure_model
 from lightning_mics.topology import Topology
 from tests.models import TinyModule
 from tests.trainers import loader, make_trainer, mics, on_ranks
@@ -243,7 +244,7 @@ def test_weight_averaging_callbacks_are_refused(tmp_path: Path) -> None:
 def test_a_torch_without_unsorted_groups_is_refused_with_the_version_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_torch_compat, "HAS_UNSORTED_GROUPS", False)
+    monkeypatch.setattr(process_groups, "HAS_UNSORTED_GROUPS", False)
     strategy = mics(partition_size=4)
     trainer = make_trainer(tmp_path, strategy=strategy)
     strategy.connect(TinyModule())

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_mics.two_hop import TwoHopSchedule
+from lightning_mics.sharding.schedule import TwoHopSchedule
 from tests.models import TinyLM, TinyModule, tokens
 from tests.trainers import EVERY_TIME, make_trainer, mics, on_ranks
 

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_mics.traffic_monitor import TrafficMonitor
+from lightning_mics.integrations.trainer.traffic_monitor import TrafficMonitor
 from tests.collectives import Collective, RecordCollectives
 from tests.forked import RankError
 from tests.test_schedule import BLOCK_NUMEL, BYTES, DIM, LAYERS, MODEL_BYTES, Stack
@@ -230,7 +230,7 @@ def _fit_validating(folder: Path) -> Any:
 
 
 def test_validation_takes_no_time_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_mics.traffic_monitor.time", Clock)
+    monkeypatch.setattr("lightning_mics.integrations.trainer.traffic_monitor.time", Clock)
     for rows, *_ in on_ranks(_fit_validating_slowly, tmp_path):
         assert [metrics[SECONDS] for _, metrics in rows] == [1, 1, 1, 1]
 

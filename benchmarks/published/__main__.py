@@ -21,12 +21,12 @@ import yaml
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
-from lightning_mics.blocks import find_blocks
-from lightning_mics.partition_groups import choose_hierarchical
+from lightning_mics.cost.hardware import INSTANCES, Hardware
+from lightning_mics.cost.step_time import HIDDEN_SHARE, Seconds, step_seconds
+from lightning_mics.cost.step_traffic import Unit, find_units, step_traffic
 from lightning_mics.planning.flops import TransformerShape
-from lightning_mics.planning.hardware import INSTANCES, Hardware
-from lightning_mics.planning.step_time import HIDDEN_SHARE, Seconds, step_seconds
-from lightning_mics.planning.step_traffic import Unit, find_units, step_traffic
+from lightning_mics.sharding.blocks import find_blocks
+from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.topology import Topology
 
 HERE = Path(__file__).parent

@@ -1,9 +1,9 @@
 """What a job needs before it runs: know before you pay."""
 
-from lightning_mics.planning.hardware import Hardware, find_instance
+from lightning_mics.cost.hardware import Hardware, find_instance
 from lightning_mics.planning.planner import Plan, plan, weak_scaling
-from lightning_mics.planning.rehearsal import Rehearsal, rehearse
-from lightning_mics.planning.workload import Workload, measure_workload
+from lightning_mics.planning.rehearsal.rehearse import Rehearsal, rehearse
+from lightning_mics.planning.rehearsal.workload import Workload, measure_workload
 
 __all__ = [
     "Hardware",

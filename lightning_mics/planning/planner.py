@@ -1,8 +1,8 @@
 """The planner: all partition sizes of a job, ranked. What fits, what crosses the network, how long a step takes.
 
 The choice itself, ``partition_size="auto"``, is the smallest whole number of nodes that holds the model states
-(:mod:`lightning_mics.planning.memory`), and what travels once per step is chosen as the strategy chooses it
-(:mod:`lightning_mics.planning.once_per_step`); the same functions, so that they never disagree.
+(:mod:`lightning_mics.policy.policy.memory`), and what travels once per step is chosen as the strategy chooses it
+(:mod:`lightning_mics.policy.policy.once_per_step`); the same functions, so that they never disagree.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_mics.communication import Gather, Reduce
-from lightning_mics.partition_groups import choose_hierarchical
-from lightning_mics.planning.batches import Batches, split_global_batch
-from lightning_mics.planning.hardware import Hardware
-from lightning_mics.planning.memory import in_gib, smallest_partition_size
-from lightning_mics.planning.once_per_step import Auto, OncePerStep, choose_once_per_step
-from lightning_mics.planning.step_time import Seconds, step_seconds
-from lightning_mics.planning.step_traffic import EVERY_TIME, step_traffic, total_sent
-from lightning_mics.planning.workload import Workload
+from lightning_mics.collectives.traffic import Sent
+from lightning_mics.cost.batches import Batches, split_global_batch
+from lightning_mics.cost.hardware import Hardware
+from lightning_mics.cost.step_time import Seconds, step_seconds
+from lightning_mics.cost.step_traffic import EVERY_TIME, step_traffic, total_sent
+from lightning_mics.planning.rehearsal.workload import Workload
+from lightning_mics.policy.memory import in_gib, smallest_partition_size
+from lightning_mics.policy.once_per_step import Auto, OncePerStep, choose_once_per_step
+from lightning_mics.sharding.options import Gather, Reduce
+from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.topology import Topology, partition_sizes
-from lightning_mics.traffic import Sent
 
 LEFT_FREE = 0.06  # share of a device for what nobody counts: the CUDA context, NCCL, fragmentation
+
+
 FULL_SHARDING = "FSDP, ZeRO-3"
 
 
@@ -105,8 +107,8 @@ def plan(
     """Compare all partition sizes.
 
     Args:
-        workload: From :func:`~lightning_mics.planning.workload.measure_workload`.
-        hardware: Of each node; see :func:`~lightning_mics.planning.hardware.find_instance`.
+        workload: From :func:`~lightning_mics.planning.rehearsal.workload.measure_workload`.
+        hardware: Of each node; see :func:`~lightning_mics.cost.hardware.find_instance`.
         nodes: How many.
         global_batch: Samples per optimizer step, over all ranks.
         ranks_per_node: None is one per GPU.

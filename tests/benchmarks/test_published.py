@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.published.__main__ import Point, _error, _ranking, fit, read_points, write_page
-from lightning_mics.planning import hardware
-from lightning_mics.planning.step_time import HIDDEN_SHARE
+from lightning_mics.cost import hardware
+from lightning_mics.cost.step_time import HIDDEN_SHARE
 
 POINTS, SAID = read_points()
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, GPT2Config
 
-from lightning_mics.blocks import find_blocks
-from lightning_mics.planning.activations import peak_activations
-from lightning_mics.sharding import recompute_in_backward
+from lightning_mics.planning.rehearsal.activations import peak_activations
+from lightning_mics.sharding.activation_checkpointing import recompute_in_backward
+from lightning_mics.sharding.blocks import find_blocks
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 GPT = GPT2Config(vocab_size=1000, n_positions=64, n_embd=96, n_layer=3, n_head=4, **NO_DROPOUT)

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from lightning_mics.planning.batches import Batches, split_global_batch
+from lightning_mics.cost.batches import Batches, split_global_batch
 
 
 @pytest.mark.parametrize(("ranks", "per_rank", "largest"), [*product((1, 4, 512), (1, 6, 16, 35), (1, 4, 100))])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mics.planning.memory import ModelSize, measure_model, smallest_partition_size
+from lightning_mics.policy.memory import ModelSize, measure_model, smallest_partition_size
 
 V100_BYTES = 32 * 2**30
 

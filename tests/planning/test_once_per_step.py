@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_mics.planning.memory import ModelSize
-from lightning_mics.planning.once_per_step import OncePerStep, choose_once_per_step
+from lightning_mics.policy.memory import ModelSize
+from lightning_mics.policy.once_per_step import OncePerStep, choose_once_per_step
 from lightning_mics.topology import Topology
 
 GIB = 2**30

@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import train
-from lightning_mics.blocks import find_blocks
+from lightning_mics.collectives.traffic import Sent
+from lightning_mics.cost.collective import Collective
+from lightning_mics.cost.nccl_tests import read_runs, with_measured
+from lightning_mics.cost.step_time import collective_seconds, step_seconds
+from lightning_mics.cost.step_traffic import Repeated
 from lightning_mics.planning import Plan, Workload, find_instance, measure_workload, plan, weak_scaling
-from lightning_mics.planning.activations import Activations
-from lightning_mics.planning.collectives import Collective
-from lightning_mics.planning.memory import measure_model, smallest_partition_size
-from lightning_mics.planning.nccl_tests import read_runs, with_measured
-from lightning_mics.planning.step_time import collective_seconds, step_seconds
-from lightning_mics.planning.step_traffic import Repeated
-from lightning_mics.traffic import Sent
+from lightning_mics.policy.memory import Activations, measure_model, smallest_partition_size
+from lightning_mics.sharding.blocks import find_blocks
 from recipes.dry_run import Training
 from tests.planning.test_rehearsal import JOBS, LENGTH, SEQUENCES, language_model, loss, rehearsed
 from tests.recipes.test_configs import composed

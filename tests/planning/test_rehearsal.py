@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader
 
 import train
 from lightning_mics import MiCSStrategy
-from lightning_mics.partition_groups import create_groups
-from lightning_mics.planning.collectives import Collective, Collectives
-from lightning_mics.planning.observed import Observed
-from lightning_mics.planning.rehearsal import Rehearsal, rehearse
-from lightning_mics.sharding import mixed_precision_policy, shard_model
+from lightning_mics.cost.collective import Collective
+from lightning_mics.planning.rehearsal.collectives import Collectives
+from lightning_mics.planning.rehearsal.observed import Observed
+from lightning_mics.planning.rehearsal.rehearse import Rehearsal, rehearse
+from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
+from lightning_mics.techniques.partition_groups import create_groups
 from lightning_mics.topology import Topology
 from recipes.dry_run import Training
 from tests.forked import run_ranks

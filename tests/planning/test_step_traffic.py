@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_mics.blocks import find_blocks
-from lightning_mics.partition_groups import choose_hierarchical
-from lightning_mics.planning.collectives import Collective
-from lightning_mics.planning.once_per_step import OncePerStepOptions
-from lightning_mics.planning.step_traffic import EVERY_TIME, Unit, find_units, step_traffic
+from lightning_mics.cost.collective import Collective
+from lightning_mics.cost.step_traffic import EVERY_TIME, Unit, find_units, step_traffic
+from lightning_mics.policy.once_per_step import OncePerStepOptions
+from lightning_mics.sharding.blocks import find_blocks
+from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.topology import Topology
 from recipes.dry_run import Training
 from tests.planning.test_rehearsal import JOBS, MODELS, language_model, rehearsed

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from lightning_mics.export import main as export
+from lightning_mics.checkpoint.export import main as export
 from recipes.causal_lm import CausalLM
 from recipes.pretrained_folder import pretrained_folder
 from tests.trainers import make_trainer, on_ranks

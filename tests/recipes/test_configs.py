@@ -13,7 +13,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import train
-from lightning_mics.policy import Policy
+from lightning_mics.policy.policy import Policy
 from recipes.auto import _devices, choose_automatically
 
 CONF = Path(train.__file__).parent / "conf"

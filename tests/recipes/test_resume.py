@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_mics.manifest import DamagedCheckpointError, FileFacts, Manifest
+from lightning_mics.checkpoint.errors import DamagedCheckpointError
+from lightning_mics.checkpoint.storage.manifest import FileFacts, Manifest
 from recipes.resume import SavedRun, find_saved_runs, steps_to_reach
 
 

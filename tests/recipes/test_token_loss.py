@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_mics.planning.activations import peak_activations
+from lightning_mics.planning.rehearsal.activations import peak_activations
 from recipes.token_loss import nats_per_token
 
 VOCAB, TOKENS = 50, 21

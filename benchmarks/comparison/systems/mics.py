@@ -14,7 +14,7 @@ from benchmarks.comparison.job import Job
 from benchmarks.comparison.systems import partition_nodes
 from benchmarks.comparison.workload import build_model, make_optimizer
 from lightning_mics import Topology, create_groups, shard_model
-from lightning_mics.traffic import Traffic
+from lightning_mics.collectives.traffic import Traffic
 
 PACKAGES: tuple[str, ...] = ()
 EVERY_TIME = {"cross_node_gather": "every_use", "cross_node_reduce": "every_micro_step"}

@@ -1,0 +1,111 @@
+"""Fake tensors and fake process groups: the private names of torch that a rehearsal needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.tensor.debug
+from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
+from torch._subclasses import fake_tensor
+
+# FSDP2's communication interface has no public path yet (https://github.com/pytorch/pytorch/pull/155189).
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_mics._torch import process_groups
+
+__all__ = ["FakeTensorMode", "TorchDispatchMode", "tree_leaves", "tree_map_only"]
+
+
+class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-call]
+    """The same, of one kind with copies: a model may be made of deep copies of a block, as `nn.Transformer` is."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FakeTensorMode:
+        return self
+
+
+@contextmanager
+def rehearsed_job(*, world_size: int, rank: int, backend: str) -> Iterator[None]:
+    """Make this process ``rank`` of a job whose other ranks do not exist: collectives return at once.
+
+    Args:
+        world_size: Ranks in the job.
+        rank: This one.
+        backend: What :func:`backend_name` tells, of all groups.
+
+    Raises:
+        RuntimeError: If this process is part of a real job.
+    """
+    if dist.is_initialized():
+        raise RuntimeError(
+            "a job is rehearsed in a process that is not part of another one: torch.distributed is in use"
+        )
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    process_groups._rehearsed_backend = backend
+    fsdp_param: Any = _fsdp_param
+    chunk_with_empty, fsdp_param._chunk_with_empty = fsdp_param._chunk_with_empty, _Chunks
+    try:
+        yield
+    finally:
+        fsdp_param._chunk_with_empty = chunk_with_empty
+        process_groups._rehearsed_backend = None
+        dist.destroy_process_group()
+        _forget_meshes()
+
+
+class _Chunks:
+    """The parts of a parameter, made when they are asked for. FSDP2 makes those of all ranks and takes its own, which
+    on fake tensors takes longer than all else where there are hundreds.
+    """
+
+    def __init__(self, tensor: Tensor, num_chunks: int, dim: int) -> None:
+        self._tensor, self._dim = tensor, dim
+        self._size = -(-tensor.shape[dim] // num_chunks)
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = index * self._size
+        left = self._tensor.shape[self._dim] - start
+        return self._tensor.narrow(self._dim, start, min(self._size, left)) if left > 0 else self._tensor.new_empty(0)
+
+
+def _forget_meshes() -> None:
+    """DTensor's caches hold meshes, and find those of another job that has equal ones, with groups that are gone."""
+    forget = getattr(dist.tensor.debug, "_clear_sharding_prop_cache", None)  # torch >= 2.13
+    if forget is not None:
+        forget()
+
+
+def group_of(operation: Any, args: tuple[Any, ...]) -> dist.ProcessGroup | None:
+    """The process group of an operation of torch.distributed that a dispatch mode has seen; None for any other."""
+    if operation.namespace == "_c10d_functional":
+        names = [argument for argument in args if isinstance(argument, str)]
+        return _resolve_process_group(names[-1]) if names else None  # type: ignore[arg-type]
+    if operation.namespace != "c10d":
+        return None
+    objects = [argument for argument in args if isinstance(argument, torch.ScriptObject)]
+    return next((dist.ProcessGroup.unbox(o) for o in objects if "ProcessGroup" in str(o._type())), None)
+
+
+@contextmanager
+def watched_resizes(resized: Callable[[torch.UntypedStorage, int], None]) -> Iterator[None]:
+    """Call ``resized(storage, bytes before)`` after each change of a storage's size, by which FSDP2 frees memory."""
+    resize = torch.UntypedStorage.resize_
+
+    def watched(storage: Any, size: int) -> Any:
+        before = storage.nbytes()
+        result = resize(storage, size)
+        resized(storage, before)
+        return result
+
+    torch.UntypedStorage.resize_ = watched  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]

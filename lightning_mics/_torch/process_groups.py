@@ -1,0 +1,80 @@
+"""Process groups and their collectives: private names of torch, and what differs between its versions."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.tensor.debug
+
+HAS_UNSORTED_GROUPS = hasattr(dist, "all_gather_single")  # `sort_ranks` came with it, in 2.13
+
+
+all_gather_single = dist.all_gather_single if HAS_UNSORTED_GROUPS else dist.all_gather_into_tensor
+
+
+reduce_scatter_single = dist.reduce_scatter_single if HAS_UNSORTED_GROUPS else dist.reduce_scatter_tensor
+
+
+def check_order(ranks: tuple[int, ...]) -> None:
+    """Refuse a group whose order torch cannot keep.
+
+    Raises:
+        RuntimeError: If the order is not ascending and torch is older than 2.13, whose groups are always sorted.
+    """
+    if list(ranks) != sorted(ranks) and not HAS_UNSORTED_GROUPS:
+        raise RuntimeError(
+            f"a partition group that spans nodes of several ranks needs torch >= 2.13, this is torch "
+            f"{torch.__version__}: upgrade torch, or use a partition_size that stays inside one node"
+        )
+
+
+def new_group(ranks: tuple[int, ...], *, name: str, timeout: timedelta | None) -> dist.ProcessGroup:
+    """Make the process group of ``ranks`` in the given order; only its members need to call.
+
+    Args:
+        ranks: The members.
+        name: What torch's own messages call it.
+        timeout: For its collectives; None is the backend's default.
+
+    Raises:
+        RuntimeError: If the order is one that this torch cannot keep.
+    """
+    check_order(ranks)
+    order: dict[str, Any] = {"sort_ranks": False} if list(ranks) != sorted(ranks) else {}
+    group = dist.new_group(
+        list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=f"mics {name}", **order
+    )
+    assert isinstance(group, dist.ProcessGroup)  # the caller is a member
+    return group
+
+
+def groups_made() -> int:
+    """How many process groups this rank has made: torch names new ones by it, and members must find the same name."""
+    return len(dist.distributed_c10d._world.pg_names)
+
+
+_rehearsed_backend: str | None = None
+
+
+def backend_name(group: dist.ProcessGroup, device: torch.device) -> str:
+    """The backend of ``group`` for ``device``, as in "gloo"."""
+    return _rehearsed_backend or group._get_backend(device).name()
+
+
+def premultiplied_sum_factor(op: dist.ReduceOp | dist.ReduceOp.RedOpType) -> float | None:
+    """The factor of a pre-multiplied sum, or None for any other reduction."""
+    if op != dist.ReduceOp.PREMUL_SUM:
+        return None
+    state: Any = op.__getstate__()  # (kind, factor); the factor has no public getter
+    return float(state[1])
+
+
+def was_left_waiting(error: RuntimeError) -> bool:
+    """Whether a collective has failed because another rank did not take part; gloo says so in words only."""
+    return isinstance(error, dist.DistError) or bool(
+        re.search("Timed out waiting|[Cc]onnection (closed|reset) by peer", str(error))
+    )

@@ -1,0 +1,19 @@
+"""Saving and loading sharded training states, also at another partition size."""
+
+from lightning_mics.checkpoint.errors import DamagedCheckpointError, SilentRankError, UnsafeCheckpointError
+from lightning_mics.checkpoint.full_file import FullNames, gather_rank_states, load_raw, save_full
+from lightning_mics.checkpoint.loading import load
+from lightning_mics.checkpoint.saving import prepare_sharded, save_sharded
+
+__all__ = [
+    "DamagedCheckpointError",
+    "FullNames",
+    "SilentRankError",
+    "UnsafeCheckpointError",
+    "gather_rank_states",
+    "load",
+    "load_raw",
+    "prepare_sharded",
+    "save_full",
+    "save_sharded",
+]

@@ -1,0 +1,44 @@
+"""Checks that a checkpoint's model and optimizers are those of the job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.optim import Optimizer
+
+from lightning_mics.checkpoint.optimizer_states import prefixes
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def _check_model(model_state: Mapping[str, Any], stored: Mapping[str, Any], *, strict: bool) -> None:
+    shared = [name for name in model_state.keys() & stored.keys() if not name.endswith("_extra_state")]
+    other = [name for name in shared if _shape(model_state[name]) != _shape(stored[name])]
+    if other:
+        name = min(other)
+        raise RuntimeError(
+            f"{len(other)} tensors have another shape in the checkpoint than in the model, for instance {name!r} with "
+            f"{_shape(stored[name])} there and {_shape(model_state[name])} here"
+        )
+    missing = sorted(model_state.keys() - prefixes(stored))  # a dict in the state is stored entry by entry
+    unexpected = sorted(name for name in stored if not prefixes([name]) & model_state.keys())
+    if strict and (missing or unexpected):
+        raise RuntimeError(
+            f"the checkpoint and the model differ: {len(missing)} names are missing in the checkpoint {missing[:3]}, "
+            f"{len(unexpected)} are unknown to the model {unexpected[:3]}; load with strict=False to allow it "
+            "(in Lightning: `self.strict_loading = False`)"
+        )
+
+
+def _shape(entry: Any) -> list[int] | None:
+    if isinstance(entry, TensorStorageMetadata):
+        return list(entry.size)
+    return list(entry.shape) if isinstance(entry, Tensor) else None
+
+
+def _check_count(optimizers: Sequence[Optimizer], saved: int) -> None:
+    if saved and optimizers and saved != len(optimizers):
+        raise RuntimeError(f"the checkpoint holds the states of {saved} optimizers, the model has {len(optimizers)}")

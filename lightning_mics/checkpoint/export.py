@@ -1,0 +1,291 @@
+"""From a sharded checkpoint to a folder that ``transformers`` loads with ``from_pretrained``.
+
+python -m lightning_mics.checkpoint.export outputs/gpt/checkpoints/last.ckpt exported
+
+Writes the weights as safetensors files, with ``config.json`` and the tokenizer's files if there are any. Runs nothing
+that is in the checkpoint, needs neither its model nor a GPU, and holds one of the files in memory at a time. The exit
+status is 0 if the folder is there, 1 if the checkpoint is damaged or unsafe to read, 2 if it is none or the options do
+not fit it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from lightning_mics.checkpoint.dcp.reader import SafeReader
+from lightning_mics.checkpoint.dcp.unpickling import load_value
+from lightning_mics.checkpoint.errors import DamagedCheckpointError, UnsafeCheckpointError
+from lightning_mics.checkpoint.origin import saved_network
+from lightning_mics.checkpoint.storage.folder import META_FILE, is_sharded
+from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
+from lightning_mics.checkpoint.whole_model import check_whole, model_tensors, read_tensors
+
+CONFIG_FILE = "config.json"
+
+
+GENERATION_FILE = "generation_config.json"
+
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+TOKENIZER_KEY = "tokenizer"
+
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class _Network:
+    """How the network is configured, and what it is called in the checkpoint."""
+
+    prefix: str
+    left_out: frozenset[str]
+    config: dict[str, Any]
+    generation_config: str | None
+    tokenizer: Path | None
+
+
+def export(
+    checkpoint: StoragePath,
+    out: Path,
+    *,
+    shard_size: str = "5GB",
+    dtype: str | None = None,
+    config: Path | None = None,
+    prefix: str | None = None,
+    tokenizer: Path | None = None,
+) -> Path | None:
+    """Write the network in a sharded checkpoint to the folder ``out``, which appears when it is complete.
+
+    Args:
+        checkpoint: Where a sharded checkpoint is.
+        out: A folder that is not there yet, or empty.
+        shard_size: The most bytes in one file, such as ``"5GB"``; a tensor that is larger has a file of its own.
+        dtype: What floating-point weights are converted to, as in :data:`DTYPES`; None keeps theirs.
+        config: A ``config.json``, or a folder with one, to take in place of what the checkpoint says.
+        prefix: What the network's names begin with in the checkpoint, where it does not say.
+        tokenizer: A folder with the tokenizer's files. None takes the folder that the checkpoint names, if it is there.
+
+    Returns:
+        The folder that the tokenizer's files were taken from, if any.
+
+    Raises:
+        ValueError: If ``checkpoint`` is no sharded checkpoint, or an option does not fit it.
+        FileExistsError: If ``out`` is not empty.
+        FileNotFoundError: If a file that an option names is missing.
+        DamagedCheckpointError: If files of the checkpoint are missing, cut short or altered.
+        UnsafeCheckpointError: If reading it would run code.
+    """
+    _check_options(checkpoint, out, dtype)
+    content = check_whole(checkpoint)
+    reader = SafeReader(content)
+    stored = model_tensors(reader)
+    network = _network(content, sorted(stored), config=config, prefix=prefix, tokenizer=tokenizer)
+    weights = _weights(stored, network, dtype)
+    split = split_torch_state_dict_into_shards(
+        weights, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size
+    )
+    with _appearing_whole(out) as folder:
+        for file, names in split.filename_to_tensors.items():
+            read = read_tensors(reader, {network.prefix + name: stored[network.prefix + name] for name in names})
+            converted = {name: read.pop(network.prefix + name).to(weights[name].dtype) for name in names}
+            save_file(converted, folder / file, metadata={"format": "pt"})
+        if split.is_sharded:
+            _write_json(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+        _write_configs(folder, network, weights)
+    return network.tokenizer
+
+
+def _weights(stored: Mapping[str, TensorStorageMetadata], network: _Network, dtype: str | None) -> dict[str, Tensor]:
+    """The tensors to write, by the network's own names, as they will be but on the meta device."""
+    weights = {}
+    for name, entry in stored.items():
+        own = name.removeprefix(network.prefix)
+        if name.startswith(network.prefix) and own not in network.left_out:
+            of_entry = entry.properties.dtype
+            target = getattr(torch, dtype) if dtype and of_entry.is_floating_point else of_entry
+            weights[own] = torch.empty(entry.size, dtype=target, device="meta")
+    return weights
+
+
+@contextmanager
+def _appearing_whole(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``out`` at the end, or is removed if that is not reached."""
+    unfinished = out.absolute().with_name(f".{out.absolute().name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_configs(folder: Path, network: _Network, weights: Mapping[str, Tensor]) -> None:
+    values: Counter[str] = Counter()
+    for tensor in weights.values():
+        if tensor.is_floating_point():
+            values[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    config = {name: value for name, value in network.config.items() if name != "torch_dtype"}  # its former name
+    _write_json(folder / CONFIG_FILE, {**config, **({"dtype": values.most_common(1)[0][0]} if values else {})})
+    if network.generation_config is not None:
+        (folder / GENERATION_FILE).write_text(network.generation_config)
+    for file in _tokenizer_files(network.tokenizer):
+        shutil.copyfile(file, folder / file.name)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+# -- what the checkpoint or the options say ---------------------------------------------------------------------------
+
+
+def _network(
+    checkpoint: StoragePath, names: list[str], *, config: Path | None, prefix: str | None, tokenizer: Path | None
+) -> _Network:
+    meta = _meta(checkpoint, needed=config is None)
+    said = saved_network(meta)
+    if said is None and config is None:
+        raise ValueError(
+            f"{checkpoint} does not say how its network is configured, for it was not saved with exactly one model of "
+            "transformers in its LightningModule; pass --config with its config.json"
+        )
+    given = _given(config) if config is not None else {}
+    architecture = {"architectures": [said.architecture]} if said else {}
+    return _Network(
+        prefix=_prefix(names, prefix, said.prefix if said else None),
+        left_out=frozenset(said.left_out if said else ()),
+        config={**architecture, **given} if given or said is None else {**json.loads(said.config), **architecture},
+        generation_config=_given_generation(config) or (said.generation_config if said else None),
+        tokenizer=_tokenizer(tokenizer, [meta.get(TOKENIZER_KEY), said.name_or_path if said else None]),
+    )
+
+
+def _meta(checkpoint: StoragePath, *, needed: bool) -> dict[str, Any]:
+    try:
+        meta: dict[str, Any] = load_value(checkpoint / META_FILE, name=str(checkpoint / META_FILE), weights_only=True)
+        return meta
+    except UnsafeCheckpointError:
+        if needed:
+            raise
+        return {}  # the options stand in for it
+
+
+def _given(config: Path) -> dict[str, Any]:
+    file = config / CONFIG_FILE if config.is_dir() else config
+    content = json.loads(file.read_text())
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise ValueError(f"{file} is no configuration of transformers: it names no model_type")
+    return content
+
+
+def _given_generation(config: Path | None) -> str | None:
+    if config is None or not (config / GENERATION_FILE).is_file():
+        return None
+    return (config / GENERATION_FILE).read_text()
+
+
+def _prefix(names: list[str], given: str | None, said: str | None) -> str:
+    first = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    chosen = given if given is not None else said
+    if chosen is None and len(first) == 1:
+        chosen = f"{first[0]}."  # the only attribute of the LightningModule that has weights
+    if chosen is None:
+        raise ValueError(f"the model's names begin with {', '.join(first)}; pass --prefix with what the network's do")
+    if not any(name.startswith(chosen) for name in names):
+        raise ValueError(f"none of the model's names begins with {chosen!r}; they begin with {', '.join(first)}")
+    return chosen
+
+
+def _tokenizer(given: Path | None, named: Iterable[Any]) -> Path | None:
+    if given is not None:
+        if not _tokenizer_files(given):
+            raise FileNotFoundError(f"{given} has no files of a tokenizer, such as {TOKENIZER_FILES[0]}")
+        return given
+    folders = (Path(folder) for folder in named if isinstance(folder, str) and folder)
+    return next((folder for folder in folders if _tokenizer_files(folder)), None)
+
+
+def _tokenizer_files(folder: Path | None) -> list[Path]:
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()] if folder is not None else []
+
+
+def _check_options(checkpoint: StoragePath, out: Path, dtype: str | None) -> None:
+    if not is_sharded(checkpoint):
+        raise ValueError(f"{checkpoint} is no sharded checkpoint: no directory with {META_FILE} in it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is there already and is not an empty folder; choose another")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export as the arguments say; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_mics.checkpoint.export", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("checkpoint", help="the path or URL of a sharded checkpoint")
+    parser.add_argument("out", type=Path, help="the folder to make")
+    parser.add_argument("--shard-size", default="5GB", help="the most bytes in one file (default: %(default)s)")
+    parser.add_argument("--dtype", help=f"what to convert weights to: {', '.join(DTYPES)} (default: as they are)")
+    parser.add_argument("--config", type=Path, help="a config.json or its folder, in place of the checkpoint's own")
+    parser.add_argument("--prefix", help="what the network's names begin with, where the checkpoint does not say")
+    parser.add_argument("--tokenizer", type=Path, help="the folder of the tokenizer's files")
+    options = vars(parser.parse_args(arguments))
+    try:
+        tokenizer = export(**{**options, "checkpoint": storage_path(options["checkpoint"])})
+    except (DamagedCheckpointError, UnsafeCheckpointError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    _report(options["out"], tokenizer)
+    return 0
+
+
+def _report(out: Path, tokenizer: Path | None) -> None:
+    print(out)
+    for file in sorted(out.iterdir()):
+        print(f"  {file.name:<36}  {file.stat().st_size:,} bytes")
+    print(f"  tokenizer from {tokenizer}" if tokenizer else "  without a tokenizer; --tokenizer FOLDER adds one")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The collectives of one process group, each counted as it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_mics._torch.process_groups import (
+    all_gather_single,
+    backend_name,
+    premultiplied_sum_factor,
+    reduce_scatter_single,
+)
+from lightning_mics.collectives.traffic import Kind, Traffic, pair_share, sent_by
+
+ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
+
+
+class CountedGroup:
+    """A process group with the collectives that techniques are made of.
+
+    Args:
+        group: The ranks.
+        nodes: The node of each of them, in the order of the group.
+        traffic: Where to count.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, nodes: Sequence[int], traffic: Traffic) -> None:
+        self._group = group
+        self._traffic = traffic
+        self._nodes = nodes
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self._group.size()
+
+    @property
+    def rank(self) -> int:
+        """The position of this rank."""
+        return self._group.rank()
+
+    def all_gather(
+        self,
+        output: Tensor,  # [ranks * shard]
+        shard: Tensor,  # [shard]; may be this rank's part of `output`
+        *,
+        technique: str,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        """Gather every rank's shard, in the order of the group."""
+        self._count("all_gather", self.size * shard.nbytes, technique)
+        work: dist.Work | None = all_gather_single(output, shard, group=self._group, async_op=async_op)
+        return work
+
+    def reduce_scatter(
+        self,
+        output: Tensor,  # [shard]; may be this rank's part of `source`
+        source: Tensor,  # [ranks * shard]
+        *,
+        op: ReduceOp,
+        technique: str,
+        wire_dtype: torch.dtype | None = None,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        """Reduce over the ranks and leave each with its shard.
+
+        By the backend's own collective; by an all-to-all and a local sum where the bytes travel in another dtype than
+        they are summed in, and on gloo, whose reduce-scatter is an all-reduce inside and sends twice the bytes. (Over
+        a group of several nodes with several ranks each that all-reduce enters a node once, the all-to-all once per
+        rank: there gloo's own is used.)
+
+        Raises:
+            ValueError: If ``op`` is one that a local sum cannot do: other than SUM, AVG and PREMUL_SUM.
+        """
+        gloo = backend_name(self._group, source.device) == "gloo"
+        if wire_dtype is not None or (gloo and pair_share(self._nodes, self.rank) in (0, 1)):
+            parts = self._exchange(source.to(wire_dtype or source.dtype), technique)
+            _reduce_locally(parts, output, op=op)
+            return None
+        self._count("reduce_scatter", source.nbytes, technique, gloo=gloo)
+        work: dist.Work | None = reduce_scatter_single(output, source, group=self._group, op=op, async_op=async_op)
+        return work
+
+    def all_reduce(self, tensor: Tensor, *, op: ReduceOp, technique: str, wire_dtype: torch.dtype) -> None:
+        """Reduce ``tensor`` [any] in place over the ranks, in ``wire_dtype`` on the wire and in its own dtype in sums.
+
+        All ranks end with the same bits: each part is summed by one rank, rounded, and sent to all.
+        """
+        shard_numel = -(-tensor.numel() // self.size)
+        source = tensor.new_zeros(self.size * shard_numel, dtype=wire_dtype)
+        source[: tensor.numel()].copy_(tensor.view(-1))
+        shard = tensor.new_empty(shard_numel)
+        _reduce_locally(self._exchange(source, technique), shard, op=op)
+        self.all_gather(source, shard.to(wire_dtype), technique=technique)
+        tensor.view(-1).copy_(source[: tensor.numel()])
+
+    def count_all_reduce(self, tensor: Tensor, *, technique: str) -> None:
+        """Count an all-reduce of ``tensor`` over this group that somebody else has run."""
+        self._count("all_reduce", tensor.nbytes, technique)
+
+    def _exchange(self, source: Tensor, technique: str) -> Tensor:
+        """Send each rank its part of ``source`` [ranks * shard]; returns the parts for this rank [ranks, shard]."""
+        self._count("all_to_all", source.nbytes, technique)
+        parts = torch.empty_like(source)
+        dist.all_to_all_single(parts, source, group=self._group)
+        return parts.view(self.size, -1)
+
+    def _count(self, kind: Kind, whole_bytes: int, technique: str, *, gloo: bool = False) -> None:
+        sent = sent_by(kind, whole_bytes, nodes=self._nodes, position=self.rank, gloo=gloo)
+        self._traffic.record(technique, sent)
+
+
+def _reduce_locally(parts: Tensor, output: Tensor, *, op: ReduceOp) -> None:
+    """Reduce ``parts`` [ranks, shard] into ``output`` [shard], in the dtype of ``output``."""
+    factor = premultiplied_sum_factor(op)
+    if factor is None and op == dist.ReduceOp.AVG:
+        factor = 1 / parts.size(0)
+    elif factor is None and op != dist.ReduceOp.SUM:
+        raise ValueError(f"a reduce-scatter by pairs takes SUM, AVG and PREMUL_SUM, got {op}")
+    torch.sum(parts, dim=0, dtype=output.dtype, out=output)
+    if factor is not None:
+        output.mul_(factor)

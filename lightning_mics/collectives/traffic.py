@@ -1,0 +1,68 @@
+"""Collectives over one group, and the count of what they send: bytes inside nodes and between nodes, by technique.
+
+The counts follow from the sizes of buffers and the algorithms that backends use: a ring for all-gather, reduce-scatter
+and all-reduce, pairs for all-to-all. In a ring over several nodes a few ranks send to other nodes for all; a rank
+counts the average of the ranks on its node, so a node sends ``ranks_per_node`` times what one of its ranks counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that a rank has sent to ranks on its own node and to ranks on other nodes."""
+
+    inside_bytes: float = 0.0
+    between_bytes: float = 0.0
+
+    def __add__(self, other: Sent) -> Sent:
+        return Sent(self.inside_bytes + other.inside_bytes, self.between_bytes + other.between_bytes)
+
+    def __sub__(self, other: Sent) -> Sent:
+        return Sent(self.inside_bytes - other.inside_bytes, self.between_bytes - other.between_bytes)
+
+
+def sent_by(kind: Kind, whole_bytes: float, *, nodes: Sequence[int], position: int, gloo: bool = False) -> Sent:
+    """What one rank sends in a collective.
+
+    Args:
+        kind: Of the collective.
+        whole_bytes: What is gathered, reduced or exchanged, of all ranks together.
+        nodes: The node of each rank, in the order of the group.
+        position: Of the rank in the group.
+        gloo: Whether gloo runs it, whose reduce-scatter is an all-reduce.
+    """
+    n = len(nodes)
+    twice = kind == "all_reduce" or (kind == "reduce_scatter" and gloo)
+    sent_bytes = (2 if twice else 1) * whole_bytes * (n - 1) / n
+    if kind == "all_to_all":
+        between_share = pair_share(nodes, position)
+    else:
+        between_share = sum(nodes[i] != nodes[(i + 1) % n] for i in range(n)) / n
+    return Sent(sent_bytes * (1 - between_share), sent_bytes * between_share)
+
+
+def pair_share(nodes: Sequence[int], position: int) -> float:
+    """The share of the other ranks, 0 to 1, that are on other nodes than the rank at ``position``."""
+    return sum(node != nodes[position] for node in nodes) / max(1, len(nodes) - 1)
+
+
+class Traffic:
+    """What the collectives of sharded training have sent since they were made."""
+
+    def __init__(self) -> None:
+        self._sent: dict[str, Sent] = {}
+
+    def record(self, technique: str, sent: Sent) -> None:
+        """Add what was ``sent``."""
+        self._sent[technique] = self._sent.get(technique, Sent()) + sent
+
+    def by_technique(self) -> dict[str, Sent]:
+        """What was sent so far, for each technique that has sent anything."""
+        return dict(self._sent)

@@ -1,0 +1,195 @@
+"""The collectives of one optimizer step, from the shapes of parameters and the options: what a rehearsal would see.
+
+A rehearsal runs the program, which takes a minute for a large model; this takes a millisecond, so that all partition
+sizes can be compared. The tests hold one against the other.
+
+FSDP2 shards each parameter over its first dimension, padded to a multiple of the ranks, and gathers and reduces all of
+a unit's at once. The root is gathered in the first forward of each micro-step only; blocks are gathered in forward and
+in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lightning_mics.collectives.traffic import Kind, Sent, sent_by
+from lightning_mics.cost.collective import Collective
+from lightning_mics.sharding.blocks import unit_modules
+from lightning_mics.sharding.options import EVERY_TIME, OncePerStepOptions
+from lightning_mics.topology import Topology
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What FSDP2 gathers and reduces at once.
+
+    Attributes:
+        parameters: Rows and elements per row of each.
+        is_root: Whether it is what no block holds.
+    """
+
+    parameters: tuple[tuple[int, int], ...]
+    is_root: bool
+
+    def elements(self, ranks: int) -> int:
+        """Of all parameters, padded so that ``ranks`` have equal parts."""
+        return sum(-(-rows // ranks) * ranks * width for rows, width in self.parameters)
+
+
+def find_units(model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:
+    """The units of ``model``, in the order of forward: the root, then its blocks. It may be on the meta device."""
+    modules = {model: True} | dict.fromkeys(reversed(list(blocks.values())), False)
+    return [Unit(_shapes(unit, set(blocks.values())), is_root) for unit, is_root in modules.items()]
+
+
+def _shapes(unit: nn.Module, blocks: set[nn.Module]) -> tuple[tuple[int, int], ...]:
+    own = {parameter for module in unit_modules(unit, blocks) for parameter in module.parameters(recurse=False)}
+    return tuple(sorted((p.shape[0], p.numel() // p.shape[0]) for p in own))
+
+
+When = Literal["every", "first", "boundary"]
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A collective of an optimizer step.
+
+    Attributes:
+        collective: What runs.
+        times: How often in a micro-step that it runs in.
+        when: In which micro-steps it runs: every one, the first, or the boundary.
+    """
+
+    collective: Collective
+    times: int
+    when: When
+
+    def in_step(self, micro_steps: int) -> int:
+        """How often it runs in an optimizer step."""
+        return self.times * (micro_steps if self.when == "every" else 1)
+
+
+def step_traffic(
+    units: Sequence[Unit],
+    topology: Topology,
+    *,
+    hierarchical: bool,
+    once_per_step: OncePerStepOptions = EVERY_TIME,
+    two_hop: bool = True,
+    gathered_dtype: torch.dtype = torch.float32,
+    reduce_dtype: torch.dtype = torch.float32,
+    cross_node_dtype: torch.dtype | None = None,
+) -> list[Repeated]:
+    """What rank 0 runs on NCCL in one optimizer step of automatic optimization; clipping apart.
+
+    Args:
+        units: From :func:`find_units`.
+        topology: Where every rank is.
+        hierarchical: Whether collectives of the partition group run in two stages.
+        once_per_step: What travels once per step.
+        two_hop: Whether the second hop waits for the boundary.
+        gathered_dtype: Of gathered parameters.
+        reduce_dtype: Of gradient sums.
+        cross_node_dtype: What gradients travel in between nodes; None is ``reduce_dtype``.
+    """
+    step = _Step(topology, hierarchical, once_per_step, two_hop, cross_node_dtype)
+    return [
+        repeated
+        for unit in units
+        for repeated in (*step.gathers(unit, gathered_dtype), *step.reductions(unit, reduce_dtype))
+        if repeated.collective.ranks > 1
+    ]
+
+
+def total_sent(traffic: Iterable[Repeated], *, micro_steps: int) -> Sent:
+    """What rank 0 sends in an optimizer step of ``traffic``."""
+    total = Sent()
+    for repeated in traffic:
+        sent, times = repeated.collective.sent, repeated.in_step(micro_steps)
+        total += Sent(sent.inside_bytes * times, sent.between_bytes * times)
+    return total
+
+
+@dataclass(frozen=True)
+class _Uses:
+    times: int
+    when: When
+
+
+@dataclass(frozen=True)
+class _Step:
+    topology: Topology
+    hierarchical: bool
+    once_per_step: OncePerStepOptions
+    two_hop: bool
+    cross_node_dtype: torch.dtype | None
+
+    @property
+    def _in_stages(self) -> bool:
+        return self.hierarchical or (self.topology.spans_nodes and self.topology.local_ranks_per_partition_group == 1)
+
+    def gathers(self, unit: Unit, dtype: torch.dtype) -> list[Repeated]:
+        elements = unit.elements(self.topology.partition_size)
+        once, always = _Uses(1, "first"), _Uses(1 if unit.is_root else 2, "every")
+        every = once if self.once_per_step["in_node_gather"] == "once_per_step" else always
+        if not self._in_stages:
+            return [self._run("all_gather", "partition", elements, dtype, times=every.times, when=every.when)]
+        k = self.topology.local_ranks_per_partition_group
+        crossing = once if self.once_per_step["cross_node_gather"] == "once_per_step" else every
+        rail = self._run("all_gather", "rail", elements // k, dtype, times=crossing.times, when=crossing.when)
+        return [rail, self._run("all_gather", "node", elements, dtype, times=every.times, when=every.when)]
+
+    def reductions(self, unit: Unit, dtype: torch.dtype) -> list[Repeated]:
+        p, k = self.topology.partition_size, self.topology.local_ranks_per_partition_group
+        elements = unit.elements(p)
+        every = _when(self.once_per_step["in_node_reduce"] == "once_per_step")
+        if self._in_stages:
+            wire = self.cross_node_dtype
+            rail: Kind = "reduce_scatter" if wire is None else "all_to_all"
+            crossing = _when(self.once_per_step["cross_node_reduce"] == "once_per_step" or every == "boundary")
+            first = [
+                self._run("reduce_scatter", "node", elements, dtype, when=every),
+                self._run(rail, "rail", elements // k, wire or dtype, when=crossing),
+            ]
+        else:
+            first = [self._run("reduce_scatter", "partition", elements, dtype, when=every)]
+        return [*first, *self._second_hop(elements // p, dtype, _when(self.two_hop))]
+
+    def _second_hop(self, shard: int, dtype: torch.dtype, when: When) -> list[Repeated]:
+        wire, replicas = self.cross_node_dtype, self.topology.replicas
+        if wire is None:
+            return [self._run("all_reduce", "replication", shard, dtype, when=when)]
+        whole = -(-shard // replicas) * replicas
+        kinds: tuple[Kind, Kind] = ("all_to_all", "all_gather")
+        return [self._run(kind, "replication", whole, wire, when=when) for kind in kinds]
+
+    def _run(
+        self, kind: Kind, group: str, elements: int, dtype: torch.dtype, *, when: When, times: int = 1
+    ) -> Repeated:
+        ranks = self._members(group)
+        nodes = [self.topology.node_of(rank) for rank in ranks]
+        name = "partition" if ranks == self._members("partition") else group
+        sent = sent_by(kind, elements * dtype.itemsize, nodes=nodes, position=0)
+        collective = Collective(
+            kind=kind, group=name, ranks=len(ranks), nodes=len(set(nodes)), dtype=dtype, elements=elements, sent=sent
+        )
+        return Repeated(collective, times, when)
+
+    def _members(self, group: str) -> tuple[int, ...]:
+        if group == "replication":
+            return self.topology.replication_group(0)
+        if group == "rail":
+            return self.topology.rail(0)
+        if group == "node":
+            return self.topology.node_group(0)
+        ranks = self.topology.partition_group(0)
+        return ranks if self.hierarchical else tuple(sorted(ranks))
+
+
+def _when(at_boundary: bool) -> When:
+    return "boundary" if at_boundary else "every"

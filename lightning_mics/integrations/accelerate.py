@@ -1,0 +1,306 @@
+"""``Accelerator(fsdp_plugin=MiCSPlugin())``: the adapter between Hugging Face Accelerate and the policy.
+
+Accelerate shards a model by a function that it looks up as ``fsdp2_prepare_model``, and drops an FSDP plugin where it
+does not find a GPU. These are the two places where importing this module steps in, for a :class:`MiCSPlugin` only:
+whoever passes another plugin, or none, gets what Accelerate does. All else is Accelerate's own: optimizers that follow
+the shards, clipping, ``save_state`` and ``load_state``, ``get_state_dict``. ``accumulate`` and ``no_sync`` ask the
+model not to synchronise gradients, which a model sharded by a policy understands as a micro-step before the boundary.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import wraps
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import accelerate
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import accelerator as accelerate_accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import (
+    convert_outputs_to_fp32,
+    get_int_from_env,
+    get_mixed_precision_context_manager,
+    parse_flag_from_env,
+)
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_mics import checkpoint
+from lightning_mics.checkpoint.optimizer_states import optimizer_state
+from lightning_mics.checkpoint.origin import origin
+from lightning_mics.checkpoint.storage.path import storage_path
+from lightning_mics.policy.policy import Policy
+from lightning_mics.sharding.evaluation import allow_evaluation
+from lightning_mics.sharding.initialization import verify_replicas
+from lightning_mics.sharding.schedule import TwoHopSchedule
+from lightning_mics.sharding.sharded import sharded_of
+
+OLDEST = (1, 15)  # of Accelerate, whose inner names this uses
+
+
+LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+
+
+PRECISIONS = {"no": "32-true", "bf16": "bf16-mixed"}
+
+
+if tuple(int(part) for part in accelerate.__version__.split(".")[:2]) < OLDEST:
+    raise ImportError(
+        f"MiCSPlugin needs accelerate >= {'.'.join(map(str, OLDEST))}, this is {accelerate.__version__}: "
+        "pip install -U accelerate"
+    )
+
+
+class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
+    """MiCS for Accelerate: sharded training whose constant traffic stays inside partition groups.
+
+    Args:
+        state_dict_type: What ``save_state`` writes: ``"SHARDED_STATE_DICT"`` or ``"FULL_STATE_DICT"``; None takes what
+            the config file of ``accelerate launch`` says, as ``activation_checkpointing`` does, and else the former.
+        policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``, ``hierarchical``,
+            ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``, ``cross_node_dtype``,
+            ``two_hop``, ``reduce_dtype``, ``shard_modules``, ``activation_checkpointing``, ``timeout``.
+
+    Raises:
+        TypeError: If an option has the wrong type.
+        ValueError: If an option's value cannot be.
+    """
+
+    def __init__(self, *, state_dict_type: str | None = None, **policy: Any) -> None:
+        if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+            raise ValueError("MiCSPlugin keeps shards on the devices: set fsdp_offload_params to false")
+        self.policy = Policy(
+            **{"activation_checkpointing": parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"), **policy}
+        )
+        super().__init__(
+            fsdp_version=2,
+            state_dict_type=state_dict_type,
+            auto_wrap_policy="NO_WRAP",  # the policy finds the blocks
+            activation_checkpointing=False,  # it recomputes them, too
+            cpu_ram_efficient_loading=False,  # rank 0's weights are the first weights anyway
+            cpu_offload=False,
+        )
+        os.environ["FSDP_VERSION"] = "2"  # for a second Accelerator, which makes a plugin that it does not use
+
+    @override
+    def set_auto_wrap_policy(self, model: nn.Module) -> None:
+        """The policy finds the blocks."""
+
+
+def save_checkpoint(accelerator: Accelerator, path: str | Path, **rest: Any) -> None:
+    """Save what ``accelerator`` has prepared as the Trainer and Fabric do; every rank calls it.
+
+    Args:
+        accelerator: That has prepared the model and its optimizers.
+        path: A directory, or a URL that fsspec has a driver for; the same on all ranks.
+        rest: Plain data and tensors to get back from :func:`load_checkpoint`.
+
+    Raises:
+        OSError: On all ranks, if storage fails on one; what was at ``path`` before is still there.
+        ValueError: If no model was prepared with a :class:`MiCSPlugin`.
+    """
+    model = _prepared_model(accelerator)
+    checkpoint.save_sharded(
+        storage_path(path),
+        model_state=get_model_state_dict(model),
+        optimizer_states=[optimizer_state(model, each, sharded=True) for each in _optimizers(accelerator)],
+        meta={**rest, **origin(model, sharded_of(model).groups.topology)},
+    )
+
+
+def load_checkpoint(accelerator: Accelerator, path: str | Path, *, weights_only: bool = True) -> Mapping[str, Any]:
+    """Load a checkpoint of :func:`save_checkpoint`, the Trainer or Fabric into what ``accelerator`` has prepared.
+
+    Every rank calls it; it may be of any number of ranks and any partition size.
+
+    Args:
+        accelerator: That has prepared the model and its optimizers.
+        path: Of the checkpoint.
+        weights_only: Whether what is no tensor may be plain data only. Off, it may run code as it loads.
+
+    Returns:
+        What is neither model nor optimizer.
+
+    Raises:
+        ValueError: If no model was prepared with a :class:`MiCSPlugin`, or ``path`` is no checkpoint.
+        RuntimeError: If the checkpoint is of another model or other optimizers.
+    """
+    model = _prepared_model(accelerator)
+    sharded_of(model).schedule.abandon_window()
+    rest = checkpoint.load(
+        storage_path(path),
+        model=model,
+        optimizers=_optimizers(accelerator),
+        strict=True,
+        weights_only=weights_only,
+    )
+    verify_replicas(model, sharded_of(model).groups)
+    return rest
+
+
+def _prepared_model(accelerator: Accelerator) -> nn.Module:
+    models = [model for model in accelerator._models if "_mics" in vars(model)]
+    if len(models) != 1:
+        raise ValueError(
+            f"the Accelerator has {len(models)} models that it has prepared with a MiCSPlugin, and a checkpoint is of "
+            "one: call `model, optimizer = accelerator.prepare(model, optimizer)` first"
+        )
+    model: nn.Module = models[0]
+    return model
+
+
+def _optimizers(accelerator: Accelerator) -> list[Optimizer]:
+    return [wrapped.optimizer for wrapped in accelerator._optimizers]
+
+
+# -- preparing ---------------------------------------------------------------------------------------------------------
+
+
+def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn.Module:
+    if isinstance(model, FSDPModule):
+        if "set_requires_gradient_sync" in vars(model):
+            return model
+        raise ValueError("the model is sharded already, and not by this plugin: prepare a plain module")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "the model is on the meta device, where Accelerate cannot tell the optimizer's parameters from each other; "
+            "build it on the CPU: only one block at a time goes to the device whole"
+        )
+    precision = _precision(accelerator, model)
+    sharded = plugin.policy.shard(
+        model,
+        precision=precision,
+        device=accelerator.device,
+        local_size=get_int_from_env(LOCAL_SIZE, dist.get_world_size()),
+    )
+    vars(model)["_mics"] = sharded
+    model.to(accelerator.device)  # what is no parameter
+    allow_evaluation(model)
+    sharded.schedule.follow_steps()
+    for optimizer in _optimizers(accelerator):
+        sharded.schedule.follow_zero_grad(optimizer)
+    _start_over_when_loading(accelerator, sharded.schedule)
+    vars(model)["set_requires_gradient_sync"] = _GradientSync(model, sharded.schedule)
+    if precision == "bf16-mixed":
+        _compute_under_autocast(accelerator, model)
+    if accelerator.is_main_process:
+        print(sharded.report, flush=True)
+    return model
+
+
+def _start_over_when_loading(accelerator: Accelerator, schedule: TwoHopSchedule) -> None:
+    """What a window has accumulated belongs to other weights; the hook must not keep the model alive."""
+    known = weakref.ref(schedule)
+
+    def start_over(*_: Any) -> None:
+        if (alive := known()) is not None:
+            alive.abandon_window()
+
+    accelerator.register_load_state_pre_hook(start_over)
+
+
+def _precision(accelerator: Accelerator, model: nn.Module) -> str:
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise ValueError(
+            f"MiCSPlugin does not support mixed_precision={accelerator.mixed_precision!r}; use one of "
+            f"{', '.join(map(repr, PRECISIONS))}"
+        )
+    if accelerator.mixed_precision == "no":
+        half = all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+        return "bf16-true" if half else "32-true"
+    for parameter in model.parameters():  # as Accelerate does: weights in float32, computing in bfloat16
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return PRECISIONS[accelerator.mixed_precision]
+
+
+def _compute_under_autocast(accelerator: Accelerator, model: nn.Module) -> None:
+    """As Accelerate does where it does not shard, so that ``unwrap_model`` finds the way back."""
+    autocast = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
+    vars(model)["_original_forward"] = model.forward
+    forward: Callable[..., Any] = autocast(model.forward.__func__)  # type: ignore[attr-defined]
+    model.forward = MethodType(convert_outputs_to_fp32(forward), model)
+
+
+class _GradientSync:
+    """``set_requires_gradient_sync`` of a root: asked for no synchronisation, it defers the second hop only.
+
+    Args:
+        model: The root.
+        schedule: Its.
+    """
+
+    def __init__(self, model: nn.Module, schedule: TwoHopSchedule) -> None:
+        self._model = model
+        self._schedule = schedule
+        self._before_boundary = ExitStack()
+
+    def __call__(self, requires_gradient_sync: bool, *, recurse: bool = True) -> None:
+        if not recurse:  # the schedule itself asks
+            FSDPModule.set_requires_gradient_sync(self._model, requires_gradient_sync, recurse=False)  # type: ignore[arg-type]
+            return
+        self._before_boundary.close()
+        if not requires_gradient_sync:
+            self._before_boundary.enter_context(self._schedule.micro_step(boundary=False))
+
+
+# -- where Accelerate is stepped into ----------------------------------------------------------------------------------
+
+
+def _shard_with_our_plugin(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(prepare)
+    def prepare_either(accelerator: Accelerator, model: nn.Module) -> Any:
+        plugin = accelerator.state.fsdp_plugin
+        return _shard(accelerator, plugin, model) if isinstance(plugin, MiCSPlugin) else prepare(accelerator, model)
+
+    return prepare_either
+
+
+def _keep_our_plugin_on_cpus(initialize: Callable[..., None]) -> Callable[..., None]:
+    @wraps(initialize)
+    def initialize_either(state: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        plugin = kwargs.get("fsdp_plugin")
+        if isinstance(plugin, MiCSPlugin) and kwargs.get("parallelism_config") is not None:
+            raise ValueError("MiCSPlugin divides the ranks by its partition_size: leave out the parallelism_config")
+        there = AcceleratorState._shared_state.get("fsdp_plugin")
+        if isinstance(plugin, MiCSPlugin) and there is not None and there is not plugin:
+            raise ValueError(
+                "another Accelerator is there already, and all share its plugin: make this one without fsdp_plugin"
+            )
+        initialize(state, *args, **kwargs)
+        if not isinstance(plugin, MiCSPlugin) or state.distributed_type == DistributedType.FSDP:
+            return
+        if state.distributed_type != DistributedType.MULTI_CPU:
+            raise ValueError(
+                f"MiCSPlugin shards over several ranks, and this job is {state.distributed_type}: start it by "
+                "`accelerate launch --num_processes=N` or torchrun, with no other plugin; on CPUs, with "
+                "Accelerator(cpu=True)"
+            )
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        state.fsdp_plugin = plugin
+
+    return initialize_either
+
+
+if not hasattr(accelerate_accelerator, "fsdp2_prepare_model"):
+    raise ImportError(
+        f"accelerate {accelerate.__version__} does not prepare models as 1.15 does, so MiCSPlugin cannot shard them; "
+        "install a version that lightning_mics was tested with"
+    )
+
+
+accelerate_accelerator.fsdp2_prepare_model = _shard_with_our_plugin(accelerate_accelerator.fsdp2_prepare_model)
+
+
+AcceleratorState.__init__ = _keep_our_plugin_on_cpus(AcceleratorState.__init__)

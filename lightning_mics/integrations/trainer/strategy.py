@@ -1,0 +1,483 @@
+"""``Trainer(strategy="mics")``: the adapter between Lightning's Trainer and ``shard_model``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.constants import default_pg_timeout
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_mics import checkpoint
+from lightning_mics._torch.fsdp import expect_backward, gather
+from lightning_mics.checkpoint import random_states
+from lightning_mics.checkpoint.async_save import ShardedSaving
+from lightning_mics.checkpoint.errors import all_ranks_answer
+from lightning_mics.checkpoint.optimizer_states import optimizer_state
+from lightning_mics.checkpoint.origin import origin
+from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
+from lightning_mics.checkpoint.storage.store import CheckpointStore
+from lightning_mics.collectives.traffic import Traffic
+from lightning_mics.integrations._lightning import (
+    check_job,
+    check_precision,
+    check_saving,
+    let_gloo_finish,
+    reduce_in_place,
+)
+from lightning_mics.integrations.trainer import resuming
+from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
+from lightning_mics.integrations.trainer.preemption import stop_when_signalled
+from lightning_mics.policy.policy import Policy
+from lightning_mics.sharding.blocks import unit_modules
+from lightning_mics.sharding.initialization import verify_replicas
+from lightning_mics.sharding.sharded import Sharded
+from lightning_mics.topology import Topology
+
+VERSION = "pytorch-lightning_version"  # in what a Trainer has saved; of others' it takes the model and the optimizers
+
+
+class MiCSStrategy(ModelParallelStrategy):
+    """MiCS: sharded training whose constant traffic stays inside partition groups.
+
+    Takes an ordinary LightningModule, with or without ``configure_model``, and shards it block by block at the start of
+    ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Args:
+        save_sharded: Checkpoints are directories of shards; False gathers them into one file on rank 0.
+        save_async: Checkpoints of a fit are written while training goes on, from copies in the host's memory; the end
+            of the fit waits for them. Needs ``save_sharded``.
+        trust_checkpoints: Whether loading a checkpoint may run code that is in it, which objects other than plain data
+            and tensors need; an explicit ``weights_only`` goes before.
+        process_group_backend: None is nccl for CUDA, gloo for CPU.
+        timeout: For the collectives of all groups.
+        policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``, ``hierarchical``,
+            ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``, ``cross_node_dtype``,
+            ``two_hop``, ``reduce_dtype``, ``shard_modules``, ``activation_checkpointing``.
+
+    Raises:
+        TypeError: If an option has the wrong type, or the model cannot be sharded.
+        ValueError: If an option's value does not fit the job or the model.
+    """
+
+    def __init__(
+        self,
+        *,
+        save_sharded: bool = True,
+        save_async: bool = False,
+        trust_checkpoints: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        **policy: Any,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=save_sharded, process_group_backend=process_group_backend, timeout=timeout
+        )
+        check_saving(save_sharded=save_sharded, save_async=save_async)
+        self._policy = Policy(timeout=timeout, **policy)
+        self._trust_checkpoints = trust_checkpoints
+        self._saving = ShardedSaving(beside_training=save_async, timeout=timeout)
+        self._sharded: Sharded | None = None
+        self._evaluation = ExitStack()
+        self._resumed: resuming.Saved | None = None  # from loading a checkpoint until training starts
+
+    # -- before the model --------------------------------------------------------------------------------------------
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning injects a distributed sampler."""
+        return True
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every rank has data of its own, those of one partition group too."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    @property
+    def topology(self) -> Topology:
+        """Where every rank is; known once the model is sharded."""
+        return self._state().groups.topology
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        if precision_plugin is not None:
+            check_precision(precision_plugin.precision)
+        if type(precision_plugin) is MixedPrecision:
+            precision_plugin = BFloat16Mixed(device=precision_plugin.device)
+        self._precision_plugin = precision_plugin
+
+    @override
+    def setup_environment(self) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup_device(self.root_device)
+        self.set_world_ranks()
+        self._check_before_communicating()
+        self._setup_distributed()
+        let_gloo_finish(self.root_device)
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None]:
+        """``configure_model`` builds on the CPU, or on the meta device if it says so: never a whole model on a GPU."""
+        device = torch.device("meta" if empty_init else "cpu")
+        with device, self.precision_plugin.tensor_init_context():
+            yield
+
+    # -- sharding the model ------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        module, fitting = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
+        assert self.accelerator is not None and module is not None
+        self._resumed = None
+        self.accelerator.setup(trainer)
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False  # what is made in inference mode could not be trained afterwards
+        with torch.inference_mode(False):
+            if "_mics" not in vars(module):
+                vars(module)["_mics"] = self._shard(module, fitting=fitting)
+            self.model, self._sharded = module, vars(module)["_mics"]
+            self.model_to_device()  # metrics, and what the module itself says of its device
+            self._policy.check_kept(module, self._state())
+            module._device_mesh = self._device_mesh = self._state().groups.mesh
+            self._abandon_window()
+            if fitting:
+                self.setup_optimizers(trainer)
+            self.setup_precision_plugin()
+            if fitting:
+                _optimizers_to_device(self.optimizers, self.root_device)
+        stop_when_signalled(trainer, reduce_max=self._reduce_max, wait_for_checkpoints=self.wait_for_checkpoints)
+
+    def _shard(self, module: nn.Module, *, fitting: bool) -> Sharded:
+        if fitting and self._layer_sync is not None:
+            module = self._layer_sync.apply(module)
+        module = self.precision_plugin.convert_module(module)
+        sharded = self._policy.shard(
+            module,
+            precision=self.precision_plugin.precision,
+            device=self.root_device,
+            local_size=self.num_processes,
+        )
+        if not module.automatic_optimization:
+            _gather_whenever_used(module, sharded.blocks)
+        rank_zero_info(sharded.report)
+        return sharded
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        assert self.model is not None
+        sharded = set(self.model.parameters())
+        for index, optimizer in enumerate(self.optimizers):
+            foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in sharded]
+            if foreign:
+                raise ValueError(
+                    f"optimizer {index} ({type(optimizer).__name__}) holds {len(foreign)} tensors that are not "
+                    "parameters of the sharded model, so nothing would reduce their gradients; make it in "
+                    "`configure_optimizers` from `self.parameters()`"
+                )
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+    # The LightningModule is the FSDP2 root: its steps run as its forward, so that the root's own hooks fire.
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.train_step_context():
+            return self._run_as_forward("training_step", *args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.val_step_context():
+            return self._run_as_forward("validation_step", *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.test_step_context():
+            return self._run_as_forward("test_step", *args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.predict_step_context():
+            return self._run_as_forward("predict_step", *args, **kwargs)
+
+    def _run_as_forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        module, grad_enabled = self.lightning_module, torch.is_grad_enabled()
+        assert module is not None
+        # what FSDP2 allocates in an inference mode (the user's own; Lightning's is off) could not be trained with
+        with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled):
+            return self._forward_redirection(module, module, method, *args, **kwargs)
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        """Lightning enters this on every micro-step but the boundary, also by ``toggle_model(sync_grad=False)``."""
+        with self._state().schedule.micro_step(boundary=False):
+            yield
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        self._state().schedule.before_backward()
+        if not self._root().automatic_optimization:
+            expect_backward(self._root(), closure_loss)
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        self._state().schedule.after_backward()
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().optimizer_step(*args, **kwargs)
+        self._reshard_root()  # if no backward has: the next use must gather the new weights
+        return output
+
+    @override
+    def on_validation_start(self) -> None:
+        self._start_evaluation()
+
+    @override
+    def on_validation_end(self) -> None:
+        self._end_evaluation()
+
+    @override
+    def on_test_start(self) -> None:
+        self._start_evaluation()
+
+    @override
+    def on_test_end(self) -> None:
+        self._end_evaluation()
+
+    @override
+    def on_predict_start(self) -> None:
+        self._start_evaluation()
+
+    @override
+    def on_predict_end(self) -> None:
+        self._end_evaluation()
+
+    @override
+    def on_train_start(self) -> None:
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            resuming.go_on(self._trainer, resumed)
+
+    @override
+    def on_train_end(self) -> None:
+        self._abandon_window()
+        self.wait_for_checkpoints()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        self._abandon_window()
+        try:
+            self.wait_for_checkpoints()
+        except (RuntimeError, OSError) as error:  # the exception is what users should see first
+            rank_zero_warn(str(error))
+
+    def _start_evaluation(self) -> None:
+        """All batches of an evaluation share weights; callbacks may exchange them before it and after it."""
+        self._evaluation.enter_context(self._state().schedule.fixed_weights())
+
+    def _end_evaluation(self) -> None:
+        self._reshard_root()
+        self._evaluation.close()
+
+    def _reshard_root(self) -> None:
+        """FSDP2 leaves the root gathered after a forward, for a backward that evaluation does not have."""
+        self._root().reshard()
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    def _root(self) -> Any:
+        return self.lightning_module  # which FSDP2 has made an FSDPModule as well
+
+    def _abandon_window(self) -> None:
+        if self._sharded is not None:
+            self._sharded.schedule.abandon_window()
+            self._evaluation.close()
+
+    def weights_changed(self) -> None:
+        """Call it, on all ranks, after weights were changed inside an accumulation window in a way that torch does not
+        notice; see :class:`~lightning_mics.sharding.schedule.TwoHopSchedule`.
+        """
+        self._state().schedule.weights_changed()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank's collectives of sharded training have sent; known once the model is sharded."""
+        return self._state().schedule.traffic
+
+    @property
+    def start_report(self) -> str:
+        """The table that rank 0 has logged when the model was sharded: groups, techniques, memory."""
+        return self._state().report
+
+    def _state(self) -> Sharded:
+        if self._sharded is None:
+            raise RuntimeError("the model is sharded when the Trainer runs; there are no groups before")
+        return self._sharded
+
+    # -- talking to the other ranks ----------------------------------------------------------------------------------
+
+    @override
+    def reduce(self, tensor: Tensor | Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce in place, as Lightning's own does, but without a barrier of all ranks before each value."""
+        return reduce_in_place(tensor, group=group, op=reduce_op)
+
+    def _reduce_max(self, tensor: Tensor) -> Tensor:
+        largest: Tensor = self.reduce(tensor.to(self.root_device), reduce_op="max")
+        return largest.cpu()
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state by parameter name, sharded; with ``save_sharded=False`` whole and by number, on rank 0 only."""
+        assert self.model is not None
+        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return optimizer_state(self.model, plain, sharded=self._save_distributed_checkpoint)
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if self._save_distributed_checkpoint:  # where it is: only this rank's rows of it are ever copied
+            return get_model_state_dict(self._root())
+        return super().lightning_module_state_dict()
+
+    @override
+    def save_checkpoint(self, state: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        if storage_options is not None:
+            super().save_checkpoint(state, filepath, storage_options)  # refuses them
+        with all_ranks_answer(f"saving {filepath}", timeout=self._timeout):
+            self._save(self._shared_path(filepath), state)
+
+    def _save(self, path: StoragePath, state: dict[str, Any]) -> None:
+        random_state: dict[str, Tensor] = {}
+        if "optimizer_states" in state:  # not weights only: a run can go on from it
+            now = self._resumed or resuming.Saved.now(self._trainer)
+            state[resuming.KEY], random_state = now.plain(), now.random_state
+        if not self._save_distributed_checkpoint:
+            state.update(checkpoint.gather_rank_states(random_state) if random_state else {})
+            checkpoint.save_full(path, write=lambda file: self.checkpoint_io.save_checkpoint(state, str(file)))
+            return
+        state.update(origin(self._root(), self.topology))
+        self._saving.save(
+            path,
+            model_state=state.pop("state_dict"),
+            optimizer_states=state.pop("optimizer_states", []),
+            meta=state,
+            rank_state=random_state,
+            at_once=not self._in_fit(),
+            show_progress=self._shows_progress(),
+        )
+
+    def _in_fit(self) -> bool:
+        """Whether something will wait for what is being written: a user who saves after the fit wants it at once."""
+        state = self._trainer.state
+        return state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
+
+    def _shows_progress(self) -> bool:
+        """As the Trainer's own progress bar does."""
+        bar = self._trainer.progress_bar_callback
+        return self.is_global_zero and bar is not None and getattr(bar, "is_enabled", True)
+
+    def wait_for_checkpoints(self) -> None:
+        """Wait until all checkpoints are there that are being written beside training; every rank calls it.
+
+        Raises:
+            RuntimeError: If one failed. Those saved earlier are as they were.
+        """
+        self._saving.wait()
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load the model, and when fitting its optimizers, in place; the rest is returned for the Trainer."""
+        assert self.model is not None and self.lightning_module is not None
+        fitting = self._trainer.state.fn == TrainerFn.FITTING
+        self.wait_for_checkpoints()
+        random_state = random_states.capture() if fitting else {}
+        with torch.inference_mode(False), all_ranks_answer(f"loading {checkpoint_path}", timeout=self._timeout):
+            meta = checkpoint.load(
+                self._shared_path(checkpoint_path),
+                model=self.model,
+                optimizers=self.optimizers if fitting else [],
+                strict=self.lightning_module.strict_loading,
+                weights_only=not self._trust_checkpoints if weights_only is None else weights_only,
+                rank_state=random_state,
+                show_progress=self._shows_progress(),
+            )
+            self._abandon_window()
+            verify_replicas(self.model, self._state().groups)
+        if fitting and resuming.KEY in meta:
+            self._resumed = resuming.Saved(pace=resuming.Pace(**meta[resuming.KEY]), random_state=random_state)
+        return meta if VERSION in meta else {VERSION: lightning.__version__, "lr_schedulers": [], **meta}
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Remove it once the checkpoints that are being written are there: until then it may be the latest."""
+        self._saving.after_saves(lambda: self._remove(storage_path(filepath)))
+
+    def _remove(self, path: StoragePath) -> None:
+        if isinstance(path, Path):
+            super().remove_checkpoint(path)
+        elif self.is_global_zero:
+            CheckpointStore(path).remove()
+
+    def _shared_path(self, filepath: str | Path) -> StoragePath:
+        """Rank 0's path: a name with the time in it may differ between ranks."""
+        return storage_path(self.broadcast(filepath))
+
+    # -- refusals ----------------------------------------------------------------------------------------------------
+
+    def _check_before_communicating(self) -> None:
+        check_job(self.root_device, backend=self._get_process_group_backend())
+        self._policy.check(world_size=self.world_size, local_size=self.num_processes)
+        self._refuse_weight_averaging()
+
+    def _refuse_weight_averaging(self) -> None:
+        assert self.lightning_module is not None
+        callbacks: list[pl.Callback] = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} copies the whole model, which strategy 'mics' keeps in parts; remove it"
+                )
+
+
+def _gather_whenever_used(root: Any, blocks: Collection[nn.Module]) -> None:
+    """A step of manual optimization goes on after a backward, which reshards the root, and after ``toggle_model``."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def gather_root(module: nn.Module, inputs: Any) -> None:
+        gather(root)
+
+    for module in unit_modules(root, set(blocks)):
+        if module is not root:
+            module.register_forward_pre_hook(gather_root)
+
+
+StrategyRegistry.register("mics", MiCSStrategy, description="MiCS: sharding inside partition groups, on FSDP2")

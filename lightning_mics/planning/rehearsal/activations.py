@@ -1,0 +1,88 @@
+"""How much memory one micro-step takes beside the model states: what its forward and backward allocate at their peak.
+
+Nothing is computed: the step runs on fake tensors, which have shapes only, and every allocation and release is counted.
+So it holds for any model and loss, for recomputed blocks, and for what attention saves on the CPU; CUDA's flash
+attention saves the same: queries, keys, values, the output and one sum per query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mics._torch.fake import FakeTensorMode, tree_map_only
+from lightning_mics.planning.rehearsal.allocations import Allocations
+from lightning_mics.planning.rehearsal.observed import Observed
+from lightning_mics.policy.memory import Activations
+from lightning_mics.sharding.blocks import find_blocks
+
+
+def peak_activations(
+    make_model: Callable[[], nn.Module],
+    batch: Any,
+    *,
+    loss: Callable[[nn.Module, Any], Tensor],
+    dtype: torch.dtype,
+    autocast_dtype: torch.dtype | None = None,
+    find_blocks: Callable[[nn.Module], Mapping[str, nn.Module]] = find_blocks,
+) -> Activations:
+    """What a forward and backward of ``batch`` allocates.
+
+    Parameters and their gradients are not counted: they are model states. Whatever has a parameter's shape is taken for
+    a gradient, so the batch should have another number of tokens than the model has rows or columns anywhere.
+
+    Args:
+        make_model: Builds the model; it is called under fake tensors, so any size will do.
+        batch: Tensors, in any nest of lists and dictionaries; only their shapes matter.
+        loss: Runs the model on the batch.
+        dtype: Of the parameters that the forward sees.
+        autocast_dtype: What autocast computes in; None is without.
+        find_blocks: Finds the blocks of the model, the last one first.
+    """
+    head_peaks: list[int] = []
+    with FakeTensorMode() as fake:
+        with default_dtype(dtype):
+            model = make_model()
+        batch = tree_map_only(Tensor, fake.from_tensor, batch)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
+        shapes = {_unordered(parameter) for parameter in model.parameters()}
+        allocations = Allocations(counts=lambda tensor: _unordered(tensor) not in shapes)
+
+        def backward_reaches_blocks(*_: Any) -> None:
+            head_peaks.append(allocations.peak_bytes)
+            allocations.reset_peak()
+
+        last_block = next(iter(find_blocks(model).values()), None)
+        if last_block is not None:
+            last_block.register_full_backward_pre_hook(backward_reaches_blocks)
+        with (
+            allocations,
+            Observed(allocations),
+            torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None),
+        ):
+            loss(model, batch).backward()  # type: ignore[no-untyped-call]
+    return Activations(max(head_peaks, default=allocations.peak_bytes), allocations.peak_bytes)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Build in ``dtype`` what is built inside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _unordered(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(sorted(tensor.shape))
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None

@@ -1,0 +1,314 @@
+"""A job rehearsed in one process: what one of its ranks does, seen from the program itself and not from formulas.
+
+The model is sharded by the real ``shard_model``, trained by the real schedule and stepped by the real optimizer, but
+the other ranks do not exist (torch's fake process group) and tensors have shapes only. So a rank of a job of any size
+runs within seconds, and every collective and every allocation is counted. Two optimizer steps run, because optimizers
+make their states in the first; the second is what is reported.
+
+Micro-steps between the second and the boundary do what the second does, so it stands for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from lightning_mics._torch.fake import FakeTensorMode, rehearsed_job, tree_map_only
+from lightning_mics._torch.fsdp import fsdp_modules, partial_sums, sharded_parameters, unsharded_parameters
+from lightning_mics.collectives.traffic import Sent
+from lightning_mics.cost.collective import Collective
+from lightning_mics.planning.rehearsal.activations import default_dtype
+from lightning_mics.planning.rehearsal.allocations import GATHERED, UNKNOWN, Allocations
+from lightning_mics.planning.rehearsal.collectives import Collectives
+from lightning_mics.planning.rehearsal.observed import Observed
+from lightning_mics.sharding.blocks import ModuleClasses
+from lightning_mics.sharding.options import Gather, Reduce
+from lightning_mics.sharding.schedule import TwoHopSchedule
+from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
+from lightning_mics.techniques.partition_groups import create_groups
+from lightning_mics.topology import Topology
+
+PARAMETERS, GRADIENTS, STATES = "parameters", "gradients", "optimizer states"
+
+
+KEPT, REDUCING = "kept to travel once per step", "gradients being reduced"
+
+
+CATEGORIES = (PARAMETERS, GRADIENTS, STATES, KEPT, GATHERED, REDUCING, UNKNOWN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """One collective of the step that was rehearsed.
+
+    Attributes:
+        micro_step: In which it ran, from 1; 0 is after the last, when gradients are clipped and weights are updated.
+        times: How many micro-steps this one stands for.
+        collective: What ran.
+    """
+
+    micro_step: int
+    times: int
+    collective: Collective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What one rank does in one optimizer step.
+
+    Attributes:
+        topology: Where every rank is.
+        rank: The one that was rehearsed.
+        micro_steps: In the step.
+        ran: Its collectives, in order.
+        peak: Bytes by category when they were the most, in the order of ``CATEGORIES``.
+        states: Bytes of parameters, gradients and optimizer states at the end of the last backward.
+    """
+
+    topology: Topology
+    rank: int
+    micro_steps: int
+    ran: tuple[Ran, ...]
+    peak: dict[str, int]
+    states: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes of tensors that this rank holds at any moment of the step."""
+        return sum(self.peak.values())
+
+    def sent(self) -> dict[str, Sent]:
+        """What this rank sends per step, by kind of collective and group, as in "all_gather in rail"."""
+        totals: dict[str, Sent] = {}
+        for ran in self.ran:
+            name = f"{ran.collective.kind} in {ran.collective.group}"
+            once = ran.collective.sent
+            times = Sent(once.inside_bytes * ran.times, once.between_bytes * ran.times)
+            totals[name] = totals.get(name, Sent()) + times
+        return totals
+
+
+def rehearse(
+    make_model: Callable[[], nn.Module],
+    batch: Any,
+    *,
+    loss: Callable[[nn.Module, Any], Tensor],
+    topology: Topology,
+    rank: int = 0,
+    micro_steps: int = 1,
+    make_optimizer: Callable[[nn.Module], Optimizer] | None = None,
+    gradient_clip_val: float | None = None,
+    precision: str = "32-true",
+    backend: Literal["nccl", "gloo"] = "nccl",
+    hierarchical: bool | Literal["auto"] = "auto",
+    shard_modules: ModuleClasses | None = None,
+    cross_node_gather: Gather = "every_use",
+    cross_node_reduce: Reduce = "every_micro_step",
+    in_node_gather: Gather = "every_use",
+    in_node_reduce: Reduce = "every_micro_step",
+    cross_node_dtype: torch.dtype | None = None,
+    two_hop: bool = True,
+    reduce_dtype: torch.dtype | None = None,
+    activation_checkpointing: bool | ModuleClasses = False,
+) -> Rehearsal:
+    """Run one optimizer step of one rank of a job of any size, without its machines and without memory.
+
+    What is rehearsed is training itself: not the data, callbacks, ``torch.compile``. Autocast is that of the CPU.
+
+    Args:
+        make_model: Builds the model; it is called under fake tensors, so any size will do.
+        batch: What one micro-step of one rank gets: tensors in any nest of lists and dictionaries, of which only shapes
+            matter.
+        loss: Runs the model on the batch.
+        topology: Where every rank is.
+        rank: Which one to be.
+        micro_steps: Per optimizer step.
+        make_optimizer: Called with the sharded model; None is fused AdamW.
+        gradient_clip_val: The largest norm of all gradients; None clips nothing.
+        precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
+        backend: What runs collectives. gloo takes others than nccl for some.
+        hierarchical: As of :func:`~lightning_mics.techniques.partition_groups.create_groups`.
+        shard_modules: As of :func:`~lightning_mics.sharding.shard_model.shard_model`; and so are the following.
+        cross_node_gather: When parameters cross nodes.
+        cross_node_reduce: When gradients cross nodes.
+        in_node_gather: When parameters travel inside nodes.
+        in_node_reduce: When gradients travel inside nodes.
+        cross_node_dtype: What gradients travel in between nodes.
+        two_hop: Whether the second hop waits for the boundary.
+        reduce_dtype: What gradients are reduced in; None follows the precision.
+        activation_checkpointing: What is recomputed in backward.
+
+    Raises:
+        RuntimeError: If ``torch.distributed`` is in use.
+        TypeError: If the model cannot be sharded.
+        ValueError: If a number is not positive, or an option does not fit the model or the topology.
+    """
+    if micro_steps < 1:
+        raise ValueError(f"micro_steps={micro_steps} must be at least 1")
+    if not 0 <= rank < topology.world_size:
+        raise ValueError(f"rank={rank} is not one of the {topology.world_size} ranks of the job")
+    with rehearsed_job(world_size=topology.world_size, rank=rank, backend=backend):
+        groups = create_groups(topology, device_type="cpu", hierarchical=hierarchical)
+        watch = _Watch(topology, gloo=backend == "gloo")
+        with watch.entered() as fake:
+            with default_dtype(torch.bfloat16 if precision == "bf16-true" else torch.float32):
+                model = make_model()
+            schedule = shard_model(
+                model,
+                groups,
+                shard_modules=shard_modules,
+                cross_node_gather=cross_node_gather,
+                cross_node_reduce=cross_node_reduce,
+                in_node_gather=in_node_gather,
+                in_node_reduce=in_node_reduce,
+                cross_node_dtype=cross_node_dtype,
+                two_hop=two_hop,
+                activation_checkpointing=activation_checkpointing,
+                mixed_precision=mixed_precision_policy(precision, reduce_dtype=reduce_dtype),
+            )
+            optimizer = (make_optimizer or partial(_adamw))(model)
+            batch = tree_map_only(Tensor, fake.from_tensor, batch)
+            watch.model(model, schedule, optimizer)
+            mixed = precision == "bf16-mixed"
+
+            def forward() -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                    return loss(model, batch)
+
+            train = partial(
+                _optimizer_step, forward, model, optimizer, schedule, watch=watch, gradient_clip_val=gradient_clip_val
+            )
+            train({1: 1})
+            watch.begin()
+            train(_stand_for(micro_steps))
+    return Rehearsal(
+        topology=topology,
+        rank=rank,
+        micro_steps=micro_steps,
+        ran=tuple(watch.ran),
+        peak={name: watch.peak[name] for name in CATEGORIES if watch.peak.get(name)},
+        states=watch.states,
+    )
+
+
+def _stand_for(micro_steps: int) -> dict[int, int]:
+    """The micro-steps that run, and how many each stands for; the last is the boundary."""
+    return {
+        step: max(1, micro_steps - 2) if step == 2 < micro_steps else 1
+        for step in {1, min(2, micro_steps), micro_steps}
+    }
+
+
+def _adamw(model: nn.Module) -> Optimizer:
+    return AdamW(model.parameters(), fused=True)
+
+
+def _optimizer_step(
+    forward: Callable[[], Tensor],
+    model: nn.Module,
+    optimizer: Optimizer,
+    schedule: TwoHopSchedule,
+    micro_steps: Mapping[int, int],
+    *,
+    watch: _Watch,
+    gradient_clip_val: float | None,
+) -> None:
+    """As Lightning does it: gradients of the step before are there until the first forward has run."""
+    for micro_step, times in sorted(micro_steps.items()):
+        watch.now(micro_step, times)
+        with schedule.micro_step(boundary=micro_step == max(micro_steps)):
+            loss = forward()
+            if micro_step == 1:
+                optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            del loss
+            watch.claim()
+        watch.claim()
+    watch.now(0, 1)
+    if gradient_clip_val is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), gradient_clip_val)
+    optimizer.step()
+    watch.claim()
+
+
+class _Watch:
+    """Sees what a job does."""
+
+    def __init__(self, topology: Topology, *, gloo: bool) -> None:
+        self.ran: list[Ran] = []
+        self.states: dict[str, int] = {}
+        self._allocations = Allocations()
+        self._collectives = Collectives(topology, gloo=gloo, seen=self._seen)
+        self._micro_step = self._times = 0
+
+    @contextmanager
+    def entered(self) -> Iterator[FakeTensorMode]:
+        with FakeTensorMode() as fake, self._allocations, _WithoutValues(self._collectives, self._allocations):
+            yield fake
+
+    @property
+    def peak(self) -> dict[str, int]:
+        return self._allocations.peak
+
+    def model(self, model: nn.Module, schedule: TwoHopSchedule, optimizer: Optimizer) -> None:
+        """Watch the memory of these."""
+        self._model, self._schedule, self._optimizer = model, schedule, optimizer
+        self._units = list(fsdp_modules(model).values())
+        self._hooked: set[nn.Parameter] = set()
+        self._allocations.assign(PARAMETERS, [p for unit in self._units for p in sharded_parameters(unit)])
+        self._allocations.assign(PARAMETERS, model.buffers())
+
+    def begin(self) -> None:
+        """What comes now is reported."""
+        for parameter in (p for unit in self._units for p in unsharded_parameters(unit)):
+            parameter.register_post_accumulate_grad_hook(self._claim_gradient)  # type: ignore[no-untyped-call]
+        self.ran.clear()
+        self._allocations.reset_peak()
+
+    def now(self, micro_step: int, times: int) -> None:
+        if micro_step == 0:
+            live = self._allocations.live
+            self.states = {name: live.get(name, 0) for name in (PARAMETERS, GRADIENTS, STATES)}
+        self._micro_step, self._times = micro_step, times
+
+    def claim(self) -> None:
+        """Give tensors that last the categories that their owners tell."""
+        assign = self._allocations.assign
+        assign(KEPT, self._schedule.kept())
+        for unit in self._units:
+            assign(GRADIENTS, partial_sums(unit))
+            assign(GRADIENTS, (p.grad for p in sharded_parameters(unit) if p.grad is not None))
+        assign(STATES, _tensors(self._optimizer.state.values()))
+
+    def _claim_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._allocations.assign(GRADIENTS, [parameter.grad], over=UNKNOWN)
+
+    def _seen(self, collective: Collective, tensors: list[Tensor]) -> None:
+        self.ran.append(Ran(micro_step=self._micro_step, times=self._times, collective=collective))
+        gathers = collective.kind == "all_gather"
+        self._allocations.assign(GATHERED if gathers else REDUCING, tensors, over=UNKNOWN)
+
+
+class _WithoutValues(Observed):  # type: ignore[no-untyped-call]
+    """Answers what tensors without values cannot: numbers are 0, conditions do not hold, and equals are equal."""
+
+    def run(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if operation is torch.ops.aten.equal.default:
+            return True
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            dtype = args[0].dtype
+            return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
+        return operation(*args, **kwargs)
+
+
+def _tensors(states: Iterable[Mapping[str, Any]]) -> Iterator[Tensor]:
+    for state in states:
+        yield from (value for value in state.values() if isinstance(value, Tensor))

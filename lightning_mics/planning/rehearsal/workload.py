@@ -1,0 +1,115 @@
+"""What a job has to do whatever the cluster: the sizes of its model, and memory and arithmetic of a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_mics._torch.fake import FakeTensorMode, tree_map_only
+from lightning_mics.cost.step_traffic import Unit, find_units
+from lightning_mics.planning.rehearsal.activations import default_dtype, peak_activations
+from lightning_mics.policy.memory import Activations, ModelSize, measure_model
+from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
+from lightning_mics.sharding.blocks import ModuleClasses, find_blocks
+from lightning_mics.sharding.shard_model import mixed_precision_policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A model and what one sample of it takes.
+
+    Attributes:
+        units: What is gathered and reduced at once.
+        size: What the model keeps.
+        parameters: How many there are.
+        sample: Activations of one sample.
+        model_flops: Of a forward and a backward of one sample, by the mathematics.
+        hardware_flops: The same with what is recomputed.
+        gathered_dtype: Of gathered parameters.
+        reduce_dtype: Of gradient sums.
+    """
+
+    units: tuple[Unit, ...]
+    size: ModelSize
+    parameters: int
+    sample: Activations
+    model_flops: float
+    hardware_flops: float
+    gathered_dtype: torch.dtype
+    reduce_dtype: torch.dtype
+
+
+def measure_workload(
+    make_model: Callable[[], nn.Module],
+    batch: Any,
+    *,
+    samples: int,
+    loss: Callable[[nn.Module, Any], Tensor],
+    precision: str = "32-true",
+    reduce_dtype: torch.dtype | None = None,
+    shard_modules: ModuleClasses | None = None,
+    activation_checkpointing: bool | ModuleClasses = False,
+) -> Workload:
+    """Measure a model of any size, without memory and without numbers.
+
+    Args:
+        make_model: Builds it.
+        batch: Tensors in any nest of lists and dictionaries, of which only shapes matter.
+        samples: That ``batch`` has.
+        loss: Runs the model on the batch.
+        precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
+        reduce_dtype: What gradients are reduced in; None follows the precision.
+        shard_modules: The blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
+        activation_checkpointing: What is recomputed in backward; see :func:`~lightning_mics.sharding.shard_model.shard_model`.
+
+    Raises:
+        TypeError: If the model has no blocks.
+        ValueError: If ``samples`` is not positive.
+    """
+    if samples < 1:
+        raise ValueError(f"samples={samples} must be at least 1")
+    half = precision == "bf16-true"
+    dtype = torch.bfloat16 if half else torch.float32
+    with torch.device("meta"), default_dtype(dtype):
+        model = make_model()
+    blocks = find_blocks(model, shard_modules)
+    policy = mixed_precision_policy(precision, reduce_dtype=reduce_dtype)
+
+    def recomputing() -> nn.Module:
+        built = make_model()
+        own = find_blocks(built, shard_modules)
+        recompute_in_backward(find_recomputed(built, own, activation_checkpointing))
+        return built
+
+    autocast_dtype = torch.bfloat16 if precision == "bf16-mixed" else None
+    return Workload(
+        units=tuple(find_units(model, blocks)),
+        size=measure_model(model, blocks.values(), gathered_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        sample=peak_activations(
+            recomputing,
+            batch,
+            loss=loss,
+            dtype=policy.param_dtype or dtype,
+            autocast_dtype=autocast_dtype,
+            find_blocks=partial(find_blocks, shard_modules=shard_modules),
+        )
+        * (1 / samples),
+        model_flops=_flops(make_model, batch, loss) / samples,
+        hardware_flops=_flops(recomputing, batch, loss) / samples,
+        gathered_dtype=policy.param_dtype or dtype,
+        reduce_dtype=policy.reduce_dtype or dtype,
+    )
+
+
+def _flops(make_model: Callable[[], nn.Module], batch: Any, loss: Callable[[nn.Module, Any], Tensor]) -> float:
+    with FakeTensorMode() as fake, FlopCounterMode(display=False) as counter:
+        model = make_model()
+        loss(model, tree_map_only(Tensor, fake.from_tensor, batch)).backward()  # type: ignore[no-untyped-call]
+    return float(counter.get_total_flops())

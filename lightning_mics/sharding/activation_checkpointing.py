@@ -1,0 +1,69 @@
+"""Activation checkpointing: which modules are recomputed in backward, and how."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_mics.sharding.blocks import ModuleClasses, find_modules
+
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what blocks of `transformers` call it
+
+
+def find_recomputed(
+    model: nn.Module, blocks: dict[str, nn.Module], activation_checkpointing: bool | ModuleClasses
+) -> list[nn.Module]:
+    """The modules that are recomputed in backward.
+
+    Raises:
+        TypeError: If ``activation_checkpointing`` holds anything but module classes, their names and patterns.
+        ValueError: If one of these classes is not in the model, or no block's name fits a pattern.
+    """
+    if isinstance(activation_checkpointing, bool):
+        return list(blocks.values()) if activation_checkpointing else []
+    entries = _listed(activation_checkpointing)
+    patterns = [entry for entry in entries if isinstance(entry, str) and not entry.isidentifier()]
+    classes = [entry for entry in entries if entry not in patterns]
+    found = find_modules(model, classes, option="activation_checkpointing")
+    for pattern in patterns:
+        fitting = {name: block for name, block in blocks.items() if fnmatchcase(name, pattern)}
+        if not fitting:
+            names = list(reversed(blocks))
+            raise ValueError(
+                f"activation_checkpointing: no block fits the pattern {pattern!r}; the {len(names)} blocks are "
+                f"{names[0]!r} to {names[-1]!r}"
+            )
+        found |= fitting
+    return list(found.values())
+
+
+def recompute_in_backward(modules: Iterable[nn.Module]) -> None:
+    """Let each of ``modules`` keep only its inputs in forward, and run again in backward."""
+    for module in modules:
+        module.forward = _recomputing(module.forward)
+
+
+def _listed(entries: ModuleClasses) -> list[type[nn.Module] | str]:
+    return [entries] if isinstance(entries, str | type) else list(entries)
+
+
+def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` that keeps only its inputs. A cache of keys and values is left out: recomputing would extend it."""
+    names = inspect.signature(forward).parameters
+    caches = {index for index, name in enumerate(names) if name in CACHES}
+
+    # a function, not a partial: torch.compile leaves out whatever a partial of `checkpoint` calls
+    def recomputed_forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        args = tuple(None if index in caches else value for index, value in enumerate(args))
+        kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return recomputed_forward

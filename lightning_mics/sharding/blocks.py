@@ -1,0 +1,164 @@
+"""Which modules of a model are sharded as units: its blocks. What is left is one more unit, the root's.
+
+A unit's parameters are gathered together just before it runs and dropped after; a transformer layer is the usual block.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_mics._torch.fsdp import OptimizedModule
+
+ModuleClasses = Collection[type[nn.Module] | str]
+
+
+def find_blocks(model: nn.Module, shard_modules: ModuleClasses | None = None) -> dict[str, nn.Module]:
+    """The blocks of ``model`` by name, a block inside another one before the outer one.
+
+    Args:
+        model: The model to search.
+        shard_modules: Module classes or class names. None takes the classes that the model (or a model inside it) names
+            in ``_no_split_modules``, as those of ``transformers`` do, but for modules tied to others, such as BERT's
+            embeddings; else the entries of the longest ``ModuleList``, ``ModuleDict`` or ``Sequential`` that holds
+            modules of one class. Empty: no blocks, the root holds all.
+
+    Raises:
+        TypeError: If the model is already wrapped or sharded, has no parameters, or has no blocks that can be found.
+        ValueError: If a class of ``shard_modules`` is not in the model, if a parameter is shared between two units, or
+            if parameters are of a kind that cannot be sharded together.
+    """
+    _check_not_wrapped(model)
+    if shard_modules is None:
+        blocks = _without_tied(model, _of_classes(model, _no_split_names(model))) or _longest_list(model)
+        if not blocks:
+            raise TypeError(
+                f"found no blocks to shard in {type(model).__name__}: it has no `_no_split_modules` and no list of "
+                "modules of one class; pass shard_modules=[BlockClass], or shard_modules=[] to shard it as one unit"
+            )
+    else:
+        blocks = find_modules(model, shard_modules, option="shard_modules")
+    _check_units(model, blocks)
+    return blocks
+
+
+def find_modules(model: nn.Module, classes: ModuleClasses, *, option: str) -> dict[str, nn.Module]:
+    """The modules of ``model`` of the given classes, by name, inner ones first.
+
+    Raises:
+        TypeError: If ``classes`` (the value of ``option``) holds anything but module classes and their names.
+        ValueError: If a class is not in the model.
+    """
+    entries = [classes] if isinstance(classes, str | type) else list(classes)
+    for entry in entries:
+        if not isinstance(entry, str) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+            raise TypeError(f"{option} takes module classes or their names, got {entry!r}")
+        if not _of_classes(model, [entry]):
+            present = Counter(type(module).__name__ for module in model.modules() if module is not model)
+            raise ValueError(
+                f"{option}: {type(model).__name__} has no {entry if isinstance(entry, str) else entry.__name__}; "
+                f"its module classes are {', '.join(f'{name} ({count})' for name, count in present.most_common())}"
+            )
+    return _of_classes(model, entries)
+
+
+def unit_modules(unit: nn.Module, blocks: Collection[nn.Module]) -> Iterator[nn.Module]:
+    """The modules whose tensors belong to ``unit``, children first: all but other ``blocks`` inside it."""
+    for child in dict.fromkeys(unit.children()):
+        if child not in blocks:
+            yield from unit_modules(child, blocks)
+    yield unit
+
+
+def _of_classes(model: nn.Module, entries: Collection[type[nn.Module] | str]) -> dict[str, nn.Module]:
+    names = {entry for entry in entries if isinstance(entry, str)}
+    classes = tuple(entry for entry in entries if not isinstance(entry, str))
+    skipped = {model, *(module._orig_mod for module in model.modules() if isinstance(module, OptimizedModule))}
+    found = {}
+    for name, module in model.named_modules():
+        plain = module._orig_mod if isinstance(module, OptimizedModule) else module  # compiled: what is inside counts
+        if module not in skipped and (type(plain).__name__ in names or isinstance(plain, classes)):
+            found[name] = module
+    return dict(reversed(found.items()))  # `named_modules` lists outer modules first
+
+
+def _no_split_names(model: nn.Module) -> set[str]:
+    return {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+
+
+def _without_tied(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Leave blocks that share a parameter with another unit to the root."""
+    units_of: dict[int, set[nn.Module]] = {}  # by parameter
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        units_of.setdefault(id(parameter), set()).add(_innermost_unit(model, name, blocks.values()))
+    tied = {unit for units in units_of.values() if len(units) > 1 for unit in units}
+    return {name: block for name, block in blocks.items() if block not in tied}
+
+
+def _longest_list(model: nn.Module) -> dict[str, nn.Module]:
+    longest: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            continue
+        entries = {f"{name}.{key}".lstrip("."): entry for key, entry in module.named_children()}
+        of_one_class = len({type(entry) for entry in entries.values()}) == 1
+        if of_one_class and _have_parameters(entries.values()) and len(entries) > max(1, len(longest)):
+            longest = entries
+    return dict(reversed(longest.items()))
+
+
+def _have_parameters(modules: Iterable[nn.Module]) -> bool:
+    return all(next(module.parameters(), None) is not None for module in modules)
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    if not _have_parameters([model]):
+        raise TypeError(f"{type(model).__name__} has no parameters, so there is nothing to shard")
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel | DistributedDataParallel | FSDPModule):
+            raise TypeError(
+                f"module {name or 'at the root'!r} ({type(module).__name__}) is already wrapped or sharded; "
+                "hand over the plain module, it is sharded here"
+            )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise TypeError(f"parameter {name!r} is already a DTensor; hand over the plain module, it is sharded here")
+
+
+def _check_units(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
+    """Refuse what FSDP2 cannot shard: it gathers a parameter with one unit only, and reduces a unit in one dtype."""
+    name_of = {block: name for name, block in blocks.items()} | {model: "the root"}
+    first_of: dict[int, tuple[str, nn.Module]] = {}  # by parameter
+    first_trainable_of: dict[nn.Module, tuple[str, nn.Parameter]] = {}  # by unit
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        unit = _innermost_unit(model, name, name_of)
+        first_name, first_unit = first_of.setdefault(id(parameter), (name, unit))
+        if unit is not first_unit:
+            raise ValueError(
+                f"parameters {first_name!r} (in {name_of[first_unit]}) and {name!r} (in {name_of[unit]}) are one tied "
+                "parameter in two units; choose shard_modules so that one unit holds both"
+            )
+        if parameter.ndim == 0:
+            raise ValueError(f"parameter {name!r} has no dimension to shard; give it the shape [1]")
+        if not parameter.requires_grad:
+            continue
+        other_name, other = first_trainable_of.setdefault(unit, (name, parameter))
+        if parameter.dtype != other.dtype:
+            raise ValueError(
+                f"parameters {other_name!r} ({other.dtype}) and {name!r} ({parameter.dtype}) are in one unit, "
+                f"{name_of[unit]}, whose gradients are reduced together; give them one dtype, or units of their own "
+                "by shard_modules"
+            )
+
+
+def _innermost_unit(model: nn.Module, parameter_name: str, units: Collection[nn.Module]) -> nn.Module:
+    unit = module = model  # which is a unit as well: the root's
+    for attribute in parameter_name.split(".")[:-1]:
+        module = getattr(module, attribute)
+        unit = module if module in units else unit
+    return unit

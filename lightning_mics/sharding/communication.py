@@ -1,0 +1,125 @@
+"""Which collectives each unit uses: the techniques, joined for one topology and one choice of options.
+
+A unit is what FSDP2 gathers and reduces together: a block, or what the root holds. What each does where a partition
+group spans nodes, by default, with traffic between nodes once per step, and with all traffic once per step::
+
+                    every use, every micro-step     between nodes once             inside nodes once too
+    gather          rail, then node                 rail once, then node           rail and node once
+    reduce          node, then rail                 node; at the boundary rail     at the boundary node, then rail
+    second hop      all-reduce over replicas, at the boundary, in all
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, sharded_parameters, take_over_second_hop
+from lightning_mics.collectives.counted_group import CountedGroup
+from lightning_mics.collectives.traffic import Traffic
+from lightning_mics.sharding.options import Gather, Reduce
+from lightning_mics.sharding.schedule import TwoHopSchedule
+from lightning_mics.techniques.flat import FlatAllGather, FlatReduceScatter
+from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
+from lightning_mics.techniques.once_per_step import KeptCopy, NodeCopy, NodeSums, RankCopy
+from lightning_mics.techniques.partition_groups import PartitionGroups
+from lightning_mics.techniques.pending_gradients import Deferral
+from lightning_mics.techniques.two_hop import SecondHop
+
+
+class Communication:
+    """Gives the units of a sharded model their collectives.
+
+    Args:
+        groups: The groups of this rank.
+        cross_node_gather: When parameters cross nodes.
+        cross_node_reduce: When gradients cross nodes inside a partition group.
+        in_node_gather: When parameters travel at all; once per step includes ``cross_node_gather``.
+        in_node_reduce: When gradients travel at all; likewise.
+        cross_node_dtype: What gradients travel in between nodes.
+        two_hop: Whether the second hop waits for the boundary.
+    """
+
+    def __init__(
+        self,
+        groups: PartitionGroups,
+        *,
+        cross_node_gather: Gather,
+        cross_node_reduce: Reduce,
+        in_node_gather: Gather,
+        in_node_reduce: Reduce,
+        cross_node_dtype: torch.dtype | None,
+        two_hop: bool,
+    ) -> None:
+        self._topology = groups.topology
+        self._traffic = Traffic()
+        self._partition = self._counted(groups.partition)
+        self._replication = self._counted(groups.replication) if groups.replication else None
+        self._rail = self._counted(groups.rail) if groups.rail else None
+        self._node = self._counted(groups.node) if groups.node else None
+        self._rank_keeps_copy = in_node_gather == "once_per_step"
+        self._rank_keeps_sums = in_node_reduce == "once_per_step"
+        self._node_keeps_copy = cross_node_gather == "once_per_step"
+        self._node_keeps_sums = cross_node_reduce == "once_per_step"
+        self._wire_dtype = cross_node_dtype
+        self._two_hop = two_hop
+        self._deferrals: dict[str, Deferral] = {}
+        self._copies: list[KeptCopy] = []
+
+    def install(self, root: FSDPModule) -> TwoHopSchedule:
+        """Give every unit under ``root`` its collectives; returns the schedule that drives them."""
+        for name, module in fsdp_modules(root).items():
+            if self._topology.partition_size > 1:
+                module.set_custom_all_gather(self._all_gather(module))
+                if self._rank_keeps_copy:
+                    self._copies.append(RankCopy(module))
+                module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
+            if self._replication is not None:
+                self._set_second_hop(name, module, self._replication)
+        return TwoHopSchedule(
+            root,
+            replicas=self._topology.replicas,
+            traffic=self._traffic,
+            deferrals=self._deferrals,
+            copies=self._copies,
+            whole_gradients=self._rank_keeps_sums and self._topology.partition_size > 1,
+            two_hop=self._two_hop,
+        )
+
+    def _all_gather(self, module: FSDPModule) -> AllGather:
+        if self._rail is None:
+            return FlatAllGather(self._partition)
+        if self._rank_keeps_copy or not self._node_keeps_copy:
+            return HierarchicalAllGather(rail=self._rail, node=self._node)
+        copy = NodeCopy(rail=self._rail, node=self._node, module=module)
+        self._copies.append(copy)
+        return copy
+
+    def _reduce_scatter(self, name: str, module: FSDPModule) -> ReduceScatter:
+        if self._rail is None:
+            return FlatReduceScatter(self._partition)
+        if self._rank_keeps_sums or not self._node_keeps_sums:
+            return HierarchicalReduceScatter(rail=self._rail, node=self._node, wire_dtype=self._wire_dtype)
+        deferral = self._deferral(name, module)
+        return NodeSums(rail=self._rail, node=self._node, deferral=deferral, wire_dtype=self._wire_dtype)
+
+    def _set_second_hop(self, name: str, module: FSDPModule, replication: CountedGroup) -> None:
+        if self._wire_dtype is None:
+
+            def count(shard: torch.Tensor) -> None:
+                replication.count_all_reduce(shard, technique="all-reduce over replicas")
+
+            module.set_all_reduce_hook(count)  # FSDP2 calls it after its own all-reduce
+            return
+        after_sums = name in self._deferrals
+        deferral = self._deferral(name, module)
+        hop = SecondHop(replication=replication, wire_dtype=self._wire_dtype, deferral=deferral, after_sums=after_sums)
+        take_over_second_hop(module, hop)
+
+    def _deferral(self, name: str, module: FSDPModule) -> Deferral:
+        return self._deferrals.setdefault(name, Deferral(lambda: sharded_parameters(module)))
+
+    def _counted(self, group: dist.ProcessGroup) -> CountedGroup:
+        ranks = dist.get_process_group_ranks(group)
+        return CountedGroup(group, nodes=[self._topology.node_of(rank) for rank in ranks], traffic=self._traffic)

@@ -1,0 +1,199 @@
+"""The first weights: the same on every replica, and never dependent on the number of ranks.
+
+One unit (a block, or what is left for the root) is placed on the device at a time, whole, just before it is sharded:
+
+* on the meta device: it is made there and initialised from the seed of rank 0, on every rank alike;
+* built by the user: it is moved there, and the values of rank 0 are sent to all ranks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_mics.sharding.blocks import unit_modules
+from lightning_mics.techniques.partition_groups import PartitionGroups
+
+CHECKSUM_CHUNK = 2**22  # elements at a time: the 64-bit integers take several times the parameter's memory
+
+
+@contextmanager
+def seeded_by_rank_0(device: torch.device) -> Iterator[None]:
+    """Draw the same random numbers on every rank: those of rank 0's seed. Restores each rank's own state after."""
+    seed = torch.tensor(torch.initial_seed(), dtype=torch.uint64).view(torch.int64).to(device)
+    dist.broadcast(seed, src=0)
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int(seed.cpu().view(torch.uint64).item()))
+        yield
+
+
+class FirstWeights:
+    """Puts the units of a model on the device, one at a time, with their first values.
+
+    Args:
+        model: The whole model.
+        blocks: Its blocks; they and the model are the units.
+        device: Where to.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Collection[nn.Module], device: torch.device) -> None:
+        self._blocks = set(blocks)
+        self._device = device
+        self._init_weights = _init_weights_of(model)
+        self._made: dict[Tensor, Tensor] = {}  # for each meta tensor the real one, so that shared ones stay shared
+
+    @torch.no_grad()
+    def place(self, unit: nn.Module) -> None:
+        """Put the tensors of ``unit`` on the device; every rank calls it.
+
+        Raises:
+            TypeError: If nothing initialises a tensor that was on the meta device.
+        """
+        modules = list(dict.fromkeys(unit_modules(unit, self._blocks)))
+        # only buffers are shared between units; a reference to a parameter would keep it whole after it is sharded
+        self._made = {meta: real for meta, real in self._made.items() if not isinstance(real, nn.Parameter)}
+        for tensor in dict.fromkeys(tensor for module in modules for _, tensor in _own_tensors(module)):
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(self._device).contiguous()
+                dist.broadcast(tensor.data.view(-1).view(torch.uint8), src=0)  # bytes: not all dtypes can be sent
+        _check_registered(modules)
+        fresh = {module for module in modules if any(tensor.is_meta for _, tensor in _own_tensors(module))}
+        made = [entry for module in modules if module in fresh for entry in self._materialize(module)]
+        for module in modules:  # children first, as a parent may change what its children set
+            inside = set(module.modules())
+            if module in fresh or (inside & fresh and not inside & (self._blocks - {unit})):
+                self._initialize(module)
+        for module, name, tensor, version in made:
+            _check_initialized(module, name, tensor, version)
+
+    def _materialize(self, module: nn.Module) -> list[tuple[nn.Module, str, Tensor, int]]:
+        """Replace the meta tensors of ``module`` by real ones, full of NaN: (module, name, tensor, version) of each."""
+        made = []
+        for name, tensor in _own_tensors(module):
+            if not tensor.is_meta:
+                continue
+            if tensor not in self._made:
+                self._made[tensor] = _empty(tensor, self._device)
+                made.append((module, name, self._made[tensor], self._made[tensor]._version))
+            setattr(module, name, self._made[tensor])
+        return made
+
+    def _initialize(self, module: nn.Module) -> None:
+        for method in ("reset_parameters", "_reset_parameters"):
+            if callable(reset := getattr(module, method, None)):
+                reset()
+        if module in self._init_weights:
+            self._init_weights[module](module)
+
+
+@torch.no_grad()
+def verify_replicas(model: nn.Module, groups: PartitionGroups) -> None:
+    """Check that all replicas hold the same parameters, bit for bit; every rank calls it.
+
+    Compares a checksum per parameter over the replication group.
+
+    Raises:
+        RuntimeError: If they differ; the message names the first parameters that do.
+    """
+    if groups.topology.replicas == 1:
+        return
+    names, shards = zip(*((name, _local(parameter)) for name, parameter in model.named_parameters()), strict=True)
+    checksums = torch.stack([_checksum(shard) for shard in shards])  # [parameters]
+    of_replicas = [torch.empty_like(checksums) for _ in range(groups.topology.replicas)]
+    dist.all_gather(of_replicas, checksums, group=groups.replication)
+    same = (torch.stack(of_replicas) == checksums).all(dim=0)  # [parameters]
+    # a rank whose own part agrees must raise with the others
+    dist.all_reduce(differ := (~same.all()).int(), op=dist.ReduceOp.MAX)
+    if differ:
+        differing = [name for name, ok in zip(names, same.tolist(), strict=True) if not ok]
+        raise RuntimeError(
+            f"the replicas of the model differ in {len(differing)} of {len(names)} parameters that rank "
+            f"{dist.get_rank()} holds a part of, for instance {differing[:3]}; they must be equal at all times"
+        )
+
+
+def _init_weights_of(model: nn.Module) -> dict[nn.Module, Callable[[nn.Module], None]]:
+    """For each module the ``_init_weights(module)`` of the nearest module around it, as in ``transformers``."""
+    found: dict[nn.Module, Callable[[nn.Module], None]] = {}
+
+    def visit(module: nn.Module, inherited: Callable[[nn.Module], None] | None) -> None:
+        own = getattr(module, "_init_weights", None)
+        nearest = own if _takes_one_module(own) else inherited
+        if nearest is not None:
+            found[module] = nearest
+        for child in module.children():
+            visit(child, nearest)
+
+    visit(model, None)
+    return found
+
+
+def _empty(meta: Tensor, device: torch.device) -> Tensor:
+    empty = torch.empty_like(meta, device=device)
+    if empty.is_floating_point():
+        empty.fill_(torch.nan)  # so that a value that nothing sets is found
+    if isinstance(meta, nn.Parameter):
+        empty = nn.Parameter(empty, requires_grad=meta.requires_grad)
+    empty.__dict__.update(meta.__dict__)
+    return empty
+
+
+def _check_registered(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise TypeError(
+                    f"{type(module).__name__}.{name} is a tensor on the meta device and neither a parameter nor a "
+                    "buffer, so nothing would initialise it; register it as a buffer"
+                )
+
+
+def _check_initialized(module: nn.Module, name: str, made: Tensor, version: int) -> None:
+    now = getattr(module, name)
+    unset = bool(now.isnan().any()) if now.is_floating_point() else now is made and made._version == version
+    if unset:
+        raise TypeError(
+            f"nothing initialises {type(module).__name__}.{name}, which was on the meta device: give the class a "
+            "`reset_parameters()`, the model an `_init_weights(module)` that sets it, or build the model off the "
+            "meta device"
+        )
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """By every name they have: a tensor may be there twice."""
+    return [
+        *module.named_parameters(recurse=False, remove_duplicate=False),
+        *module.named_buffers(recurse=False, remove_duplicate=False),
+    ]
+
+
+def _takes_one_module(method: object) -> bool:
+    if not callable(method):
+        return False
+    try:
+        inspect.signature(method).bind(object())
+    except TypeError:
+        return False
+    return True
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """A sum of all bit patterns, each weighted by its place: integers, so exact in any order of addition. []"""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().contiguous().view(integer).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), CHECKSUM_CHUNK):
+        part = bits[start : start + CHECKSUM_CHUNK].long()
+        total += (part * torch.arange(start + 1, start + 1 + part.numel(), device=bits.device)).sum()
+    return total

@@ -1,0 +1,123 @@
+"""Technique 2: hierarchical collectives. Cross the slow network with each byte once per rail, then spread inside nodes.
+
+MiCS, section 3.3. Gathering M bytes over a partition group of p ranks, k on each node, flat brings (p-1)M/p bytes into
+each node; in two stages it is (p-k)M/p, each foreign byte once. Two nodes of two ranks (rank = 2 * node + local), with
+shards A B C D held by ranks 0 2 1 3, which is the order of the partition group, rail by rail::
+
+    output     [ A B | C D ]     one slice per rail
+    rank 0     [ A . | . . ]  stage 1, rail (0, 2)   [ A B | . . ]  stage 2, node (0, 1)   [ A B | C D ]
+    rank 1     [ . . | C . ]  stage 1, rail (1, 3)   [ . . | C D ]  stage 2, node (0, 1)   [ A B | C D ]
+
+What a rail gathers is one contiguous slice, so both stages work in place: no rearranging, no staging buffer (the paper
+needs both). The reduce-scatter, which the paper leaves flat, is the mirror image: node first, then rail.
+
+Where a partition group has one rank on each node there is no second stage, and ``node`` is None.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from lightning_mics._torch.fsdp import AllGather, ReduceScatter
+from lightning_mics._torch.process_groups import premultiplied_sum_factor
+from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
+
+
+class TwoStages:
+    """What both directions share: their groups. They run on whatever stream is current.
+
+    Args:
+        rail: The ranks with this local rank, one per node, in the order of nodes.
+        node: The ranks on this node, in the order of local ranks; None if there is one.
+    """
+
+    def __init__(self, *, rail: CountedGroup, node: CountedGroup | None) -> None:
+        self.rail = rail
+        self.node = node
+
+    def rail_slice(self, whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """What this rank's rail holds of ``whole``: [nodes * shard].
+
+        Raises:
+            RuntimeError: If ``group`` is not the partition group of these rails and nodes.
+        """
+        local_ranks = 1 if self.node is None else self.node.size
+        if group.size() != self.rail.size * local_ranks:
+            raise RuntimeError(
+                f"called for a group of {group.size()} ranks, made for {self.rail.size} nodes of {local_ranks}"
+            )
+        return whole if self.node is None else whole.chunk(local_ranks)[self.node.rank]
+
+
+class HierarchicalAllGather(TwoStages, AllGather):
+    """All-gather over a partition group in two stages, in place: along the rail, then inside the node."""
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,  # [local ranks * nodes * shard]
+        input_tensor: torch.Tensor,  # [shard], this rank's part of the output
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        """Gather every shard into ``output_tensor``, in the order of ``group`` (rail by rail).
+
+        Collectives are enqueued on the current stream, as FSDP2 expects of its own; with ``async_op`` the returned
+        work covers the second stage, and the first is ordered before it on the current stream.
+        """
+        rail_slice = self.rail_slice(output_tensor, group)
+        if self.node is None:
+            return self.rail.all_gather(output_tensor, input_tensor, technique="gather along rails", async_op=async_op)
+        self.rail.all_gather(rail_slice, input_tensor, technique="gather along rails")
+        return self.node.all_gather(output_tensor, rail_slice, technique="gather inside nodes", async_op=async_op)
+
+
+class HierarchicalReduceScatter(TwoStages, ReduceScatter):
+    """Reduce-scatter over a partition group in two stages: inside the node, then along the rail.
+
+    The first stage leaves its result in place, in the slice of the input that belongs to this rank's rail. An average
+    is the average of averages, as all nodes have the same number of ranks; the factor of a pre-multiplied sum is
+    applied by the first stage alone.
+
+    Args:
+        rail: The ranks with this local rank, one per node, in the order of nodes.
+        node: The ranks on this node, in the order of local ranks; None if there is one.
+        wire_dtype: What crosses nodes; None is the dtype of the sums.
+    """
+
+    def __init__(self, *, rail: CountedGroup, node: CountedGroup | None, wire_dtype: torch.dtype | None = None) -> None:
+        super().__init__(rail=rail, node=node)
+        self._wire_dtype = wire_dtype
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,  # [shard]
+        input_tensor: torch.Tensor,  # [local ranks * nodes * shard], overwritten
+        group: dist.ProcessGroup,
+        op: ReduceOp,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        """Reduce ``input_tensor`` over ``group`` and leave this rank's shard in ``output_tensor``."""
+        rail_slice = self.reduce_in_node(input_tensor, group, op)
+        return self.reduce_along_rail(output_tensor, rail_slice, op, async_op=async_op)
+
+    def reduce_in_node(self, whole: torch.Tensor, group: dist.ProcessGroup, op: ReduceOp) -> torch.Tensor:
+        """Stage 1, in place; returns this rail's slice of the node's sum: [nodes * shard]."""
+        rail_slice = self.rail_slice(whole, group)
+        if self.node is not None:
+            self.node.reduce_scatter(rail_slice, whole, op=op, technique="reduce inside nodes")
+        return rail_slice
+
+    def reduce_along_rail(
+        self, output: torch.Tensor, rail_slice: torch.Tensor, op: ReduceOp, *, async_op: bool = False
+    ) -> dist.Work | None:
+        """Stage 2: [nodes * shard] -> [shard]."""
+        scaled = self.node is not None and premultiplied_sum_factor(op) is not None
+        return self.rail.reduce_scatter(
+            output,
+            rail_slice,
+            op=dist.ReduceOp.SUM if scaled else op,
+            technique="reduce along rails",
+            wire_dtype=self._wire_dtype,
+            async_op=async_op,
+        )

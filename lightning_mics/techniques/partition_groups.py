@@ -1,0 +1,172 @@
+"""Technique 1: partition groups. From a topology to process groups and the device mesh.
+
+MiCS, section 3.1. FSDP2 is given a mesh of ``(replicas, partition_size)``: it shards over the second axis, so that the
+constant traffic of sharded training stays inside a partition group, and replicates over the first::
+
+                     "shard" axis ->
+    "replicate"   0 2 1 3    partition group 0, rail by rail
+     axis         4 6 5 7    partition group 1
+
+Where collectives are flat a partition group is listed in the order of ranks: a ring in that order enters each node
+once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_mics._torch.process_groups import groups_made, new_group
+from lightning_mics.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionGroups:
+    """The process groups of this rank and the mesh that FSDP2 shards over.
+
+    Attributes:
+        topology: Where every rank is.
+        partition: The ranks that hold one replica, rail by rail; in their own order where collectives are flat.
+        replication: The ranks that hold the same part as this rank; None without replicas.
+        rail: The ranks of the partition group with this local rank, one per node; None where the partition group is
+            inside one node or collectives are flat.
+        node: The ranks of the partition group on this node, if there is a rail and they are several; else None.
+        mesh: ``("replicate", "shard")`` of shape ``(replicas, partition_size)``; without replicas ``("shard",)``.
+    """
+
+    topology: Topology
+    partition: dist.ProcessGroup
+    replication: dist.ProcessGroup | None
+    rail: dist.ProcessGroup | None
+    node: dist.ProcessGroup | None
+    mesh: DeviceMesh
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+        if self.mesh.device_type == "cpu":
+            return torch.device("cpu")
+        return torch.device(self.mesh.device_type, torch.get_device_module(self.mesh.device_type).current_device())
+
+
+def create_groups(
+    topology: Topology,
+    *,
+    device_type: str,
+    hierarchical: bool | Literal["auto"] = "auto",
+    timeout: timedelta | None = None,
+) -> PartitionGroups:
+    """Make this rank's groups and mesh; every rank calls it, after ``init_process_group``.
+
+    Each rank makes its own groups only, all ranks in the same order of kinds, so start-up does not grow with the number
+    of groups. Groups that would serve nothing are not made: with NCCL each takes memory on the device.
+
+    Args:
+        topology: Where every rank is; its world is the default process group's.
+        device_type: ``"cpu"`` or ``"cuda"``.
+        hierarchical: Whether collectives of the partition group run in two stages; see :func:`choose_hierarchical`.
+        timeout: How long a collective of these groups may take; None is the backend's default.
+
+    Raises:
+        RuntimeError: If ``torch.distributed`` is not initialised, torch is too old for groups that span nodes, or ranks
+            are members of different numbers of process groups.
+        ValueError: If the topology is not that of the running job, the backend cannot serve the device, or
+            ``hierarchical`` does not fit the topology.
+    """
+    in_stages = choose_hierarchical(hierarchical, topology)
+    _check_job(topology, device_type)
+    _check_same_count_of_groups(device_type)
+    rank, make = dist.get_rank(), partial(new_group, timeout=timeout)
+    partition = make(_members(topology, rank, in_stages), name="partition")
+    replication = make(topology.replication_group(rank), name="replication") if topology.replicas > 1 else None
+    rail, node = None, None
+    if topology.spans_nodes and topology.local_ranks_per_partition_group == 1:
+        rail = partition
+    elif in_stages:
+        rail, node = make(topology.rail(rank), name="rail"), make(topology.node_group(rank), name="node")
+    return PartitionGroups(
+        topology=topology,
+        partition=partition,
+        replication=replication,
+        rail=rail,
+        node=node,
+        mesh=_mesh(topology, in_stages, device_type, partition, replication),
+    )
+
+
+def choose_hierarchical(hierarchical: bool | Literal["auto"], topology: Topology) -> bool:
+    """Whether collectives of the partition group run in two stages; "auto": where it spans nodes of two ranks or more.
+
+    Raises:
+        ValueError: If the value is unknown, or True where a partition group is inside one node.
+    """
+    if hierarchical == "auto":
+        return topology.spans_nodes and topology.local_ranks_per_partition_group > 1
+    check_hierarchical(hierarchical)
+    if hierarchical and not topology.spans_nodes:
+        raise ValueError(
+            f"hierarchical=True needs partition groups over several nodes, but partition_size="
+            f"{topology.partition_size} fits one node of {topology.ranks_per_node} ranks; use hierarchical='auto'"
+        )
+    return hierarchical
+
+
+def check_hierarchical(hierarchical: object) -> None:
+    """Refuse anything but "auto", True and False, with a ValueError."""
+    if hierarchical != "auto" and not isinstance(hierarchical, bool):
+        raise ValueError(f'hierarchical={hierarchical!r} is not one of "auto", True, False')
+
+
+def _members(topology: Topology, rank: int, in_stages: bool) -> tuple[int, ...]:
+    ranks = topology.partition_group(rank)
+    return ranks if in_stages else tuple(sorted(ranks))
+
+
+def _mesh(
+    topology: Topology,
+    in_stages: bool,
+    device_type: str,
+    partition: dist.ProcessGroup,
+    replication: dist.ProcessGroup | None,
+) -> DeviceMesh:
+    if replication is None:  # no second axis: FSDP2 would all-reduce each gradient with nobody
+        return DeviceMesh.from_group(partition, device_type, mesh_dim_names=("shard",))
+    first_ranks = range(0, topology.world_size, topology.partition_size)
+    ranks = [_members(topology, first, in_stages) for first in first_ranks]  # [replicas, partition_size]
+    return DeviceMesh.from_group(
+        [replication, partition], device_type, mesh=torch.tensor(ranks), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def _check_job(topology: Topology, device_type: str) -> None:
+    if not dist.is_initialized():
+        raise RuntimeError("call torch.distributed.init_process_group before create_groups")
+    if dist.get_world_size() != topology.world_size:
+        raise ValueError(
+            f"the topology has world_size={topology.world_size}, the running job has {dist.get_world_size()} ranks"
+        )
+    backends = dist.get_backend_config()  # as in "cpu:gloo,cuda:nccl"
+    if device_type not in [entry.split(":")[0] for entry in str(backends).split(",")]:
+        raise ValueError(
+            f"the process group's backend ({backends}) cannot serve device type {device_type!r}; "
+            "use gloo for CPU and nccl for CUDA"
+        )
+
+
+def _check_same_count_of_groups(device_type: str) -> None:
+    """Torch names a group after the count of earlier ones, so ranks that differ in it would wait for ever."""
+    own = groups_made()
+    extremes = torch.tensor([own, -own], device=device_type)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MIN)
+    fewest, most = int(extremes[0]), -int(extremes[1])
+    if fewest != most:
+        raise RuntimeError(
+            f"some ranks are members of {most} process groups and others of {fewest}; make groups of your own after "
+            "the model is sharded, or such that every rank is a member of equally many"
+        )
