@@ -26,15 +26,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_mics.checkpoint.errors import DamagedCheckpointError
 from lightning_mics.planning import find_instance
-from recipes.auto import choose_automatically
-from recipes.conclusion import conclude
-from recipes.dry_run import dry_run
-from recipes.language_model import LanguageModel
-from recipes.loggers import check_loggers
-from recipes.machine import check_machine
-from recipes.resume import SavedRun, find_saved_runs, steps_to_reach
-from recipes.sweep import one_job
-from recipes.vocabulary import vocabulary_of
+from recipes.data.vocabulary import vocabulary_of
+from recipes.job.auto import choose_automatically
+from recipes.job.loggers import check_loggers
+from recipes.job.machine import check_machine
+from recipes.job.resume import SavedRun, find_saved_runs, steps_to_reach
+from recipes.job.sweep import one_job
+from recipes.models.language_model import LanguageModel
+from recipes.plan.dry_run import dry_run
+from recipes.report.conclusion import conclude
 
 OmegaConf.register_new_resolver("gpu_or_cpu", lambda gpu, cpu: gpu if torch.cuda.is_available() else cpu, replace=True)
 OmegaConf.register_new_resolver("of_instance", lambda name, fact: getattr(find_instance(name), fact), replace=True)

@@ -93,7 +93,7 @@ class Job:
             raise
         except BaseException as error:
             raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-            ours = raised_in.parent == PACKAGE and isinstance(error, RuntimeError | ValueError)  # no slip of the code
+            ours = PACKAGE in raised_in.parents and isinstance(error, RuntimeError | ValueError)  # no slip of the code
             return f"{type(error).__name__}: {error}"[:300], ours
         return LOADED, True
 

@@ -1,4 +1,4 @@
-"""`python -m lightning_mics.checkpoint.export` makes folders that ``transformers`` loads, with the weights of the checkpoint."""
+"""`export` makes folders that ``transformers`` loads, with the weights of the checkpoint."""
 
 from __future__ import annotations
 

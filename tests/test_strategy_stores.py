@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mics.checkpoint import inspect
 from lightning_mics.checkpoint.storage.path import storage_path
-from recipes.resume import find_saved_runs
+from recipes.job.resume import find_saved_runs
 from tests.s3 import Fault, fault, s3
 from tests.test_strategy_checkpoints import STEPS_PER_EPOCH, Scored, data, fit, refusal, same, whole_weights
 from tests.trainers import mics, on_ranks

@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 from lightning_mics.cost.hardware import INSTANCES, Hardware
 from lightning_mics.cost.step_time import HIDDEN_SHARE, Seconds, step_seconds
 from lightning_mics.cost.step_traffic import Unit, find_units, step_traffic
-from lightning_mics.planning.flops import TransformerShape
 from lightning_mics.sharding.blocks import find_blocks
 from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.topology import Topology
+from recipes.models.flops import TransformerShape
 
 HERE = Path(__file__).parent
 RANKS_PER_NODE = 8

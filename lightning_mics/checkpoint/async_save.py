@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_mics.checkpoint.dcp.save_planner import HostBuffers
 from lightning_mics.checkpoint.errors import all_ranks_answer
+from lightning_mics.checkpoint.saving import prepare_sharded
 from lightning_mics.checkpoint.storage.path import StoragePath
 
 MOST_UNFINISHED = 2  # as with ModelCheckpoint(save_last=True), which saves twice in a row; each takes memory for a copy

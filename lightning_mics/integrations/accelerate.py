@@ -68,7 +68,8 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
     Args:
         state_dict_type: What ``save_state`` writes: ``"SHARDED_STATE_DICT"`` or ``"FULL_STATE_DICT"``; None takes what
             the config file of ``accelerate launch`` says, as ``activation_checkpointing`` does, and else the former.
-        policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``, ``hierarchical``,
+        policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``,
+            ``hierarchical``,
             ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``, ``cross_node_dtype``,
             ``two_hop``, ``reduce_dtype``, ``shard_modules``, ``activation_checkpointing``, ``timeout``.
 

@@ -15,11 +15,11 @@ from lightning_mics.collectives.traffic import Sent
 from lightning_mics.cost.batches import Batches, split_global_batch
 from lightning_mics.cost.hardware import Hardware
 from lightning_mics.cost.step_time import Seconds, step_seconds
-from lightning_mics.cost.step_traffic import EVERY_TIME, step_traffic, total_sent
+from lightning_mics.cost.step_traffic import step_traffic, total_sent
 from lightning_mics.planning.rehearsal.workload import Workload
 from lightning_mics.policy.memory import in_gib, smallest_partition_size
 from lightning_mics.policy.once_per_step import Auto, OncePerStep, choose_once_per_step
-from lightning_mics.sharding.options import Gather, Reduce
+from lightning_mics.sharding.options import EVERY_TIME, Gather, Reduce
 from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.topology import Topology, partition_sizes
 

@@ -48,8 +48,8 @@ def shard_model(
 
     Peak memory is the shards plus one whole unit: a block, or what the root holds. The first weights depend on rank 0
     alone: for parts on the meta device on its seed, for built parts on its values. What
-    :func:`~lightning_mics.sharding.shard_model.pretrained.start_from` has noted is read when all is sharded. Make optimizers after this
-    call.
+    :func:`~lightning_mics.sharding.pretrained.start_from` has noted is read when all is sharded.
+    Make optimizers after this call.
 
     Args:
         model: A plain module, built, on the meta device, or some of each.

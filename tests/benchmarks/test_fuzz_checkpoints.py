@@ -16,7 +16,10 @@ def test_mutations_end_in_clean_errors() -> None:
 
 
 def test_a_load_that_checks_nothing_is_found_out() -> None:
-    unchecked = "import runpy, sys; from lightning_mics.checkpoint import loading; loading._check_whole = lambda path, **_: path; "
+    unchecked = (
+        "import runpy, sys; from lightning_mics.checkpoint import loading; "
+        "loading._check_whole = lambda path, **_: path; "
+    )
     code = f"{unchecked} sys.argv = {FUZZ[2:]!r}; runpy.run_module('benchmarks.fuzz_checkpoints', run_name='__main__')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 1, ended.stdout + ended.stderr

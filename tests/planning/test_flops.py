@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lightning_mics.planning.flops import TransformerShape, tflops_per_gpu
+from recipes.models.flops import TransformerShape, tflops_per_gpu
 
 BERT_10B = TransformerShape.plain(layers=127, hidden=2560, vocab=32008)
 LENGTH = 512

@@ -21,7 +21,7 @@ from lightning_mics.cost.step_traffic import Repeated
 from lightning_mics.planning import Plan, Workload, find_instance, measure_workload, plan, weak_scaling
 from lightning_mics.policy.memory import Activations, measure_model, smallest_partition_size
 from lightning_mics.sharding.blocks import find_blocks
-from recipes.dry_run import Training
+from recipes.plan.dry_run import Training
 from tests.planning.test_rehearsal import JOBS, LENGTH, SEQUENCES, language_model, loss, rehearsed
 from tests.recipes.test_configs import composed
 

@@ -23,7 +23,7 @@ from lightning_mics.planning.rehearsal.rehearse import Rehearsal, rehearse
 from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
 from lightning_mics.techniques.partition_groups import create_groups
 from lightning_mics.topology import Topology
-from recipes.dry_run import Training
+from recipes.plan.dry_run import Training
 from tests.forked import run_ranks
 from tests.recipes.test_configs import composed
 from tests.trainers import EVERY_TIME, make_trainer, on_ranks

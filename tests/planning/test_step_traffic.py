@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lightning_mics.cost.collective import Collective
-from lightning_mics.cost.step_traffic import EVERY_TIME, Unit, find_units, step_traffic
-from lightning_mics.policy.once_per_step import OncePerStepOptions
+from lightning_mics.cost.step_traffic import Unit, find_units, step_traffic
 from lightning_mics.sharding.blocks import find_blocks
+from lightning_mics.sharding.options import EVERY_TIME, OncePerStepOptions
 from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.topology import Topology
-from recipes.dry_run import Training
+from recipes.plan.dry_run import Training
 from tests.planning.test_rehearsal import JOBS, MODELS, language_model, rehearsed
 
 MICRO_STEPS = 5

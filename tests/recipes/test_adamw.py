@@ -11,7 +11,7 @@ from hydra.errors import InstantiationException
 from torch import nn
 
 import train
-from recipes.adamw import AdamWWarmupCosine
+from recipes.optimizers import AdamWWarmupCosine
 from tests.recipes.test_configs import composed
 
 VALUES: dict[str, Any] = {

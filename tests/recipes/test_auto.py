@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 import train
-from recipes.auto import choose_automatically, sequence_activations
+from recipes.job.auto import choose_automatically, sequence_activations
 from tests.recipes.test_configs import composed
 
 

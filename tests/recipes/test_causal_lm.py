@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from lightning_mics.checkpoint.export import main as export
-from recipes.causal_lm import CausalLM
-from recipes.pretrained_folder import pretrained_folder
+from recipes.models.causal_lm import CausalLM
+from recipes.models.pretrained_folder import pretrained_folder
 from tests.trainers import make_trainer, on_ranks
 
 NETWORK = GPT2Config(
@@ -89,7 +89,7 @@ def test_what_is_no_folder_is_a_name_on_the_hub_and_only_what_is_needed_is_downl
         asked.append((name, allow_patterns))
         return str(tmp_path)
 
-    monkeypatch.setattr("recipes.pretrained_folder.snapshot_download", download)
+    monkeypatch.setattr("recipes.models.pretrained_folder.snapshot_download", download)
     assert pretrained_folder(str(tmp_path)) == tmp_path and asked == []
     assert pretrained_folder("someone/gpt") == tmp_path
     ((name, patterns),) = asked

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import train
 from lightning_mics.policy.policy import Policy
-from recipes.auto import _devices, choose_automatically
+from recipes.job.auto import _devices, choose_automatically
 
 CONF = Path(train.__file__).parent / "conf"
 CHOICES = [path.relative_to(CONF).with_suffix("").as_posix() for path in sorted(CONF.glob("*/*.yaml"))]

@@ -8,7 +8,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 import train
-from recipes.token_data import TokenData
+from recipes.data.token_data import TokenData
 
 FILES = sorted(Path(train.__file__).parent.glob("conf/data/*.yaml"))
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from recipes.divergence import DivergedError, StopIfDiverged
+from recipes.callbacks.divergence import DivergedError, StopIfDiverged
 from tests.models import TinyModule
 from tests.trainers import loader, make_trainer, on_ranks
 

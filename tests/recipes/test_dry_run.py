@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import train
-from recipes.auto import choose_automatically
-from recipes.dry_run import hardware_of, plan_run, rehearse_run, workload_of
+from recipes.job.auto import choose_automatically
+from recipes.plan.dry_run import hardware_of, plan_run, rehearse_run, workload_of
 from tests.recipes.test_configs import composed
 
 FEW_BLOCKS = ("model.network.num_hidden_layers=2", "cluster=p4d_2")

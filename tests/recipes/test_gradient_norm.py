@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
-from recipes.gradient_norm import GradientNorm, gradient_norm
+from recipes.callbacks.gradient_norm import GradientNorm, gradient_norm
 from tests.models import TinyModule
 from tests.trainers import loader, make_trainer, on_ranks
 

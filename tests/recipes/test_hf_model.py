@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, ViTConfig
 
-from recipes.causal_lm import CausalLM
-from recipes.hf_model import hf_model
-from recipes.masked_lm import MaskedLM
+from recipes.models.causal_lm import CausalLM
+from recipes.models.from_hub import hf_model
+from recipes.models.masked_lm import MaskedLM
 from tests.trainers import make_trainer, on_ranks
 
 GPT = GPT2Config(vocab_size=300, n_positions=16, n_embd=8, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)

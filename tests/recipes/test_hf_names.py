@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from recipes.hf_model import hf_model
-from recipes.text_tokenizer import train_tokenizer
+from recipes.data.tokenizer import train_tokenizer
+from recipes.models.from_hub import hf_model
 from tests.networks import GPT
 from tests.recipes.test_configs import composed
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from recipes.curves import LOSSES, PANELS, draw
-from recipes.history import History
-from recipes.report import write_report
+from recipes.report.curves import LOSSES, PANELS, draw
+from recipes.report.history import History
+from recipes.report.page import write_report
 from tests.models import TinyModule
 from tests.trainers import loader, make_trainer
 

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
-from recipes.hub_dataset import HubDataset
+from recipes.data.sources.hub_dataset import HubDataset
 
 ROWS = {"text": ["first", "", "second", None], "id": [1, 2, 3, 4]}
 
@@ -61,7 +61,7 @@ def test_a_name_is_streamed_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> Non
             raise DatasetNotFoundError("no such dataset")
         return Dataset.from_dict(ROWS).to_iterable_dataset()
 
-    monkeypatch.setattr("recipes.hub_dataset.load_dataset", load)
+    monkeypatch.setattr("recipes.data.sources.hub_dataset.load_dataset", load)
     assert texts(HubDataset(path="someone/texts", subset="en", revision="abc")) == ["first", "second"]
     assert asked == [("someone/texts", {"split": "train", "streaming": True, "name": "en", "revision": "abc"})]
     with pytest.raises(ValueError, match=r"path=someone/texts \(subset=None, split=none\) cannot be opened: no such"):

@@ -10,10 +10,10 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PretrainedConfig, RobertaConfig
 
 import train
-from recipes.causal_lm import CausalLM
-from recipes.language_model import LanguageModel
-from recipes.masked_lm import MaskedLM
-from recipes.text_tokenizer import train_tokenizer
+from recipes.data.tokenizer import train_tokenizer
+from recipes.models.causal_lm import CausalLM
+from recipes.models.language_model import LanguageModel
+from recipes.models.masked_lm import MaskedLM
 from tests.networks import BERT, GPT
 from tests.recipes.test_configs import composed
 from tests.trainers import make_trainer

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recipes.local_files import LocalFiles
-from recipes.stdlib_text import source_files, stdlib_text
-from recipes.text_source import PIECE_CHARACTERS
+from recipes.data.sources.local_files import LocalFiles
+from recipes.data.sources.stdlib_text import source_files, stdlib_text
+from recipes.data.sources.text_source import PIECE_CHARACTERS
 
 TEXTS = ["first größer", "second\nline", "third"]
 

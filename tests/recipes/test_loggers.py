@@ -4,8 +4,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from recipes import loggers
-from recipes.loggers import check_loggers
+from recipes.job import loggers
+from recipes.job.loggers import check_loggers
 from tests.recipes.test_configs import composed
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import train
-from recipes.machine import Launched, check_machine, find_problem, how_to_launch
+from recipes.job.machine import Launched, check_machine, find_problem, how_to_launch
 from tests.recipes.test_configs import CONF, composed
 
 CLUSTER = {

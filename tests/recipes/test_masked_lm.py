@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import BertConfig
 
-from recipes.masked_lm import MaskedLM
+from recipes.models.masked_lm import MaskedLM
 from tests.trainers import make_trainer, on_ranks
 
 NETWORK = BertConfig(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from recipes.masked_windows import EpochSampler, MaskedWindows
-from recipes.text_tokenizer import train_tokenizer
+from recipes.data.masked_windows import EpochSampler, MaskedWindows
+from recipes.data.tokenizer import train_tokenizer
 from tests.recipes.tokenizers import word_tokenizer
 
 WORDS = word_tokenizer(words=60)  # w0 is token 5

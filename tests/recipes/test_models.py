@@ -9,7 +9,7 @@ import torch
 from hydra.utils import instantiate
 
 import train
-from recipes.language_model import LanguageModel
+from recipes.models.language_model import LanguageModel
 from tests.recipes.test_configs import CONF, composed
 
 # parameters in billions: MiCS table 1; for the others as published, but for the 100B shape, of which only the name is

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from recipes.peak_memory import PeakMemory, peak_memory_bytes
+from recipes.callbacks.peak_memory import PeakMemory, peak_memory_bytes
 from tests.models import TinyModule
 from tests.trainers import loader, make_trainer, on_ranks
 

@@ -7,7 +7,7 @@ import torch
 
 from lightning_mics.checkpoint.errors import DamagedCheckpointError
 from lightning_mics.checkpoint.storage.manifest import FileFacts, Manifest
-from recipes.resume import SavedRun, find_saved_runs, steps_to_reach
+from recipes.job.resume import SavedRun, find_saved_runs, steps_to_reach
 
 
 def save(path: Path, *, step: int = 7) -> Path:

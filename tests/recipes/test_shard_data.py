@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.shard_data import ShardData
+from recipes.data.shard_data import ShardData
 from tests.recipes.tokenizers import saved, word_tokenizer
 
 WINDOWS = {"sequence_length": 8, "batch_size": 2, "val_batch_size": 4, "val_windows": 8, "prompt": "w1 w2"}

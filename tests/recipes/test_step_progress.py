@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from recipes.step_progress import StepProgressBar
+from recipes.callbacks.step_progress import StepProgressBar
 from tests.models import TinyModule
 from tests.trainers import loader, make_trainer
 

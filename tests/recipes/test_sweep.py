@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
-from recipes.sweep import one_job
+from recipes.job.sweep import one_job
 from tests.forked import run_ranks
 
 

@@ -8,9 +8,9 @@ import lightning as L
 import pytest
 import torch
 
-from recipes import text_data
-from recipes.local_files import LocalFiles
-from recipes.text_data import TextData
+from recipes.data import text_data
+from recipes.data.sources.local_files import LocalFiles
+from recipes.data.text_data import TextData
 from tests.forked import RankError
 from tests.recipes.tokenizers import saved, word_tokenizer
 from tests.trainers import make_trainer, on_ranks

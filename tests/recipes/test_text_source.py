@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from recipes.text_source import Piece, is_held_out, labelled_pieces
+from recipes.data.sources.text_source import Piece, is_held_out, labelled_pieces
 
 
 class Rows:

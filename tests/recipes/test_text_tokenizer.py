@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from recipes.text_tokenizer import (
+from recipes.data.tokenizer import (
     END_OF_TEXT,
     SMALLEST_VOCAB,
     check_trained_vocab,
@@ -18,7 +18,7 @@ from recipes.text_tokenizer import (
     tokenizer_digest,
     train_tokenizer,
 )
-from recipes.vocabulary import vocabulary_of
+from recipes.data.vocabulary import vocabulary_of
 from tests.recipes.tokenizers import saved, word_tokenizer
 
 TEXTS = [f"def square_{n}(x):\n    return x * x  # größer {n}\n" for n in range(40)]

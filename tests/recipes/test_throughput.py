@@ -10,9 +10,10 @@ from lightning.fabric.utilities.throughput import measure_flops
 from torch.utils.data import DataLoader
 
 import train
-from recipes.causal_lm import CausalLM
-from recipes.masked_lm import MaskedLM
-from recipes.throughput import Throughput, measure_shape
+from recipes.callbacks.throughput import Throughput
+from recipes.models.causal_lm import CausalLM
+from recipes.models.flops import measure_shape
+from recipes.models.masked_lm import MaskedLM
 from tests.networks import BERT, GPT
 from tests.recipes.test_configs import composed
 from tests.trainers import make_trainer
@@ -72,7 +73,7 @@ def test_rates_are_of_all_sequences_since_the_last_log_without_the_time_of_valid
         inference_mode=False,  # as strategy "mics" has it
     )
     model.network = model.build_network()  # with weights, which the strategy would give it
-    monkeypatch.setattr("recipes.throughput.time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr("recipes.callbacks.throughput.time", SimpleNamespace(perf_counter=clock))
     trainer.validate(model, data, verbose=False)
     trainer.fit(model, data, data)
     first, second = noted

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from recipes.token_cache import ABANDONED_SECONDS, cache_folder, prepare_once
+from recipes.data.token_cache import ABANDONED_SECONDS, cache_folder, prepare_once
 
 FORK = multiprocessing.get_context("fork")
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_mics.planning.rehearsal.activations import peak_activations
-from recipes.token_loss import nats_per_token
+from recipes.models.token_loss import nats_per_token
 
 VOCAB, TOKENS = 50, 21
 
@@ -23,7 +23,7 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 def test_in_parts_loss_and_gradient_are_those_of_the_whole(
     part_elements: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipes.token_loss.PART_ELEMENTS", part_elements)
+    monkeypatch.setattr("recipes.models.token_loss.PART_ELEMENTS", part_elements)
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(TOKENS, VOCAB, generator=random).to(dtype)
     targets = torch.randint(VOCAB, (TOKENS,), generator=random)
@@ -39,13 +39,13 @@ def test_in_parts_loss_and_gradient_are_those_of_the_whole(
 
 
 def test_what_fits_one_part_is_not_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.token_loss.checkpoint", lambda *_, **__: pytest.fail("was recomputed"))
+    monkeypatch.setattr("recipes.models.token_loss.checkpoint", lambda *_, **__: pytest.fail("was recomputed"))
     assert nats_per_token(torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)).shape == (3,)
 
 
 def test_logits_in_bfloat16_are_never_whole_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     def peak(part_elements: int) -> int:
-        monkeypatch.setattr("recipes.token_loss.PART_ELEMENTS", part_elements)
+        monkeypatch.setattr("recipes.models.token_loss.PART_ELEMENTS", part_elements)
         return peak_activations(
             lambda: nn.Linear(3, VOCAB, bias=False),
             (torch.zeros(1000, 3), torch.zeros(1000, dtype=torch.int64)),

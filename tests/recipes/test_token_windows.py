@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.token_windows import TokenWindows
+from recipes.data.token_windows import TokenWindows
 
 TOKENS = np.arange(1003, dtype=np.uint16)
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recipes import tokenise
-from recipes.text_source import Piece, is_held_out
-from recipes.text_tokenizer import END_OF_TEXT, load_tokenizer
-from recipes.tokenise import TokenFacts, fill_with_tokens
+from recipes.data import tokenise
+from recipes.data.sources.text_source import Piece, is_held_out
+from recipes.data.tokenise import TokenFacts, fill_with_tokens
+from recipes.data.tokenizer import END_OF_TEXT, load_tokenizer
 from tests.recipes.tokenizers import word_tokenizer
 
 SETTINGS: dict[str, Any] = {"tokenizer": None, "vocab_size": 300, "val_fraction": 0.2, "sample_bytes": 10**6}

@@ -3,8 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recipes.trigram import trigram_loss
-from recipes.unigram import unigram_loss
+from recipes.report.baselines import trigram_loss, unigram_loss
 
 
 def second_order_text(length: int, *, seed: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from recipes.unigram import unigram_loss
+from recipes.report.baselines import unigram_loss
 
 
 def test_unigram_loss_is_the_mean_log_frequency_with_one_added() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recipes.window_loader import WindowLoader
+from recipes.data.window_loader import WindowLoader
 
 
 def loader(num_workers: int) -> WindowLoader:

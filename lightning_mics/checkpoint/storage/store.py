@@ -36,7 +36,8 @@ _FOLDER_OF_A_SAVE = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The place of one checkpoint in a store; used as :class:`~lightning_mics.checkpoint.saving.storage.folder.CheckpointFolder` is.
+    """The place of one checkpoint in a store; used as
+    :class:`~lightning_mics.checkpoint.storage.folder.CheckpointFolder` is.
 
     A job has at most one save going on at one place.
 

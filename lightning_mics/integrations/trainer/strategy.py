@@ -68,7 +68,8 @@ class MiCSStrategy(ModelParallelStrategy):
             and tensors need; an explicit ``weights_only`` goes before.
         process_group_backend: None is nccl for CUDA, gloo for CPU.
         timeout: For the collectives of all groups.
-        policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``, ``hierarchical``,
+        policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``,
+            ``hierarchical``,
             ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``, ``cross_node_dtype``,
             ``two_hop``, ``reduce_dtype``, ``shard_modules``, ``activation_checkpointing``.
 

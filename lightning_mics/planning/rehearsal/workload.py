@@ -66,7 +66,8 @@ def measure_workload(
         precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
         reduce_dtype: What gradients are reduced in; None follows the precision.
         shard_modules: The blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
-        activation_checkpointing: What is recomputed in backward; see :func:`~lightning_mics.sharding.shard_model.shard_model`.
+        activation_checkpointing: What is recomputed in backward; see
+            :func:`~lightning_mics.sharding.shard_model.shard_model`.
 
     Raises:
         TypeError: If the model has no blocks.

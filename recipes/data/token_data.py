@@ -1,0 +1,209 @@
+"""Batches of token windows for a Trainer, wherever the tokens are from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+from transformers import PreTrainedTokenizerBase
+
+from lightning_mics import ResumableSampler
+from lightning_mics.collectives.agreement import on_all_ranks
+from recipes.data.masked_windows import EpochSampler, MaskedWindows, edge_tokens
+from recipes.data.token_windows import TokenWindows
+from recipes.data.window_loader import WindowLoader
+
+PROMPT_MASK_EVERY = 6  # about as many as in training
+
+
+class TokenData(L.LightningDataModule):
+    """Windows of tokens, each rank its own. Subclasses say where the tokens come from.
+
+    A causal model gets ``[batch, sequence_length + 1]``: inputs and, one further, targets. A masked model gets
+    ``{"input_ids", "labels"}``, both ``[batch, sequence_length]``, see
+    :class:`~recipes.data.masked_windows.MaskedWindows`.
+
+    Args:
+        vocab_size: Tokens there are at most.
+        sequence_length: Inputs in a window.
+        batch_size: Windows per rank and micro-step.
+        val_batch_size: The same for validation, which needs less memory.
+        val_windows: Windows of the validation set, spread evenly over the held-out tokens.
+        val_fraction: What is held out where the source brings no text for validation.
+        prompt: What a sample of the model's text continues; a masked model gets it with some tokens masked.
+        objective: ``"causal"`` or ``"masked"``.
+        num_workers: Processes per rank that make batches ahead; 0 makes them in between. A resumed run keeps it.
+        seed: Of the order of the training windows, and of masks.
+
+    Raises:
+        ValueError: If ``objective`` or ``val_fraction`` is not one of those.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        sequence_length: int,
+        batch_size: int,
+        val_batch_size: int,
+        val_windows: int,
+        prompt: str,
+        val_fraction: float = 0.1,
+        objective: str = "causal",
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if objective not in ("causal", "masked"):
+            raise ValueError(f"objective={objective!r} is neither 'causal' nor 'masked'")
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"data.val_fraction={val_fraction} is not between 0 and 1")
+        self.vocab_size = vocab_size
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size
+        self.val_windows = val_windows
+        self.val_fraction = val_fraction
+        self.prompt = prompt
+        self.objective = objective
+        self.num_workers = num_workers
+        self.seed = seed
+        self._failure: Exception | None = None
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Where the tokenizer's files are, for an export; None if it has but a name."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """What one process of a machine does for all; others wait, and may be on machines that share its files."""
+        raise NotImplementedError
+
+    def open(self) -> tuple[PreTrainedTokenizerBase, list[np.ndarray], list[np.ndarray]]:
+        """The tokenizer, and training and validation tokens, mapped: the ranks of a machine share one copy."""
+        raise NotImplementedError
+
+    def prepare_data(self) -> None:
+        """Keeps what goes wrong for ``setup``, where ranks can tell each other: raised here, it would be lost on those
+        that wait, and they would miss files instead.
+        """
+        self._failure = None
+        try:
+            self.prepare()
+        except Exception as failure:
+            self._failure = failure
+
+    def setup(self, stage: str) -> None:
+        """Raises on all ranks what fails on one, before a model is built."""
+        agreed(self._raise_failure)  # by itself, or ranks that miss the files would say only that
+        agreed(lambda: self._open_windows(stage))
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _open_windows(self, stage: str) -> None:
+        self.tokenizer, train, val = self.open()
+        # of several files the first is enough to count tokens in
+        self.train_tokens, self.val_tokens = train[0], val[0]
+        self.train = self._windows(train, name="the training text", split=0)
+        self.val = self._windows(val, name="the validation text", split=1, count=self.val_windows)
+        if stage == "fit":
+            self._check_enough()
+
+    def _windows(
+        self, tokens: Sequence[np.ndarray], *, name: str, split: int, count: int | None = None
+    ) -> TokenWindows | MaskedWindows:
+        if self.objective == "causal":
+            return TokenWindows(tokens, length=self.sequence_length, count=count, name=name)
+        masks = {"tokenizer": self.tokenizer, "seed": [self.seed, split]}
+        return MaskedWindows(tokens, length=self.sequence_length, count=count, name=name, **masks)
+
+    @property
+    def _windows_per_step(self) -> int:
+        return self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    def _check_enough(self) -> None:
+        if len(self.train) < self._windows_per_step:
+            raise ValueError(
+                f"the training text has {len(self.train)} windows of {self.sequence_length} tokens, fewer than the "
+                f"{self._windows_per_step} of one optimizer step (batch_size {self.batch_size} x "
+                f"{self.trainer.world_size} ranks x {self.trainer.accumulate_grad_batches} micro-steps); use more "
+                "text, a shorter data.sequence_length or a smaller batch"
+            )
+
+    def train_dataloader(self) -> DataLoader:
+        """Goes on in the middle of an epoch, also on another number of ranks if an optimizer step stays as large."""
+        sampler_type = ResumableSampler if self.objective == "causal" else EpochSampler
+        sampler = sampler_type(self.train, samples_per_step=self._windows_per_step, **self._ranks(), seed=self.seed)
+        return WindowLoader(self.train, batch_size=self.batch_size, sampler=sampler, **self._loading())
+
+    def val_dataloader(self) -> DataLoader:
+        sampler = DistributedSampler(self.val, **self._ranks(), shuffle=False)
+        return DataLoader(self.val, batch_size=self.val_batch_size, sampler=sampler, **self._loading())
+
+    def predict_dataloader(self) -> DataLoader:
+        """The prompt, on every rank: sharded parameters are gathered by all ranks together."""
+        tokens = torch.tensor(self.tokenizer.encode(self.prompt, add_special_tokens=False))
+        if self.objective == "masked":
+            tokens[PROMPT_MASK_EVERY // 2 :: PROMPT_MASK_EVERY] = self.tokenizer.mask_token_id
+            begin, end = edge_tokens(self.tokenizer)
+            tokens = torch.cat([begin, tokens, end])
+        return DataLoader([tokens], batch_size=1)
+
+    def _ranks(self) -> dict[str, int]:
+        return {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+
+    def _loading(self) -> dict[str, object]:
+        return {
+            "num_workers": self.num_workers,
+            # workers that are not forked would each get a copy of what is mapped
+            "multiprocessing_context": "fork" if self.num_workers else None,
+            "pin_memory": self.trainer.strategy.root_device.type == "cuda",
+        }
+
+    def val_targets(self) -> np.ndarray:
+        """The tokens ``[targets]`` that the validation loss is over, for models that it is compared with."""
+        return _targets(self.val)
+
+    def decode(self, tokens: Tensor) -> str:
+        """The text of tokens ``[tokens]``."""
+        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+
+
+def agreed(action: Callable[[], None]) -> None:
+    """Run ``action`` on all ranks of the job, if there are several; what one raises, all raise."""
+    if dist.is_initialized():
+        on_all_ranks(action)
+    else:
+        action()
+
+
+def split_tail(tokens: Sequence[np.ndarray], *, fraction: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """All but the last ``fraction`` of sequences of tokens, and that, for text of which no document is held out."""
+    left = int(sum(map(len, tokens)) * fraction)
+    train, val = [], []
+    for sequence in reversed(tokens):
+        cut = len(sequence) - min(left, len(sequence))
+        left -= len(sequence) - cut
+        train.insert(0, sequence[:cut])
+        val.insert(0, sequence[cut:])
+    rank_zero_info(f"The last {fraction:.0%} of the tokens are for validation")
+    return [part for part in train if len(part)], [part for part in val if len(part)]
+
+
+def _targets(windows: Dataset) -> np.ndarray:
+    def of(window: Tensor | dict[str, Tensor]) -> Tensor:
+        return window["labels"][window["labels"] != -100] if isinstance(window, dict) else window[1:]
+
+    return torch.cat([of(window) for window in windows]).numpy()

@@ -1,0 +1,245 @@
+"""``dry_run=true``: all ways to run the job in a table, and the chosen one rehearsed, without its machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_mics.cost.nccl_tests import with_measured
+from lightning_mics.cost.step_traffic import find_units
+from lightning_mics.planning import Hardware, Plan, Rehearsal, Workload, plan, rehearse, weak_scaling
+from lightning_mics.policy.memory import measure_model
+from lightning_mics.sharding.blocks import find_blocks
+from lightning_mics.sharding.shard_model import mixed_precision_policy
+from lightning_mics.topology import Topology
+from recipes.job.auto import choose_automatically, sequence_activations
+from recipes.models.flops import measure_shape
+from recipes.models.language_model import LanguageModel
+from recipes.plan.page import write_plan_page
+from recipes.plan.tables import plan_table, rehearsal_tables
+
+SHARDING = (
+    "hierarchical",
+    "shard_modules",
+    "cross_node_gather",
+    "cross_node_reduce",
+    "in_node_gather",
+    "in_node_reduce",
+    "two_hop",
+    "activation_checkpointing",
+)
+
+
+WIDTH = 140  # of the tables, on narrow terminals too: whole numbers in broken lines, not broken numbers
+
+
+DTYPES = ("cross_node_dtype", "reduce_dtype")
+
+
+PLANNED = (
+    "partition_size",
+    "hierarchical",
+    "cross_node_gather",
+    "cross_node_reduce",
+    "in_node_gather",
+    "in_node_reduce",
+    "two_hop",
+)
+
+
+class Training(nn.Module):
+    """The network as a LightningModule holds it, whose forward is the training loss of a batch.
+
+    Args:
+        model: Whose network and loss.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.network = model.build_network()
+        self._loss_of = model.loss_of
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._loss_of(self.network, batch)
+
+
+def dry_run(config: DictConfig, model: LanguageModel, *, command: Sequence[str]) -> None:
+    """Print the plan of the run and its rehearsal, and write ``plan.html`` and ``plan.json`` to its folder.
+
+    Args:
+        config: As ``conf/train.yaml`` composes it.
+        model: Of the run, not built yet.
+        command: What was typed, in words.
+
+    Raises:
+        ValueError: If the job cannot be: a batch that nothing divides, a rank that is not there, a block that is too
+            large for a device.
+    """
+    console, begin = Console(width=max(WIDTH, Console().width)), time.perf_counter()
+    chosen, choices = choose_automatically(config, model)
+    console.print(choices, highlight=False, markup=False, soft_wrap=True)
+    planned, hardware, scaling = None, None, []
+    if chosen.cluster.network_rate_gbits_per_s is not None:
+        workload, hardware = workload_of(chosen, model), hardware_of(chosen.cluster)
+        planned = plan_run(config, workload, hardware)
+        scaling = scaling_of(config, chosen, workload, hardware)
+        console.print(plan_table(planned, config=chosen))
+        for warning in planned.warnings:
+            console.print(f"Note: {warning}.", highlight=False, soft_wrap=True)
+    rehearsal = rehearse_run(chosen, model, rank=config.dry_run_rank)
+    for table in rehearsal_tables(rehearsal, capacity_bytes=_capacity(chosen)):
+        console.print(table)
+    folder = Path(config.run_dir)
+    write_plan_page(
+        folder / "plan.html",
+        title=f"{config.name} on {chosen.cluster.instance or 'this machine'}",
+        command=command,
+        choices=choices,
+        planned=planned,
+        scaling=scaling,
+        rehearsal=rehearsal,
+        hardware=hardware,
+        config=chosen,
+    )
+    (folder / "plan.json").write_text(json.dumps(as_json(planned, rehearsal), indent=1))
+    seconds = time.perf_counter() - begin
+    console.print(f"{folder}: plan.html, plan.json, after {seconds:.0f} s", soft_wrap=True)
+
+
+def plan_run(config: DictConfig, workload: Workload, hardware: Hardware) -> Plan:
+    """The plan of the run, with whatever ``config`` leaves to "auto"."""
+    cluster, data, trainer = config.cluster, config.data, config.trainer
+    return plan(
+        workload,
+        hardware,
+        nodes=cluster.num_nodes,
+        ranks_per_node=cluster.ranks_per_node or cluster.devices,
+        global_batch=config.global_batch_size,
+        micro_batch=None if data.batch_size == "auto" else data.batch_size,
+        accumulation=None if trainer.accumulate_grad_batches == "auto" else trainer.accumulate_grad_batches,
+        **_planned(config),
+    )
+
+
+def scaling_of(config: DictConfig, chosen: DictConfig, workload: Workload, hardware: Hardware) -> list[Plan]:
+    """Plans for clusters of a partition group and more, with as much for each rank to do as in ``chosen``."""
+    cluster = chosen.cluster
+    per_node = cluster.ranks_per_node or cluster.devices
+    fewest = max(1, chosen.strategy.partition_size // per_node)
+    nodes = [fewest * factor for factor in (1, 2, 4, 8) if fewest * factor <= max(fewest, cluster.num_nodes)]
+    return weak_scaling(
+        workload,
+        hardware,
+        nodes=nodes,
+        samples_per_rank=chosen.global_batch_size // (cluster.num_nodes * cluster.devices),
+        ranks_per_node=per_node,
+        micro_batch=chosen.data.batch_size,
+        **_planned(config),
+    )
+
+
+def _planned(config: DictConfig) -> dict[str, Any]:
+    return {name: config.strategy[name] for name in PLANNED}
+
+
+def hardware_of(cluster: DictConfig) -> Hardware:
+    """What ``conf/cluster`` says of a node, and the user's own measurements."""
+    names = {field.name for field in dataclasses.fields(Hardware)} - {"gpus_per_node"}
+    hardware = Hardware(gpus_per_node=cluster.devices, **{name: cluster[name] for name in names})
+    return with_measured(
+        hardware,
+        in_node=cluster.in_node_nccl_tests and Path(cluster.in_node_nccl_tests),
+        between_nodes=cluster.network_nccl_tests and Path(cluster.network_nccl_tests),
+        nodes=cluster.num_nodes,
+    )
+
+
+def workload_of(config: DictConfig, model: LanguageModel) -> Workload:
+    """What the run has to do, measured on two and four blocks and extrapolated: blocks are alike."""
+    with torch.device("meta"):
+        network = Training(model)
+    blocks = find_blocks(network)
+    reduce_dtype = config.strategy.reduce_dtype and getattr(torch, config.strategy.reduce_dtype)
+    policy = mixed_precision_policy(config.cluster.precision, reduce_dtype=reduce_dtype)
+    choice = OmegaConf.to_object(OmegaConf.create({"": config.strategy.activation_checkpointing}))[""]
+    shape, share = measure_shape(model, choice)
+    dtype = torch.bfloat16 if config.cluster.precision == "bf16-true" else torch.float32
+    return Workload(
+        units=tuple(find_units(network, blocks)),
+        size=measure_model(
+            network, blocks.values(), gathered_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype
+        ),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        sample=sequence_activations(config, model),
+        model_flops=shape.training_flops(config.data.sequence_length),
+        hardware_flops=shape.training_flops(config.data.sequence_length, recomputed_share=share),
+        gathered_dtype=policy.param_dtype or dtype,
+        reduce_dtype=policy.reduce_dtype or dtype,
+    )
+
+
+def rehearse_run(config: DictConfig, model: LanguageModel, *, rank: int = 0) -> Rehearsal:
+    """Rehearse one optimizer step of the run.
+
+    Args:
+        config: Without "auto"; see :func:`~recipes.job.auto.choose_automatically`.
+        model: Of the run.
+        rank: Which rank to be.
+
+    Raises:
+        ValueError: If there is no such rank, or an option does not fit.
+    """
+    cluster, strategy = config.cluster, OmegaConf.to_container(config.strategy, resolve=True)
+    topology = Topology(
+        world_size=cluster.num_nodes * cluster.devices,
+        ranks_per_node=cluster.ranks_per_node or cluster.devices,
+        partition_size=config.strategy.partition_size,
+    )
+    options = {name: strategy[name] for name in SHARDING}
+    options |= {name: strategy[name] and getattr(torch, strategy[name]) for name in DTYPES}
+    return rehearse(
+        lambda: Training(model),
+        model.example_batch(config.data.batch_size, config.data.sequence_length),
+        loss=lambda training, batch: training(batch),
+        topology=topology,
+        rank=rank,
+        micro_steps=config.trainer.accumulate_grad_batches,
+        make_optimizer=lambda training: _optimizer(model, training),
+        gradient_clip_val=config.trainer.gradient_clip_val,
+        precision=cluster.precision,
+        backend="nccl" if cluster.accelerator == "gpu" else "gloo",
+        **options,
+    )
+
+
+def as_json(planned: Plan | None, rehearsal: Rehearsal) -> dict[str, Any]:
+    """Both as plain data."""
+    of_plan = None if planned is None else _plain(dataclasses.asdict(planned))
+    return {"plan": of_plan, "rehearsal": _plain(dataclasses.asdict(rehearsal))}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def _capacity(config: DictConfig) -> int | None:
+    return None if config.cluster.memory_gib is None else int(config.cluster.memory_gib * 2**30)
+
+
+def _optimizer(model: LanguageModel, training: nn.Module) -> Optimizer:
+    made = model.make_optimizer(training)
+    return made["optimizer"] if isinstance(made, dict) else made
