@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.comparison.ring_reduce_scatter import RingReduceScatter
-from tests.forked import run_ranks
+from tests.support.forked import run_ranks
 
 
 def reduce_round_the_ring() -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,8 +22,8 @@ from lightning_mics.planning import Plan, Workload, find_instance, measure_workl
 from lightning_mics.policy.memory import Activations, measure_model, smallest_partition_size
 from lightning_mics.sharding.blocks import find_blocks
 from recipes.plan.dry_run import Training
-from tests.planning.test_rehearsal import JOBS, LENGTH, SEQUENCES, language_model, loss, rehearsed
-from tests.recipes.test_configs import composed
+from tests.support.configs import composed
+from tests.support.jobs import JOBS, LENGTH, SEQUENCES, language_model, loss, rehearsed
 
 P4D = find_instance("p4d.24xlarge")
 

@@ -8,25 +8,18 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import train
 from lightning_mics.policy.policy import Policy
 from recipes.job.auto import _devices, choose_automatically
+from tests.support.configs import CONF, composed
 
-CONF = Path(train.__file__).parent / "conf"
 CHOICES = [path.relative_to(CONF).with_suffix("").as_posix() for path in sorted(CONF.glob("*/*.yaml"))]
+
+
 SPECIAL_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "training"}
-
-
-def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", overrides=list(overrides), return_hydra_config=True)
-    config.hydra.runtime.output_dir = "outputs/composed"
-    HydraConfig.instance().set_config(config)
-    return config
 
 
 def targets(node: object) -> Iterator[dict]:

@@ -14,7 +14,7 @@ import submitit
 from hydra.utils import instantiate
 
 import train
-from tests.recipes.test_configs import CONF, composed
+from tests.support.configs import CONF, composed
 
 ROOT = Path(train.__file__).parent
 LAUNCH = ROOT / "recipes" / "launch"

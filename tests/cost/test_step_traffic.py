@@ -1,0 +1,81 @@
+"""What formulas say of a step is what a rehearsal of it runs; and the closed forms of the paper."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_mics.cost.collective import Collective
+from lightning_mics.cost.step_traffic import Unit, find_units, step_traffic
+from lightning_mics.sharding.blocks import find_blocks
+from lightning_mics.sharding.options import EVERY_TIME, OncePerStepOptions
+from lightning_mics.techniques.partition_groups import choose_hierarchical
+from lightning_mics.topology import Topology
+from recipes.plan.dry_run import Training
+from tests.support.jobs import JOBS, MODELS, language_model, rehearsed
+
+MICRO_STEPS = 5
+
+
+LARGE = {  # jobs that no test could run
+    "512 ranks": ((512, 8, 128), {}),
+    "512 ranks, once per step": ((512, 8, 128), JOBS["once per step"][1]),
+    "4096 ranks": ((4096, 8, 64), {"precision": "bf16-mixed"}),
+}
+
+
+def predicted(name: str, shape: tuple[int, int, int], options: dict[str, Any]) -> Counter[Collective]:
+    world_size, ranks_per_node, partition_size = shape
+    topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
+    with torch.device("meta"):
+        model = Training(language_model(name))
+    precision = options.get("precision", "32-true")
+    once: OncePerStepOptions = {**EVERY_TIME, **{key: options[key] for key in EVERY_TIME if key in options}}
+    traffic = step_traffic(
+        find_units(model, find_blocks(model)),
+        topology,
+        hierarchical=choose_hierarchical(options.get("hierarchical", "auto"), topology),
+        once_per_step=once,
+        two_hop=options.get("two_hop", True),
+        gathered_dtype=torch.float32 if precision == "32-true" else torch.bfloat16,
+        cross_node_dtype=options.get("cross_node_dtype"),
+    )
+    counts: Counter[Collective] = Counter()
+    for repeated in traffic:
+        counts[repeated.collective] += repeated.in_step(MICRO_STEPS)
+    return counts
+
+
+@pytest.mark.parametrize("job", [*JOBS, *LARGE])
+def test_a_rehearsal_runs_what_is_predicted(job: str) -> None:
+    shape, options = {**JOBS, **LARGE}[job]
+    name = list(MODELS)[len(job) % 2]
+    played: Counter[Collective] = Counter()
+    for ran in rehearsed(name, shape, options, backend="nccl", micro_steps=MICRO_STEPS, gradient_clip_val=None).ran:
+        played[ran.collective] += ran.times
+    assert played == predicted(name, shape, options)
+
+
+@pytest.mark.parametrize(("n", "k", "p", "s"), [(512, 8, 128, 4), (64, 8, 16, 8), (32, 8, 8, 2), (16, 8, 4, 3)])
+def test_bytes_are_those_of_the_paper(n: int, k: int, p: int, s: int) -> None:
+    """MiCS, sections 3.3 and 3.4: received per rank, which is what is sent; M bytes that need no padding."""
+    elements = n * 1000
+    topology = Topology(world_size=n, ranks_per_node=k, partition_size=p)
+    traffic = step_traffic(
+        [Unit(((elements, 1),), is_root=True)],
+        topology,
+        hierarchical=choose_hierarchical("auto", topology),
+        gathered_dtype=torch.bfloat16,
+    )
+    sent = {(r.collective.kind, r.collective.group): r.collective.sent for r in traffic}
+    parameters, gradients = 2 * elements, 4 * elements  # bytes
+    if p > k:
+        assert sent["all_gather", "rail"].between_bytes == (p - k) * parameters / (p * k)
+        assert sent["all_gather", "node"].inside_bytes == (k - 1) * parameters / k
+        assert sent["reduce_scatter", "rail"].between_bytes == (p - k) * gradients / (p * k)
+    hop = next(r for r in traffic if r.collective.group == "replication")
+    assert (hop.times, hop.when, hop.in_step(s)) == (1, "boundary", 1)
+    assert sum(vars(hop.collective.sent).values()) == 2 * (gradients / p) * (n - p) / n

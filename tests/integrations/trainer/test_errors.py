@@ -1,0 +1,259 @@
+"""Bad input is refused with what to change: on every rank alike, fast, and before ranks wait for each other."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from lightning_mics import MiCSStrategy, Topology, create_groups, shard_model
+from tests.support.models import TinyLM, TinyModule
+from tests.support.recorded import RecordCollectives
+from tests.support.trainers import loader, make_trainer, mics, on_ranks
+
+
+class NoBlocks(TinyModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 3)
+
+
+class AlreadySharded(TinyModule):
+    def configure_model(self) -> None:
+        fully_shard(self.net.blocks[0], mesh=init_device_mesh("cpu", (4,)))
+
+
+class WrappedInFSDP1(TinyModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.norm = _fsdp1(self.net.norm)
+
+
+class TiedAcrossBlocks(TinyModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.blocks[1].up.weight = self.net.blocks[0].up.weight
+
+
+class NotInitialisable(TinyModule):
+    def configure_model(self) -> None:
+        self.net = TinyLM()
+        self.net.blocks[0].offset = nn.Parameter(torch.empty(3, device="meta"))
+
+
+def _fsdp1(module: nn.Module) -> nn.Module:
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its constructor refuses CPU
+    nn.Module.__init__(wrapped)
+    wrapped.inner = module
+    return wrapped
+
+
+CASES: dict[str, tuple[type[TinyModule], dict[str, Any], dict[str, Any], type[Exception], str]] = {
+    "partition size that does not divide": (
+        TinyModule, {"partition_size": 3}, {}, ValueError,
+        "partition_size=3 does not divide world_size=4; with 2 ranks per node use one of 1, 2, 4",
+    ),
+    "partition size of the wrong kind": (
+        TinyModule, {"partition_size": 2.0}, {}, TypeError, "partition_size must be an integer, got 2.0 (float)",
+    ),
+    "unequal nodes": (
+        TinyModule, {"ranks_per_node": 3}, {}, ValueError,
+        "ranks_per_node=3 does not divide world_size=4: every node needs the same number of ranks; "
+        "with 4 ranks use one of 1, 2, 4",
+    ),
+    "hierarchical with one node per group": (
+        TinyModule, {"partition_size": 2, "hierarchical": True}, {}, ValueError,
+        "hierarchical=True needs partition groups over several nodes, but partition_size=2 fits one node of 2 ranks; "
+        "use hierarchical='auto'",
+    ),
+    "once per step with flat collectives": (
+        TinyModule, {"partition_size": 4, "hierarchical": False, "cross_node_gather": "once_per_step"}, {}, ValueError,
+        "cross_node_gather='once_per_step' needs collectives that cross nodes in a stage of their own, but "
+        'hierarchical=False and partition_size=4 spans 2 nodes; use hierarchical="auto"',
+    ),
+    "sums once per step with flat collectives": (
+        TinyModule, {"partition_size": 4, "hierarchical": False, "cross_node_reduce": "once_per_step"}, {}, ValueError,
+        "cross_node_reduce='once_per_step' needs collectives that cross nodes in a stage of their own",
+    ),
+    "a dtype on the wire with flat collectives": (
+        TinyModule, {"partition_size": 4, "hierarchical": False, "cross_node_dtype": "bfloat16"}, {}, ValueError,
+        "cross_node_dtype=torch.bfloat16 needs collectives that cross nodes in a stage of their own",
+    ),
+    "no blocks": (
+        NoBlocks, {}, {}, TypeError,
+        "found no blocks to shard in NoBlocks: it has no `_no_split_modules` and no list of modules of one class; "
+        "pass shard_modules=[BlockClass], or shard_modules=[] to shard it as one unit",
+    ),
+    "blocks that are not there": (
+        TinyModule, {"shard_modules": ["GPT2Block"]}, {}, ValueError,
+        "shard_modules: TinyModule has no GPT2Block; its module classes are Linear (7), Block (3)",
+    ),
+    "blocks of the wrong kind": (
+        TinyModule, {"shard_modules": [3]}, {}, TypeError,
+        "shard_modules takes module classes or their names, got 3",
+    ),
+    "checkpointed modules that are not there": (
+        TinyModule, {"activation_checkpointing": ["MLP"]}, {}, ValueError,
+        "activation_checkpointing: TinyModule has no MLP",
+    ),
+    "already sharded": (
+        AlreadySharded, {}, {}, TypeError,
+        "module 'net.blocks.0' (FSDPBlock) is already wrapped or sharded; hand over the plain module",
+    ),
+    "wrapped in FSDP1": (
+        WrappedInFSDP1, {}, {}, TypeError,
+        "module 'net.norm' (FullyShardedDataParallel) is already wrapped or sharded; hand over the plain module",
+    ),
+    "tied across blocks": (
+        TiedAcrossBlocks, {}, {}, ValueError,
+        "parameters 'net.blocks.0.up.weight' (in net.blocks.0) and 'net.blocks.1.up.weight' (in net.blocks.1) are one "
+        "tied parameter in two units; choose shard_modules so that one unit holds both",
+    ),
+    "backend that cannot serve the device": (
+        TinyModule, {"process_group_backend": "nccl"}, {}, ValueError,
+        "process_group_backend='nccl' cannot serve CPU devices; use 'gloo' or None",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory):
+    """What each rank saw for each case: (exception type, message, seconds, kinds of collectives before it)."""
+    return on_ranks(_run_into_all_errors, tmp_path_factory.mktemp("errors"))
+
+
+def _run_into_all_errors(folder: Any) -> dict[str, tuple[str, str, float, set[str]]]:
+    seen = {}
+    for name, (module_class, strategy_options, trainer_options, _, _) in CASES.items():
+        trainer = make_trainer(folder, strategy=mics(**strategy_options), **trainer_options)
+        module = module_class()
+        start = time.monotonic()
+        try:
+            with RecordCollectives() as recorded:
+                trainer.fit(module, loader())
+        except Exception as error:
+            kinds = {collective.kind for collective in recorded.seen}
+            seen[name] = (type(error).__name__, str(error), time.monotonic() - start, kinds)
+    return seen
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_ranks_refuse_with_the_same_message_within_seconds(refusals, name):
+    *_, exception, message = CASES[name]
+    for seen in refusals:
+        kind, text, seconds, collectives = seen[name]
+        assert (kind, text[: len(message)]) == (exception.__name__, message)
+        assert text == refusals[0][name][1]
+        assert seconds < 10
+        assert collectives <= {"barrier", "broadcast"}  # Lightning's own: it agrees on paths before the strategy starts
+
+
+def test_a_tensor_that_nothing_initialises_is_named(tmp_path):
+    for kind, message in on_ranks(_fit_not_initialisable, tmp_path):
+        assert kind == "TypeError"
+        assert message.startswith(
+            "nothing initialises Block.offset, which was on the meta device: give the class a `reset_parameters()`"
+        )
+
+
+def _fit_not_initialisable(folder: Any) -> tuple[str, str]:
+    try:
+        make_trainer(folder).fit(NotInitialisable(), loader())
+    except Exception as error:
+        return type(error).__name__, str(error)
+    raise AssertionError("was not refused")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"partition_size": "two"}, "partition_size='two' is neither \"auto\" nor a number of ranks"),
+        ({"hierarchical": "yes"}, "hierarchical='yes' is not one of \"auto\", True, False"),
+        (
+            {"cross_node_gather": "never"},
+            "cross_node_gather='never' is not one of 'auto', 'every_use', 'once_per_step'",
+        ),
+        (
+            {"cross_node_reduce": True},
+            "cross_node_reduce=True is not one of 'auto', 'every_micro_step', 'once_per_step'",
+        ),
+        ({"in_node_gather": "never"}, "in_node_gather='never' is not one of 'auto', 'every_use', 'once_per_step'"),
+        ({"two_hop": "no"}, "two_hop='no' is neither True nor False"),
+        (
+            {"two_hop": False, "cross_node_reduce": "once_per_step"},
+            "two_hop=False reduces over replicas in every micro-step, but cross_node_reduce='once_per_step' keeps "
+            "gradients back until the boundary; use 'every_micro_step', or two_hop=True",
+        ),
+        ({"in_node_reduce": 1}, "in_node_reduce=1 is not one of 'auto', 'every_micro_step', 'once_per_step'"),
+        (
+            {"in_node_gather": "once_per_step", "cross_node_gather": "every_use"},
+            "in_node_gather='once_per_step' leaves nothing to cross nodes more often, but cross_node_gather=",
+        ),
+        (
+            {"in_node_reduce": "once_per_step", "cross_node_reduce": "every_micro_step"},
+            "in_node_reduce='once_per_step' leaves nothing to cross nodes more often, but cross_node_reduce=",
+        ),
+        ({"cross_node_dtype": "int8"}, "cross_node_dtype='int8' is not one of torch.float32, torch.bfloat16"),
+        ({"reduce_dtype": "int8"}, "reduce_dtype='int8' is not one of torch.float32, torch.bfloat16"),
+        ({"reduce_dtype": torch.float16}, "reduce_dtype=torch.float16 is not one of torch.float32, torch.bfloat16"),
+    ],
+)
+def test_unknown_values_are_refused_when_the_strategy_is_made(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MiCSStrategy(**options)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(TypeError, match="shard_size"):
+        MiCSStrategy(shard_size=8)
+
+
+def test_positional_options_are_refused():
+    with pytest.raises(TypeError, match="positional"):
+        MiCSStrategy(8)
+
+
+def test_groups_need_a_running_job():
+    with pytest.raises(RuntimeError, match="init_process_group before create_groups"):
+        create_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu")
+
+
+def test_ranks_that_made_different_numbers_of_groups_are_refused_at_once():
+    for message in on_ranks(_group_of_some_ranks, world_size=4):
+        assert message.startswith("some ranks are members of 2 process groups and others of 1; make groups of your own")
+
+
+def _group_of_some_ranks() -> str:
+    dist.new_group([0, 1])
+    with pytest.raises(RuntimeError, match="process groups") as caught:
+        create_groups(Topology(world_size=4, ranks_per_node=2, partition_size=2), device_type="cpu")
+    return str(caught.value)
+
+
+def test_groups_of_another_job_or_device_are_refused():
+    for messages in on_ranks(_misuse_groups, world_size=2):
+        assert messages[0] == "the topology has world_size=4, the running job has 2 ranks"
+        assert messages[1].startswith("the process group's backend (cpu:gloo")
+        assert "cannot serve device type 'xla'; use gloo for CPU and nccl for CUDA" in messages[1]
+        assert "already wrapped or sharded" in messages[2]
+
+
+def _misuse_groups() -> list[str]:
+    messages = []
+    two = Topology(world_size=2, ranks_per_node=2, partition_size=2)
+    for topology, device_type in ((Topology(world_size=4, ranks_per_node=2, partition_size=2), "cpu"), (two, "xla")):
+        with pytest.raises(ValueError, match=" ") as caught:
+            create_groups(topology, device_type=device_type)
+        messages.append(str(caught.value))
+    model, groups = TinyLM(), create_groups(two, device_type="cpu")
+    shard_model(model, groups)
+    with pytest.raises(TypeError, match=" ") as caught:
+        shard_model(model, groups)
+    return [*messages, str(caught.value)]

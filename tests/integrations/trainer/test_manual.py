@@ -1,0 +1,266 @@
+"""Manual optimization: several optimizers, steps and accumulation windows of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tests.support.models import TinyLM, TinyModule, tokens
+from tests.support.recorded import RecordCollectives
+from tests.support.trainers import EVERY_TIME, make_trainer, mics, on_ranks
+
+LR = 0.5
+
+
+RANKS = 4
+
+
+UNITS = 4  # three blocks and the root
+
+
+SAMPLES = tokens(32, seed=6)  # two per rank and micro-step: four micro-steps
+
+
+def split_by_unit(model: TinyLM) -> list[list[nn.Parameter]]:
+    """The blocks, and what the root holds."""
+    blocks = list(model.blocks.parameters())
+    return [blocks, [p for p in model.parameters() if all(p is not block for block in blocks)]]
+
+
+def split_units(model: TinyLM) -> list[list[nn.Parameter]]:
+    """Weights and biases: each block has parameters of both optimizers."""
+    return [[p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]]
+
+
+class Loop:
+    """A training loop by hand, the same for the Trainer and for one process."""
+
+    split = staticmethod(split_by_unit)
+    strategy: ClassVar[dict[str, Any]] = {}
+
+    def optimizers_of(self, model: TinyLM) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(parameters, lr=LR) for parameters in self.split(model)]
+
+    def micro_step(self, step: int, optimizers: list[Any], backward: Any, toggle: Any) -> None:
+        raise NotImplementedError
+
+
+class DifferentFrequencies(Loop):
+    """The first optimizer steps every time, the second every second time, and each gradient counts until its step."""
+
+    def micro_step(self, step: int, optimizers: list[Any], backward: Any, toggle: Any) -> None:
+        backward(1.0)
+        for optimizer, every in zip(optimizers, (1, 2), strict=True):
+            if step % every == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+class Accumulating(Loop):
+    """One optimizer; windows of two micro-steps."""
+
+    def optimizers_of(self, model: TinyLM) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(model.parameters(), lr=LR)]
+
+    def micro_step(self, step: int, optimizers: list[Any], backward: Any, toggle: Any) -> None:
+        (optimizer,) = optimizers
+        boundary = step % 2 == 0
+        with toggle(optimizer, sync_grad=boundary):
+            backward(0.5)
+        if boundary:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Alternating(Loop):
+    """Each optimizer has backwards of its own, as with a generator and a discriminator."""
+
+    def micro_step(self, step: int, optimizers: list[Any], backward: Any, toggle: Any) -> None:
+        for optimizer in optimizers:
+            with toggle(optimizer):
+                backward(1.0)
+                optimizer.step()
+            optimizer.zero_grad()
+
+
+class AlternatingAndAccumulating(Loop):
+    """As before, and the second optimizer has windows of two micro-steps, between which the first one steps."""
+
+    def micro_step(self, step: int, optimizers: list[Any], backward: Any, toggle: Any) -> None:
+        for optimizer, every in zip(optimizers, (1, 2), strict=True):
+            boundary = step % every == 0
+            with toggle(optimizer, sync_grad=boundary):
+                backward(1 / every)
+            if boundary:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+class AlternatingInsideUnits(Alternating):
+    split = staticmethod(split_units)
+
+
+class AlternatingInOneUnit(Alternating):
+    strategy: ClassVar[dict[str, Any]] = {"shard_modules": []}
+
+
+class AlternatingAndAccumulatingInsideUnits(AlternatingAndAccumulating):
+    split = staticmethod(split_units)
+
+
+LOOPS = [
+    DifferentFrequencies,
+    Accumulating,
+    Alternating,
+    AlternatingAndAccumulating,
+    AlternatingInsideUnits,
+    AlternatingInOneUnit,
+    AlternatingAndAccumulatingInsideUnits,
+]
+
+
+class ByHand(TinyModule):
+    def __init__(self, loop: Loop) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.loop, self.collectives, self.all_reduces = loop, RecordCollectives(), []
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return self.loop.optimizers_of(self.net)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.collectives.seen.clear()
+        optimizers = self.optimizers()
+        self.loop.micro_step(
+            batch_idx + 1,
+            optimizers if isinstance(optimizers, list) else [optimizers],
+            lambda share: self.backward_and_look(batch, share),
+            lambda optimizer, **options: optimizer.toggle_model(**options),
+        )
+        replicas = self.trainer.strategy.topology.replication_group(self.global_rank)
+        self.all_reduces.append(len(self.collectives.of("all_reduce", replicas)))
+
+    def backward_and_look(self, batch: Tensor, share: float) -> None:
+        self.manual_backward(self.net(batch) * share)
+        with torch.no_grad():
+            self.net(batch)  # gathers the weights that the optimizer is about to change
+
+
+def fit_each_loop(folder: str, partition_size: int, options: dict[str, str]) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for loop in LOOPS:
+        torch.manual_seed(0)
+        module = ByHand(loop())
+        strategy = mics(partition_size=partition_size, **options, **loop.strategy)
+        trainer = make_trainer(folder, strategy=strategy, use_distributed_sampler=False)
+        with module.collectives:
+            trainer.fit(module, DataLoader(SAMPLES[dist.get_rank() :: RANKS], batch_size=2))
+        weights = {name: p.full_tensor() for name, p in module.net.named_parameters()}
+        results[loop.__name__] = (weights, module.all_reduces)
+    return results
+
+
+@contextmanager
+def only(parameters: list[nn.Parameter], model: nn.Module) -> Iterator[None]:
+    """Let only these parameters get gradients."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is one for one in parameters))
+    yield
+    model.requires_grad_(True)
+
+
+def train_in_one_process(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model = TinyLM()
+    first = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = loop.optimizers_of(model)
+
+    def toggle(optimizer: torch.optim.Optimizer, sync_grad: bool = True) -> AbstractContextManager[None]:
+        return only(optimizer.param_groups[0]["params"], model)
+
+    for step in range(4):
+        batch = SAMPLES[8 * step : 8 * step + 8]
+        loop.micro_step(step + 1, optimizers, lambda share, batch=batch: (model(batch) * share).backward(), toggle)
+    return dict(model.named_parameters()), first
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Nothing is kept."""
+    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 2, EVERY_TIME)
+
+
+@pytest.fixture(scope="module")
+def ranks_that_keep(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 2, {})
+
+
+@pytest.fixture(scope="module")
+def nodes_that_keep(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Parameters and gradients cross nodes once per step."""
+    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 4, EVERY_TIME)
+
+
+@pytest.mark.parametrize("groups", ["ranks", "ranks_that_keep", "nodes_that_keep"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_weights_equal_those_of_the_same_loop_in_one_process(
+    request: pytest.FixtureRequest, groups: str, loop: type[Loop]
+) -> None:
+    theirs, first = train_in_one_process(loop())
+    ours, _ = request.getfixturevalue(groups)[0][loop.__name__]
+    for name, weight in theirs.items():
+        assert not torch.equal(weight, first[name])
+        torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_an_optimizer_that_is_not_toggled_gets_no_gradients(ranks: list[dict[str, Any]]) -> None:
+    _, all_reduces = ranks[0]["Alternating"]
+    assert all_reduces == [UNITS] * 4  # the blocks in one backward, the root in the other
+
+
+@pytest.mark.parametrize("groups", ["ranks", "ranks_that_keep"])
+def test_without_sync_grad_nothing_crosses_replicas(request: pytest.FixtureRequest, groups: str) -> None:
+    _, all_reduces = request.getfixturevalue(groups)[0]["Accumulating"]
+    assert all_reduces == [0, UNITS, 0, UNITS]
+
+
+class TogglesInMidWindow(TinyModule):
+    """Its window begins with all parameters and goes on with those of one optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(parameters, lr=LR) for parameters in split_units(self.net)]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        first, _ = self.optimizers()
+        with self.trainer.strategy.block_backward_sync():
+            self.manual_backward(self.net(batch))
+        with first.toggle_model(sync_grad=False):
+            self.manual_backward(self.net(batch))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"partition_size": 1}, {"partition_size": 2, "ranks_per_node": 1, "in_node_reduce": "every_micro_step"}],
+    ids=str,
+)
+def test_toggling_in_mid_window_is_refused_rather_than_summed_wrongly(tmp_path: Path, options: dict[str, Any]) -> None:
+    def job(folder: str) -> str:
+        trainer = make_trainer(folder, strategy=mics(**options), devices=2)
+        with pytest.raises(RuntimeError) as caught:
+            trainer.fit(TogglesInMidWindow(), DataLoader(SAMPLES, batch_size=2))
+        return str(caught.value)
+
+    for message in on_ranks(job, str(tmp_path), world_size=2):
+        assert "has parameters that were trainable earlier in this accumulation window and are frozen now" in message

@@ -1,0 +1,154 @@
+"""Once per step under a Trainer: evaluation in mid-window, weights exchanged by callbacks, activation checkpointing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tests.support.models import TinyLM, TinyModule, tokens
+from tests.support.trainers import EVERY_TIME, make_trainer, mics, on_ranks
+
+RANKS, WINDOW = 4, 4
+
+
+TRAINING = tokens(8 * WINDOW, seed=8)  # two per rank and micro-step
+
+
+VALIDATION = tokens(8 * 3, seed=9)
+
+
+FACTOR = 1.5
+
+
+class ExchangeWeights(pl.Callback):
+    """Evaluates other weights than it trains, as moving averages do, in a way that torch does not notice."""
+
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        for parameter in module.parameters():
+            parameter.data.mul_(FACTOR)
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        for parameter in module.parameters():
+            parameter.data.div_(FACTOR)
+
+
+class LookAtTraffic(pl.Callback):
+    """Notes what this rank sends between nodes in each validation."""
+
+    def __init__(self) -> None:
+        self.validations: list[float] = []
+
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        self.before = between_bytes(trainer)
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        self.validations.append(between_bytes(trainer) - self.before)
+
+
+class LossesOf(TinyModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.validation_losses: list[float] = []
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        loss = self(batch)
+        dist.all_reduce(loss, op=dist.ReduceOp.AVG)
+        self.validation_losses.append(loss.item())
+
+
+def between_bytes(trainer: pl.Trainer) -> float:
+    return sum(sent.between_bytes for sent in trainer.strategy.traffic.by_technique().values())
+
+
+def loader_of(samples: Tensor) -> DataLoader[Any]:
+    return DataLoader(samples[dist.get_rank() :: RANKS], batch_size=2)
+
+
+def fit(folder: str, exchange: bool, options: dict[str, Any]) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    module, traffic = LossesOf(), LookAtTraffic()
+    trainer = make_trainer(
+        folder,
+        strategy=mics(partition_size=4, **options),
+        use_distributed_sampler=False,
+        accumulate_grad_batches=WINDOW,
+        val_check_interval=2,  # in mid-window
+        num_sanity_val_steps=0,
+        callbacks=[traffic, *([ExchangeWeights()] if exchange else [])],
+    )
+    trainer.fit(module, loader_of(TRAINING), loader_of(VALIDATION))
+    return module.validation_losses, traffic.validations, {n: p.full_tensor() for n, p in module.named_parameters()}
+
+
+def in_one_process() -> tuple[list[float], dict[str, Tensor]]:
+    """Validation losses of the exchanged weights before and after the only step, and the weights it leads to."""
+    torch.manual_seed(0)
+    model = TinyLM()
+
+    def evaluate() -> list[float]:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(FACTOR)
+            losses = [model(VALIDATION[8 * i : 8 * i + 8]).item() for i in range(3)]
+            for parameter in model.parameters():
+                parameter.div_(FACTOR)
+        return losses
+
+    losses = evaluate()
+    model(TRAINING).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return losses + evaluate(), {f"net.{name}": p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, EVERY_TIME], ids=str)
+def test_an_evaluation_in_mid_window_sees_the_weights_that_a_callback_has_put_there(tmp_path, options):
+    losses, weights = in_one_process()
+    for seen, _, ours in on_ranks(fit, str(tmp_path), True, options):
+        assert seen == pytest.approx(losses, rel=1e-5)
+        assert losses[0] != pytest.approx(losses[3], rel=1e-3)
+        for name, weight in weights.items():
+            torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_the_batches_of_an_evaluation_cross_nodes_once(tmp_path):
+    schedules = [{}, EVERY_TIME, {"cross_node_gather": "every_use"}]
+    by_ranks, by_nodes, always = (on_ranks(fit, str(tmp_path), False, options) for options in schedules)
+    for (_, few, _), (_, as_few, _), (_, many, _) in zip(by_ranks, by_nodes, always, strict=True):
+        assert len(few) == len(many) == 2
+        assert [3 * sent for sent in few] == [3 * sent for sent in as_few] == many  # three batches
+        assert few[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "between", "inside"),
+    [
+        ({}, "once per step (as inside nodes)", 'once per step ("auto": '),
+        (EVERY_TIME, 'once per step ("auto": ', "at every use (would take "),
+        ({"cross_node_gather": "every_use"}, "at every use (would take ", 'at every use ("auto": as between nodes)'),
+    ],
+    ids=str,
+)
+def test_the_table_at_start_says_when_parameters_travel(tmp_path, options, between, inside):
+    table = on_ranks(start, str(tmp_path), options)[0]
+    assert f"parameters cross nodes  {between}" in table
+    assert f"parameters in nodes     {inside}" in table
+
+
+def start(folder: str, options: dict[str, str]) -> str:
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_mics.integrations.trainer.strategy.rank_zero_info", lines.append)
+        trainer = make_trainer(
+            folder,
+            strategy=mics(partition_size=4, **options),
+            limit_train_batches=1,
+            limit_val_batches=0,
+        )
+        trainer.fit(TinyModule(), loader_of(TRAINING))
+    return "\n".join(lines)

@@ -1,0 +1,415 @@
+"""A signal to any rank, at any moment: all ranks save after the same optimizer step, stop, and go on from there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from lightning_mics import MiCSStrategy
+from tests.support.models import TinyModule, tokens
+from tests.support.trainers import EVERY_TIME, make_trainer, mics, on_ranks
+
+RANKS = 4
+
+
+BATCHES = 6  # of each rank and epoch
+
+
+EPOCHS = 2
+
+
+class Batches:
+    """This rank's batches of an epoch; a checkpoint holds how many have been taken."""
+
+    def __init__(self, count: int = BATCHES) -> None:
+        self.all = list(tokens(2 * count * RANKS, seed=3)[dist.get_rank() :: RANKS].split(2))
+        self.first = self.taken = 0
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.taken, self.first = self.first, 0
+        for batch in self.all[self.taken :]:
+            self.taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken % len(self.all)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.first = state["taken"]
+
+
+class Module(TinyModule):
+    """Trained with AdamW and a rate that falls, so that a lost or a doubled step shows; keeps its losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[float] = []
+        self.validated: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.item())
+        return loss
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.validated.append(self.trainer.callback_metrics["val_loss"].item())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.8)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+class Signals(Callback):
+    """Sends SIGTERM from one rank to others when it comes to a place: (hook, how many times it was there before)."""
+
+    def __init__(self, *planned: tuple[str, int, int, tuple[int, ...]]) -> None:
+        self.planned = planned
+        self.visits: dict[str, int] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.processes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(self.processes, os.getpid())
+
+    def _at(self, place: str) -> None:
+        for hook, visit, sender, receivers in self.planned:
+            if (hook, visit, sender) == (place, self.visits.get(place, 0), dist.get_rank()):
+                for receiver in receivers:
+                    os.kill(self.processes[receiver], signal.SIGTERM)
+        self.visits[place] = self.visits.get(place, 0) + 1
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._at("micro-step")
+
+    def on_after_backward(self, *_: Any) -> None:
+        self._at("backward")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._at("micro-step's end")
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._at("sanity check" if trainer.sanity_checking else "validation")
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        self._at("saving")
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self._at("epoch's end")
+
+
+def run(folder: Path, *callbacks: Callback, options: dict[str, Any], **fit: Any) -> dict[str, Any]:
+    """Fit until the end or until a signal; what became of it on this rank."""
+    torch.manual_seed(0 if not fit else 1)  # what a checkpoint restores must differ before
+    options = {"num_sanity_val_steps": 0, "limit_val_batches": 0, **options}
+    saving = ModelCheckpoint(dirpath=folder / "checkpoints", save_last=True, every_n_epochs=EPOCHS)
+    trainer = make_trainer(
+        folder,
+        **{"strategy": mics(), **options},
+        max_epochs=EPOCHS,
+        enable_checkpointing=True,
+        callbacks=[saving, *callbacks],
+    )
+    module, stopped = Module(), "no"
+    try:
+        trainer.fit(module, Batches(), Batches(3), **fit)
+    except SIGTERMException as stop:
+        stopped = f"with code {stop.code}"
+    return {
+        "losses": module.losses,
+        "validated": module.validated,
+        "step": trainer.global_step,
+        "stopped": stopped,
+        "received_sigterm": trainer.received_sigterm,
+        "handler": signal.getsignal(signal.SIGTERM) is signal.SIG_DFL,
+    }
+
+
+def preempted_and_resumed(folder: Path, planned: list[Any], options: dict[str, Any]) -> dict[str, Any]:
+    whole = run(folder / "whole", options=_strategy(options))
+    first = run(folder / "in_parts", Signals(*planned), options=_strategy(options))
+    dist.barrier()
+    saved = sorted(path.name for path in (folder / "in_parts" / "checkpoints").glob("*"))
+    dist.barrier()
+    second = run(folder / "in_parts", options=_strategy(options), ckpt_path="last")
+    return {"whole": whole, "first": first, "saved": saved, "second": second}
+
+
+def _strategy(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "strategy": mics(**options.get("strategy", {}))}
+
+
+def everyone(place: str, visit: int) -> list[Any]:
+    return [(place, visit, rank, (rank,)) for rank in range(RANKS)]
+
+
+WINDOW = {"accumulate_grad_batches": 3}
+
+
+VALIDATING = {"limit_val_batches": 1.0}
+
+
+# planned signals (place, visits before, sender, receivers), options of the Trainer, micro-steps until the stop
+CASES: dict[str, tuple[list[Any], dict[str, Any], int]] = {
+    "to itself": ([("micro-step", 2, 1, (1,))], {}, 3),
+    "to rank 0": ([("micro-step", 2, 0, (0,))], {}, 3),
+    "to all at once": (everyone("micro-step", 2), {}, 3),
+    "to all from one, wherever they wait": ([("backward", 2, 2, (0, 1, 2, 3))], {}, 3),
+    "to another, where sharding always communicates": ([("micro-step", 2, 0, (3,))], {"strategy": EVERY_TIME}, 3),
+    "in the first micro-step of a window": ([("micro-step", 3, 3, (3,))], WINDOW, 6),
+    "in the middle of a window, to all": (everyone("micro-step's end", 1), WINDOW, 3),
+    "in the last micro-step of an epoch": ([("micro-step", 5, 1, (1,))], {}, 6),
+    "at an epoch's end": ([("epoch's end", 0, 1, (1,))], {}, 7),
+    "at different steps of different ranks": ([("micro-step", 3, 0, (1,)), ("micro-step", 4, 1, (0,))], WINDOW, 6),
+    "again while it is saved": ([("micro-step", 2, 1, (1,)), *everyone("saving", 0)], {}, 3),
+    "before a validation": ([("micro-step", 5, 1, (1,))], VALIDATING, 6),
+    "in a validation": ([("validation", 1, 2, (2,))], VALIDATING, 6),
+    "in a validation inside an epoch": ([("validation", 1, 2, (0,))], {**VALIDATING, "val_check_interval": 2}, 2),
+    "in a validation inside a window": (
+        [("validation", 1, 2, (0,))],
+        {**VALIDATING, **WINDOW, "val_check_interval": 2},
+        3,
+    ),
+    "in the last batch of a validation": ([("validation", 2, 2, (2,))], VALIDATING, 6),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_ranks_stop_after_the_same_step_and_go_on_as_if_they_had_not(case: str, tmp_path: Path) -> None:
+    planned, options, micro_steps = CASES[case]
+    for rank in on_ranks(preempted_and_resumed, tmp_path, planned, options):
+        whole, first, second = rank["whole"], rank["first"], rank["second"]
+        assert whole["stopped"] == second["stopped"] == "no"
+        assert first["stopped"] == "with code None"  # which is exit status 0
+        assert first["received_sigterm"] and first["handler"]
+        assert rank["saved"] == ["last.ckpt"]
+        assert len(first["losses"]) == micro_steps
+        assert first["step"] == micro_steps // options.get("accumulate_grad_batches", 1)
+        assert first["losses"] + second["losses"] == whole["losses"]
+        assert first["validated"] + second["validated"] == whole["validated"]
+        assert (
+            len(set(whole["losses"])) == len(whole["losses"]) == BATCHES * EPOCHS
+        )  # a step that is lost or doubled would be seen
+
+
+# -- what else a Trainer may be doing ---------------------------------------------------------------------------------
+
+
+class Counted(ModelCheckpoint):
+    """Counts what it saves."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.saved: list[str] = []
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        self.saved.append(Path(filepath).name)
+        super()._save_checkpoint(trainer, filepath)
+
+
+def _saving_callbacks(folder: Path) -> dict[str, list[list[str]]]:
+    """What each ModelCheckpoint saves until a signal in the third step has stopped the run."""
+
+    def until_stopped(*options: dict[str, Any]) -> list[list[str]]:
+        callbacks = [Counted(dirpath=folder / str(len(found)) / str(i), **each) for i, each in enumerate(options)]
+        signals = Signals(("micro-step", 2, 1, (1,)))
+        trainer = make_trainer(folder, strategy=mics(), callbacks=[signals, *callbacks], enable_checkpointing=True)
+        with pytest.raises(SIGTERMException):
+            trainer.fit(Module(), Batches())
+        return [callback.saved for callback in callbacks]
+
+    found: dict[str, list[list[str]]] = {}
+    found["no last"] = until_stopped({})
+    found["last of this step"] = until_stopped({"save_last": True, "every_n_train_steps": 1, "filename": "{step}"})
+    found["a link"] = until_stopped({"save_last": "link", "every_n_train_steps": 2, "filename": "{step}"})
+    found["two, and the first keeps weights only"] = until_stopped(
+        {"save_weights_only": True, "every_n_epochs": 2}, {}, {"every_n_epochs": 3}
+    )
+    found["on exceptions as well"] = until_stopped({"save_on_exception": True})
+    return found
+
+
+def test_the_first_model_checkpoint_that_keeps_whole_ones_saves_last_once(tmp_path: Path) -> None:
+    for saved in on_ranks(_saving_callbacks, tmp_path):
+        assert saved == {
+            "no last": [["last.ckpt"]],
+            "last of this step": [["step=1.ckpt", "last.ckpt", "step=2.ckpt", "last.ckpt", "step=3.ckpt", "last.ckpt"]],
+            "a link": [["step=2.ckpt", "last.ckpt"]],
+            "two, and the first keeps weights only": [[], ["last.ckpt"], []],
+            "on exceptions as well": [["last.ckpt"]],
+        }
+    assert (tmp_path / "2" / "0" / "last.ckpt" / "manifest.json").exists()
+
+
+def _without_checkpoints(folder: Path) -> list[str]:
+    trainer = make_trainer(folder, strategy=mics(), callbacks=[Signals(("micro-step", 2, 1, (1,)))])
+    with warnings.catch_warnings(record=True, action="always") as warned, pytest.raises(SIGTERMException):
+        trainer.fit(Module(), Batches())
+    assert trainer.global_step == 3
+    return [str(warning.message) for warning in warned if "Stopped by a signal" in str(warning.message)]
+
+
+def test_who_keeps_no_checkpoints_gets_none_and_is_told(tmp_path: Path) -> None:
+    warned = on_ranks(_without_checkpoints, tmp_path)
+    assert warned == [
+        [
+            "Stopped by a signal after step 3 without a checkpoint: no ModelCheckpoint of this Trainer keeps whole "
+            "ones; add one to `callbacks`"
+        ],
+        *[[]] * 3,
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+class Evaluations(Signals):
+    """Counts the batches of evaluations, and is signalled in the second."""
+
+    def __init__(self) -> None:
+        super().__init__(("evaluation", 1, 3, (3,)))
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self._at("evaluation")
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        self._at("evaluation")
+
+    def on_predict_batch_start(self, *_: Any) -> None:
+        self._at("evaluation")
+
+
+def _evaluations(folder: Path) -> dict[str, tuple[str, int]]:
+    found = {}
+    for method in ("validate", "test", "predict", "fit"):  # fit: in the check before the first step
+        evaluations = Evaluations()
+        trainer = make_trainer(folder, strategy=mics(), callbacks=[evaluations], num_sanity_val_steps=3)
+        try:
+            getattr(trainer, method)(Module(), *[Batches()] * (2 if method == "fit" else 1))
+            stopped = "no"
+        except SIGTERMException:
+            stopped = "yes"
+        found[method] = (stopped, evaluations.visits["evaluation"])
+    return found
+
+
+def test_an_evaluation_stops_after_the_same_batch_on_all_ranks(tmp_path: Path) -> None:
+    expected = dict.fromkeys(("validate", "test", "predict", "fit"), ("yes", 2))
+    assert on_ranks(_evaluations, tmp_path) == [expected] * RANKS
+
+
+def _unequal_validations(folder: Path) -> tuple[int, int, list[str]]:
+    """Ranks keep whole weights, so that each can validate as many batches as it has."""
+    signals = Signals(("validation", 0, 0, (0,)))
+    saving = ModelCheckpoint(dirpath=folder, save_top_k=0)
+    trainer = make_trainer(
+        folder,
+        strategy=mics(),
+        callbacks=[signals, saving],
+        enable_checkpointing=True,
+        num_sanity_val_steps=0,
+        val_check_interval=2,
+    )
+    with pytest.raises(SIGTERMException):
+        trainer.fit(Module(), Batches(), Batches(2 + dist.get_rank()))
+    return trainer.global_step, signals.visits["validation"], [path.name for path in folder.iterdir()]
+
+
+def test_ranks_that_validate_unequally_many_batches_stop_when_all_have_finished(tmp_path: Path) -> None:
+    found = on_ranks(_unequal_validations, tmp_path)
+    assert [(step, batches) for step, batches, _ in found] == [(2, 2 + rank) for rank in range(RANKS)]
+    assert all(saved == ["last.ckpt"] for _, _, saved in found)
+
+
+class ByHand(Module):
+    """Steps in every second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.manual_backward(self(batch))
+        if batch_idx % 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+def _by_hand(folder: Path) -> tuple[int, int]:
+    signals = Signals(("micro-step", 2, 1, (1,)))
+    trainer = make_trainer(folder, strategy=mics(), callbacks=[signals])
+    with pytest.raises(SIGTERMException):
+        trainer.fit(ByHand(), Batches())
+    return trainer.global_step, signals.visits["micro-step"]
+
+
+def test_manual_optimization_stops_after_a_batch_in_which_an_optimizer_stepped(tmp_path: Path) -> None:
+    assert on_ranks(_by_hand, tmp_path) == [(2, 4)] * RANKS
+
+
+def _own_handler(folder: Path) -> tuple[list[int], bool, int]:
+    heard: list[int] = []
+
+    def handler(number: int, _: Any) -> None:
+        heard.append(number)
+
+    signal.signal(signal.SIGTERM, handler)
+    trainer = make_trainer(folder, strategy=mics(), callbacks=[Signals(("micro-step", 2, 1, (1,)))])
+    with pytest.raises(SIGTERMException):
+        trainer.fit(Module(), Batches())
+    return heard, signal.getsignal(signal.SIGTERM) is handler, trainer.global_step
+
+
+def test_a_handler_that_was_there_is_called_as_well_and_restored(tmp_path: Path) -> None:
+    found = on_ranks(_own_handler, tmp_path)
+    assert [heard for heard, _, _ in found] == [[], [signal.SIGTERM], [], []]
+    assert all(restored and step == 3 for _, restored, step in found)
+
+
+def _two_runs_of_one_trainer(folder: Path) -> tuple[int, int, int]:
+    callbacks = [Signals(("micro-step", 2, 1, (1,)))]
+    trainer = make_trainer(folder, strategy=mics(), callbacks=callbacks)
+    module = Module()
+    with pytest.raises(SIGTERMException):
+        trainer.fit(module, Batches())
+    stopped = trainer.global_step
+    trainer.fit(module, Batches())
+    return stopped, trainer.global_step, len(callbacks)
+
+
+def test_a_trainer_that_has_stopped_can_run_again(tmp_path: Path) -> None:
+    assert on_ranks(_two_runs_of_one_trainer, tmp_path) == [(3, 3 + BATCHES, 1)] * RANKS
+
+
+def _comparisons(folder: Path) -> list[int]:
+    counts = []
+    for window in (1, 3):
+        compared: list[Tensor] = []
+
+        class Watched(MiCSStrategy):
+            def _reduce_max(self, tensor: Tensor, compared: list[Tensor] = compared) -> Tensor:
+                compared.append(tensor)
+                return super()._reduce_max(tensor)
+
+        trainer = make_trainer(folder, strategy=Watched(ranks_per_node=2), accumulate_grad_batches=window)
+        trainer.fit(Module(), Batches())
+        assert all(tensor.numel() == 1 for tensor in compared)
+        counts.append(len(compared))
+    return counts
+
+
+def test_ranks_compare_one_number_per_optimizer_step_and_at_the_end(tmp_path: Path) -> None:
+    assert on_ranks(_comparisons, tmp_path) == [[BATCHES + 1, BATCHES // 3 + 1]] * RANKS

@@ -1,0 +1,136 @@
+"""Where in an epoch a run is, on other ranks than it was; and what cannot be said of it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_mics.integrations.trainer.resuming import Pace, place_in_epoch
+from tests.support.fits import refusal
+from tests.support.models import TinyModule, tokens
+from tests.support.trainers import make_trainer, mics, on_ranks
+
+FOUR = Pace(world_size=4, batch_size=2, micro_steps=4, batches_per_epoch=40)
+
+
+def pace(ranks: int, *, batch_size: int | None = 2, micro_steps: int) -> Pace:
+    return Pace(world_size=ranks, batch_size=batch_size, micro_steps=micro_steps, batches_per_epoch=1000)
+
+
+@pytest.mark.parametrize(
+    ("now", "place"),
+    [
+        (pace(1, micro_steps=16), 48),
+        (pace(2, micro_steps=8), 24),
+        (pace(8, micro_steps=2), 6),
+        (pace(8, batch_size=4, micro_steps=1), 3),
+        (pace(1, batch_size=8, micro_steps=4), 12),
+        (pace(8, batch_size=None, micro_steps=2), 6),  # as large as they were, if nobody says
+        (pace(4, micro_steps=2), 12),  # smaller steps
+    ],
+)
+def test_the_place_is_counted_in_samples_of_all_ranks(now: Pace, place: int) -> None:
+    assert place_in_epoch(12, now=now, saved=FOUR) == place
+
+
+def test_a_place_between_boundaries_here_is_refused_with_what_fits() -> None:
+    fits = "accumulate_grad_batches=2 makes an optimizer step as large as it was$"
+    with pytest.raises(ValueError, match=f"after 12 micro-steps of 4 .* 8 ranks and accumulate_grad_batches=4; {fits}"):
+        place_in_epoch(12, now=pace(8, micro_steps=4), saved=FOUR)
+    with pytest.raises(ValueError, match=r"after 12 .* 5 ranks .*; use a batch size .* whose product divides 32$"):
+        place_in_epoch(12, now=pace(5, micro_steps=1), saved=FOUR)
+
+
+def test_a_place_inside_an_optimizer_step_there_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"saved on 4 ranks after 3 of the 4 micro-steps .* on 2 ranks there is no"):
+        place_in_epoch(11, now=pace(2, micro_steps=8), saved=FOUR)
+
+
+# -- under a Trainer ---------------------------------------------------------------------------------------------------
+
+
+class Saving(TinyModule):
+    """Saves after two and three micro-steps, if it is told where."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.folder is not None and batch_idx in (1, 2):
+            self.trainer.save_checkpoint(self.folder / f"{batch_idx + 1}.ckpt")
+
+
+def _fit(module: Saving, folder: Path, *, micro_steps: int = 2, ckpt_path: Path | None = None) -> None:
+    data = tokens(34)
+    loader = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, shuffle=False), drop_last=True)
+    trainer = make_trainer(
+        folder,
+        strategy=mics(ranks_per_node=1),
+        devices=dist.get_world_size(),
+        accumulate_grad_batches=micro_steps,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
+
+
+def _save(folder: Path) -> None:
+    _fit(Saving(folder), folder)
+
+
+def _resume(folder: Path, cases: list[tuple[str, int]]) -> list[tuple[str, str]]:
+    """The error and the warnings of going on from each checkpoint with so many micro-steps."""
+    facts = []
+    for name, micro_steps in cases:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            error = refusal(lambda: _fit(Saving(), folder, micro_steps=micro_steps, ckpt_path=folder / name))  # noqa: B023
+        facts.append((error, "\n".join(str(each.message) for each in heard)))
+    return facts
+
+
+@pytest.fixture(scope="module")
+def heard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    folder = tmp_path_factory.mktemp("heard")
+    on_ranks(_save, folder, world_size=2)
+    cases = [("2.ckpt", 4), ("2.ckpt", 3), ("3.ckpt", 4)]
+    one = on_ranks(_resume, folder, cases, world_size=1)[0]
+    two = on_ranks(_resume, folder, [("2.ckpt", 2), ("3.ckpt", 2)], world_size=2)[0]
+    return dict(zip(("fits", "does not fit", "inside a step"), one, strict=True)) | dict(
+        zip(("same ranks", "same ranks, inside a step"), two, strict=True)
+    )
+
+
+def test_a_loader_that_may_not_count_all_ranks_is_warned_of(heard: dict[str, Any]) -> None:
+    error, told = heard["fits"]
+    assert error == "nothing was refused"
+    assert "goes on with 1 ranks after 2" in told
+    assert "DataLoader may repeat or skip some" in told
+    assert "goes on with" not in heard["same ranks"][1]
+
+
+def test_an_epoch_with_another_number_of_steps_is_warned_of(heard: dict[str, Any]) -> None:
+    assert (
+        "an epoch had 4 optimizer steps on 2 ranks and has 5 on 1; accumulate_grad_batches=4 makes" in heard["fits"][1]
+    )
+    assert "an epoch had" not in heard["same ranks"][1]
+
+
+def test_other_steps_than_before_are_refused_when_training_starts(heard: dict[str, Any]) -> None:
+    error, _ = heard["does not fit"]
+    assert error.startswith("ValueError: the checkpoint was saved after 2 micro-steps of 2 ranks")
+    assert error.endswith("accumulate_grad_batches=4 makes an optimizer step as large as it was")
+
+
+def test_gradients_that_a_checkpoint_lacks_are_refused_elsewhere_and_warned_of_at_home(heard: dict[str, Any]) -> None:
+    error, _ = heard["inside a step"]
+    assert error.startswith("RuntimeError: the checkpoint was saved on 2 ranks after 1 of the 2 micro-steps")
+    error, told = heard["same ranks, inside a step"]
+    assert error == "nothing was refused"
+    assert "saved after 1 of 2 micro-steps of an optimizer step; their gradients are not in it" in told
+    assert "gradients are not in it" not in heard["same ranks"][1]

@@ -1,0 +1,202 @@
+"""A rehearsal is true: real ranks run the same collectives in the same order, and allocate as much."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.data import DataLoader
+
+from lightning_mics import MiCSStrategy
+from lightning_mics.cost.collective import Collective
+from lightning_mics.planning.rehearsal.collectives import Collectives
+from lightning_mics.planning.rehearsal.observed import Observed
+from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
+from lightning_mics.techniques.partition_groups import create_groups
+from lightning_mics.topology import Topology
+from recipes.plan.dry_run import Training
+from tests.support.forked import run_ranks
+from tests.support.jobs import JOBS, LENGTH, MODELS, SEQUENCES, language_model, rehearsed
+from tests.support.trainers import EVERY_TIME, make_trainer, on_ranks
+
+
+class RealJob:
+    """The same job with ranks that exist."""
+
+    def __init__(self, name: str, shape: tuple[int, int, int], options: dict[str, Any], *, micro_steps: int) -> None:
+        options = dict(options)
+        precision, reduce_dtype = options.pop("precision", "32-true"), options.pop("reduce_dtype", None)
+        world_size, ranks_per_node, partition_size = shape
+        self.topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
+        hierarchical = options.pop("hierarchical", "auto")
+        groups = create_groups(self.topology, device_type="cpu", hierarchical=hierarchical)
+        language = language_model(name)
+        model = Training(language).to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
+        policy = mixed_precision_policy(precision, reduce_dtype=reduce_dtype)
+        self.schedule = shard_model(model, groups, mixed_precision=policy, **options)
+        self.optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        self.model, self.batch = model, language.example_batch(SEQUENCES, LENGTH)
+        self.micro_steps, self.mixed = micro_steps, precision == "bf16-mixed"
+
+    def optimizer_step(self) -> None:
+        for micro_step in range(self.micro_steps):
+            with self.schedule.micro_step(boundary=micro_step == self.micro_steps - 1):
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
+                    value = self.model(self.batch)
+                if micro_step == 0:
+                    self.optimizer.zero_grad()
+                value.backward()
+                del value
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+
+def real_collectives(name: str, shape: tuple[int, int, int], options: dict[str, Any]) -> list[Collective]:
+    job = RealJob(name, shape, options, micro_steps=3)
+    job.optimizer_step()
+    seen: list[Collective] = []
+    with Observed(Collectives(job.topology, gloo=True, seen=lambda collective, _: seen.append(collective))):
+        job.optimizer_step()
+    return seen
+
+
+def all_real_collectives(name: str, jobs: list[str]) -> dict[str, list[Collective]]:
+    return {job: real_collectives(name, *JOBS[job]) for job in jobs}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def real(request: pytest.FixtureRequest) -> tuple[str, dict[str, list[list[Collective]]]]:
+    """The model, and what each rank has run in each job; one set of processes for all jobs of as many ranks."""
+    of_ranks: dict[str, list[list[Collective]]] = {}
+    for world_size in (4, 8):
+        jobs = [job for job, (shape, _) in JOBS.items() if shape[0] == world_size]
+        by_rank = run_ranks(world_size, all_real_collectives, request.param, jobs)
+        of_ranks |= {job: [seen[job] for seen in by_rank] for job in jobs}
+    return request.param, of_ranks
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_real_ranks_run_the_same_collectives_in_the_same_order(
+    job: str, real: tuple[str, dict[str, list[list[Collective]]]]
+) -> None:
+    name, of_ranks = real
+    shape, options = JOBS[job]
+    rank = (shape[0] - 1) * (list(JOBS).index(job) % 2)  # the first or the last
+    played = [ran.collective for ran in rehearsed(name, shape, options, rank=rank).ran]
+    assert played == of_ranks[job][rank]
+    assert len(played) >= 3  # two blocks and the root
+
+
+class Patience:
+    """Waits until gloo's thread has let go of the buffers of the last collective, which it does a moment after it."""
+
+    def __init__(self) -> None:
+        self._communicated = False
+
+    def before(self, operation: Any, args: tuple[Any, ...]) -> None:
+        if self._communicated:
+            time.sleep(0.02)
+        self._communicated = "c10d" in operation.namespace
+
+    def after(self, operation: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
+        pass
+
+
+def real_peak_bytes(name: str, shape: tuple[int, int, int], options: dict[str, Any]) -> int:
+    """The most that the allocator has given out in the second step, without the buffers that gloo makes for itself."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, Observed(Patience()):
+        job = RealJob(name, shape, options, micro_steps=3)
+        job.optimizer_step()
+        with record_function("second step"):
+            job.optimizer_step()
+    tree = profiled.profiler.kineto_results.experimental_event_tree()
+    events = sorted(_all(tree), key=lambda event: event.start_time_ns)
+    (begin,) = (event.start_time_ns for event in events if event.name == "second step")
+    gloos: set[int] = set()
+    live = peak = 0
+    for event in events:
+        if event.tag != _EventType.Allocation:
+            continue
+        pointer, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if size > 0 and _in_gloo(event):
+            gloos.add(pointer)
+        elif size > 0 or pointer not in gloos:
+            live += size
+        else:
+            gloos.remove(pointer)
+        if event.start_time_ns >= begin:
+            peak = max(peak, live)
+    return peak
+
+
+def _all(events: Any) -> Any:
+    for event in events:
+        yield event
+        yield from _all(event.children)
+
+
+def _in_gloo(event: Any) -> bool:
+    while event is not None and not event.name.startswith(("c10d::", "gloo:")):
+        event = event.parent
+    return event is not None
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "job", ["one rank a group", "a node a group", "flat over nodes", "once per step", "recomputed", "mixed precision"]
+)
+def test_real_ranks_allocate_as_much(job: str, name: str) -> None:
+    shape, options = JOBS[job]
+    real = run_ranks(shape[0], real_peak_bytes, name, shape, options)[0]
+    assert rehearsed(name, shape, options).peak_bytes == pytest.approx(real, rel=0.02)
+
+
+class Watched(pl.Callback):
+    """Notes what the second optimizer step runs on the groups of the strategy."""
+
+    def __init__(self) -> None:
+        self.seen: list[Collective] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        def seen(collective: Collective, _: Any) -> None:
+            if trainer.global_step == 1 and collective.group in ("partition", "replication", "rail", "node"):
+                self.seen.append(collective)
+
+        self._watch = Observed(Collectives(trainer.strategy.topology, gloo=True, seen=seen))
+        self._watch.__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._watch.__exit__(None, None, None)
+
+
+def under_the_trainer(name: str, partition_size: int, options: dict[str, Any], folder: Path) -> list[Collective]:
+    model, watched = language_model(name), Watched()
+    trainer = make_trainer(
+        folder,
+        strategy=MiCSStrategy(ranks_per_node=2, partition_size=partition_size, **options),
+        max_steps=2,
+        accumulate_grad_batches=3,
+        gradient_clip_val=1.0,
+        callbacks=[watched],
+        use_distributed_sampler=False,
+    )
+    batches = DataLoader([model.example_batch(SEQUENCES, LENGTH)] * 6, batch_size=None)
+    trainer.fit(model, batches)
+    return watched.seen
+
+
+@pytest.mark.parametrize(
+    ("job", "name"), [("a node a group", "bert"), ("once per step", "gpt"), ("recomputed", "bert")]
+)
+def test_the_trainer_runs_them_too(job: str, name: str, tmp_path: Path) -> None:
+    shape, options = JOBS[job]
+    options = {**EVERY_TIME, "cross_node_gather": "every_use", "cross_node_reduce": "every_micro_step", **options}
+    real = on_ranks(under_the_trainer, name, shape[2], options, tmp_path)[0]
+    assert [ran.collective for ran in rehearsed(name, shape, options).ran] == real

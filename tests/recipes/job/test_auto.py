@@ -1,0 +1,117 @@
+"""What "auto" becomes, on the clusters of ``conf/`` and here."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+import train
+from recipes.job.auto import choose_automatically, sequence_activations
+from tests.support.configs import composed
+
+
+def chosen(*overrides: str) -> tuple[DictConfig, str]:
+    config = composed(*overrides)
+    return choose_automatically(config, train.make_model(config))
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict, raising=False)
+
+
+def shape(config: DictConfig) -> tuple:
+    ranks = config.cluster.num_nodes * config.cluster.devices
+    return (ranks, config.strategy.partition_size, config.data.batch_size, config.trainer.accumulate_grad_batches)
+
+
+def test_without_a_gpu_four_processes_share_the_batch() -> None:
+    config, table = chosen()
+    assert shape(config) == (4, 2, 8, 1)
+    assert config.trainer.precision == "32-true"
+    assert config.trainer.devices == 4
+    assert re.search(r'  micro-batch +8 \("auto": up to ', table)
+    assert re.search(r'  cross node gather +once_per_step \("auto": as inside nodes\)', table)
+    assert config.strategy.cross_node_gather == config.strategy.in_node_gather == "once_per_step"
+    assert config.trainer.val_check_interval == config.validate_every_n_steps
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.batch_size=4"], (4, 2, 4, 2)),
+        (["trainer.accumulate_grad_batches=8"], (4, 2, 1, 8)),
+        (["strategy.partition_size=4"], (4, 4, 8, 1)),
+        (["cluster.devices=2"], (2, 2, 16, 1)),
+        (["global_batch_size=16"], (4, 2, 4, 1)),
+    ],
+)
+def test_each_value_can_be_given_and_the_global_batch_stays(overrides: list[str], expected: tuple) -> None:
+    config, table = chosen(*overrides)
+    assert shape(config) == expected
+    ranks, _, micro, accumulation = expected
+    assert config.global_batch_size == ranks * micro * accumulation
+    assert table.count("(given)") == (0 if overrides[0].startswith("global") else 1)
+
+
+def test_a_processor_with_bfloat16_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    config, table = chosen()
+    assert config.trainer.precision == "bf16-mixed"
+    assert "this processor multiplies in bfloat16" in table
+
+
+def test_micro_steps_come_with_what_does_not_fit() -> None:
+    config, _ = chosen("model=gpt-20b", "cluster=p4d_8")
+    assert config.trainer.accumulate_grad_batches > 1
+
+
+def test_the_papers_largest_run_gets_the_papers_partition_size_and_fits() -> None:
+    config, table = chosen("model=gpt-100b", "cluster=p4d_64")
+    assert shape(config)[:2] == (512, 128)
+    assert config.data.batch_size > 1
+    assert "may not fit" not in table
+    _, crowded = chosen("model=gpt-100b", "cluster=p4d_64", "data.batch_size=16")
+    assert "this may not fit" in crowded
+
+
+def test_recomputing_some_blocks_takes_what_is_in_between() -> None:
+    def taken(choice: str) -> int:
+        config = composed(f"strategy.activation_checkpointing={choice}", "model.network.num_hidden_layers=12")
+        config.cluster.precision = "32-true"
+        return sequence_activations(config, train.make_model(config)).peak
+
+    none, last, half, full = map(taken, ("false", "['network.gpt_neox.layers.11']", "['*[02468]']", "true"))
+    assert none > last > half > full > 0
+
+
+def test_recomputing_blocks_leaves_room_for_larger_micro_batches() -> None:
+    kept, recomputed = (
+        chosen("model=llama-8b", "cluster=p5_8", f"strategy.activation_checkpointing={choice}")[0].data.batch_size
+        for choice in ("false", "true")
+    )
+    assert recomputed > kept
+
+
+def test_an_impossible_batch_is_refused() -> None:
+    message = "global_batch_size=1000 sequences cannot be split over 512 ranks; the nearest that can are 512 and 1024"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        chosen("model=gpt-100b", "cluster=p4d_64", "global_batch_size=1000")
+
+
+def test_a_partition_size_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="partition_size=3 does not divide world_size=4"):
+        chosen("strategy.partition_size=3")
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["cluster=p4d_2"], ["cluster=p4d_64", "model=gpt-100b"], ["cluster=p5_8", "global_batch_size=64"]]
+)
+def test_the_strategy_takes_what_was_chosen(overrides: list[str]) -> None:
+    config, _ = choose_automatically(composed(*overrides), train.make_model(composed(*overrides)))
+    assert "auto" not in {config.strategy[name] for name in config.strategy if "node" in name}
+    assert instantiate(config.strategy)

@@ -1,0 +1,290 @@
+"""A copy of gathered weights is never used after the weights have changed, by whatever route they did."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+
+from lightning_mics import Topology, TwoHopSchedule, create_groups, shard_model
+from tests.support.forked import RankError, run_ranks
+from tests.support.models import DIM, LAYERS, Stack
+
+TOPOLOGY = Topology(world_size=4, ranks_per_node=2, partition_size=4)
+
+
+NODES = {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step"}
+
+
+RANKS = {"in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"}
+
+
+FACTOR = 1.5
+
+
+@pytest.fixture(scope="module", params=[NODES, RANKS], ids=["kept by nodes", "kept by ranks"])
+def options(request):
+    return request.param
+
+
+def _weights(model: Stack) -> list[nn.Parameter]:
+    return [layer.weight for layer in model.layers]
+
+
+@torch.no_grad()
+def _in_place(model: Stack) -> None:
+    for weight in _weights(model):
+        weight.mul_(FACTOR)
+
+
+@torch.no_grad()
+def _copied(model: Stack) -> None:
+    for weight in _weights(model):
+        weight.copy_(weight * FACTOR)
+
+
+@torch.no_grad()
+def _initialised(model: Stack) -> None:
+    for weight in _weights(model):
+        nn.init.constant_(weight, 0.3)
+
+
+def _detached(model: Stack) -> None:
+    for weight in _weights(model):
+        weight.detach().mul_(FACTOR)
+
+
+@torch.no_grad()
+def _as_local_tensor(model: Stack) -> None:
+    for weight in _weights(model):
+        weight.to_local().mul_(FACTOR)
+
+
+def _loaded(model: Stack) -> None:
+    model.load_state_dict({name: tensor * FACTOR for name, tensor in model.state_dict().items()})
+
+
+def _set_whole(model: Stack) -> None:
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    set_model_state_dict(model, {name: tensor * FACTOR for name, tensor in whole.items()}, options=options)
+
+
+def _read_in_place(model: Stack) -> None:
+    folders = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folders)
+    other = {name: tensor * FACTOR for name, tensor in model.state_dict().items()}
+    dcp.save(other, checkpoint_id=folders[0])
+    dcp.load(model.state_dict(), checkpoint_id=folders[0])
+
+
+def _stepped(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Callable[[Stack], None]:
+    def step(model: Stack) -> None:
+        optimizer = make(list(model.parameters()))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _through_data(model: Stack) -> None:
+    for weight in _weights(model):
+        weight.data.mul_(FACTOR)
+
+
+@torch.no_grad()
+def _foreach(model: Stack) -> None:
+    torch._foreach_mul_(_weights(model), FACTOR)
+
+
+@torch.no_grad()
+def _through_memory(model: Stack) -> None:
+    for weight in _weights(model):
+        array = weight.to_local().numpy()
+        array *= FACTOR
+
+
+KNOWN = {
+    "in place": _in_place,
+    "copy_": _copied,
+    "nn.init": _initialised,
+    "detach": _detached,
+    "to_local": _as_local_tensor,
+    "load_state_dict": _loaded,
+    "set_model_state_dict": _set_whole,
+    "SGD": _stepped(lambda p: torch.optim.SGD(p, lr=0.1)),
+    "SGD, one by one": _stepped(lambda p: torch.optim.SGD(p, lr=0.1, foreach=False)),
+    "AdamW": _stepped(lambda p: torch.optim.AdamW(p, lr=0.1)),
+    "AdamW, foreach": _stepped(lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True)),
+    "AdamW, fused": _stepped(lambda p: torch.optim.AdamW(p, lr=0.1, fused=True)),
+}
+
+
+UNKNOWN = {"data": _through_data, "foreach": _foreach, "memory": _through_memory, "dcp.load": _read_in_place}
+
+
+INSIDE, BETWEEN = list(KNOWN), [*KNOWN, *UNKNOWN]
+
+
+@pytest.fixture(scope="module")
+def seen(options):
+    """By route, inside a window and between steps: what :func:`_loss_after` saw on each rank."""
+    return run_ranks(4, _change_by_every_route, options)
+
+
+def _change_by_every_route(options: dict[str, str]) -> dict[tuple[str, str], tuple[float, float, float]]:
+    results = {("inside", route): _loss_after(KNOWN[route], options, inside=True) for route in INSIDE}
+    for route, change in {**KNOWN, **UNKNOWN}.items():
+        results["between", route] = _loss_after(change, options, inside=False)
+    return results
+
+
+def _loss_after(
+    change: Callable[[Stack], None], options: dict[str, str], *, inside: bool
+) -> tuple[float, float, float]:
+    """The loss before a change, after it, and after it with weights that were gathered anew."""
+    model, schedule = _make(options)
+    x = torch.randn(2, DIM, generator=torch.Generator().manual_seed(3))
+    if inside:
+        before, after = _train_around(lambda: change(model), model, schedule, x)
+    else:  # as a user may do it: a forward and its backward, the change, and so on
+        before = model(x)
+        before.backward()
+        change(model)
+        after = model(x)
+    model.reshard()
+    schedule.weights_changed()
+    with torch.no_grad():
+        anew = model(x)
+    return before.item(), after.item(), anew.item()
+
+
+def _train_around(
+    change: Callable[[], None], model: Stack, schedule: TwoHopSchedule, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses of a micro-step before a change and of the boundary after it."""
+    with schedule.micro_step(boundary=False):
+        before = model(x)
+        before.backward()
+    change()
+    with schedule.micro_step(boundary=True):
+        after = model(x)
+        after.backward()
+    return before, after
+
+
+def _make(options: dict[str, str]) -> tuple[Stack, TwoHopSchedule]:
+    torch.manual_seed(0)
+    model = Stack()
+    return model, shard_model(model, create_groups(TOPOLOGY, device_type="cpu"), **options)
+
+
+@pytest.mark.parametrize(("where", "route"), [("inside", r) for r in INSIDE] + [("between", r) for r in BETWEEN])
+def test_the_next_forward_sees_the_change(seen, where, route):
+    for of_rank in seen:
+        before, after, anew = of_rank[where, route]
+        assert abs(after - before) > 1e-3 * before  # the change was one
+        assert after == anew
+
+
+@pytest.mark.parametrize("route", UNKNOWN)
+def test_a_change_inside_a_window_that_torch_does_not_notice_is_refused_before_the_optimizer_steps(route, options):
+    with pytest.raises(RankError) as caught:
+        run_ranks(4, _change_unnoticed, options, route, False)
+    kind, message = caught.value.failures[0]
+    assert kind == "RuntimeError"
+    assert message.startswith("weights changed, in a way that torch does not notice (through `.data`")
+
+
+@pytest.mark.parametrize("route", UNKNOWN)
+def test_the_documented_call_makes_it_seen(route, options):
+    for before, after, anew in run_ranks(4, _change_unnoticed, options, route, True):
+        assert abs(after - before) > 1e-3 * before
+        assert after == anew
+
+
+def _change_unnoticed(options: dict[str, str], route: str, tell: bool) -> tuple[float, float, float]:
+    model, schedule = _make(options)
+
+    def change() -> None:
+        UNKNOWN[route](model)
+        if tell:
+            schedule.weights_changed()
+
+    x = torch.randn(2, DIM, generator=torch.Generator().manual_seed(3))
+    before, after = _train_around(change, model, schedule, x)
+    model.reshard()
+    with torch.no_grad():
+        return before.item(), after.item(), model(x).item()
+
+
+def test_a_change_that_is_taken_back_before_the_boundary_is_refused_too(options):
+    with pytest.raises(RankError, match=re.escape("weights changed, in a way that torch does not notice")):
+        run_ranks(4, _perturb_for_one_micro_step, options)
+
+
+def _perturb_for_one_micro_step(options: dict[str, str]) -> None:
+    model, schedule = _make(options)
+    for factor, boundary in ((1, False), (2, False), (0.5, True)):
+        for weight in _weights(model):
+            weight.data.mul_(factor)
+        with schedule.micro_step(boundary=boundary):
+            model(torch.randn(2, DIM)).backward()
+
+
+def test_weights_that_change_during_an_evaluation_unnoticed_are_refused_at_its_end(options):
+    with pytest.raises(RankError, match=re.escape("weights changed, in a way that torch does not notice")):
+        run_ranks(4, _change_during_evaluation, options)
+
+
+def _change_during_evaluation(options: dict[str, str]) -> None:
+    model, schedule = _make(options)
+    with torch.no_grad(), schedule.fixed_weights():
+        model(torch.randn(2, DIM))
+        _through_data(model)
+        model(torch.randn(2, DIM))
+
+
+def test_weights_that_are_not_numbers_are_no_change(options):
+    run_ranks(4, _train_with_nan, options)
+
+
+def _train_with_nan(options: dict[str, str]) -> None:
+    model, schedule = _make(options)
+    with torch.no_grad():
+        model.first.weight.fill_(torch.nan)
+    for boundary in (False, True):
+        with schedule.micro_step(boundary=boundary):
+            model(torch.randn(2, DIM)).backward()
+
+
+def test_an_optimizer_of_another_model_keeps_the_copy(options):
+    assert run_ranks(4, _step_another_model, options) == [LAYERS + 1] * 4
+
+
+def _step_another_model(options: dict[str, str]) -> int:
+    model, schedule = _make(options)
+    other = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    other(torch.ones(2)).sum().backward()
+    with schedule.micro_step(boundary=False):
+        model(torch.randn(2, DIM)).backward()
+    if dist.get_rank() == 0:  # what others do not do must not make this rank gather alone
+        optimizer.step()
+    with schedule.micro_step(boundary=True):
+        model(torch.randn(2, DIM)).backward()
+    crossings = schedule.traffic.by_technique()["gather along rails"].between_bytes
+    return round(crossings / (DIM * DIM * 4 / 4))

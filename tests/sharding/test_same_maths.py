@@ -1,0 +1,219 @@
+"""Sharded training gives the numbers of one process that sees the whole batch."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_mics import Topology, create_groups, shard_model
+from lightning_mics.sharding.initialization import verify_replicas
+from lightning_mics.techniques.partition_groups import PartitionGroups
+from tests.support.forked import run_ranks
+from tests.support.models import Block, TinyLM, tokens
+
+SHAPES = [(2, 1, 2), (4, 2, 1), (4, 2, 2), (4, 2, 4), (4, 4, 4), (8, 2, 4), (8, 2, 8), (8, 4, 8), (8, 2, 2)]
+
+
+MICRO_STEPS = (1, 3, 4)
+
+
+STEPS = 5
+
+
+MAX_NORM = 0.05
+
+
+class Fork(nn.Module):
+    """A block whose parameters take turns."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.left = nn.Linear(dim, dim)
+        self.right = nn.Linear(dim, dim)
+
+    def forward(self, hidden: Tensor, turn: int) -> Tensor:
+        return hidden + (self.left if turn % 2 else self.right)(hidden)
+
+
+class HardCases(TinyLM):
+    """Tied and frozen parameters, a block used twice, one used in some micro-steps, one whose halves take turns."""
+
+    def __init__(self) -> None:
+        super().__init__(dim=7, layers=1)
+        self.sometimes = Block(7)
+        self.fork = Fork(7)
+        self.frozen = Block(7).requires_grad_(False)
+        self.fork.left.bias.requires_grad_(False)
+
+    def forward(self, tokens: Tensor, turn: int) -> Tensor:
+        hidden = self.blocks[0](self.blocks[0](self.embed(tokens)))
+        if turn == 0:
+            hidden = self.sometimes(hidden)
+        hidden = self.frozen(self.fork(hidden, turn))
+        logits = self.head(self.norm(hidden))
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+BLOCKS = [Block, Fork]
+
+
+FLAT: dict[str, Any] = {"hierarchical": False}
+
+
+HIERARCHICAL: dict[str, Any] = {"hierarchical": True}
+
+
+ONCE_PER_STEP = {
+    "hierarchical": True,
+    "cross_node_gather": "once_per_step",
+    "cross_node_reduce": "once_per_step",
+}
+
+
+KEPT: dict[str, Any] = {"hierarchical": "auto", "in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"}
+
+
+@pytest.mark.parametrize(("world", "ranks_per_node", "partition"), SHAPES)
+def test_gradients_weights_and_clipping_are_those_of_one_process(world, ranks_per_node, partition):
+    topology = Topology(world_size=world, ranks_per_node=ranks_per_node, partition_size=partition)
+    modes = [FLAT, HIERARCHICAL, ONCE_PER_STEP, KEPT] if topology.spans_nodes else [FLAT, KEPT]
+    if partition == 8:  # takes long, and four ranks know nothing less of the other modes
+        modes = [HIERARCHICAL, ONCE_PER_STEP]
+    of_ranks = run_ranks(world, _train_beside_reference, topology, modes)
+    assert len(of_ranks[0]) == len(modes) * len(MICRO_STEPS)
+    for facts in zip(*of_ranks, strict=True):
+        replica = facts[:partition]
+        for step in range(STEPS):
+            assert math.hypot(*(fact["gradient_errors"][step] for fact in replica)) < 1e-6, facts[0]
+        assert math.hypot(*(fact["weight_error"] for fact in replica)) < 1e-6, facts[0]
+        assert max(fact["norm_error"] for fact in facts) < 1e-6, facts[0]
+        assert facts[0]["gradient_norm"] > 2 * MAX_NORM  # the clip clipped
+        assert facts[0]["moved"] > 1e-3  # the weights moved
+        assert facts[0]["sometimes_gradient"] > 1e-4  # a block that no boundary used got its gradient
+
+
+@pytest.mark.parametrize("once", ["cross_node_gather", "cross_node_reduce"])
+def test_gathering_and_reducing_once_per_step_do_not_need_each_other(once):
+    topology = Topology(world_size=8, ranks_per_node=2, partition_size=4)
+    mode = {"hierarchical": True, once: "once_per_step"}
+    for facts in zip(*run_ranks(8, _train_beside_reference, topology, [mode]), strict=True):
+        assert max(error for fact in facts for error in fact["gradient_errors"]) < 1e-6, facts[0]
+        assert max(fact["weight_error"] for fact in facts) < 1e-6, facts[0]
+        assert facts[0]["moved"] > 1e-3
+
+
+def _train_beside_reference(topology: Topology, modes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    facts = []
+    for mode in modes:
+        options = dict(mode)
+        groups = create_groups(topology, device_type="cpu", hierarchical=options.pop("hierarchical"))
+        facts += [_compare(groups, options, micro_steps) for micro_steps in MICRO_STEPS]
+    return facts
+
+
+def _compare(groups: PartitionGroups, options: dict[str, Any], micro_steps: int) -> dict[str, Any]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(rank)  # each rank starts from weights of its own
+    model = HardCases()
+    reference = copy.deepcopy(model)
+    schedule = shard_model(model, groups, shard_modules=BLOCKS, **options)
+    for name, parameter in model.named_parameters():
+        reference.get_parameter(name).data.copy_(parameter.full_tensor())
+    initial = _vector(reference.named_parameters())
+    optimizer, plain = (torch.optim.SGD(m.parameters(), lr=0.5) for m in (model, reference))
+    fact: dict[str, Any] = {"options": options, "s": micro_steps, "gradient_errors": [], "norm_error": 0.0}
+    for step in range(STEPS):
+        batch = tokens(micro_steps * world, seed=step).view(micro_steps, world, -1)  # [micro-step, rank, seq]
+        for i in range(micro_steps):
+            turn = i if micro_steps > 1 else step
+            with schedule.micro_step(boundary=i == micro_steps - 1):
+                (model(batch[i, rank : rank + 1], turn) / micro_steps).backward()
+            (reference(batch[i], turn) / micro_steps).backward()
+        ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        theirs = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+        fact["gradient_errors"].append(_error_of_shard(ours, theirs))
+        fact["gradient_norm"] = float(_vector(theirs.items()).norm())
+        if "sometimes.up.weight" in theirs:
+            fact["sometimes_gradient"] = float(theirs["sometimes.up.weight"].norm())
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), MAX_NORM) for m in (model, reference)]
+        fact["norm_error"] = max(fact["norm_error"], float(abs(norms[0].full_tensor() / norms[1] - 1)))
+        for opt in (optimizer, plain):
+            opt.step()
+            opt.zero_grad()
+        verify_replicas(model, groups)
+    fact["weight_error"] = _error_of_shard(dict(model.named_parameters()), dict(reference.named_parameters()))
+    fact["moved"] = float((_vector(reference.named_parameters()) - initial).norm())
+    return fact
+
+
+def _error_of_shard(ours: dict[str, DTensor], theirs: dict[str, Tensor]) -> float:
+    """This rank's share of the relative error: the norm of its shards' errors over the norm of the whole."""
+    errors = []
+    for name, sharded in ours.items():
+        whole = theirs.get(name, torch.zeros(sharded.shape))  # zeros where one process has no gradient
+        errors.append((sharded.detach().to_local() - _shard_of(whole, sharded)).norm())
+    assert theirs.keys() <= ours.keys()
+    return float(torch.stack(errors).norm() / _vector(theirs.items()).norm())
+
+
+def _shard_of(whole: Tensor, sharded: DTensor) -> Tensor:
+    """The part of ``whole`` that this rank holds of ``sharded``, without asking other ranks."""
+    mesh = sharded.device_mesh
+    chunks = whole.detach().chunk(mesh["shard"].size())
+    position = mesh.get_local_rank("shard")
+    return chunks[position] if position < len(chunks) else whole[:0]
+
+
+def _vector(named: Iterable[tuple[str, Tensor]]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for _, tensor in sorted(named)])
+
+
+@pytest.mark.parametrize("partition", [4, 8])
+def test_hierarchical_and_flat_all_gather_are_bit_equal(partition):
+    results = run_ranks(8, _gather_both_ways, Topology(world_size=8, ranks_per_node=2, partition_size=partition))
+    for flat, hierarchical in results:
+        assert flat.std() > 0.1
+        assert torch.equal(flat, hierarchical)
+
+
+def _gather_both_ways(topology: Topology) -> list[Tensor]:
+    outputs = []
+    for hierarchical in (False, True):
+        groups = create_groups(topology, device_type="cpu", hierarchical=hierarchical)
+        torch.manual_seed(0)
+        model = TinyLM()
+        shard_model(model, groups)
+        for module in model.modules():
+            if hasattr(module, "unshard"):
+                module.unshard()
+        outputs.append(_vector(model.named_parameters()))
+    return outputs
+
+
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_the_first_weights_depend_on_the_seed_of_rank_0_alone(on_meta):
+    shapes = [(1, 1, 1), (2, 1, 2), (4, 2, 2), (4, 2, 4)]
+    weights = [run_ranks(w, _first_weights, w, k, p, on_meta)[-1] for w, k, p in shapes]
+    assert weights[0].isfinite().all()
+    assert weights[0].std() > 0.01
+    for other in weights[1:]:
+        assert torch.equal(weights[0], other)
+    another_seed = run_ranks(1, _first_weights, 1, 1, 1, on_meta, 5)[0]
+    assert not torch.equal(weights[0], another_seed)
+
+
+def _first_weights(world: int, ranks_per_node: int, partition: int, on_meta: bool, seed: int = 0) -> Tensor:
+    torch.manual_seed(seed + dist.get_rank())
+    with torch.device("meta" if on_meta else "cpu"):
+        model = TinyLM()
+    topology = Topology(world_size=world, ranks_per_node=ranks_per_node, partition_size=partition)
+    shard_model(model, create_groups(topology, device_type="cpu"))
+    return _vector((name, parameter.full_tensor()) for name, parameter in model.named_parameters())

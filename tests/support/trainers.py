@@ -1,0 +1,59 @@
+"""Trainers on forked ranks: one machine with four CPU processes that count as two nodes of two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_mics import MiCSStrategy
+from tests.support.forked import run_ranks
+from tests.support.models import loader_of_tokens as loader
+
+EVERY_TIME = {"in_node_gather": "every_use", "in_node_reduce": "every_micro_step"}  # what "auto" avoids in tiny models
+
+
+def on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 4, timeout: float = 180) -> list[Any]:
+    """Run ``function`` on forked ranks that look to Lightning as if torchrun had started them."""
+
+    def environment(rank: int) -> dict[str, str]:
+        return {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1",  # unused: the ranks have met before Lightning starts
+            "TORCHELASTIC_RUN_ID": "forked",
+        }
+
+    return run_ranks(world_size, function, *args, timeout=timeout, env=environment)
+
+
+def mics(**options: Any) -> MiCSStrategy:
+    """The strategy with partition groups of one "node" of two ranks, unless told otherwise."""
+    return MiCSStrategy(**{"ranks_per_node": 2, **options})
+
+
+def make_trainer(folder: Path | str, *, strategy: Any = None, devices: int = 4, **options: Any) -> pl.Trainer:
+    """A quiet Trainer on CPU ranks that writes to ``folder`` only."""
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 1,
+    }
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=mics() if strategy is None else strategy,
+        default_root_dir=folder,
+        **{**quiet, **options},
+    )
+
+
+__all__ = ["EVERY_TIME", "loader", "make_trainer", "mics", "on_ranks"]

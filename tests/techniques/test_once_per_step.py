@@ -1,0 +1,309 @@
+"""What travels, and when: counted on real runs with parameters and gradients once per step, kept by nodes or ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from lightning_mics import Topology, TwoHopSchedule, create_groups, shard_model
+from tests.support.forked import run_ranks
+from tests.support.models import DIM, LAYERS, MODEL_BYTES, Stack
+from tests.support.recorded import Collective, RecordCollectives
+
+ONCE: dict[str, Any] = {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step"}
+
+
+KEPT: dict[str, Any] = {"in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"}
+
+
+LEVELS = pytest.mark.parametrize("options", [ONCE, KEPT], ids=["kept by nodes", "kept by ranks"])
+
+
+SPANNING = [(4, 2, 4), (8, 2, 4), (8, 2, 8), (8, 4, 8), (4, 1, 2), (4, 1, 4)]
+
+
+TOPOLOGIES = [Topology(world_size=world, ranks_per_node=k, partition_size=p) for world, k, p in SPANNING]
+
+
+ON_A_NODE = Topology(world_size=8, ranks_per_node=4, partition_size=4)
+
+
+OVER_TWO = Topology(world_size=4, ranks_per_node=2, partition_size=4)
+
+
+UNITS = LAYERS + 1  # the blocks and the root
+
+
+def _make(topology: Topology, **options: Any) -> tuple[Stack, TwoHopSchedule]:
+    torch.manual_seed(0)
+    model = Stack()
+    return model, shard_model(model, create_groups(topology, device_type="cpu"), **options)
+
+
+def _micro_step(model: Stack, schedule: TwoHopSchedule, *, boundary: bool) -> list[Collective]:
+    with RecordCollectives() as recorded, schedule.micro_step(boundary=boundary):
+        model(torch.randn(2, DIM)).backward()
+    return recorded.seen
+
+
+def _record(topology: Topology, options: dict[str, Any]) -> list[list[Collective]]:
+    """The collectives of three micro-steps, the last one the boundary, in the second window."""
+    model, schedule = _make(topology, **options)
+    _micro_step(model, schedule, boundary=True)
+    steps = []
+    for boundary in (False, False, True):
+        steps.append(_micro_step(model, schedule, boundary=boundary))
+        assert all((parameter.grad is None) is (len(steps) == 0) for parameter in model.parameters())
+    return steps
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
+def test_parameters_cross_in_the_first_micro_step_and_gradients_at_the_boundary_only(topology):
+    for rank, micro_steps in enumerate(run_ranks(topology.world_size, _record, topology, ONCE)):
+        rail, node = topology.rail(rank), topology.node_group(rank)
+        first, middle, boundary = (Counter((c.kind, c.ranks) for c in seen) for seen in micro_steps)
+        inside: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        if len(node) > 1:  # the root stays gathered from forward to backward; gloo reduce-scatters by pairs
+            inside = Counter({("all_gather", node): 2 * LAYERS + 1, ("all_to_all", node): UNITS})
+        assert middle == inside
+        assert first == inside + Counter({("all_gather", rail): UNITS})
+        crossing = Counter({("all_to_all", rail): UNITS})
+        if topology.replicas > 1:
+            crossing["all_reduce", topology.replication_group(rank)] = UNITS
+        assert boundary == inside + crossing
+
+
+@pytest.mark.parametrize("topology", [*TOPOLOGIES, ON_A_NODE], ids=str)
+def test_nothing_travels_between_the_first_gather_and_the_boundary_where_ranks_keep_it(topology):
+    for rank, micro_steps in enumerate(run_ranks(topology.world_size, _record, topology, KEPT)):
+        first, middle, boundary = (Counter((c.kind, c.ranks) for c in seen) for seen in micro_steps)
+        rail, node = topology.rail(rank), topology.node_group(rank)
+        legs = [leg for leg in (rail, node) if len(leg) > 1]
+        assert middle == Counter()
+        assert first == Counter({("all_gather", leg): UNITS for leg in legs})
+        reductions = Counter({("all_to_all", leg): UNITS for leg in legs})  # gloo reduce-scatters by pairs
+        if topology.replicas > 1:
+            reductions["all_reduce", topology.replication_group(rank)] = UNITS
+        assert boundary == reductions
+
+
+@LEVELS
+@pytest.mark.parametrize("topology", [*TOPOLOGIES, ON_A_NODE], ids=str)
+def test_a_node_sends_the_least_possible_between_nodes_whatever_the_number_of_micro_steps(topology, options):
+    n = topology.nodes
+    for of_rank in run_ranks(topology.world_size, _between_nodes, topology, options):
+        for sent_bytes in of_rank:
+            assert sent_bytes * topology.ranks_per_node == 2 * MODEL_BYTES * (n - 1) / n
+
+
+def _between_nodes(topology: Topology, options: dict[str, Any]) -> list[float]:
+    """What this rank counts in a window of one micro-step, and of four."""
+    model, schedule = _make(topology, **options)
+    counted = []
+    for micro_steps in (1, 4):
+        before = schedule.traffic.by_technique()
+        for index in range(micro_steps):
+            _micro_step(model, schedule, boundary=index == micro_steps - 1)
+        after = schedule.traffic.by_technique()
+        counted.append(
+            sum(sent.between_bytes for sent in after.values()) - sum(s.between_bytes for s in before.values())
+        )
+    return counted
+
+
+@LEVELS
+def test_gradients_are_none_until_the_boundary_also_without_replicas(options):
+    for of_steps in run_ranks(4, _gradients_present, options):
+        assert of_steps == [0, 0, UNITS, UNITS, UNITS]
+
+
+def _gradients_present(options: dict[str, Any]) -> list[int]:
+    """How many parameters have a gradient after each micro-step; the last two keep the gradients they found."""
+    model, schedule = _make(OVER_TWO, **options)
+    counts = []
+    for boundary in (False, False, True, False, True):
+        _micro_step(model, schedule, boundary=boundary)
+        counts.append(sum(parameter.grad is not None for parameter in model.parameters()))
+    return counts
+
+
+@LEVELS
+def test_gradients_of_two_windows_add_up_if_nobody_clears_them(options):
+    for once, plainly in run_ranks(4, _two_windows, options):
+        assert plainly.norm() > 1e-3
+        torch.testing.assert_close(once, plainly, rtol=1e-6, atol=1e-9)
+
+
+def _two_windows(kept: dict[str, Any]) -> list[torch.Tensor]:
+    results = []
+    for options in (kept, {}):
+        model, schedule = _make(OVER_TWO, **options)
+        torch.manual_seed(1)
+        for boundary in (False, True, False, True):
+            _micro_step(model, schedule, boundary=boundary)
+        results.append(torch.cat([parameter.grad.to_local().flatten() for parameter in model.parameters()]))
+    return results
+
+
+@LEVELS
+def test_an_abandoned_window_leaves_nothing_behind(options):
+    for abandoned, fresh in run_ranks(4, _abandon, options):
+        assert fresh.norm() > 1e-3
+        assert torch.equal(abandoned, fresh)
+
+
+def _abandon(options: dict[str, Any]) -> list[torch.Tensor]:
+    results = []
+    for unfinished in (2, 0):
+        model, schedule = _make(OVER_TWO, **options)
+        for _ in range(unfinished):
+            _micro_step(model, schedule, boundary=False)
+        schedule.abandon_window()
+        torch.manual_seed(1)
+        for boundary in (False, True):
+            _micro_step(model, schedule, boundary=boundary)
+        results.append(torch.cat([parameter.grad.to_local().flatten() for parameter in model.parameters()]))
+    return results
+
+
+@LEVELS
+def test_an_evaluation_with_fixed_weights_crosses_nodes_once(options):
+    for rank, (loose, fixed) in enumerate(run_ranks(4, _evaluate, options)):
+        rail = (rank % 2, rank % 2 + 2)
+        assert [sum(c.ranks == rail for c in seen) for seen in loose] == [UNITS] * 3
+        assert [sum(c.ranks == rail for c in seen) for seen in fixed] == [UNITS, 0, 0]
+
+
+def _evaluate(options: dict[str, Any]) -> tuple[list[list[Collective]], list[list[Collective]]]:
+    model, schedule = _make(OVER_TWO, **options)
+
+    def passes() -> list[list[Collective]]:
+        recorded = []
+        for _ in range(3):
+            with RecordCollectives() as one, torch.no_grad():
+                model(torch.randn(2, DIM))
+            model.reshard()  # FSDP2 leaves the root gathered
+            recorded.append(one.seen)
+        return recorded
+
+    loose = passes()
+    with schedule.fixed_weights():
+        return loose, passes()
+
+
+def test_copies_and_sums_on_nodes_take_the_memory_of_their_share_and_none_after_the_boundary():
+    for held in run_ranks(4, _held_on_nodes):
+        assert held == [(MODEL_BYTES // 2, MODEL_BYTES // 2), (0, 0)]  # two ranks on each node
+
+
+def _held_on_nodes() -> list[tuple[int, int]]:
+    model, schedule = _make(OVER_TWO, **ONCE)
+    held = []
+    for boundary in (False, True):
+        _micro_step(model, schedule, boundary=boundary)
+        copies = [copy._rail_slice for copy in schedule._copies]
+        sums = [deferral._sums for deferral in schedule._deferrals.values()]
+        held.append((_bytes(copies), _bytes(sums)))
+    return held
+
+
+def test_copies_and_sums_on_ranks_take_the_memory_of_the_model_and_none_after_the_boundary():
+    for held in run_ranks(4, _held_on_ranks):
+        assert held == [(MODEL_BYTES, MODEL_BYTES), (0, 0)]
+
+
+def _held_on_ranks() -> list[tuple[int, int]]:
+    model, schedule = _make(OVER_TWO, **KEPT)
+    held = []
+    for boundary in (False, True):
+        _micro_step(model, schedule, boundary=boundary)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())  # shards are what users see
+        units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+        groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+        parameters = [parameter for group in groups for parameter in group.fsdp_params]
+        stored = sum(t.untyped_storage().size() for parameter in parameters for t in parameter.all_gather_outputs)
+        held.append((stored, _bytes([parameter._unsharded_param.grad for parameter in parameters])))
+    return held
+
+
+def _bytes(tensors: list[torch.Tensor | None]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+class TakesTurns(nn.Module):
+    """Two blocks, of which a micro-step uses one, and a root without parameters in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(DIM, DIM, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, turn: int) -> torch.Tensor:
+        return self.layers[turn](x).square().mean()
+
+
+@LEVELS
+@pytest.mark.parametrize("reduce_dtype", [None, torch.float64], ids=str)
+def test_a_block_whose_gradients_wait_crosses_at_a_boundary_that_does_not_use_it(options, reduce_dtype):
+    for ours, alone in run_ranks(4, _skip_at_the_boundary, options, reduce_dtype):
+        assert alone.norm() > 1e-3
+        torch.testing.assert_close(ours, alone, rtol=1e-6, atol=1e-9)
+
+
+def _skip_at_the_boundary(
+    options: dict[str, Any], reduce_dtype: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model, alone = TakesTurns(), TakesTurns()
+    alone.load_state_dict(model.state_dict())
+    groups = create_groups(OVER_TWO, device_type="cpu")
+    mixed_precision = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+    schedule = shard_model(model, groups, mixed_precision=mixed_precision, **options)
+    x = torch.randn(2, DIM)  # the same on all ranks
+    for turn, boundary in ((0, False), (1, True)):
+        with schedule.micro_step(boundary=boundary):
+            model(x, turn).backward()
+        alone(x, turn).backward()
+    return model.layers[0].weight.grad.full_tensor(), alone.layers[0].weight.grad
+
+
+WIRE_SHAPES = [(4, 2, 1), (4, 2, 2), (4, 2, 4), (8, 2, 4), (8, 2, 2)]
+
+
+@pytest.mark.parametrize("shape", WIRE_SHAPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"cross_node_reduce": "once_per_step"}, KEPT], ids=str)
+def test_bf16_on_the_wire_costs_its_rounding_and_sums_in_float32(shape, options):
+    world, k, p = shape
+    topology = Topology(world_size=world, ranks_per_node=k, partition_size=p)
+    for errors, halves, equal in run_ranks(world, _wire, topology, options):
+        assert errors["float32"] < 1e-6  # the same sums, another way
+        assert 1e-5 < errors["bfloat16"] < 2**-8  # rounded once per leg: half a unit in the last place of 8 bits
+        assert halves
+        assert equal
+
+
+def _wire(topology: Topology, options: dict[str, Any]) -> tuple[dict[str, float], bool, bool]:
+    """Relative errors of gradients by wire dtype; whether bf16 halves their bytes; whether replicas are bit-equal."""
+    gradients, crossing = {}, {}
+    for name, dtype in {"none": None, "float32": torch.float32, "bfloat16": torch.bfloat16}.items():
+        model, schedule = _make(topology, cross_node_dtype=dtype, **options)
+        torch.manual_seed(7 + torch.distributed.get_rank())
+        for boundary in (False, False, True):
+            _micro_step(model, schedule, boundary=boundary)
+        gradients[name] = torch.cat([parameter.grad.to_local().flatten() for parameter in model.parameters()])
+        sent = schedule.traffic.by_technique()
+        crossing[name] = sum(s.between_bytes for technique, s in sent.items() if "gather" not in technique)
+    errors = {name: float((g - gradients["none"]).norm() / gradients["none"].norm()) for name, g in gradients.items()}
+    everyone = [torch.empty_like(gradients["bfloat16"]) for _ in range(topology.world_size)]
+    torch.distributed.all_gather(everyone, gradients["bfloat16"])
+    replicas = [everyone[rank] for rank in topology.replication_group(torch.distributed.get_rank())]
+    return (
+        errors,
+        crossing["bfloat16"] * 2 == crossing["float32"] > 0,
+        all(torch.equal(replica, replicas[0]) for replica in replicas),
+    )

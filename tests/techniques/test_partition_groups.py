@@ -1,0 +1,55 @@
+"""Process groups and the device mesh of a topology."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from lightning_mics import Topology, create_groups
+from tests.support.forked import run_ranks
+
+KINDS = ("partition", "replication", "rail", "node")
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 4), (8, 4, 8), (4, 2, 2), (4, 2, 1)])
+def test_every_rank_makes_the_groups_it_needs_and_no_others(shape):
+    topology = Topology(world_size=shape[0], ranks_per_node=shape[1], partition_size=shape[2])
+    for rank, seen in enumerate(run_ranks(shape[0], _describe, topology)):
+        assert seen["partition"] == topology.partition_group(rank)
+        assert seen["replication"] == (topology.replication_group(rank) if topology.replicas > 1 else None)
+        assert seen["rail"] == (topology.rail(rank) if topology.spans_nodes else None)
+        assert seen["node"] == (topology.node_group(rank) if topology.spans_nodes else None)
+        first_ranks = range(0, topology.world_size, topology.partition_size)
+        assert seen["mesh"] == [list(topology.partition_group(first)) for first in first_ranks]
+        assert seen["names"] == ("replicate", "shard")[-2 if topology.replicas > 1 else -1 :]
+        needed = [seen[kind] for kind in KINDS if seen[kind] is not None]
+        assert seen["made"] == 1 + len(needed)  # and the world, however many groups the job has
+
+
+def _describe(topology: Topology) -> dict[str, Any]:
+    groups = create_groups(topology, device_type="cpu")
+    made = {kind: getattr(groups, kind) for kind in KINDS}
+    dist.barrier()  # a rank that ends early would break the connections of others
+    mesh = groups.mesh.mesh if groups.mesh.ndim == 2 else groups.mesh.mesh[None]
+    return {
+        **{kind: group and tuple(dist.get_process_group_ranks(group)) for kind, group in made.items()},
+        "mesh": mesh.tolist(),
+        "names": groups.mesh.mesh_dim_names,
+        "made": len(dist.distributed_c10d._world.pg_map),
+    }
+
+
+def test_the_timeout_reaches_every_group():
+    for timeouts in run_ranks(8, _timeouts):
+        assert timeouts == [timedelta(seconds=77)] * 4
+
+
+def _timeouts() -> list[timedelta]:
+    topology = Topology(world_size=8, ranks_per_node=2, partition_size=4)
+    groups = create_groups(topology, device_type="cpu", timeout=timedelta(seconds=77))
+    dist.barrier()
+    mine = (groups.partition, groups.replication, groups.rail, groups.node)
+    return [group._get_backend(groups.device).options._timeout for group in mine]
