@@ -29,10 +29,10 @@ from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.cost.hardware import Hardware
 from lightning_mics.cost.step_time import step_seconds
-from lightning_mics.cost.step_traffic import Repeated
-from lightning_mics.planning.rehearsal.rehearse import Ran, rehearse
+from lightning_mics.cost.step_traffic import ScheduledCollective
+from lightning_mics.planning.rehearsal.rehearse import ExecutedCollective, rehearse
 from lightning_mics.sharding.shard_model import shard_model
-from lightning_mics.techniques.partition_groups import PartitionGroups, create_groups
+from lightning_mics.techniques.partition_groups import PartitionGroups, create_partition_groups
 from lightning_mics.topology import Topology
 
 NODES, RANKS_PER_NODE, MICRO_STEPS = 2, 4, 4
@@ -94,7 +94,7 @@ def measure_collectives(groups: PartitionGroups) -> dict[str, dict[int, float]]:
 def measure_micro_step() -> float:
     """Seconds of a micro-step of all ranks at once, sharded as in training, but over one rank each: nothing travels."""
     model = build_model(WORKLOAD)
-    schedule = shard_model(model, create_groups(topology(1), device_type="cpu"))
+    schedule = shard_model(model, create_partition_groups(topology(1), device_type="cpu"))
     batch = micro_batch(WORKLOAD, step=0, micro_step=0, rank=dist.get_rank())
 
     def train() -> None:
@@ -108,7 +108,7 @@ def measure_micro_step() -> float:
 def measure_schedule(name: str) -> float:
     """Seconds of an optimizer step."""
     partition_size, hierarchical, options = SCHEDULES[name]
-    groups = create_groups(topology(partition_size), device_type="cpu", hierarchical=hierarchical)
+    groups = create_partition_groups(topology(partition_size), device_type="cpu", hierarchical=hierarchical)
     model = build_model(WORKLOAD)
     schedule = shard_model(model, groups, **options)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -133,7 +133,7 @@ def work(out: Path) -> None:
     """One rank; rank 0 writes what was measured."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    groups = create_groups(topology(8), device_type="cpu")
+    groups = create_partition_groups(topology(8), device_type="cpu")
     measured: dict[str, Any] = {"collectives": [], "micro_step": [], "steps": {}}
     for name in SCHEDULES:
         measured["collectives"].append(measure_collectives(groups))
@@ -186,13 +186,15 @@ def predict(name: str, hardware: Hardware, micro_step_seconds: float) -> float:
     )
     total = 0.0
     for micro_step in range(1, MICRO_STEPS + 1):
-        traffic = [Repeated(ran.collective, 1, "every") for ran in rehearsal.ran if _runs_in(ran, micro_step)]
+        traffic = [
+            ScheduledCollective(ran.collective, 1, "every") for ran in rehearsal.ran if _runs_in(ran, micro_step)
+        ]
         flops = micro_step_seconds * 1e12  # at the rate that `calibrated` gives
         total += step_seconds(traffic, hardware, micro_steps=1, micro_step_flops=flops).expected
     return total
 
 
-def _runs_in(ran: Ran, micro_step: int) -> bool:
+def _runs_in(ran: ExecutedCollective, micro_step: int) -> bool:
     return ran.micro_step <= micro_step < ran.micro_step + ran.times
 
 

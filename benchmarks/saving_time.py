@@ -3,7 +3,7 @@
 python -m benchmarks.saving_time --rounds 3 --out benchmarks/results/saving
 
 Four processes of this machine train a model whose states (fp32 weights and AdamW's) weigh ``--gigabytes``, and save it
-several times under each system in turns: this package with ``save_async``, without it, and Lightning's own
+several times under each system in turns: this package with ``async_save``, without it, and Lightning's own
 ``ModelParallelStrategy`` with FSDP2 over all ranks. Training stands still for as long as ``trainer.save_checkpoint``
 takes on the slowest rank; the steps after it show what writing beside them costs. The folder gets a page and all
 numbers as JSON.
@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mics import MiCSStrategy
 
 RANKS, WIDTH, STATES_PER_PARAMETER = 4, 1024, 3  # a weight, and AdamW's two moments
-SYSTEMS = ("mics, save_async", "mics", "lightning-model-parallel")
+SYSTEMS = ("mics, async_save", "mics", "lightning-model-parallel")
 SAVES, STEPS_BETWEEN = 3, 2  # of one fit; the first save also has to find memory and is told apart
 
 
@@ -96,7 +96,7 @@ def strategy_of(system: str) -> Any:
     if system == "lightning-model-parallel":
         return ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1, process_group_backend="gloo")
     return MiCSStrategy(
-        partition_size=RANKS // 2, ranks_per_node=RANKS // 2, save_async=system.endswith("async"),
+        partition_size=RANKS // 2, ranks_per_node=RANKS // 2, async_save=system.endswith("async"),
         in_node_gather="every_use", in_node_reduce="every_micro_step",
     )  # fmt: skip
 

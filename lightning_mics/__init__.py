@@ -10,22 +10,22 @@ from lightning_mics.integrations.trainer.strategy import MiCSStrategy
 from lightning_mics.integrations.trainer.traffic_monitor import TrafficMonitor
 from lightning_mics.sampler import ResumableSampler
 from lightning_mics.sharding.pretrained import load_pretrained, start_from
-from lightning_mics.sharding.schedule import TwoHopSchedule
+from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.sharding.shard_model import shard_model
-from lightning_mics.techniques.partition_groups import PartitionGroups, create_groups
+from lightning_mics.techniques.partition_groups import PartitionGroups, create_partition_groups
 from lightning_mics.topology import Topology
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AccumulationSchedule",
     "MiCSFabricStrategy",
     "MiCSStrategy",
     "PartitionGroups",
     "ResumableSampler",
     "Topology",
     "TrafficMonitor",
-    "TwoHopSchedule",
-    "create_groups",
+    "create_partition_groups",
     "load_pretrained",
     "shard_model",
     "start_from",

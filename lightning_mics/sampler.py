@@ -24,7 +24,7 @@ class ResumableSampler(DistributedSampler[Any]):
 
     Args:
         dataset: With a length.
-        samples_per_step: Of all ranks in all micro-steps of an optimizer step. An epoch then has as many steps on any
+        global_batch_size: Of all ranks in all micro-steps of an optimizer step. An epoch then has as many steps on any
             number of ranks that keeps this number.
         num_replicas: Ranks; None takes those of the default process group.
         rank: None is the rank in that group.
@@ -39,7 +39,7 @@ class ResumableSampler(DistributedSampler[Any]):
         self,
         dataset: Dataset[Any],
         *,
-        samples_per_step: int,
+        global_batch_size: int,
         num_replicas: int | None = None,
         rank: int | None = None,
         shuffle: bool = True,
@@ -47,13 +47,13 @@ class ResumableSampler(DistributedSampler[Any]):
     ) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle, seed, drop_last=True)
         samples = len(dataset)  # type: ignore[arg-type]
-        if samples_per_step < 1 or samples_per_step % self.num_replicas:
+        if global_batch_size < 1 or global_batch_size % self.num_replicas:
             raise ValueError(
-                f"samples_per_step={samples_per_step} is not a multiple of the number of ranks, {self.num_replicas}"
+                f"global_batch_size={global_batch_size} is not a multiple of the number of ranks, {self.num_replicas}"
             )
-        if samples < samples_per_step:
-            raise ValueError(f"a dataset of {samples} samples is smaller than samples_per_step={samples_per_step}")
-        self.total_size = samples - samples % samples_per_step
+        if samples < global_batch_size:
+            raise ValueError(f"a dataset of {samples} samples is smaller than global_batch_size={global_batch_size}")
+        self.total_size = samples - samples % global_batch_size
         self.num_samples = self.total_size // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:

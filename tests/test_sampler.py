@@ -15,7 +15,7 @@ SAMPLES, STEP = 103, 16
 
 def loader(rank: int, ranks: int, *, epoch: int = 0, batch_size: int = 2, **options: Any) -> StatefulDataLoader[Any]:
     data = torch.arange(SAMPLES)
-    sampler = ResumableSampler(data, samples_per_step=STEP, num_replicas=ranks, rank=rank, seed=3)
+    sampler = ResumableSampler(data, global_batch_size=STEP, num_replicas=ranks, rank=rank, seed=3)
     sampler.set_epoch(epoch)
     return StatefulDataLoader(data, batch_size=batch_size, sampler=sampler, **options)
 
@@ -80,13 +80,13 @@ def test_a_state_holds_plain_numbers_and_stays_the_same_when_loaded() -> None:
 
 
 def test_a_step_that_ranks_cannot_share_is_refused() -> None:
-    with pytest.raises(ValueError, match="samples_per_step=10 is not a multiple of the number of ranks, 4"):
-        ResumableSampler(range(50), samples_per_step=10, num_replicas=4, rank=0)
+    with pytest.raises(ValueError, match="global_batch_size=10 is not a multiple of the number of ranks, 4"):
+        ResumableSampler(range(50), global_batch_size=10, num_replicas=4, rank=0)
 
 
 def test_a_dataset_smaller_than_a_step_is_refused() -> None:
-    with pytest.raises(ValueError, match="a dataset of 7 samples is smaller than samples_per_step=8"):
-        ResumableSampler(range(7), samples_per_step=8, num_replicas=4, rank=0)
+    with pytest.raises(ValueError, match="a dataset of 7 samples is smaller than global_batch_size=8"):
+        ResumableSampler(range(7), global_batch_size=8, num_replicas=4, rank=0)
 
 
 def test_a_place_that_ranks_cannot_have_reached_is_refused() -> None:

@@ -17,27 +17,27 @@ class Batches:
 
 
 def split_global_batch(
-    global_batch: int,
+    global_batch_size: int,
     *,
     ranks: int,
     micro: int | None = None,
     accumulation: int | None = None,
     largest_micro: int = 1,
 ) -> Batches:
-    """The largest micro-batch, and so the fewest micro-steps, that make up ``global_batch`` exactly.
+    """The largest micro-batch, and so the fewest micro-steps, that make up ``global_batch_size`` exactly.
 
     Args:
-        global_batch: Sequences per optimizer step, over all ranks.
+        global_batch_size: Sequences per optimizer step, over all ranks.
         ranks: Ranks in the job.
         micro: Sequences per rank and micro-step, if they are given.
         accumulation: Micro-steps per optimizer step, if they are given.
         largest_micro: What memory allows, where ``micro`` is not given.
 
     Raises:
-        ValueError: If a number is not positive, or nothing makes up ``global_batch``; with the nearest that work.
+        ValueError: If a number is not positive, or nothing makes up ``global_batch_size``; with the nearest that work.
     """
     given = {
-        "global_batch_size": global_batch,
+        "global_batch_size": global_batch_size,
         "data.batch_size": micro,
         "trainer.accumulate_grad_batches": accumulation,
     }
@@ -45,10 +45,10 @@ def split_global_batch(
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}={value} must be a whole number of at least 1")
     unit = ranks * (micro or 1) * (accumulation or 1)
-    fits = global_batch == unit if micro and accumulation else global_batch % unit == 0
+    fits = global_batch_size == unit if micro and accumulation else global_batch_size % unit == 0
     if not fits:
-        raise ValueError(_refusal(global_batch, ranks=ranks, micro=micro, accumulation=accumulation))
-    of_rank = global_batch // ranks
+        raise ValueError(_refusal(global_batch_size, ranks=ranks, micro=micro, accumulation=accumulation))
+    of_rank = global_batch_size // ranks
     if micro is None:
         micro = of_rank // accumulation if accumulation else _largest(of_rank, largest_micro)
     return Batches(micro, of_rank // micro)
@@ -58,7 +58,7 @@ def _largest(of_rank: int, largest_micro: int) -> int:
     return next((micro for micro in range(min(largest_micro, of_rank), 0, -1) if of_rank % micro == 0), 1)
 
 
-def _refusal(global_batch: int, *, ranks: int, micro: int | None, accumulation: int | None) -> str:
+def _refusal(global_batch_size: int, *, ranks: int, micro: int | None, accumulation: int | None) -> str:
     factors = [f"{ranks} ranks"]
     if micro:
         factors.append(f"data.batch_size={micro}")
@@ -67,12 +67,12 @@ def _refusal(global_batch: int, *, ranks: int, micro: int | None, accumulation: 
     unit = ranks * (micro or 1) * (accumulation or 1)
     if micro and accumulation:
         return (
-            f"global_batch_size={global_batch} sequences are not {' x '.join(factors)} = {unit}; set "
+            f"global_batch_size={global_batch_size} sequences are not {' x '.join(factors)} = {unit}; set "
             f"global_batch_size={unit}, or leave one of the two at auto"
         )
-    below = global_batch // unit * unit
+    below = global_batch_size // unit * unit
     nearest = f"{below} and {below + unit}" if below else f"{unit} and {2 * unit}"
     return (
-        f"global_batch_size={global_batch} sequences cannot be split over {' x '.join(factors)}; the nearest that can "
-        f"are {nearest}"
+        f"global_batch_size={global_batch_size} sequences cannot be split over {' x '.join(factors)}; the nearest "
+        f"that can are {nearest}"
     )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from lightning_mics.cost.collective import Collective
 from lightning_mics.cost.hardware import Hardware
-from lightning_mics.cost.step_traffic import Repeated, When
+from lightning_mics.cost.step_traffic import ScheduledCollective, When
 
 HIDDEN_SHARE = 0.5  # of the communication that arithmetic could hide; fitted by benchmarks.published
 
@@ -71,7 +71,7 @@ def collective_seconds(collective: Collective, hardware: Hardware, *, ranks_per_
 
 
 def step_seconds(
-    traffic: Iterable[Repeated],
+    traffic: Iterable[ScheduledCollective],
     hardware: Hardware,
     *,
     micro_steps: int,

@@ -56,7 +56,7 @@ When = Literal["every", "first", "boundary"]
 
 
 @dataclass(frozen=True)
-class Repeated:
+class ScheduledCollective:
     """A collective of an optimizer step.
 
     Attributes:
@@ -83,8 +83,8 @@ def step_traffic(
     two_hop: bool = True,
     gathered_dtype: torch.dtype = torch.float32,
     reduce_dtype: torch.dtype = torch.float32,
-    cross_node_dtype: torch.dtype | None = None,
-) -> list[Repeated]:
+    inter_node_reduce_dtype: torch.dtype | None = None,
+) -> list[ScheduledCollective]:
     """What rank 0 runs on NCCL in one optimizer step of automatic optimization; clipping apart.
 
     Args:
@@ -95,9 +95,9 @@ def step_traffic(
         two_hop: Whether the second hop waits for the boundary.
         gathered_dtype: Of gathered parameters.
         reduce_dtype: Of gradient sums.
-        cross_node_dtype: What gradients travel in between nodes; None is ``reduce_dtype``.
+        inter_node_reduce_dtype: What gradients travel in between nodes; None is ``reduce_dtype``.
     """
-    step = _Step(topology, hierarchical, once_per_step, two_hop, cross_node_dtype)
+    step = _Step(topology, hierarchical, once_per_step, two_hop, inter_node_reduce_dtype)
     return [
         repeated
         for unit in units
@@ -106,7 +106,7 @@ def step_traffic(
     ]
 
 
-def total_sent(traffic: Iterable[Repeated], *, micro_steps: int) -> Sent:
+def total_sent(traffic: Iterable[ScheduledCollective], *, micro_steps: int) -> Sent:
     """What rank 0 sends in an optimizer step of ``traffic``."""
     total = Sent()
     for repeated in traffic:
@@ -127,13 +127,13 @@ class _Step:
     hierarchical: bool
     once_per_step: OncePerStepOptions
     two_hop: bool
-    cross_node_dtype: torch.dtype | None
+    inter_node_reduce_dtype: torch.dtype | None
 
     @property
     def _in_stages(self) -> bool:
         return self.hierarchical or (self.topology.spans_nodes and self.topology.local_ranks_per_partition_group == 1)
 
-    def gathers(self, unit: Unit, dtype: torch.dtype) -> list[Repeated]:
+    def gathers(self, unit: Unit, dtype: torch.dtype) -> list[ScheduledCollective]:
         elements = unit.elements(self.topology.partition_size)
         once, always = _Uses(1, "first"), _Uses(1 if unit.is_root else 2, "every")
         every = once if self.once_per_step["in_node_gather"] == "once_per_step" else always
@@ -144,12 +144,12 @@ class _Step:
         rail = self._run("all_gather", "rail", elements // k, dtype, times=crossing.times, when=crossing.when)
         return [rail, self._run("all_gather", "node", elements, dtype, times=every.times, when=every.when)]
 
-    def reductions(self, unit: Unit, dtype: torch.dtype) -> list[Repeated]:
+    def reductions(self, unit: Unit, dtype: torch.dtype) -> list[ScheduledCollective]:
         p, k = self.topology.partition_size, self.topology.local_ranks_per_partition_group
         elements = unit.elements(p)
         every = _when(self.once_per_step["in_node_reduce"] == "once_per_step")
         if self._in_stages:
-            wire = self.cross_node_dtype
+            wire = self.inter_node_reduce_dtype
             rail: Kind = "reduce_scatter" if wire is None else "all_to_all"
             crossing = _when(self.once_per_step["cross_node_reduce"] == "once_per_step" or every == "boundary")
             first = [
@@ -160,8 +160,8 @@ class _Step:
             first = [self._run("reduce_scatter", "partition", elements, dtype, when=every)]
         return [*first, *self._second_hop(elements // p, dtype, _when(self.two_hop))]
 
-    def _second_hop(self, shard: int, dtype: torch.dtype, when: When) -> list[Repeated]:
-        wire, replicas = self.cross_node_dtype, self.topology.replicas
+    def _second_hop(self, shard: int, dtype: torch.dtype, when: When) -> list[ScheduledCollective]:
+        wire, replicas = self.inter_node_reduce_dtype, self.topology.replicas
         if wire is None:
             return [self._run("all_reduce", "replication", shard, dtype, when=when)]
         whole = -(-shard // replicas) * replicas
@@ -170,7 +170,7 @@ class _Step:
 
     def _run(
         self, kind: Kind, group: str, elements: int, dtype: torch.dtype, *, when: When, times: int = 1
-    ) -> Repeated:
+    ) -> ScheduledCollective:
         ranks = self._members(group)
         nodes = [self.topology.node_of(rank) for rank in ranks]
         name = "partition" if ranks == self._members("partition") else group
@@ -178,7 +178,7 @@ class _Step:
         collective = Collective(
             kind=kind, group=name, ranks=len(ranks), nodes=len(set(nodes)), dtype=dtype, elements=elements, sent=sent
         )
-        return Repeated(collective, times, when)
+        return ScheduledCollective(collective, times, when)
 
     def _members(self, group: str) -> tuple[int, ...]:
         if group == "replication":

@@ -38,14 +38,14 @@ def check_job(device: torch.device, *, backend: str) -> None:
         raise ValueError(f"process_group_backend={backend!r} cannot serve CPU devices; use 'gloo' or None")
 
 
-def check_saving(*, save_sharded: bool, save_async: bool) -> None:
+def check_saving(*, save_sharded: bool, async_save: bool) -> None:
     """Refuse full files beside training.
 
     Raises:
         ValueError: If both are asked for.
     """
-    if save_async and not save_sharded:
-        raise ValueError("save_async=True needs save_sharded=True: a full file is gathered while training waits")
+    if async_save and not save_sharded:
+        raise ValueError("async_save=True needs save_sharded=True: a full file is gathered while training waits")
 
 
 def reduce_in_place(tensor: Any, *, group: Any, op: Any) -> Any:

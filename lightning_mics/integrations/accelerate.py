@@ -43,7 +43,7 @@ from lightning_mics.checkpoint.storage.path import storage_path
 from lightning_mics.policy.policy import Policy
 from lightning_mics.sharding.evaluation import allow_evaluation
 from lightning_mics.sharding.initialization import verify_replicas
-from lightning_mics.sharding.schedule import TwoHopSchedule
+from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.sharding.sharded import sharded_of
 
 OLDEST = (1, 15)  # of Accelerate, whose inner names this uses
@@ -70,8 +70,9 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
             the config file of ``accelerate launch`` says, as ``activation_checkpointing`` does, and else the former.
         policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``,
             ``hierarchical``,
-            ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``, ``cross_node_dtype``,
-            ``two_hop``, ``reduce_dtype``, ``shard_modules``, ``activation_checkpointing``, ``timeout``.
+            ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``,
+            ``inter_node_reduce_dtype``,
+            ``two_hop``, ``reduce_dtype``, ``block_classes``, ``activation_checkpointing``, ``timeout``.
 
     Raises:
         TypeError: If an option has the wrong type.
@@ -200,7 +201,7 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     return model
 
 
-def _start_over_when_loading(accelerator: Accelerator, schedule: TwoHopSchedule) -> None:
+def _start_over_when_loading(accelerator: Accelerator, schedule: AccumulationSchedule) -> None:
     """What a window has accumulated belongs to other weights; the hook must not keep the model alive."""
     known = weakref.ref(schedule)
 
@@ -242,7 +243,7 @@ class _GradientSync:
         schedule: Its.
     """
 
-    def __init__(self, model: nn.Module, schedule: TwoHopSchedule) -> None:
+    def __init__(self, model: nn.Module, schedule: AccumulationSchedule) -> None:
         self._model = model
         self._schedule = schedule
         self._before_boundary = ExitStack()

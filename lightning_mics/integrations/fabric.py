@@ -58,7 +58,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
         save_sharded: Checkpoints are directories of shards; False gathers them into one file on rank 0, with the names
             of your state, as Fabric on one device has it. The Trainer begins from both, and Fabric goes on from the
             Trainer's.
-        save_async: Checkpoints are written while training goes on, from copies in the host's memory; call
+        async_save: Checkpoints are written while training goes on, from copies in the host's memory; call
             :meth:`wait_for_checkpoints` after the last. Needs ``save_sharded``.
         trust_checkpoints: Whether loading a checkpoint may run code that is in it, which objects other than plain data
             and tensors need; an explicit ``weights_only`` goes before.
@@ -66,8 +66,8 @@ class MiCSFabricStrategy(ModelParallelStrategy):
         timeout: For the collectives of all groups.
         policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``,
             ``hierarchical``,
-            ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``, ``cross_node_dtype``,
-            ``two_hop``, ``reduce_dtype``, ``shard_modules``, ``activation_checkpointing``.
+            ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``,
+            ``inter_node_reduce_dtype``, ``two_hop``, ``reduce_dtype``, ``block_classes``, ``activation_checkpointing``.
 
     Raises:
         TypeError: If an option has the wrong type, or the model cannot be sharded.
@@ -78,7 +78,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
         self,
         *,
         save_sharded: bool = True,
-        save_async: bool = False,
+        async_save: bool = False,
         trust_checkpoints: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -90,10 +90,10 @@ class MiCSFabricStrategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        check_saving(save_sharded=save_sharded, save_async=save_async)
+        check_saving(save_sharded=save_sharded, async_save=async_save)
         self._policy = Policy(timeout=timeout, **policy)
         self._trust_checkpoints = trust_checkpoints
-        self._saving = ShardedSaving(beside_training=save_async, timeout=timeout)
+        self._saving = ShardedSaving(beside_training=async_save, timeout=timeout)
         self._backward_sync_control = _TwoHop()
         self._models: list[nn.Module] = []  # that were set up
         self._ran_forward: list[nn.Module] = []  # of these, with gradients, since the last backward

@@ -73,7 +73,7 @@ class Plan:
         recommended: The one that ``partition_size="auto"`` takes.
         chosen: The one of the partition size that was given; without one, what is recommended.
         baseline: Full sharding over all ranks, flat, every time.
-        global_batch: Samples per optimizer step.
+        global_batch_size: Samples per optimizer step.
         capacity_bytes: Memory of a GPU.
         warnings: What one should know before paying.
     """
@@ -82,7 +82,7 @@ class Plan:
     recommended: Row
     chosen: Row
     baseline: Row
-    global_batch: int
+    global_batch_size: int
     capacity_bytes: int
     warnings: tuple[str, ...]
 
@@ -92,7 +92,7 @@ def plan(
     hardware: Hardware,
     *,
     nodes: int,
-    global_batch: int,
+    global_batch_size: int,
     ranks_per_node: int | None = None,
     micro_batch: int | None = None,
     accumulation: int | None = None,
@@ -110,7 +110,7 @@ def plan(
         workload: From :func:`~lightning_mics.planning.rehearsal.workload.measure_workload`.
         hardware: Of each node; see :func:`~lightning_mics.cost.hardware.find_instance`.
         nodes: How many.
-        global_batch: Samples per optimizer step, over all ranks.
+        global_batch_size: Samples per optimizer step, over all ranks.
         ranks_per_node: None is one per GPU.
         micro_batch: Samples per rank and micro-step; None is as many as fit.
         accumulation: Micro-steps per optimizer step; None follows.
@@ -131,7 +131,7 @@ def plan(
     ranks_per_node = ranks_per_node or hardware.gpus_per_node
     world_size = nodes * ranks_per_node
     _check_block_fits(workload, hardware)
-    price = _Price(workload, hardware, global_batch, micro_batch, accumulation)
+    price = _Price(workload, hardware, global_batch_size, micro_batch, accumulation)
     rows = []
     for size in partition_sizes(world_size=world_size, ranks_per_node=ranks_per_node):
         topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=size)
@@ -166,7 +166,7 @@ def plan(
         recommended=recommended,
         chosen=chosen,
         baseline=baseline,
-        global_batch=global_batch,
+        global_batch_size=global_batch_size,
         capacity_bytes=hardware.memory_bytes,
         warnings=tuple(_warnings(chosen, ranked, baseline, hardware)),
     )
@@ -186,7 +186,7 @@ def weak_scaling(
     """
     ranks_per_node = options.get("ranks_per_node") or hardware.gpus_per_node
     return [
-        plan(workload, hardware, nodes=count, global_batch=samples_per_rank * count * ranks_per_node, **options)
+        plan(workload, hardware, nodes=count, global_batch_size=samples_per_rank * count * ranks_per_node, **options)
         for count in nodes
     ]
 
@@ -195,7 +195,7 @@ def weak_scaling(
 class _Price:
     workload: Workload
     hardware: Hardware
-    global_batch: int
+    global_batch_size: int
     micro_batch: int | None
     accumulation: int | None
 
@@ -205,7 +205,7 @@ class _Price:
         work, capacity = self.workload, self.hardware.memory_bytes
         kept, usable = once.kept_bytes if once else 0, int((1 - LEFT_FREE) * capacity)
         batches = split_global_batch(
-            self.global_batch,
+            self.global_batch_size,
             ranks=topology.world_size,
             micro=self.micro_batch,
             accumulation=self.accumulation,
@@ -267,7 +267,7 @@ def _check_block_fits(workload: Workload, hardware: Hardware) -> None:
     raise ValueError(
         f"{unit} does not fit one {hardware.gpu}: gathered, with its gradients and what is on the way, it takes "
         f"{in_gib(needed)} of {in_gib(capacity)}, {in_gib(needed - capacity)} too many; choose smaller blocks by "
-        "shard_modules, or GPUs with more memory"
+        "block_classes, or GPUs with more memory"
     )
 
 
@@ -304,7 +304,7 @@ def _warnings(chosen: Row, ranked: Sequence[Row], baseline: Row, hardware: Hardw
     if few and chosen.node_sent.between_bytes > baseline.node_sent.between_bytes:
         warnings.append(
             "with one micro-step per optimizer step the second hop in float32 sends more between nodes than full "
-            "sharding does: use a larger global batch, or cross_node_dtype=bfloat16"
+            "sharding does: use a larger global batch, or inter_node_reduce_dtype=bfloat16"
         )
     if topology.nodes_per_partition_group > 8:
         warnings.append(

@@ -31,7 +31,7 @@ from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.techniques.partition_groups import (
     check_hierarchical,
     choose_hierarchical,
-    create_groups,
+    create_partition_groups,
 )
 from lightning_mics.topology import Topology
 
@@ -52,13 +52,13 @@ class Policy:
             whole copy on each rank, or at ``"every_use"``; ``"auto"`` keeps the copy if a rank's memory would hold the
             whole model states.
         in_node_reduce: Likewise gradients: ``"once_per_step"``, for whole sums on each rank, or ``"every_micro_step"``.
-        cross_node_dtype: What gradients travel in between nodes, a dtype or its name; None is ``reduce_dtype``, in
-            which they are summed in any case.
+        inter_node_reduce_dtype: What gradients travel in between nodes, a dtype or its name; None is ``reduce_dtype``,
+            in which they are summed in any case.
         two_hop: Gradients are reduced over replicas at the boundary only; False does so in every micro-step, as hybrid
             sharding by itself does, to see what two hops save.
         reduce_dtype: What gradients are reduced and summed in, a dtype or its name; None follows the precision:
             float32 for float32 and mixed precision, bfloat16 for a model in bfloat16.
-        shard_modules: The blocks to shard, classes or class names; None takes the model's ``_no_split_modules``, else
+        block_classes: The blocks to shard, classes or class names; None takes the model's ``_no_split_modules``, else
             the longest list of equal modules.
         activation_checkpointing: True recomputes each block in backward; classes or names choose other modules,
             patterns some of the blocks by their names: ``"network.transformer.h.*[02468]"``.
@@ -79,10 +79,10 @@ class Policy:
         cross_node_reduce: Reduce | Auto = "auto",
         in_node_gather: Gather | Auto = "auto",
         in_node_reduce: Reduce | Auto = "auto",
-        cross_node_dtype: torch.dtype | str | None = None,
+        inter_node_reduce_dtype: torch.dtype | str | None = None,
         two_hop: bool = True,
         reduce_dtype: torch.dtype | str | None = None,
-        shard_modules: ModuleClasses | None = None,
+        block_classes: ModuleClasses | None = None,
         activation_checkpointing: bool | ModuleClasses = False,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -103,10 +103,10 @@ class Policy:
         self._cross_node_reduce = cross_node_reduce
         self._in_node_gather = in_node_gather
         self._in_node_reduce = in_node_reduce
-        self._cross_node_dtype = _floating_dtype("cross_node_dtype", cross_node_dtype)
+        self._cross_node_dtype = _floating_dtype("inter_node_reduce_dtype", inter_node_reduce_dtype)
         self._two_hop = two_hop
         self._reduce_dtype = _floating_dtype("reduce_dtype", reduce_dtype)
-        self._shard_modules = shard_modules
+        self._shard_modules = block_classes
         self._activation_checkpointing = activation_checkpointing
         self._timeout = timeout
 
@@ -151,16 +151,16 @@ class Policy:
         capacity_bytes = _capacity_bytes(device, local_size=local_size)
         topology = self.choose_topology(size, capacity_bytes, world_size=dist.get_world_size(), local_size=local_size)
         self._check_collectives(topology)
-        groups = create_groups(
+        groups = create_partition_groups(
             topology, device_type=device.type, hierarchical=self._hierarchical, timeout=self._timeout
         )
         once_per_step = self._choose_once_per_step(topology, size, capacity_bytes)
         schedule = shard_model(
             model,
             groups,
-            shard_modules=self._shard_modules,
+            block_classes=self._shard_modules,
             **once_per_step.options(),
-            cross_node_dtype=self._cross_node_dtype,
+            inter_node_reduce_dtype=self._cross_node_dtype,
             two_hop=self._two_hop,
             activation_checkpointing=self._activation_checkpointing,
             mixed_precision=mixed_precision,
@@ -232,7 +232,7 @@ class Policy:
             cross_node_reduce="every_micro_step" if self._cross_node_reduce == "auto" else self._cross_node_reduce,
             in_node_gather="every_use" if self._in_node_gather == "auto" else self._in_node_gather,
             in_node_reduce="every_micro_step" if self._in_node_reduce == "auto" else self._in_node_reduce,
-            cross_node_dtype=self._cross_node_dtype,
+            inter_node_reduce_dtype=self._cross_node_dtype,
             two_hop=self._two_hop,
         )
 
@@ -252,7 +252,7 @@ class Policy:
             hierarchical=choose_hierarchical(self._hierarchical, topology),
             once_per_step=once_per_step,
             two_hop=self._two_hop,
-            cross_node_dtype=self._cross_node_dtype,
+            inter_node_reduce_dtype=self._cross_node_dtype,
             reduce_dtype=mixed_precision.reduce_dtype or (torch.bfloat16 if half else torch.float32),
             states_bytes=size.per_rank_bytes(topology.partition_size) + once_per_step.kept_bytes,
             capacity_bytes=capacity_bytes,

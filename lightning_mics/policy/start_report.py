@@ -16,7 +16,7 @@ def start_report(
     hierarchical: bool,
     once_per_step: OncePerStep,
     two_hop: bool,
-    cross_node_dtype: torch.dtype | None,
+    inter_node_reduce_dtype: torch.dtype | None,
     reduce_dtype: torch.dtype,
     states_bytes: int,
     capacity_bytes: int,
@@ -30,7 +30,7 @@ def start_report(
         hierarchical: Whether collectives are.
         once_per_step: When parameters and gradients travel.
         two_hop: Whether gradients are reduced over replicas at the boundary only.
-        cross_node_dtype: What gradients travel in between nodes; None is ``reduce_dtype``.
+        inter_node_reduce_dtype: What gradients travel in between nodes; None is ``reduce_dtype``.
         reduce_dtype: What gradients are reduced and summed in.
         states_bytes: Estimated bytes of model states on each rank, and of what is kept to travel once per step.
         capacity_bytes: Memory of one rank's device.
@@ -52,7 +52,7 @@ def start_report(
     if t.nodes > 1:
         rows["parameters cross nodes"] = _parameters_cross(t, once_per_step.cross_node_gather)
         rows["gradients cross nodes"] = _gradients_cross(t, once_per_step.cross_node_reduce, two_hop) + (
-            f", as {_name(cross_node_dtype)}" if cross_node_dtype else ""
+            f", as {_name(inter_node_reduce_dtype)}" if inter_node_reduce_dtype else ""
         )
     rows["model states"] = f"about {in_gib(states_bytes)} of {in_gib(capacity_bytes)} per rank (Adam; no activations)"
     if states_bytes > capacity_bytes:

@@ -18,31 +18,31 @@ from lightning_mics._torch.fsdp import OptimizedModule
 ModuleClasses = Collection[type[nn.Module] | str]
 
 
-def find_blocks(model: nn.Module, shard_modules: ModuleClasses | None = None) -> dict[str, nn.Module]:
+def find_blocks(model: nn.Module, block_classes: ModuleClasses | None = None) -> dict[str, nn.Module]:
     """The blocks of ``model`` by name, a block inside another one before the outer one.
 
     Args:
         model: The model to search.
-        shard_modules: Module classes or class names. None takes the classes that the model (or a model inside it) names
+        block_classes: Module classes or class names. None takes the classes that the model (or a model inside it) names
             in ``_no_split_modules``, as those of ``transformers`` do, but for modules tied to others, such as BERT's
             embeddings; else the entries of the longest ``ModuleList``, ``ModuleDict`` or ``Sequential`` that holds
             modules of one class. Empty: no blocks, the root holds all.
 
     Raises:
         TypeError: If the model is already wrapped or sharded, has no parameters, or has no blocks that can be found.
-        ValueError: If a class of ``shard_modules`` is not in the model, if a parameter is shared between two units, or
+        ValueError: If a class of ``block_classes`` is not in the model, if a parameter is shared between two units, or
             if parameters are of a kind that cannot be sharded together.
     """
     _check_not_wrapped(model)
-    if shard_modules is None:
+    if block_classes is None:
         blocks = _without_tied(model, _of_classes(model, _no_split_names(model))) or _longest_list(model)
         if not blocks:
             raise TypeError(
                 f"found no blocks to shard in {type(model).__name__}: it has no `_no_split_modules` and no list of "
-                "modules of one class; pass shard_modules=[BlockClass], or shard_modules=[] to shard it as one unit"
+                "modules of one class; pass block_classes=[BlockClass], or block_classes=[] to shard it as one unit"
             )
     else:
-        blocks = find_modules(model, shard_modules, option="shard_modules")
+        blocks = find_modules(model, block_classes, option="block_classes")
     _check_units(model, blocks)
     return blocks
 
@@ -141,7 +141,7 @@ def _check_units(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
         if unit is not first_unit:
             raise ValueError(
                 f"parameters {first_name!r} (in {name_of[first_unit]}) and {name!r} (in {name_of[unit]}) are one tied "
-                "parameter in two units; choose shard_modules so that one unit holds both"
+                "parameter in two units; choose block_classes so that one unit holds both"
             )
         if parameter.ndim == 0:
             raise ValueError(f"parameter {name!r} has no dimension to shard; give it the shape [1]")
@@ -152,7 +152,7 @@ def _check_units(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
             raise ValueError(
                 f"parameters {other_name!r} ({other.dtype}) and {name!r} ({parameter.dtype}) are in one unit, "
                 f"{name_of[unit]}, whose gradients are reduced together; give them one dtype, or units of their own "
-                "by shard_modules"
+                "by block_classes"
             )
 
 

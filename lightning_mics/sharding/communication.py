@@ -19,12 +19,12 @@ from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, s
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.sharding.options import Gather, Reduce
-from lightning_mics.sharding.schedule import TwoHopSchedule
+from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.flat import FlatAllGather, FlatReduceScatter
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
-from lightning_mics.techniques.once_per_step import KeptCopy, NodeCopy, NodeSums, RankCopy
+from lightning_mics.techniques.once_per_step import NodeCache, NodeReduceScatter, ParameterCache, RankCache
 from lightning_mics.techniques.partition_groups import PartitionGroups
-from lightning_mics.techniques.pending_gradients import Deferral
+from lightning_mics.techniques.pending_gradients import PendingGradients
 from lightning_mics.techniques.two_hop import SecondHop
 
 
@@ -37,7 +37,7 @@ class Communication:
         cross_node_reduce: When gradients cross nodes inside a partition group.
         in_node_gather: When parameters travel at all; once per step includes ``cross_node_gather``.
         in_node_reduce: When gradients travel at all; likewise.
-        cross_node_dtype: What gradients travel in between nodes.
+        inter_node_reduce_dtype: What gradients travel in between nodes.
         two_hop: Whether the second hop waits for the boundary.
     """
 
@@ -49,7 +49,7 @@ class Communication:
         cross_node_reduce: Reduce,
         in_node_gather: Gather,
         in_node_reduce: Reduce,
-        cross_node_dtype: torch.dtype | None,
+        inter_node_reduce_dtype: torch.dtype | None,
         two_hop: bool,
     ) -> None:
         self._topology = groups.topology
@@ -62,26 +62,26 @@ class Communication:
         self._rank_keeps_sums = in_node_reduce == "once_per_step"
         self._node_keeps_copy = cross_node_gather == "once_per_step"
         self._node_keeps_sums = cross_node_reduce == "once_per_step"
-        self._wire_dtype = cross_node_dtype
+        self._wire_dtype = inter_node_reduce_dtype
         self._two_hop = two_hop
-        self._deferrals: dict[str, Deferral] = {}
-        self._copies: list[KeptCopy] = []
+        self._pending_gradients: dict[str, PendingGradients] = {}
+        self._copies: list[ParameterCache] = []
 
-    def install(self, root: FSDPModule) -> TwoHopSchedule:
+    def install(self, root: FSDPModule) -> AccumulationSchedule:
         """Give every unit under ``root`` its collectives; returns the schedule that drives them."""
         for name, module in fsdp_modules(root).items():
             if self._topology.partition_size > 1:
                 module.set_custom_all_gather(self._all_gather(module))
                 if self._rank_keeps_copy:
-                    self._copies.append(RankCopy(module))
+                    self._copies.append(RankCache(module))
                 module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
             if self._replication is not None:
                 self._set_second_hop(name, module, self._replication)
-        return TwoHopSchedule(
+        return AccumulationSchedule(
             root,
             replicas=self._topology.replicas,
             traffic=self._traffic,
-            deferrals=self._deferrals,
+            pending_gradients=self._pending_gradients,
             copies=self._copies,
             whole_gradients=self._rank_keeps_sums and self._topology.partition_size > 1,
             two_hop=self._two_hop,
@@ -92,7 +92,7 @@ class Communication:
             return FlatAllGather(self._partition)
         if self._rank_keeps_copy or not self._node_keeps_copy:
             return HierarchicalAllGather(rail=self._rail, node=self._node)
-        copy = NodeCopy(rail=self._rail, node=self._node, module=module)
+        copy = NodeCache(rail=self._rail, node=self._node, module=module)
         self._copies.append(copy)
         return copy
 
@@ -101,8 +101,10 @@ class Communication:
             return FlatReduceScatter(self._partition)
         if self._rank_keeps_sums or not self._node_keeps_sums:
             return HierarchicalReduceScatter(rail=self._rail, node=self._node, wire_dtype=self._wire_dtype)
-        deferral = self._deferral(name, module)
-        return NodeSums(rail=self._rail, node=self._node, deferral=deferral, wire_dtype=self._wire_dtype)
+        pending_gradients = self._pending_gradients_of(name, module)
+        return NodeReduceScatter(
+            rail=self._rail, node=self._node, pending_gradients=pending_gradients, wire_dtype=self._wire_dtype
+        )
 
     def _set_second_hop(self, name: str, module: FSDPModule, replication: CountedGroup) -> None:
         if self._wire_dtype is None:
@@ -112,13 +114,18 @@ class Communication:
 
             module.set_all_reduce_hook(count)  # FSDP2 calls it after its own all-reduce
             return
-        after_sums = name in self._deferrals
-        deferral = self._deferral(name, module)
-        hop = SecondHop(replication=replication, wire_dtype=self._wire_dtype, deferral=deferral, after_sums=after_sums)
+        after_sums = name in self._pending_gradients
+        pending_gradients = self._pending_gradients_of(name, module)
+        hop = SecondHop(
+            replication=replication,
+            wire_dtype=self._wire_dtype,
+            pending_gradients=pending_gradients,
+            after_sums=after_sums,
+        )
         take_over_second_hop(module, hop)
 
-    def _deferral(self, name: str, module: FSDPModule) -> Deferral:
-        return self._deferrals.setdefault(name, Deferral(lambda: sharded_parameters(module)))
+    def _pending_gradients_of(self, name: str, module: FSDPModule) -> PendingGradients:
+        return self._pending_gradients.setdefault(name, PendingGradients(lambda: sharded_parameters(module)))
 
     def _counted(self, group: dist.ProcessGroup) -> CountedGroup:
         ranks = dist.get_process_group_ranks(group)

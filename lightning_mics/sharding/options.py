@@ -42,7 +42,7 @@ def check_traffic_options(
     cross_node_reduce: str,
     in_node_gather: str,
     in_node_reduce: str,
-    cross_node_dtype: torch.dtype | None,
+    inter_node_reduce_dtype: torch.dtype | None,
     two_hop: bool,
 ) -> None:
     """Refuse options that are unknown, or that flat collectives cannot serve.
@@ -54,7 +54,7 @@ def check_traffic_options(
         cross_node_reduce: When gradients cross nodes.
         in_node_gather: When parameters travel inside nodes.
         in_node_reduce: When gradients travel inside nodes.
-        cross_node_dtype: What gradients travel in between nodes.
+        inter_node_reduce_dtype: What gradients travel in between nodes.
         two_hop: Whether the second hop waits for the boundary.
 
     Raises:
@@ -65,8 +65,10 @@ def check_traffic_options(
     check_choice("cross_node_reduce", cross_node_reduce, get_args(Reduce))
     check_choice("in_node_gather", in_node_gather, get_args(Gather))
     check_choice("in_node_reduce", in_node_reduce, get_args(Reduce))
-    if cross_node_dtype not in (None, *WIRE_DTYPES):
-        raise ValueError(f"cross_node_dtype={cross_node_dtype!r} is not one of None, torch.float32, torch.bfloat16")
+    if inter_node_reduce_dtype not in (None, *WIRE_DTYPES):
+        raise ValueError(
+            f"inter_node_reduce_dtype={inter_node_reduce_dtype!r} is not one of None, torch.float32, torch.bfloat16"
+        )
     check_two_hop(two_hop, cross_node_reduce=cross_node_reduce, in_node_reduce=in_node_reduce)
     if not topology.spans_nodes or hierarchical or topology.local_ranks_per_partition_group == 1:
         return
@@ -74,7 +76,7 @@ def check_traffic_options(
     in_stages = {
         "cross_node_gather='once_per_step'": cross_node_gather == once and in_node_gather != once,
         "cross_node_reduce='once_per_step'": cross_node_reduce == once and in_node_reduce != once,
-        f"cross_node_dtype={cross_node_dtype}": cross_node_dtype is not None,
+        f"inter_node_reduce_dtype={inter_node_reduce_dtype}": inter_node_reduce_dtype is not None,
     }
     for option, is_wanted in in_stages.items():
         if is_wanted:

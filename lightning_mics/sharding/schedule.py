@@ -25,11 +25,11 @@ from lightning_mics._torch.fsdp import (
     trainable,
 )
 from lightning_mics.collectives.traffic import Traffic
-from lightning_mics.techniques.once_per_step import KeptCopy
-from lightning_mics.techniques.pending_gradients import Deferral
+from lightning_mics.techniques.once_per_step import ParameterCache
+from lightning_mics.techniques.pending_gradients import PendingGradients
 
 
-class TwoHopSchedule:
+class AccumulationSchedule:
     """Decides for every micro-step which hops run.
 
     Without a call of :meth:`micro_step` every backward is a boundary, as in plain FSDP2.
@@ -39,16 +39,16 @@ class TwoHopSchedule:
     uses keep ``grad=None``. The blocks used may differ from micro-step to micro-step, not from rank to rank.
 
     Where copies of gathered weights are kept they live from the first gather of a window to its boundary, or inside
-    :meth:`fixed_weights`. Weights may change at any other time by any means. Inside, a copy is dropped when torch knows
-    of the change: in-place operations, optimizers, ``load_state_dict``. After a change that it does not know of
-    (through ``.data``, ``torch._foreach_*`` functions or raw memory) call :meth:`weights_changed`; the boundary refuses
-    to go on with what was computed otherwise.
+    :meth:`cached_weights`. Weights may change at any other time by any means. Inside, a copy is dropped when torch
+    knows of the change: in-place operations, optimizers, ``load_state_dict``. After a change that it does not know of
+    (through ``.data``, ``torch._foreach_*`` functions or raw memory) call :meth:`invalidate_cache`; the boundary
+    refuses to go on with what was computed otherwise.
 
     Args:
         root: The sharded model, from :func:`lightning_mics.sharding.shard_model.shard_model`.
         replicas: How many there are; with one there is no second hop.
         traffic: What the collectives of all units have sent.
-        deferrals: What units keep back beside FSDP2's own sums, by the unit's name.
+        pending_gradients: What units keep back beside FSDP2's own sums, by the unit's name.
         copies: The kept copies of weights.
         whole_gradients: Hop 1 waits for the boundary as well, and FSDP2 adds up whole gradients until then.
         two_hop: False runs hop 2 in every micro-step too, as hybrid sharding by itself does.
@@ -60,22 +60,22 @@ class TwoHopSchedule:
         *,
         replicas: int,
         traffic: Traffic,
-        deferrals: Mapping[str, Deferral] | None = None,
-        copies: Sequence[KeptCopy] = (),
+        pending_gradients: Mapping[str, PendingGradients] | None = None,
+        copies: Sequence[ParameterCache] = (),
         whole_gradients: bool = False,
         two_hop: bool = True,
     ) -> None:
         self.traffic = traffic
         self._root = root
         self._modules = fsdp_modules(root)
-        self._deferrals = dict(deferrals or {})
+        self._pending_gradients = dict(pending_gradients or {})
         self._copies = copies
         self._whole_gradients = whole_gradients
         self._two_hop = two_hop
-        self._defers = two_hop and (replicas > 1 or bool(self._deferrals) or whole_gradients)
+        self._defers = two_hop and (replicas > 1 or bool(self._pending_gradients) or whole_gradients)
         self._at_boundary = True
         self._in_window = False
-        self._weights_fixed = False
+        self._weights_cached = False
         self._ever_trainable = {name: trainable(module) for name, module in self._modules.items()}
         for module in self._modules.values():
             assert isinstance(module, nn.Module)
@@ -100,29 +100,29 @@ class TwoHopSchedule:
             self._set_boundary(True)
 
     @contextmanager
-    def fixed_weights(self) -> Iterator[None]:
+    def cached_weights(self) -> Iterator[None]:
         """Promise that weights do not change inside, as in an evaluation: each crosses nodes once, not once per use.
 
         Raises:
             RuntimeError: At the end, if they did, unnoticed.
         """
-        self.weights_changed()
-        before, self._weights_fixed = self._weights_fixed, True
+        self.invalidate_cache()
+        before, self._weights_cached = self._weights_cached, True
         try:
             yield
             self._refuse_outdated_copies()
         finally:
-            self._weights_fixed = before
-            self.weights_changed()
+            self._weights_cached = before
+            self.invalidate_cache()
 
-    def weights_changed(self) -> None:
+    def invalidate_cache(self) -> None:
         """Drop what is kept of the weights; every rank calls it. The next use gathers them across nodes again."""
         for copy in self._copies:
             copy.drop()
 
     def kept(self) -> list[Tensor]:
         """What is in memory now so that it travels once per step: copies of parameters, and sums of gradients."""
-        keepers: list[KeptCopy | Deferral] = [*self._copies, *self._deferrals.values()]
+        keepers: list[ParameterCache | PendingGradients] = [*self._copies, *self._pending_gradients.values()]
         return [tensor for keeper in keepers for tensor in keeper.tensors()]
 
     def before_backward(self) -> None:
@@ -148,8 +148,8 @@ class TwoHopSchedule:
                     "are frozen now; switch `requires_grad` (`toggle_model`) in all micro-steps of a window or none"
                 )
             module.set_requires_all_reduce(True, recurse=False)
-            if name in self._deferrals:
-                self._deferrals[name].at_boundary = True
+            if name in self._pending_gradients:
+                self._pending_gradients[name].at_boundary = True
 
     def after_backward(self) -> None:
         """Close the accumulation window if the backward that has just run was its boundary.
@@ -161,8 +161,8 @@ class TwoHopSchedule:
                 unnoticed while copies of them were in use.
         """
         if not self._at_boundary:
-            for deferral in self._deferrals.values():
-                deferral.remove_zeros()
+            for pending_gradients in self._pending_gradients.values():
+                pending_gradients.remove_zeros()
             return
         left_behind = [name for name, m in self._modules.items() if self._sums_wait(name) and any(trainable(m))]
         if left_behind:
@@ -222,8 +222,8 @@ class TwoHopSchedule:
         Dropping is local: no rank waits for another.
         """
         forget_iteration(self._root)
-        for deferral in self._deferrals.values():
-            deferral.drop()
+        for pending_gradients in self._pending_gradients.values():
+            pending_gradients.drop()
         for module in self._modules.values():
             drop_unreduced_gradients(module)
         for copy in self._copies:
@@ -232,12 +232,12 @@ class TwoHopSchedule:
 
     def _open_window(self) -> None:
         if not self._in_window:
-            self.weights_changed()
+            self.invalidate_cache()
         self._in_window = True
 
     def _close_window(self) -> None:
         self._in_window = False
-        self.weights_changed()
+        self.invalidate_cache()
         for name, module in self._modules.items():
             if not self._sums_wait(name):  # a frozen block may have a window of its own, still open
                 reduce_unused_parameters(module, False)
@@ -249,31 +249,33 @@ class TwoHopSchedule:
                 module.set_requires_gradient_sync(boundary or not ever_gathered(module), recurse=False)
             else:
                 module.set_requires_all_reduce(boundary or not self._two_hop, recurse=False)
-        for deferral in self._deferrals.values():
-            deferral.at_boundary = boundary or not self._two_hop
+        for pending_gradients in self._pending_gradients.values():
+            pending_gradients.at_boundary = boundary or not self._two_hop
 
     def _sums_wait(self, name: str) -> bool:
-        return deferred_sums(self._modules[name]) or (name in self._deferrals and self._deferrals[name].pending)
+        return deferred_sums(self._modules[name]) or (
+            name in self._pending_gradients and self._pending_gradients[name].pending
+        )
 
     def _refuse_outdated_copies(self) -> None:
         differ = [differs for copy in self._copies if (differs := copy.take_differs()) is not None]
         if differ and bool(torch.stack(differ).any()):
             raise RuntimeError(
                 "weights changed, in a way that torch does not notice (through `.data`, `torch._foreach_*` or raw "
-                "memory), while a copy of them was in use; call `weights_changed()` after such a change, on all ranks, "
-                "or make it between optimizer steps"
+                "memory), while a copy of them was in use; call `invalidate_cache()` after such a change, on all "
+                "ranks, or make it between optimizer steps"
             )
 
     def _watch_for_changes(self) -> None:
         """Copies are dropped before each forward that nothing says to share weights, and after optimizers step."""
         root = self._root
         assert isinstance(root, nn.Module)
-        root.register_forward_pre_hook(self._drop_unless_fixed, prepend=True)  # before FSDP2's own, which gathers
+        root.register_forward_pre_hook(self._drop_unless_cached, prepend=True)  # before FSDP2's own, which gathers
         schedule = weakref.ref(self)
 
         def drop_after_step(optimizer: Optimizer, *_: Any) -> None:
             if (alive := schedule()) is not None and alive.trains_with(optimizer):
-                alive.weights_changed()
+                alive.invalidate_cache()
 
         handle = register_optimizer_step_post_hook(drop_after_step)
         weakref.finalize(self, handle.remove)
@@ -284,9 +286,9 @@ class TwoHopSchedule:
         return any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _drop_unless_fixed(self, _module: nn.Module, _inputs: Any) -> None:
-        if not (self._in_window or self._weights_fixed):
-            self.weights_changed()
+    def _drop_unless_cached(self, _module: nn.Module, _inputs: Any) -> None:
+        if not (self._in_window or self._weights_cached):
+            self.invalidate_cache()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _take_part_in_reductions(self, module: nn.Module, _inputs: Any) -> None:

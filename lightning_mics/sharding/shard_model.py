@@ -2,7 +2,7 @@
 
 ::
 
-    groups = create_groups(Topology(world_size=8, ranks_per_node=4, partition_size=4), device_type="cuda")
+    groups = create_partition_groups(Topology(world_size=8, ranks_per_node=4, partition_size=4), device_type="cuda")
     schedule = shard_model(model, groups)
     optimizer = torch.optim.AdamW(model.parameters())
     for step, batch in enumerate(batches, start=1):
@@ -26,7 +26,7 @@ from lightning_mics.sharding.communication import Communication
 from lightning_mics.sharding.initialization import FirstWeights, seeded_by_rank_0, verify_replicas
 from lightning_mics.sharding.options import Gather, Reduce, check_traffic_options
 from lightning_mics.sharding.pretrained import load_sources
-from lightning_mics.sharding.schedule import TwoHopSchedule
+from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.partition_groups import PartitionGroups
 
 
@@ -34,16 +34,16 @@ def shard_model(
     model: nn.Module,
     groups: PartitionGroups,
     *,
-    shard_modules: ModuleClasses | None = None,
+    block_classes: ModuleClasses | None = None,
     cross_node_gather: Gather = "every_use",
     cross_node_reduce: Reduce = "every_micro_step",
     in_node_gather: Gather = "every_use",
     in_node_reduce: Reduce = "every_micro_step",
-    cross_node_dtype: torch.dtype | None = None,
+    inter_node_reduce_dtype: torch.dtype | None = None,
     two_hop: bool = True,
     activation_checkpointing: bool | ModuleClasses = False,
     mixed_precision: MixedPrecisionPolicy | None = None,
-) -> TwoHopSchedule:
+) -> AccumulationSchedule:
     """Shard ``model`` in place over this rank's partition group, one block at a time; every rank calls it.
 
     Peak memory is the shards plus one whole unit: a block, or what the root holds. The first weights depend on rank 0
@@ -53,8 +53,8 @@ def shard_model(
 
     Args:
         model: A plain module, built, on the meta device, or some of each.
-        groups: From :func:`~lightning_mics.techniques.partition_groups.create_groups`.
-        shard_modules: The blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
+        groups: From :func:`~lightning_mics.techniques.partition_groups.create_partition_groups`.
+        block_classes: The blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
         cross_node_gather: Whether parameters cross nodes at every use, or once per step, for a copy on each node that
             takes their size divided by the ranks of a node on each rank.
         cross_node_reduce: Whether gradients cross nodes in every micro-step, or once per step, for sums on each node
@@ -63,7 +63,7 @@ def shard_model(
             often, for a whole copy on each rank.
         in_node_reduce: Whether gradients travel inside nodes in every micro-step, or once per step and so nowhere else
             more often, for whole sums on each rank, in the dtype of reductions.
-        cross_node_dtype: What gradients travel in between nodes; None is the dtype they are summed in.
+        inter_node_reduce_dtype: What gradients travel in between nodes; None is the dtype they are summed in.
         two_hop: Whether gradients are reduced over replicas at the boundary only; False does in every micro-step.
         activation_checkpointing: True recomputes each block in backward; classes or class names choose other modules,
             patterns some of the blocks by their names: ``"network.transformer.h.*[02468]"``.
@@ -83,10 +83,10 @@ def shard_model(
         cross_node_reduce=cross_node_reduce,
         in_node_gather=in_node_gather,
         in_node_reduce=in_node_reduce,
-        cross_node_dtype=cross_node_dtype,
+        inter_node_reduce_dtype=inter_node_reduce_dtype,
         two_hop=two_hop,
     )
-    blocks = find_blocks(model, shard_modules)
+    blocks = find_blocks(model, block_classes)
     recomputed = find_recomputed(model, blocks, activation_checkpointing)
     first_weights = FirstWeights(model, blocks.values(), groups.device)
     with seeded_by_rank_0(groups.device):
@@ -103,7 +103,7 @@ def shard_model(
         cross_node_reduce=cross_node_reduce,
         in_node_gather=in_node_gather,
         in_node_reduce=in_node_reduce,
-        cross_node_dtype=cross_node_dtype,
+        inter_node_reduce_dtype=inter_node_reduce_dtype,
         two_hop=two_hop,
     )
     return communication.install(model)

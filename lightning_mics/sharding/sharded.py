@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_mics.sharding.schedule import TwoHopSchedule
+from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.partition_groups import (
     PartitionGroups,
 )
@@ -24,7 +24,7 @@ class Sharded:
     """
 
     groups: PartitionGroups
-    schedule: TwoHopSchedule
+    schedule: AccumulationSchedule
     report: str
     blocks: tuple[nn.Module, ...]
 

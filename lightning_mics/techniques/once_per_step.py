@@ -38,10 +38,10 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_mics._torch.fsdp import AllGather, GatheredParameters, weights_version
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
 from lightning_mics.techniques.hierarchical import HierarchicalReduceScatter, TwoStages
-from lightning_mics.techniques.pending_gradients import Deferral
+from lightning_mics.techniques.pending_gradients import PendingGradients
 
 
-class KeptCopy:
+class ParameterCache:
     """What one unit (a block, or what the root holds) has gathered, for the next time.
 
     All ranks must come to the same decision, or they would wait for each other: weights are changed by all or by none.
@@ -86,7 +86,7 @@ class KeptCopy:
         return differs
 
 
-class NodeCopy(KeptCopy, TwoStages, AllGather):
+class NodeCache(ParameterCache, TwoStages, AllGather):
     """All-gather that crosses nodes only when the node has no copy.
 
     Args:
@@ -96,7 +96,7 @@ class NodeCopy(KeptCopy, TwoStages, AllGather):
     """
 
     def __init__(self, *, rail: CountedGroup, node: CountedGroup | None, module: FSDPModule) -> None:
-        KeptCopy.__init__(self, lambda: weights_version(module))
+        ParameterCache.__init__(self, lambda: weights_version(module))
         TwoStages.__init__(self, rail=rail, node=node)
         self._rail_slice: Tensor | None = None  # [nodes * shard]
 
@@ -133,15 +133,15 @@ class NodeCopy(KeptCopy, TwoStages, AllGather):
         self._rail_slice = None
 
 
-class NodeSums(HierarchicalReduceScatter):
+class NodeReduceScatter(HierarchicalReduceScatter):
     """Reduce-scatter inside the node in every micro-step; along the rail at the boundary only.
 
-    Before the boundary the output is zeros, and ``deferral`` holds the node's sum.
+    Before the boundary the output is zeros, and ``pending_gradients`` holds the node's sum.
 
     Args:
         rail: The ranks with this local rank, one per node, in the order of nodes.
         node: The ranks on this node, in the order of local ranks; None if there is one.
-        deferral: What this unit keeps back, and whether this is the boundary.
+        pending_gradients: What this unit keeps back, and whether this is the boundary.
         wire_dtype: What crosses nodes; None is the dtype of the sums.
     """
 
@@ -150,11 +150,11 @@ class NodeSums(HierarchicalReduceScatter):
         *,
         rail: CountedGroup,
         node: CountedGroup | None,
-        deferral: Deferral,
+        pending_gradients: PendingGradients,
         wire_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(rail=rail, node=node, wire_dtype=wire_dtype)
-        self._deferral = deferral
+        self._pending_gradients_of = pending_gradients
 
     def __call__(
         self,
@@ -166,15 +166,15 @@ class NodeSums(HierarchicalReduceScatter):
     ) -> dist.Work | None:
         """Reduce ``input_tensor`` over the node; at the boundary leave the window's shard in ``output_tensor``."""
         rail_slice = self.reduce_in_node(input_tensor, group, op)
-        if not self._deferral.at_boundary:
-            self._deferral.keep_back(rail_slice)
+        if not self._pending_gradients_of.at_boundary:
+            self._pending_gradients_of.accumulate(rail_slice)
             output_tensor.zero_()
             return None
-        self._deferral.release_into(rail_slice)
+        self._pending_gradients_of.add_into(rail_slice)
         return self.reduce_along_rail(output_tensor, rail_slice, op, async_op=async_op)
 
 
-class RankCopy(KeptCopy):
+class RankCache(ParameterCache):
     """A unit's gathered parameters, which stay in memory between uses. Gathers only if they are not there.
 
     Args:

@@ -55,7 +55,7 @@ class PartitionGroups:
         return torch.device(self.mesh.device_type, torch.get_device_module(self.mesh.device_type).current_device())
 
 
-def create_groups(
+def create_partition_groups(
     topology: Topology,
     *,
     device_type: str,
@@ -146,7 +146,7 @@ def _mesh(
 
 def _check_job(topology: Topology, device_type: str) -> None:
     if not dist.is_initialized():
-        raise RuntimeError("call torch.distributed.init_process_group before create_groups")
+        raise RuntimeError("call torch.distributed.init_process_group before create_partition_groups")
     if dist.get_world_size() != topology.world_size:
         raise ValueError(
             f"the topology has world_size={topology.world_size}, the running job has {dist.get_world_size()} ranks"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Deferral:
+class PendingGradients:
     """What one unit (a block, or what the root holds) keeps back until the boundary.
 
     Used on whatever stream its unit reduces gradients on, always the same.
@@ -35,7 +35,7 @@ class Deferral:
         """What waits: [any], if anything does."""
         return [] if self._sums is None else [self._sums]
 
-    def keep_back(self, part: Tensor) -> None:
+    def accumulate(self, part: Tensor) -> None:
         """Add ``part`` to what waits; it is copied."""
         self._without_gradient += [p for p in self._parameters() if p.grad is None]
         if self._sums is None:
@@ -43,7 +43,7 @@ class Deferral:
         else:
             self._sums += part
 
-    def release_into(self, part: Tensor) -> None:
+    def add_into(self, part: Tensor) -> None:
         """Add what waits to ``part``, and forget it."""
         if self._sums is not None:
             part += self._sums

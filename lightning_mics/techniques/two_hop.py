@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
-from lightning_mics.techniques.pending_gradients import Deferral
+from lightning_mics.techniques.pending_gradients import PendingGradients
 
 
 class SecondHop:
@@ -26,28 +26,33 @@ class SecondHop:
     Args:
         replication: The ranks that hold the same part.
         wire_dtype: What travels; sums stay in the dtype of the gradients.
-        deferral: What the unit keeps back, and whether this is the boundary.
+        pending_gradients: What the unit keeps back, and whether this is the boundary.
         after_sums: Whether the first hop keeps its sums back already, and hands on zeros before the boundary.
     """
 
     def __init__(
-        self, *, replication: CountedGroup, wire_dtype: torch.dtype, deferral: Deferral, after_sums: bool
+        self,
+        *,
+        replication: CountedGroup,
+        wire_dtype: torch.dtype,
+        pending_gradients: PendingGradients,
+        after_sums: bool,
     ) -> None:
         self._replication = replication
         self._wire_dtype = wire_dtype
-        self._deferral = deferral
+        self._pending_gradients_of = pending_gradients
         self._after_sums = after_sums
 
     def __call__(self, shard: Tensor, op: ReduceOp) -> None:
         """Reduce the ``shard`` that hop 1 has left, in place; before the boundary keep it back and leave zeros."""
         if shard.is_cuda:  # FSDP2 frees it after this, while its own stream still reads it
             shard.record_stream(torch.cuda.current_stream(shard.device))
-        if self._deferral.at_boundary:
+        if self._pending_gradients_of.at_boundary:
             if not self._after_sums:
-                self._deferral.release_into(shard)
+                self._pending_gradients_of.add_into(shard)
             self._replication.all_reduce(
                 shard, op=op, technique="all-reduce over replicas", wire_dtype=self._wire_dtype
             )
         elif not self._after_sums:
-            self._deferral.keep_back(shard)
+            self._pending_gradients_of.accumulate(shard)
             shard.zero_()

@@ -145,7 +145,7 @@ class TokenData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Goes on in the middle of an epoch, also on another number of ranks if an optimizer step stays as large."""
         sampler_type = ResumableSampler if self.objective == "causal" else EpochSampler
-        sampler = sampler_type(self.train, samples_per_step=self._windows_per_step, **self._ranks(), seed=self.seed)
+        sampler = sampler_type(self.train, global_batch_size=self._windows_per_step, **self._ranks(), seed=self.seed)
         return WindowLoader(self.train, batch_size=self.batch_size, sampler=sampler, **self._loading())
 
     def val_dataloader(self) -> DataLoader:

@@ -30,7 +30,7 @@ from recipes.plan.tables import plan_table, rehearsal_tables
 
 SHARDING = (
     "hierarchical",
-    "shard_modules",
+    "block_classes",
     "cross_node_gather",
     "cross_node_reduce",
     "in_node_gather",
@@ -43,7 +43,7 @@ SHARDING = (
 WIDTH = 140  # of the tables, on narrow terminals too: whole numbers in broken lines, not broken numbers
 
 
-DTYPES = ("cross_node_dtype", "reduce_dtype")
+DTYPES = ("inter_node_reduce_dtype", "reduce_dtype")
 
 
 PLANNED = (
@@ -124,7 +124,7 @@ def plan_run(config: DictConfig, workload: Workload, hardware: Hardware) -> Plan
         hardware,
         nodes=cluster.num_nodes,
         ranks_per_node=cluster.ranks_per_node or cluster.devices,
-        global_batch=config.global_batch_size,
+        global_batch_size=config.global_batch_size,
         micro_batch=None if data.batch_size == "auto" else data.batch_size,
         accumulation=None if trainer.accumulate_grad_batches == "auto" else trainer.accumulate_grad_batches,
         **_planned(config),

@@ -31,7 +31,8 @@ def plan_table(planned: Plan, *, config: DictConfig) -> Table:
     """All ways to run the job, the best first; what the run takes in bold."""
     topology = planned.chosen.topology
     table = Table(
-        title=f"Plan: {topology.world_size} GPUs on {topology.nodes} nodes, {planned.global_batch} sequences per step",
+        title=f"Plan: {topology.world_size} GPUs on {topology.nodes} nodes, "
+        f"{planned.global_batch_size} sequences per step",
         caption=duration(planned, config),
         title_justify="left",
         caption_justify="left",

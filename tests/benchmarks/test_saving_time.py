@@ -25,7 +25,7 @@ def test_the_page_compares_later_saves_and_ranks(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps(measured))
     write_page(tmp_path, ["--rounds", "1"], 1.0, 1)
     page = (tmp_path / "README.md").read_text()
-    assert "| mics, save_async | 9.000 (9.000 - 9.000) | 0.200 (0.200 - 0.200) | 0.100 |" in page
+    assert "| mics, async_save | 9.000 (9.000 - 9.000) | 0.200 (0.200 - 0.200) | 0.100 |" in page
     assert "| mics | 9.000 (9.000 - 9.000) | 1.000 (1.000 - 1.000) | 0.500 |" in page
     assert "| mics | 10.0, 30.0 | 1.500 | 20.0, 20.0 | 1.000 |" in page
     assert "python -m benchmarks.saving_time --rounds 1\n" in page

@@ -26,7 +26,7 @@ from lightning_mics.checkpoint.dcp.unpickling import read_metadata
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, FileFacts, Manifest
 from lightning_mics.sharding.shard_model import shard_model
-from lightning_mics.techniques.partition_groups import create_groups
+from lightning_mics.techniques.partition_groups import create_partition_groups
 from lightning_mics.topology import Topology
 from tests.support.forked import RankError, run_ranks
 from tests.support.models import Block, TinyLM, tokens
@@ -66,7 +66,7 @@ def _sharded(*, seed: int = 0, make: Callable[[], nn.Module] = TinyLM, nodes: in
     torch.manual_seed(seed)
     model = make()
     topology = Topology(world_size=2, ranks_per_node=2 // nodes, partition_size=2 // nodes)
-    shard_model(model, create_groups(topology, device_type="cpu"))
+    shard_model(model, create_partition_groups(topology, device_type="cpu"))
     return model
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertTokenizer
 
-from lightning_mics import Topology, checkpoint, create_groups, shard_model
+from lightning_mics import Topology, checkpoint, create_partition_groups, shard_model
 from lightning_mics.checkpoint.export import main
 from lightning_mics.checkpoint.origin import NETWORK_KEY, describe_network
 from lightning_mics.checkpoint.storage.manifest import FileFacts, Manifest
@@ -180,7 +180,7 @@ def test_a_checkpoint_may_name_the_folder_of_its_tokenizer(saved: Any, tmp_path:
 
 
 def _save_plain(folder: Path) -> None:
-    groups = create_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu")
+    groups = create_partition_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu")
     both = torch.nn.Sequential(OrderedDict(a=make("gpt"), b=TinyLM()))
     for name, model in {"gpt": make("gpt"), "both": both}.items():
         shard_model(model, groups)

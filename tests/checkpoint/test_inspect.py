@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from lightning_mics import Topology, checkpoint, create_groups, shard_model
+from lightning_mics import Topology, checkpoint, create_partition_groups, shard_model
 from lightning_mics.checkpoint.inspect import main
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import TOPOLOGY_KEY, origin
@@ -25,7 +25,7 @@ VALUES = DIM * DIM * (LAYERS + 1)
 
 def _save(path: Path, meta: dict[str, Any]) -> None:
     model = Stack()
-    groups = create_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu")
+    groups = create_partition_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu")
     schedule = shard_model(model, groups)
     optimizer = AdamW(model.parameters())
     with schedule.micro_step(boundary=True):

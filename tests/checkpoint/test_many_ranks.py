@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_mics import Topology, checkpoint, create_groups
+from lightning_mics import Topology, checkpoint, create_partition_groups
 from lightning_mics.checkpoint.dcp.load_planner import SafePlanner
 from lightning_mics.checkpoint.dcp.reader import SafeReader
 from tests.support.forked import run_ranks
@@ -27,7 +27,7 @@ def _whole() -> torch.Tensor:
 
 
 def _save(folder: Path) -> None:
-    mesh = create_groups(Topology(world_size=4, ranks_per_node=2, partition_size=2), device_type="cpu").mesh
+    mesh = create_partition_groups(Topology(world_size=4, ranks_per_node=2, partition_size=2), device_type="cpu").mesh
     weight = distribute_tensor(_whole(), mesh, [Replicate(), Shard(0)], src_data_rank=None)
     checkpoint.save_sharded(folder / "c.ckpt", model_state={"weight": weight}, optimizer_states=[], meta={})
 

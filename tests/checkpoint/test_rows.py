@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from lightning_mics import Topology, checkpoint, create_groups
+from lightning_mics import Topology, checkpoint, create_partition_groups
 from lightning_mics.checkpoint import loading
 from lightning_mics.checkpoint.dcp import reader
 from lightning_mics.checkpoint.dcp.reader import SafeReader
@@ -31,7 +31,7 @@ SHAPES = {
 def _tensors(partition_size: int, *, seed: int | None = 0) -> dict[str, DTensor]:
     """Tensors as FSDP2 shards them: rows over the partition group, the same on each replica; None fills with nan."""
     topology = Topology(world_size=dist.get_world_size(), ranks_per_node=2, partition_size=partition_size)
-    mesh = create_groups(topology, device_type="cpu").mesh
+    mesh = create_partition_groups(topology, device_type="cpu").mesh
     generator = torch.Generator().manual_seed(seed or 0)
     tensors = {}
     for name, shape in SHAPES.items():

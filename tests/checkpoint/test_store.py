@@ -23,7 +23,7 @@ from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, FileFacts,
 from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
 from lightning_mics.checkpoint.storage.store import CheckpointStore
 from lightning_mics.sharding.shard_model import shard_model
-from lightning_mics.techniques.partition_groups import create_groups
+from lightning_mics.techniques.partition_groups import create_partition_groups
 from lightning_mics.topology import Topology
 from tests.support.forked import run_ranks
 from tests.support.s3 import BUCKET, Fault, fault, s3
@@ -39,7 +39,7 @@ def _model(*, seed: int = 0, width: int = 8) -> nn.Module:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
     topology = Topology(world_size=2, ranks_per_node=2, partition_size=2)
-    shard_model(model, create_groups(topology, device_type="cpu"))
+    shard_model(model, create_partition_groups(topology, device_type="cpu"))
     return model
 
 

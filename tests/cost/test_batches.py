@@ -27,30 +27,33 @@ def test_what_is_given_stays() -> None:
     ("given", "message"),
     [
         (
-            {"global_batch": 1000, "ranks": 512},
+            {"global_batch_size": 1000, "ranks": 512},
             "global_batch_size=1000 sequences cannot be split over 512 ranks; the nearest that can are 512 and 1024",
         ),
         (
-            {"global_batch": 100, "ranks": 512},
+            {"global_batch_size": 100, "ranks": 512},
             "global_batch_size=100 sequences cannot be split over 512 ranks; the nearest that can are 512 and 1024",
         ),
         (
-            {"global_batch": 100, "ranks": 4, "micro": 8},
+            {"global_batch_size": 100, "ranks": 4, "micro": 8},
             "global_batch_size=100 sequences cannot be split over 4 ranks x data.batch_size=8; "
             "the nearest that can are 96 and 128",
         ),
         (
-            {"global_batch": 100, "ranks": 4, "accumulation": 3},
+            {"global_batch_size": 100, "ranks": 4, "accumulation": 3},
             "over 4 ranks x trainer.accumulate_grad_batches=3; the nearest that can are 96 and 108",
         ),
         (
-            {"global_batch": 100, "ranks": 4, "micro": 5, "accumulation": 4},
+            {"global_batch_size": 100, "ranks": 4, "micro": 5, "accumulation": 4},
             "global_batch_size=100 sequences are not 4 ranks x data.batch_size=5 x trainer.accumulate_grad_batches=4 = "
             "80; set global_batch_size=80",
         ),
-        ({"global_batch": 0, "ranks": 4}, "global_batch_size=0 must be a whole number of at least 1"),
-        ({"global_batch": 8, "ranks": 4, "micro": -1}, "data.batch_size=-1 must be a whole number of at least 1"),
-        ({"global_batch": 8, "ranks": 4, "accumulation": 0.5}, "trainer.accumulate_grad_batches=0.5 must be a whole"),
+        ({"global_batch_size": 0, "ranks": 4}, "global_batch_size=0 must be a whole number of at least 1"),
+        ({"global_batch_size": 8, "ranks": 4, "micro": -1}, "data.batch_size=-1 must be a whole number of at least 1"),
+        (
+            {"global_batch_size": 8, "ranks": 4, "accumulation": 0.5},
+            "trainer.accumulate_grad_batches=0.5 must be a whole",
+        ),
     ],
 )
 def test_an_impossible_batch_is_refused_with_the_nearest_possible(given: dict, message: str) -> None:

@@ -41,7 +41,7 @@ def predicted(name: str, shape: tuple[int, int, int], options: dict[str, Any]) -
         once_per_step=once,
         two_hop=options.get("two_hop", True),
         gathered_dtype=torch.float32 if precision == "32-true" else torch.bfloat16,
-        cross_node_dtype=options.get("cross_node_dtype"),
+        inter_node_reduce_dtype=options.get("inter_node_reduce_dtype"),
     )
     counts: Counter[Collective] = Counter()
     for repeated in traffic:

@@ -433,7 +433,7 @@ def load(path: Path, devices: int, options: dict[str, Any]) -> tuple[dict[str, T
         ({}, 4, {"partition_size": 4}),
         ({"partition_size": 4}, 2, {}),
         ({"save_sharded": False}, 4, {"partition_size": 1}),
-        ({"save_async": True}, 4, {}),
+        ({"async_save": True}, 4, {}),
     ],
 )
 def test_training_goes_on_from_a_checkpoint(
@@ -541,8 +541,8 @@ def test_other_precisions_are_refused_before_ranks_meet(precision: Any) -> None:
 def test_options_that_cannot_be_are_refused_at_once() -> None:
     with pytest.raises(TypeError, match="partition_sise"):
         MiCSFabricStrategy(partition_sise=2)
-    with pytest.raises(ValueError, match="save_async=True needs save_sharded=True"):
-        MiCSFabricStrategy(save_async=True, save_sharded=False)
+    with pytest.raises(ValueError, match="async_save=True needs save_sharded=True"):
+        MiCSFabricStrategy(async_save=True, save_sharded=False)
 
 
 def too_large_a_partition() -> None:

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lightning_mics import MiCSFabricStrategy, Topology, create_groups, shard_model
+from lightning_mics import MiCSFabricStrategy, Topology, create_partition_groups, shard_model
 from lightning_mics.integrations.accelerate import MiCSPlugin
 from tests.support.models import TinyModule, tokens
 from tests.support.recorded import RecordCollectives
@@ -58,7 +58,7 @@ def model() -> TinyModule:
 def plain(policy: dict[str, Any], micro_steps: int, _folder: Path) -> list[float]:
     options = copy.copy(policy)
     topology = Topology(world_size=4, ranks_per_node=2, partition_size=options.pop("partition_size"))
-    groups = create_groups(topology, device_type="cpu", hierarchical=options.pop("hierarchical", "auto"))
+    groups = create_partition_groups(topology, device_type="cpu", hierarchical=options.pop("hierarchical", "auto"))
     net = model()
     if options.get("in_node_gather") == "once_per_step":
         options |= {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step"}

@@ -17,7 +17,7 @@ from lightning_mics.collectives.traffic import Sent
 from lightning_mics.cost.collective import Collective
 from lightning_mics.cost.nccl_tests import read_runs, with_measured
 from lightning_mics.cost.step_time import collective_seconds, step_seconds
-from lightning_mics.cost.step_traffic import Repeated
+from lightning_mics.cost.step_traffic import ScheduledCollective
 from lightning_mics.planning import Plan, Workload, find_instance, measure_workload, plan, weak_scaling
 from lightning_mics.policy.memory import Activations, measure_model, smallest_partition_size
 from lightning_mics.sharding.blocks import find_blocks
@@ -52,7 +52,7 @@ def work(**options: Any) -> Workload:
 
 
 def planned(**options: Any) -> Plan:
-    return plan(work(), P4D, **{"nodes": 4, "global_batch": 1024, **options})
+    return plan(work(), P4D, **{"nodes": 4, "global_batch_size": 1024, **options})
 
 
 def test_a_workload_is_what_the_module_has_and_does() -> None:
@@ -78,7 +78,7 @@ def test_once_per_step_partition_groups_of_whole_nodes_send_the_same_between_the
     """2M(N-1)/N, in the dtypes of parameters and gradients: design.md, section 5.4."""
     workload = work(width=1024)  # which all sizes divide
     states = 4 * workload.parameters
-    for row in plan(workload, P4D, nodes=4, global_batch=1024, micro_batch=8).rows:
+    for row in plan(workload, P4D, nodes=4, global_batch_size=1024, micro_batch=8).rows:
         if row.topology.partition_size >= 8:  # whole nodes
             assert row.node_sent.between_bytes == pytest.approx(2 * states * 3 / 4, rel=0.02)
 
@@ -126,7 +126,7 @@ def test_memory_of_a_plan_is_a_little_more_than_what_a_rehearsal_takes(job: str,
     every = {"in_node_gather": "every_use", "in_node_reduce": "every_micro_step"}
     every |= {"cross_node_gather": "every_use", "cross_node_reduce": "every_micro_step"}
     plan_ = plan(
-        workload, hardware, nodes=2, global_batch=4 * 3 * SEQUENCES, micro_batch=SEQUENCES, **{**every, **once}
+        workload, hardware, nodes=2, global_batch_size=4 * 3 * SEQUENCES, micro_batch=SEQUENCES, **{**every, **once}
     )
     (row,) = (row for row in plan_.rows if row.topology.partition_size == shape[2])
     real = rehearsed(name, shape, options, backend="nccl").peak_bytes
@@ -134,24 +134,27 @@ def test_memory_of_a_plan_is_a_little_more_than_what_a_rehearsal_takes(job: str,
 
 
 def test_a_given_partition_size_is_planned_beside_the_recommended() -> None:
-    plan_ = plan(work(), P4D, nodes=4, global_batch=256, partition_size=16, two_hop=False)
+    plan_ = plan(work(), P4D, nodes=4, global_batch_size=256, partition_size=16, two_hop=False)
     assert plan_.chosen.topology.partition_size == 16 and plan_.recommended.topology.partition_size == 8
     scaling = weak_scaling(work(), P4D, nodes=[2, 4], samples_per_rank=8, partition_size=16, two_hop=False)
     assert scaling[-1].chosen.node_sent == plan_.chosen.node_sent
     with pytest.raises(ValueError, match="partition_size=12 is none of 1, 2, 4, 8, 16, 32, which are possible"):
-        plan(work(), P4D, nodes=4, global_batch=256, partition_size=12)
+        plan(work(), P4D, nodes=4, global_batch_size=256, partition_size=12)
 
 
 def test_weak_scaling_keeps_the_work_of_a_rank() -> None:
     plans = weak_scaling(work(), P4D, nodes=[1, 2, 4], samples_per_rank=32)
-    assert [plan_.global_batch for plan_ in plans] == [256, 512, 1024]
+    assert [plan_.global_batch_size for plan_ in plans] == [256, 512, 1024]
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"nodes": 0}, "nodes=0: a cluster has at least one"),
-        ({"global_batch": 33}, "global_batch_size=33 sequences cannot be split over 32 ranks; the nearest that can"),
+        (
+            {"global_batch_size": 33},
+            "global_batch_size=33 sequences cannot be split over 32 ranks; the nearest that can",
+        ),
         ({"micro_batch": 0}, "data.batch_size=0 must be a whole number of at least 1"),
     ],
 )
@@ -173,19 +176,19 @@ def test_a_model_without_blocks_is_refused() -> None:
 def test_a_block_that_no_device_holds_is_refused_with_what_is_missing() -> None:
     workload = replace(work(), size=replace(work().size, block_bytes=20 * 2**30))
     with pytest.raises(ValueError, match=r"the largest block \(20 GiB\) does not fit one A100 40 GB.*20 GiB too many"):
-        plan(workload, P4D, nodes=2, global_batch=64)
+        plan(workload, P4D, nodes=2, global_batch_size=64)
 
 
 def test_what_does_not_fit_is_said_by_how_much() -> None:
     large = replace(work(), sample=Activations(50 * 2**30, 1.0))
-    plan_ = plan(large, P4D, nodes=2, global_batch=64)
+    plan_ = plan(large, P4D, nodes=2, global_batch_size=64)
     assert not any(row.fits for row in plan_.rows)
     assert any("no partition size fits: the best needs 50" in warning for warning in plan_.warnings)
 
 
 def test_a_micro_batch_that_only_larger_partition_groups_hold_is_said_to_be_one() -> None:
     workload = replace(work(), size=replace(work().size, states_bytes=200 * 2**30), sample=Activations(1.0, 20 * 2**30))
-    plan_ = plan(workload, P4D, nodes=4, global_batch=32, micro_batch=1)
+    plan_ = plan(workload, P4D, nodes=4, global_batch_size=32, micro_batch=1)
     assert plan_.recommended.topology.partition_size == 8 and not plan_.recommended.fits
     assert any("partition_size=8 needs 45 GiB of 40 GiB" in w and "16, 32 would fit" in w for w in plan_.warnings)
 
@@ -205,11 +208,11 @@ def test_a_collective_takes_its_bytes_at_the_rate_of_the_network_and_a_latency_p
 def test_what_travels_once_per_step_hides_behind_one_micro_step_only() -> None:
     second = collective_seconds(gather(), P4D)
     flops = 2 * second * P4D.peak_tflops * 1e12 * P4D.kernel_share  # twice as long
-    every = [Repeated(gather(), 1, "every")]
+    every = [ScheduledCollective(gather(), 1, "every")]
     seconds = step_seconds(every, P4D, micro_steps=4, micro_step_flops=flops)
     assert seconds.least == pytest.approx(4 * 2 * second)
     assert seconds.most == pytest.approx(4 * 3 * second)
-    boundary = [Repeated(gather(), 4, "boundary")]
+    boundary = [ScheduledCollective(gather(), 4, "boundary")]
     seconds = step_seconds(boundary, P4D, micro_steps=4, micro_step_flops=flops)
     assert seconds.between == pytest.approx(4 * second)
     assert seconds.least == pytest.approx((3 * 2 + 4) * second)

@@ -52,7 +52,7 @@ def report(
         hierarchical=staged,
         once_per_step=once_per_step,
         two_hop=two_hop,
-        cross_node_dtype=wire,
+        inter_node_reduce_dtype=wire,
         reduce_dtype=torch.bfloat16,
         states_bytes=states,
         capacity_bytes=4 * GIB,

@@ -70,7 +70,7 @@ def test_a_compiled_block_counts_as_its_class():
 
 
 def test_a_missing_class_is_named_with_those_that_are_there():
-    message = "shard_modules: TinyLM has no Blok; its module classes are Linear (7), Block (3), Embedding (1)"
+    message = "block_classes: TinyLM has no Blok; its module classes are Linear (7), Block (3), Embedding (1)"
     with pytest.raises(ValueError, match=re.escape(message)):
         find_blocks(TinyLM(), ["Blok"])
 
@@ -129,7 +129,7 @@ def test_parameters_that_cannot_be_reduced_together_are_refused():
     model.blocks[0].down.to(torch.bfloat16)
     message = (
         "parameters 'blocks.0.up.weight' (torch.float32) and 'blocks.0.down.weight' (torch.bfloat16) are in one unit, "
-        "blocks.0, whose gradients are reduced together; give them one dtype, or units of their own by shard_modules"
+        "blocks.0, whose gradients are reduced together; give them one dtype, or units of their own by block_classes"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         find_blocks(model)

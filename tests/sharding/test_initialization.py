@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_mics import Topology, create_groups, shard_model
+from lightning_mics import Topology, create_partition_groups, shard_model
 from lightning_mics.sharding.initialization import verify_replicas
 from tests.support.forked import run_ranks
 from tests.support.models import TinyLM, tokens
@@ -45,7 +45,7 @@ def _shard_on_meta() -> dict[str, Any]:
     state = torch.get_rng_state()
     with torch.device("meta"):
         model = Scaled()
-    shard_model(model, create_groups(TWO_REPLICAS, device_type="cpu"))
+    shard_model(model, create_partition_groups(TWO_REPLICAS, device_type="cpu"))
     return {
         "own random state kept": torch.equal(state, torch.get_rng_state()),
         "std of linear": float(model.blocks[0].up.weight.full_tensor().std()),
@@ -79,7 +79,7 @@ def _units_that_are_whole() -> list[int]:
         model = TinyLM()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning_mics.sharding.shard_model.fully_shard", counting)
-        shard_model(model, create_groups(PAIR, device_type="cpu"))
+        shard_model(model, create_partition_groups(PAIR, device_type="cpu"))
     return alive
 
 
@@ -96,7 +96,7 @@ def _shard_built() -> tuple[Tensor, Tensor, Tensor]:
     model = TinyLM()
     model.blocks[0].scale.fill_(dist.get_rank())
     own = model.blocks[0].up.weight.detach().clone()
-    shard_model(model, create_groups(TWO_REPLICAS, device_type="cpu"))
+    shard_model(model, create_partition_groups(TWO_REPLICAS, device_type="cpu"))
     return model.blocks[0].up.weight.full_tensor().detach(), model.blocks[0].scale, own
 
 
@@ -108,7 +108,7 @@ def test_replicas_that_differ_in_one_bit_are_found_on_every_rank():
 
 def _flip_one_bit() -> str:
     model = TinyLM()
-    groups = create_groups(TWO_REPLICAS, device_type="cpu")
+    groups = create_partition_groups(TWO_REPLICAS, device_type="cpu")
     shard_model(model, groups)
     if dist.get_rank() == 2:
         bits = model.blocks[1].up.weight.to_local().detach().view(torch.int32)
@@ -141,7 +141,7 @@ def test_a_parent_may_set_the_weights_of_its_children():
 def _shard_parents() -> tuple[Tensor, Tensor]:
     with torch.device("meta"):
         model = nn.Sequential(Parent(), Parent())
-    shard_model(model, create_groups(PAIR, device_type="cpu"))
+    shard_model(model, create_partition_groups(PAIR, device_type="cpu"))
     return model[0].child.weight.full_tensor().detach(), model[1].order
 
 
@@ -160,7 +160,7 @@ def _spreads_of_gpt2() -> list[dict[str, float]]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(vocab_size=199, n_positions=32, n_embd=48, n_layer=2, n_head=2)
-    groups = create_groups(PAIR, device_type="cpu")
+    groups = create_partition_groups(PAIR, device_type="cpu")
     spreads = []
     for device in ("cpu", "meta"):
         torch.manual_seed(0)
@@ -187,7 +187,7 @@ def _shard_forgetful() -> str:
     with torch.device("meta"):
         model = Forgetful()
     with pytest.raises(TypeError, match="register it as a buffer") as caught:
-        shard_model(model, create_groups(PAIR, device_type="cpu"))
+        shard_model(model, create_partition_groups(PAIR, device_type="cpu"))
     return str(caught.value)
 
 
@@ -207,5 +207,5 @@ def _shard_odd_buffers() -> list[Tensor]:
     ]
     for index, value in enumerate(values):
         model.register_buffer(f"odd_{index}", value if first else torch.zeros_like(value))
-    shard_model(model, create_groups(PAIR, device_type="cpu"))
+    shard_model(model, create_partition_groups(PAIR, device_type="cpu"))
     return [getattr(model, f"odd_{index}") for index in range(3)] + [model.odd_3.float()]

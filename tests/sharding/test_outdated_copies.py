@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
-from lightning_mics import Topology, TwoHopSchedule, create_groups, shard_model
+from lightning_mics import AccumulationSchedule, Topology, create_partition_groups, shard_model
 from tests.support.forked import RankError, run_ranks
 from tests.support.models import DIM, LAYERS, Stack
 
@@ -166,14 +166,14 @@ def _loss_after(
         change(model)
         after = model(x)
     model.reshard()
-    schedule.weights_changed()
+    schedule.invalidate_cache()
     with torch.no_grad():
         anew = model(x)
     return before.item(), after.item(), anew.item()
 
 
 def _train_around(
-    change: Callable[[], None], model: Stack, schedule: TwoHopSchedule, x: torch.Tensor
+    change: Callable[[], None], model: Stack, schedule: AccumulationSchedule, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The losses of a micro-step before a change and of the boundary after it."""
     with schedule.micro_step(boundary=False):
@@ -186,10 +186,10 @@ def _train_around(
     return before, after
 
 
-def _make(options: dict[str, str]) -> tuple[Stack, TwoHopSchedule]:
+def _make(options: dict[str, str]) -> tuple[Stack, AccumulationSchedule]:
     torch.manual_seed(0)
     model = Stack()
-    return model, shard_model(model, create_groups(TOPOLOGY, device_type="cpu"), **options)
+    return model, shard_model(model, create_partition_groups(TOPOLOGY, device_type="cpu"), **options)
 
 
 @pytest.mark.parametrize(("where", "route"), [("inside", r) for r in INSIDE] + [("between", r) for r in BETWEEN])
@@ -222,7 +222,7 @@ def _change_unnoticed(options: dict[str, str], route: str, tell: bool) -> tuple[
     def change() -> None:
         UNKNOWN[route](model)
         if tell:
-            schedule.weights_changed()
+            schedule.invalidate_cache()
 
     x = torch.randn(2, DIM, generator=torch.Generator().manual_seed(3))
     before, after = _train_around(change, model, schedule, x)
@@ -252,7 +252,7 @@ def test_weights_that_change_during_an_evaluation_unnoticed_are_refused_at_its_e
 
 def _change_during_evaluation(options: dict[str, str]) -> None:
     model, schedule = _make(options)
-    with torch.no_grad(), schedule.fixed_weights():
+    with torch.no_grad(), schedule.cached_weights():
         model(torch.randn(2, DIM))
         _through_data(model)
         model(torch.randn(2, DIM))

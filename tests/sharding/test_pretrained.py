@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_mics import Topology, create_groups, load_pretrained, shard_model, start_from
+from lightning_mics import Topology, create_partition_groups, load_pretrained, shard_model, start_from
 from tests.support.fits import Recorder, refusal, same, whole_weights
 from tests.support.forked import run_ranks
 from tests.support.models import VOCAB, tokens
@@ -153,7 +153,7 @@ def _count_reads(folder: Path, partition_size: int) -> list[int]:
         network = network_class(config)
     start_from(network, folder)
     topology = Topology(world_size=4, ranks_per_node=2, partition_size=partition_size)
-    shard_model(network, create_groups(topology, device_type="cpu"))
+    shard_model(network, create_partition_groups(topology, device_type="cpu"))
     return counting.reads
 
 
@@ -177,7 +177,9 @@ WIDE = GPT2Config(vocab_size=VOCAB, n_positions=8, n_embd=96, n_layer=3, n_head=
 def _memory_to_read(folder: Path) -> tuple[int, int]:
     """Bytes of all tensors that are made while weights are read, and bytes of this rank's part of the weights."""
     network = GPT2LMHeadModel(WIDE)
-    shard_model(network, create_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu"))
+    shard_model(
+        network, create_partition_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu")
+    )
     with torch.profiler.profile(profile_memory=True) as profile:
         load_pretrained(network, folder)
     made = [event.self_cpu_memory_usage for event in profile.key_averages() if event.self_cpu_memory_usage > 0]
@@ -348,7 +350,9 @@ def test_a_folder_without_weights_is_refused_before_anything_is_sharded(tmp_path
 
 def _one_rank_fails(folder: Path, own: Path) -> str:
     network = make("gpt")
-    shard_model(network, create_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu"))
+    shard_model(
+        network, create_partition_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu")
+    )
     mine = own / str(dist.get_rank())
     shutil.copytree(folder, mine)
     if dist.get_rank() == 1:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_mics import Topology, create_groups, shard_model
+from lightning_mics import Topology, create_partition_groups, shard_model
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.techniques.partition_groups import PartitionGroups
 from tests.support.forked import run_ranks
@@ -114,7 +114,7 @@ def _train_beside_reference(topology: Topology, modes: list[dict[str, Any]]) -> 
     facts = []
     for mode in modes:
         options = dict(mode)
-        groups = create_groups(topology, device_type="cpu", hierarchical=options.pop("hierarchical"))
+        groups = create_partition_groups(topology, device_type="cpu", hierarchical=options.pop("hierarchical"))
         facts += [_compare(groups, options, micro_steps) for micro_steps in MICRO_STEPS]
     return facts
 
@@ -124,7 +124,7 @@ def _compare(groups: PartitionGroups, options: dict[str, Any], micro_steps: int)
     torch.manual_seed(rank)  # each rank starts from weights of its own
     model = HardCases()
     reference = copy.deepcopy(model)
-    schedule = shard_model(model, groups, shard_modules=BLOCKS, **options)
+    schedule = shard_model(model, groups, block_classes=BLOCKS, **options)
     for name, parameter in model.named_parameters():
         reference.get_parameter(name).data.copy_(parameter.full_tensor())
     initial = _vector(reference.named_parameters())
@@ -187,7 +187,7 @@ def test_hierarchical_and_flat_all_gather_are_bit_equal(partition):
 def _gather_both_ways(topology: Topology) -> list[Tensor]:
     outputs = []
     for hierarchical in (False, True):
-        groups = create_groups(topology, device_type="cpu", hierarchical=hierarchical)
+        groups = create_partition_groups(topology, device_type="cpu", hierarchical=hierarchical)
         torch.manual_seed(0)
         model = TinyLM()
         shard_model(model, groups)
@@ -215,5 +215,5 @@ def _first_weights(world: int, ranks_per_node: int, partition: int, on_meta: boo
     with torch.device("meta" if on_meta else "cpu"):
         model = TinyLM()
     topology = Topology(world_size=world, ranks_per_node=ranks_per_node, partition_size=partition)
-    shard_model(model, create_groups(topology, device_type="cpu"))
+    shard_model(model, create_partition_groups(topology, device_type="cpu"))
     return _vector((name, parameter.full_tensor()) for name, parameter in model.named_parameters())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mics import Topology, create_groups, shard_model
+from lightning_mics import Topology, create_partition_groups, shard_model
 from tests.support.forked import run_ranks
 from tests.support.models import BLOCK_NUMEL, BYTES, DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
@@ -19,7 +19,7 @@ SHAPES = [(4, 2, 1), (4, 2, 2), (4, 2, 4), (8, 2, 4), (8, 4, 8), (8, 2, 8)]
 def _record(topology: Topology, hierarchical: bool) -> list[list[Collective]]:
     """The collectives of three micro-steps, the last one the boundary."""
     model = Stack()
-    schedule = shard_model(model, create_groups(topology, device_type="cpu", hierarchical=hierarchical))
+    schedule = shard_model(model, create_partition_groups(topology, device_type="cpu", hierarchical=hierarchical))
     steps = []
     for boundary in (False, False, True):
         with RecordCollectives() as recorded, schedule.micro_step(boundary=boundary):
@@ -110,7 +110,7 @@ def test_clipping_reduces_one_tensor_of_norms_over_the_partition_group():
 def _record_clip() -> list[Collective]:
     model = Stack()
     topology = Topology(world_size=4, ranks_per_node=2, partition_size=2)
-    shard_model(model, create_groups(topology, device_type="cpu"))
+    shard_model(model, create_partition_groups(topology, device_type="cpu"))
     model(torch.randn(2, DIM)).backward()
     with RecordCollectives() as recorded:
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
@@ -128,7 +128,7 @@ def _record_start() -> list[Collective]:
     with torch.device("meta"):
         model = Stack()
     topology = Topology(world_size=4, ranks_per_node=2, partition_size=2)
-    groups = create_groups(topology, device_type="cpu")
+    groups = create_partition_groups(topology, device_type="cpu")
     with RecordCollectives() as recorded:
         shard_model(model, groups)
     return recorded.seen
@@ -154,8 +154,8 @@ def _with_and_without_two_hops(wire_dtype: torch.dtype | None) -> list[dict]:
     for two_hop in (True, False):
         torch.manual_seed(0)
         model = Stack()
-        groups = create_groups(IN_TWO_GROUPS, device_type="cpu")
-        schedule = shard_model(model, groups, two_hop=two_hop, cross_node_dtype=wire_dtype)
+        groups = create_partition_groups(IN_TWO_GROUPS, device_type="cpu")
+        schedule = shard_model(model, groups, two_hop=two_hop, inter_node_reduce_dtype=wire_dtype)
         torch.manual_seed(1 + torch.distributed.get_rank())
         second_hops = []
         for boundary in (False, False, True):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_mics import Topology, create_groups, shard_model
+from lightning_mics import Topology, create_partition_groups, shard_model
 from tests.support.forked import run_ranks
 from tests.support.models import TinyLM, tokens
 
@@ -29,7 +29,7 @@ def _gradients_with_cache() -> list[float]:
 
     config = GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=2, n_head=2)
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    groups = create_groups(PAIR, device_type="cpu")
+    groups = create_partition_groups(PAIR, device_type="cpu")
     norms = []
     for recompute in (False, True):
         torch.manual_seed(0)
@@ -73,7 +73,7 @@ def _train_architectures() -> dict[str, list[float]]:
         },
     }
     heads = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
-    groups = create_groups(PAIR, device_type="cpu")
+    groups = create_partition_groups(PAIR, device_type="cpu")
     norms: dict[str, list[float]] = {}
     for name in ARCHITECTURES:
         options = extra[name] if name == "t5" else {**sizes, **extra.get(name, {})}
@@ -101,7 +101,7 @@ def _count_checkpoints() -> tuple[int, int]:
     real = activation_checkpointing.checkpoint
     activation_checkpointing.checkpoint = lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
     model = TinyLM(layers=3)
-    shard_model(model, create_groups(PAIR, device_type="cpu"), activation_checkpointing=True)
+    shard_model(model, create_partition_groups(PAIR, device_type="cpu"), activation_checkpointing=True)
     with torch.no_grad():
         model(tokens(1))
     in_evaluation = len(calls)
@@ -127,7 +127,7 @@ def test_within_a_window_an_unused_parameter_of_a_used_block_counts_as_zero():
 
 def _unused_gradients(micro_steps: int) -> float | None:
     model = HalfUsed()
-    schedule = shard_model(model, create_groups(TWO_REPLICAS, device_type="cpu"))
+    schedule = shard_model(model, create_partition_groups(TWO_REPLICAS, device_type="cpu"))
     for index in range(micro_steps):
         with schedule.micro_step(boundary=index == micro_steps - 1):
             model(tokens(1, seed=index)).backward()

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_mics import Topology, checkpoint, create_groups, shard_model
+from lightning_mics import Topology, checkpoint, create_partition_groups, shard_model
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, FileFacts, Manifest
 
@@ -72,7 +72,7 @@ class Job:
         torch.manual_seed(0)
         self.model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2)))
         topology = Topology(world_size=1, ranks_per_node=1, partition_size=1)
-        schedule = shard_model(self.model, create_groups(topology, device_type="cpu"))
+        schedule = shard_model(self.model, create_partition_groups(topology, device_type="cpu"))
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         with schedule.micro_step(boundary=True):
             self.model(torch.randn(2, 8)).square().sum().backward()

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_mics import Topology, checkpoint, create_groups, shard_model
+from lightning_mics import Topology, checkpoint, create_partition_groups, shard_model
 from lightning_mics.checkpoint.async_save import BackgroundSaving
 from lightning_mics.checkpoint.dcp.save_planner import HostBuffers
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
@@ -205,7 +205,7 @@ def _train(
     torch.manual_seed(0)
     model = Model()
     topology = Topology(world_size=ranks, ranks_per_node=ranks, partition_size=max(1, ranks // 2))
-    schedule = shard_model(model, create_groups(topology, device_type="cpu"))
+    schedule = shard_model(model, create_partition_groups(topology, device_type="cpu"))
     optimizer = torch.optim.AdamW(model.parameters())
     first = 0
     if path.exists() or any(path.parent.glob(f".{path.name}.former")):

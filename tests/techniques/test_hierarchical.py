@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_mics import Topology, create_groups
+from lightning_mics import Topology, create_partition_groups
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
@@ -39,7 +39,7 @@ def test_two_stages_give_what_one_flat_collective_gives(shape):
 def _compare_with_flat(shape: tuple[int, int, int]) -> dict[str, float]:
     world, ranks_per_node, partition = shape
     topology = Topology(world_size=world, ranks_per_node=ranks_per_node, partition_size=partition)
-    groups = create_groups(topology, device_type="cpu", hierarchical=True)
+    groups = create_partition_groups(topology, device_type="cpu", hierarchical=True)
     errors = {
         "all-gather": _all_gather_error(groups, async_op=False),
         "all-gather, asynchronous": _all_gather_error(groups, async_op=True),
@@ -94,7 +94,7 @@ def test_other_reductions_are_refused():
 
 
 def _reduce_by_maximum() -> str:
-    groups = create_groups(Topology(world_size=2, ranks_per_node=1, partition_size=2), device_type="cpu")
+    groups = create_partition_groups(Topology(world_size=2, ranks_per_node=1, partition_size=2), device_type="cpu")
     reduce = HierarchicalReduceScatter(**_stages(groups))
     with pytest.raises(ValueError, match="SUM, AVG") as caught:
         reduce(torch.empty(1), torch.ones(2), groups.partition, dist.ReduceOp.MAX)
@@ -107,7 +107,7 @@ def test_a_group_of_another_size_is_refused():
 
 
 def _gather_for_another_group() -> str:
-    groups = create_groups(Topology(world_size=2, ranks_per_node=1, partition_size=2), device_type="cpu")
+    groups = create_partition_groups(Topology(world_size=2, ranks_per_node=1, partition_size=2), device_type="cpu")
     gather = HierarchicalAllGather(**_stages(groups))
     with pytest.raises(RuntimeError, match="called for") as caught:
         gather(torch.empty(1), torch.empty(1), dist.new_group([dist.get_rank()], use_local_synchronization=True))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from lightning_mics import Topology, TwoHopSchedule, create_groups, shard_model
+from lightning_mics import AccumulationSchedule, Topology, create_partition_groups, shard_model
 from tests.support.forked import run_ranks
 from tests.support.models import DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
@@ -40,13 +40,13 @@ OVER_TWO = Topology(world_size=4, ranks_per_node=2, partition_size=4)
 UNITS = LAYERS + 1  # the blocks and the root
 
 
-def _make(topology: Topology, **options: Any) -> tuple[Stack, TwoHopSchedule]:
+def _make(topology: Topology, **options: Any) -> tuple[Stack, AccumulationSchedule]:
     torch.manual_seed(0)
     model = Stack()
-    return model, shard_model(model, create_groups(topology, device_type="cpu"), **options)
+    return model, shard_model(model, create_partition_groups(topology, device_type="cpu"), **options)
 
 
-def _micro_step(model: Stack, schedule: TwoHopSchedule, *, boundary: bool) -> list[Collective]:
+def _micro_step(model: Stack, schedule: AccumulationSchedule, *, boundary: bool) -> list[Collective]:
     with RecordCollectives() as recorded, schedule.micro_step(boundary=boundary):
         model(torch.randn(2, DIM)).backward()
     return recorded.seen
@@ -193,7 +193,7 @@ def _evaluate(options: dict[str, Any]) -> tuple[list[list[Collective]], list[lis
         return recorded
 
     loose = passes()
-    with schedule.fixed_weights():
+    with schedule.cached_weights():
         return loose, passes()
 
 
@@ -208,7 +208,7 @@ def _held_on_nodes() -> list[tuple[int, int]]:
     for boundary in (False, True):
         _micro_step(model, schedule, boundary=boundary)
         copies = [copy._rail_slice for copy in schedule._copies]
-        sums = [deferral._sums for deferral in schedule._deferrals.values()]
+        sums = [pending_gradients._sums for pending_gradients in schedule._pending_gradients.values()]
         held.append((_bytes(copies), _bytes(sums)))
     return held
 
@@ -261,7 +261,7 @@ def _skip_at_the_boundary(
     torch.manual_seed(0)
     model, alone = TakesTurns(), TakesTurns()
     alone.load_state_dict(model.state_dict())
-    groups = create_groups(OVER_TWO, device_type="cpu")
+    groups = create_partition_groups(OVER_TWO, device_type="cpu")
     mixed_precision = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     schedule = shard_model(model, groups, mixed_precision=mixed_precision, **options)
     x = torch.randn(2, DIM)  # the same on all ranks
@@ -291,7 +291,7 @@ def _wire(topology: Topology, options: dict[str, Any]) -> tuple[dict[str, float]
     """Relative errors of gradients by wire dtype; whether bf16 halves their bytes; whether replicas are bit-equal."""
     gradients, crossing = {}, {}
     for name, dtype in {"none": None, "float32": torch.float32, "bfloat16": torch.bfloat16}.items():
-        model, schedule = _make(topology, cross_node_dtype=dtype, **options)
+        model, schedule = _make(topology, inter_node_reduce_dtype=dtype, **options)
         torch.manual_seed(7 + torch.distributed.get_rank())
         for boundary in (False, False, True):
             _micro_step(model, schedule, boundary=boundary)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from lightning_mics import Topology, create_groups
+from lightning_mics import Topology, create_partition_groups
 from tests.support.forked import run_ranks
 
 KINDS = ("partition", "replication", "rail", "node")
@@ -30,7 +30,7 @@ def test_every_rank_makes_the_groups_it_needs_and_no_others(shape):
 
 
 def _describe(topology: Topology) -> dict[str, Any]:
-    groups = create_groups(topology, device_type="cpu")
+    groups = create_partition_groups(topology, device_type="cpu")
     made = {kind: getattr(groups, kind) for kind in KINDS}
     dist.barrier()  # a rank that ends early would break the connections of others
     mesh = groups.mesh.mesh if groups.mesh.ndim == 2 else groups.mesh.mesh[None]
@@ -49,7 +49,7 @@ def test_the_timeout_reaches_every_group():
 
 def _timeouts() -> list[timedelta]:
     topology = Topology(world_size=8, ranks_per_node=2, partition_size=4)
-    groups = create_groups(topology, device_type="cpu", timeout=timedelta(seconds=77))
+    groups = create_partition_groups(topology, device_type="cpu", timeout=timedelta(seconds=77))
     dist.barrier()
     mine = (groups.partition, groups.replication, groups.rail, groups.node)
     return [group._get_backend(groups.device).options._timeout for group in mine]

@@ -13,7 +13,7 @@ from benchmarks.comparison.bare_loop import train_in_bare_loop
 from benchmarks.comparison.job import Job
 from benchmarks.comparison.systems import partition_nodes
 from benchmarks.comparison.workload import build_model, make_optimizer
-from lightning_mics import Topology, create_groups, shard_model
+from lightning_mics import Topology, create_partition_groups, shard_model
 from lightning_mics.collectives.traffic import Traffic
 
 PACKAGES: tuple[str, ...] = ()
@@ -27,7 +27,7 @@ def train(setting: str | None, job: Job) -> None:
     assert setting is not None  # every system of this module has one
     topology = topology_of(setting, job)
     hierarchical, options = schedule_options(setting)
-    groups = create_groups(topology, device_type="cpu", hierarchical=hierarchical)
+    groups = create_partition_groups(topology, device_type="cpu", hierarchical=hierarchical)
     model = build_model(job.workload)
     schedule = shard_model(model, groups, **options)
     optimizer = make_optimizer(job.workload, model.parameters(), name=job.plan.optimizer)

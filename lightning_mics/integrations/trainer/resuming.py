@@ -25,7 +25,7 @@ KEY = "mics"  # in a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
+class EpochGeometry:
     """How a run walks through an epoch.
 
     Attributes:
@@ -41,7 +41,7 @@ class Pace:
     batches_per_epoch: float
 
     @classmethod
-    def of(cls, trainer: pl.Trainer) -> Pace:
+    def of(cls, trainer: pl.Trainer) -> EpochGeometry:
         """That of a Trainer which has its data."""
         return cls(
             world_size=trainer.world_size,
@@ -58,7 +58,7 @@ class Pace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
+class ResumeState:
     """What a checkpoint says of the run that it was taken from.
 
     Attributes:
@@ -66,27 +66,27 @@ class Saved:
         random_state: Of this rank; of rank 0 if there were more or fewer ranks.
     """
 
-    pace: Pace
+    pace: EpochGeometry
     random_state: dict[str, Tensor]
 
     @classmethod
-    def now(cls, trainer: pl.Trainer) -> Saved:
+    def now(cls, trainer: pl.Trainer) -> ResumeState:
         """For a checkpoint that is taken now."""
-        return cls(pace=Pace.of(trainer), random_state=random_states.capture())
+        return cls(pace=EpochGeometry.of(trainer), random_state=random_states.capture())
 
     def plain(self) -> dict[str, Any]:
         """The pace as plain data."""
         return asdict(self.pace)
 
 
-def go_on(trainer: pl.Trainer, saved: Saved) -> None:
+def go_on(trainer: pl.Trainer, saved: ResumeState) -> None:
     """Put a Trainer that has loaded its loops, and made its data's iterators, where the saved run was.
 
     Raises:
         ValueError: If that is no boundary here.
         RuntimeError: If it was none there, and the ranks or batches are others.
     """
-    now, loop = Pace.of(trainer), trainer.fit_loop
+    now, loop = EpochGeometry.of(trainer), trainer.fit_loop
     if saved.pace.world_size == now.world_size:
         random_states.restore(saved.random_state)
     else:
@@ -97,7 +97,7 @@ def go_on(trainer: pl.Trainer, saved: Saved) -> None:
         _begin_next_epoch(loop, now=now, saved=saved.pace)
 
 
-def place_in_epoch(micro_steps: int, *, now: Pace, saved: Pace) -> int:
+def place_in_epoch(micro_steps: int, *, now: EpochGeometry, saved: EpochGeometry) -> int:
     """After how many micro-steps of now an epoch is where it was after so many of the saved run.
 
     Raises:
@@ -126,7 +126,7 @@ def place_in_epoch(micro_steps: int, *, now: Pace, saved: Pace) -> int:
 # -- where in the epoch ------------------------------------------------------------------------------------------------
 
 
-def _go_on_in_epoch(trainer: pl.Trainer, *, now: Pace, saved: Pace) -> None:
+def _go_on_in_epoch(trainer: pl.Trainer, *, now: EpochGeometry, saved: EpochGeometry) -> None:
     loop = trainer.fit_loop
     progress: Any = loop.epoch_loop.batch_progress
     done, last = progress.current.processed, progress.is_last_batch
@@ -147,7 +147,7 @@ def _go_on_in_epoch(trainer: pl.Trainer, *, now: Pace, saved: Pace) -> None:
         _renew_iterator(loop)
 
 
-def _begin_next_epoch(loop: Any, *, now: Pace, saved: Pace) -> None:
+def _begin_next_epoch(loop: Any, *, now: EpochGeometry, saved: EpochGeometry) -> None:
     """As Lightning does in a run that was not interrupted, which counts an epoch and makes the iterators anew."""
     for tracker in (loop.epoch_progress.total, loop.epoch_progress.current):
         tracker.ready = tracker.started = tracker.completed = tracker.processed
@@ -174,7 +174,7 @@ def _set_processed(tracker: Any, micro_steps: int) -> None:
         setattr(tracker, name, getattr(tracker, name) + shift)
 
 
-def _whole_epochs(micro_steps: int, *, now: Pace, saved: Pace) -> int:
+def _whole_epochs(micro_steps: int, *, now: EpochGeometry, saved: EpochGeometry) -> int:
     """So many micro-steps, which make whole epochs, in those of now."""
     if math.isinf(saved.batches_per_epoch) or math.isinf(now.batches_per_epoch):
         here, there = _samples(now, saved)
@@ -185,19 +185,19 @@ def _whole_epochs(micro_steps: int, *, now: Pace, saved: Pace) -> int:
 # -- other ranks, other batches ----------------------------------------------------------------------------------------
 
 
-def _differ(now: Pace, saved: Pace) -> bool:
+def _differ(now: EpochGeometry, saved: EpochGeometry) -> bool:
     here, there = _samples(now, saved)
     return here != there
 
 
-def _samples(now: Pace, saved: Pace) -> tuple[int, int]:
+def _samples(now: EpochGeometry, saved: EpochGeometry) -> tuple[int, int]:
     """Samples of all ranks in a micro-step, here and there; of one each if a loader does not say."""
     if now.batch_size is None or saved.batch_size is None:
         return now.world_size, saved.world_size
     return now.world_size * now.batch_size, saved.world_size * saved.batch_size
 
 
-def _remedy(now: Pace, saved: Pace) -> str:
+def _remedy(now: EpochGeometry, saved: EpochGeometry) -> str:
     here, there = _samples(now, saved)
     micro_steps, rest = divmod(there * saved.micro_steps, here)
     if rest:
@@ -205,7 +205,7 @@ def _remedy(now: Pace, saved: Pace) -> str:
     return f"accumulate_grad_batches={micro_steps} makes an optimizer step as large as it was"
 
 
-def _warn_of_data(trainer: pl.Trainer, *, now: Pace, saved: Pace) -> None:
+def _warn_of_data(trainer: pl.Trainer, *, now: EpochGeometry, saved: EpochGeometry) -> None:
     loader = trainer.train_dataloader
     if not isinstance(getattr(loader, "sampler", None), ResumableSampler):
         warnings.warn(

@@ -62,7 +62,7 @@ class MiCSStrategy(ModelParallelStrategy):
 
     Args:
         save_sharded: Checkpoints are directories of shards; False gathers them into one file on rank 0.
-        save_async: Checkpoints of a fit are written while training goes on, from copies in the host's memory; the end
+        async_save: Checkpoints of a fit are written while training goes on, from copies in the host's memory; the end
             of the fit waits for them. Needs ``save_sharded``.
         trust_checkpoints: Whether loading a checkpoint may run code that is in it, which objects other than plain data
             and tensors need; an explicit ``weights_only`` goes before.
@@ -70,8 +70,8 @@ class MiCSStrategy(ModelParallelStrategy):
         timeout: For the collectives of all groups.
         policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``,
             ``hierarchical``,
-            ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``, ``cross_node_dtype``,
-            ``two_hop``, ``reduce_dtype``, ``shard_modules``, ``activation_checkpointing``.
+            ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``,
+            ``inter_node_reduce_dtype``, ``two_hop``, ``reduce_dtype``, ``block_classes``, ``activation_checkpointing``.
 
     Raises:
         TypeError: If an option has the wrong type, or the model cannot be sharded.
@@ -82,7 +82,7 @@ class MiCSStrategy(ModelParallelStrategy):
         self,
         *,
         save_sharded: bool = True,
-        save_async: bool = False,
+        async_save: bool = False,
         trust_checkpoints: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -91,13 +91,13 @@ class MiCSStrategy(ModelParallelStrategy):
         super().__init__(
             save_distributed_checkpoint=save_sharded, process_group_backend=process_group_backend, timeout=timeout
         )
-        check_saving(save_sharded=save_sharded, save_async=save_async)
+        check_saving(save_sharded=save_sharded, async_save=async_save)
         self._policy = Policy(timeout=timeout, **policy)
         self._trust_checkpoints = trust_checkpoints
-        self._saving = ShardedSaving(beside_training=save_async, timeout=timeout)
+        self._saving = ShardedSaving(beside_training=async_save, timeout=timeout)
         self._sharded: Sharded | None = None
         self._evaluation = ExitStack()
-        self._resumed: resuming.Saved | None = None  # from loading a checkpoint until training starts
+        self._resumed: resuming.ResumeState | None = None  # from loading a checkpoint until training starts
 
     # -- before the model --------------------------------------------------------------------------------------------
 
@@ -299,7 +299,7 @@ class MiCSStrategy(ModelParallelStrategy):
 
     def _start_evaluation(self) -> None:
         """All batches of an evaluation share weights; callbacks may exchange them before it and after it."""
-        self._evaluation.enter_context(self._state().schedule.fixed_weights())
+        self._evaluation.enter_context(self._state().schedule.cached_weights())
 
     def _end_evaluation(self) -> None:
         self._reshard_root()
@@ -322,11 +322,11 @@ class MiCSStrategy(ModelParallelStrategy):
             self._sharded.schedule.abandon_window()
             self._evaluation.close()
 
-    def weights_changed(self) -> None:
+    def invalidate_cache(self) -> None:
         """Call it, on all ranks, after weights were changed inside an accumulation window in a way that torch does not
-        notice; see :class:`~lightning_mics.sharding.schedule.TwoHopSchedule`.
+        notice; see :class:`~lightning_mics.sharding.schedule.AccumulationSchedule`.
         """
-        self._state().schedule.weights_changed()
+        self._state().schedule.invalidate_cache()
 
     @property
     def traffic(self) -> Traffic:
@@ -379,7 +379,7 @@ class MiCSStrategy(ModelParallelStrategy):
     def _save(self, path: StoragePath, state: dict[str, Any]) -> None:
         random_state: dict[str, Tensor] = {}
         if "optimizer_states" in state:  # not weights only: a run can go on from it
-            now = self._resumed or resuming.Saved.now(self._trainer)
+            now = self._resumed or resuming.ResumeState.now(self._trainer)
             state[resuming.KEY], random_state = now.plain(), now.random_state
         if not self._save_distributed_checkpoint:
             state.update(checkpoint.gather_rank_states(random_state) if random_state else {})
@@ -434,7 +434,9 @@ class MiCSStrategy(ModelParallelStrategy):
             self._abandon_window()
             verify_replicas(self.model, self._state().groups)
         if fitting and resuming.KEY in meta:
-            self._resumed = resuming.Saved(pace=resuming.Pace(**meta[resuming.KEY]), random_state=random_state)
+            self._resumed = resuming.ResumeState(
+                pace=resuming.EpochGeometry(**meta[resuming.KEY]), random_state=random_state
+            )
         return meta if VERSION in meta else {VERSION: lightning.__version__, "lr_schedulers": [], **meta}
 
     @override

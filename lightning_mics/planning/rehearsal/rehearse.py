@@ -30,9 +30,9 @@ from lightning_mics.planning.rehearsal.collectives import Collectives
 from lightning_mics.planning.rehearsal.observed import Observed
 from lightning_mics.sharding.blocks import ModuleClasses
 from lightning_mics.sharding.options import Gather, Reduce
-from lightning_mics.sharding.schedule import TwoHopSchedule
+from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
-from lightning_mics.techniques.partition_groups import create_groups
+from lightning_mics.techniques.partition_groups import create_partition_groups
 from lightning_mics.topology import Topology
 
 PARAMETERS, GRADIENTS, STATES = "parameters", "gradients", "optimizer states"
@@ -45,7 +45,7 @@ CATEGORIES = (PARAMETERS, GRADIENTS, STATES, KEPT, GATHERED, REDUCING, UNKNOWN)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ran:
+class ExecutedCollective:
     """One collective of the step that was rehearsed.
 
     Attributes:
@@ -75,7 +75,7 @@ class Rehearsal:
     topology: Topology
     rank: int
     micro_steps: int
-    ran: tuple[Ran, ...]
+    ran: tuple[ExecutedCollective, ...]
     peak: dict[str, int]
     states: dict[str, int]
 
@@ -108,12 +108,12 @@ def rehearse(
     precision: str = "32-true",
     backend: Literal["nccl", "gloo"] = "nccl",
     hierarchical: bool | Literal["auto"] = "auto",
-    shard_modules: ModuleClasses | None = None,
+    block_classes: ModuleClasses | None = None,
     cross_node_gather: Gather = "every_use",
     cross_node_reduce: Reduce = "every_micro_step",
     in_node_gather: Gather = "every_use",
     in_node_reduce: Reduce = "every_micro_step",
-    cross_node_dtype: torch.dtype | None = None,
+    inter_node_reduce_dtype: torch.dtype | None = None,
     two_hop: bool = True,
     reduce_dtype: torch.dtype | None = None,
     activation_checkpointing: bool | ModuleClasses = False,
@@ -134,13 +134,13 @@ def rehearse(
         gradient_clip_val: The largest norm of all gradients; None clips nothing.
         precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
         backend: What runs collectives. gloo takes others than nccl for some.
-        hierarchical: As of :func:`~lightning_mics.techniques.partition_groups.create_groups`.
-        shard_modules: As of :func:`~lightning_mics.sharding.shard_model.shard_model`; and so are the following.
+        hierarchical: As of :func:`~lightning_mics.techniques.partition_groups.create_partition_groups`.
+        block_classes: As of :func:`~lightning_mics.sharding.shard_model.shard_model`; and so are the following.
         cross_node_gather: When parameters cross nodes.
         cross_node_reduce: When gradients cross nodes.
         in_node_gather: When parameters travel inside nodes.
         in_node_reduce: When gradients travel inside nodes.
-        cross_node_dtype: What gradients travel in between nodes.
+        inter_node_reduce_dtype: What gradients travel in between nodes.
         two_hop: Whether the second hop waits for the boundary.
         reduce_dtype: What gradients are reduced in; None follows the precision.
         activation_checkpointing: What is recomputed in backward.
@@ -155,7 +155,7 @@ def rehearse(
     if not 0 <= rank < topology.world_size:
         raise ValueError(f"rank={rank} is not one of the {topology.world_size} ranks of the job")
     with rehearsed_job(world_size=topology.world_size, rank=rank, backend=backend):
-        groups = create_groups(topology, device_type="cpu", hierarchical=hierarchical)
+        groups = create_partition_groups(topology, device_type="cpu", hierarchical=hierarchical)
         watch = _Watch(topology, gloo=backend == "gloo")
         with watch.entered() as fake:
             with default_dtype(torch.bfloat16 if precision == "bf16-true" else torch.float32):
@@ -163,12 +163,12 @@ def rehearse(
             schedule = shard_model(
                 model,
                 groups,
-                shard_modules=shard_modules,
+                block_classes=block_classes,
                 cross_node_gather=cross_node_gather,
                 cross_node_reduce=cross_node_reduce,
                 in_node_gather=in_node_gather,
                 in_node_reduce=in_node_reduce,
-                cross_node_dtype=cross_node_dtype,
+                inter_node_reduce_dtype=inter_node_reduce_dtype,
                 two_hop=two_hop,
                 activation_checkpointing=activation_checkpointing,
                 mixed_precision=mixed_precision_policy(precision, reduce_dtype=reduce_dtype),
@@ -214,7 +214,7 @@ def _optimizer_step(
     forward: Callable[[], Tensor],
     model: nn.Module,
     optimizer: Optimizer,
-    schedule: TwoHopSchedule,
+    schedule: AccumulationSchedule,
     micro_steps: Mapping[int, int],
     *,
     watch: _Watch,
@@ -242,7 +242,7 @@ class _Watch:
     """Sees what a job does."""
 
     def __init__(self, topology: Topology, *, gloo: bool) -> None:
-        self.ran: list[Ran] = []
+        self.ran: list[ExecutedCollective] = []
         self.states: dict[str, int] = {}
         self._allocations = Allocations()
         self._collectives = Collectives(topology, gloo=gloo, seen=self._seen)
@@ -257,7 +257,7 @@ class _Watch:
     def peak(self) -> dict[str, int]:
         return self._allocations.peak
 
-    def model(self, model: nn.Module, schedule: TwoHopSchedule, optimizer: Optimizer) -> None:
+    def model(self, model: nn.Module, schedule: AccumulationSchedule, optimizer: Optimizer) -> None:
         """Watch the memory of these."""
         self._model, self._schedule, self._optimizer = model, schedule, optimizer
         self._units = list(fsdp_modules(model).values())
@@ -292,7 +292,7 @@ class _Watch:
             self._allocations.assign(GRADIENTS, [parameter.grad], over=UNKNOWN)
 
     def _seen(self, collective: Collective, tensors: list[Tensor]) -> None:
-        self.ran.append(Ran(micro_step=self._micro_step, times=self._times, collective=collective))
+        self.ran.append(ExecutedCollective(micro_step=self._micro_step, times=self._times, collective=collective))
         gathers = collective.kind == "all_gather"
         self._allocations.assign(GATHERED if gathers else REDUCING, tensors, over=UNKNOWN)
 

@@ -53,7 +53,7 @@ def measure_workload(
     loss: Callable[[nn.Module, Any], Tensor],
     precision: str = "32-true",
     reduce_dtype: torch.dtype | None = None,
-    shard_modules: ModuleClasses | None = None,
+    block_classes: ModuleClasses | None = None,
     activation_checkpointing: bool | ModuleClasses = False,
 ) -> Workload:
     """Measure a model of any size, without memory and without numbers.
@@ -65,7 +65,7 @@ def measure_workload(
         loss: Runs the model on the batch.
         precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
         reduce_dtype: What gradients are reduced in; None follows the precision.
-        shard_modules: The blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
+        block_classes: The blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
         activation_checkpointing: What is recomputed in backward; see
             :func:`~lightning_mics.sharding.shard_model.shard_model`.
 
@@ -79,12 +79,12 @@ def measure_workload(
     dtype = torch.bfloat16 if half else torch.float32
     with torch.device("meta"), default_dtype(dtype):
         model = make_model()
-    blocks = find_blocks(model, shard_modules)
+    blocks = find_blocks(model, block_classes)
     policy = mixed_precision_policy(precision, reduce_dtype=reduce_dtype)
 
     def recomputing() -> nn.Module:
         built = make_model()
-        own = find_blocks(built, shard_modules)
+        own = find_blocks(built, block_classes)
         recompute_in_backward(find_recomputed(built, own, activation_checkpointing))
         return built
 
@@ -99,7 +99,7 @@ def measure_workload(
             loss=loss,
             dtype=policy.param_dtype or dtype,
             autocast_dtype=autocast_dtype,
-            find_blocks=partial(find_blocks, shard_modules=shard_modules),
+            find_blocks=partial(find_blocks, block_classes=block_classes),
         )
         * (1 / samples),
         model_flops=_flops(make_model, batch, loss) / samples,

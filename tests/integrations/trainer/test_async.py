@@ -1,4 +1,4 @@
-"""``save_async``: training goes on while checkpoints are written, and what Lightning does with them still holds."""
+"""``async_save``: training goes on while checkpoints are written, and what Lightning does with them still holds."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _save_beside_training(folder: Path) -> dict[str, Any]:
         every_n_train_steps=1, save_on_train_epoch_end=False,
     )  # fmt: skip
     watch = Watch(gate, folder)
-    fit(folder, epochs=2, strategy=mics(save_async=True), callbacks=[saving, watch])
+    fit(folder, epochs=2, strategy=mics(async_save=True), callbacks=[saving, watch])
     after = sorted(path.name for path in folder.glob("*.ckpt"))
     _, recorder = fit(folder, ckpt_path=str(folder / "step=4.ckpt"), epochs=3)
     return {
@@ -109,7 +109,7 @@ def _fail_to_publish(folder: Path) -> dict[str, Any]:
 
     CheckpointFolder.publish = fail_the_second  # type: ignore[method-assign]
     try:
-        fit(folder, epochs=2, strategy=mics(save_async=True), callbacks=[saving])
+        fit(folder, epochs=2, strategy=mics(async_save=True), callbacks=[saving])
     except RuntimeError as error:
         facts["error"] = str(error)
     facts["names"] = sorted(path.name for path in folder.glob("*.ckpt"))
@@ -126,7 +126,7 @@ def test_a_save_that_fails_is_reported_on_all_ranks_and_leaves_the_one_before(tm
 
 
 def _save_after_the_fit(folder: Path) -> bool:
-    trainer, _ = fit(folder, strategy=mics(save_async=True))
+    trainer, _ = fit(folder, strategy=mics(async_save=True))
     trainer.save_checkpoint(folder / "mine.ckpt")
     return checkpoint.is_sharded(folder / "mine.ckpt")
 
@@ -136,8 +136,8 @@ def test_a_checkpoint_that_is_saved_after_the_fit_is_there_at_once(tmp_path: Pat
 
 
 def test_asynchronous_full_files_are_refused() -> None:
-    with pytest.raises(ValueError, match="save_async=True needs save_sharded=True"):
-        mics(save_async=True, save_sharded=False)
+    with pytest.raises(ValueError, match="async_save=True needs save_sharded=True"):
+        mics(async_save=True, save_sharded=False)
 
 
 def _link_before_anything_is_written(folder: Path) -> str:
@@ -154,7 +154,7 @@ def _link_before_anything_is_written(folder: Path) -> str:
 
     CheckpointFolder.begin = begin_late  # type: ignore[method-assign]
     saving = Linking(dirpath=folder / "new", filename="{step}", monitor="step", mode="max", save_last="link")
-    fit(folder, strategy=mics(save_async=True), callbacks=[saving])
+    fit(folder, strategy=mics(async_save=True), callbacks=[saving])
     return os.readlink(folder / "new" / "last.ckpt")
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from lightning_mics import MiCSStrategy, Topology, create_groups, shard_model
+from lightning_mics import MiCSStrategy, Topology, create_partition_groups, shard_model
 from tests.support.models import TinyLM, TinyModule
 from tests.support.recorded import RecordCollectives
 from tests.support.trainers import loader, make_trainer, mics, on_ranks
@@ -83,21 +83,21 @@ CASES: dict[str, tuple[type[TinyModule], dict[str, Any], dict[str, Any], type[Ex
         "cross_node_reduce='once_per_step' needs collectives that cross nodes in a stage of their own",
     ),
     "a dtype on the wire with flat collectives": (
-        TinyModule, {"partition_size": 4, "hierarchical": False, "cross_node_dtype": "bfloat16"}, {}, ValueError,
-        "cross_node_dtype=torch.bfloat16 needs collectives that cross nodes in a stage of their own",
+        TinyModule, {"partition_size": 4, "hierarchical": False, "inter_node_reduce_dtype": "bfloat16"}, {}, ValueError,
+        "inter_node_reduce_dtype=torch.bfloat16 needs collectives that cross nodes in a stage of their own",
     ),
     "no blocks": (
         NoBlocks, {}, {}, TypeError,
         "found no blocks to shard in NoBlocks: it has no `_no_split_modules` and no list of modules of one class; "
-        "pass shard_modules=[BlockClass], or shard_modules=[] to shard it as one unit",
+        "pass block_classes=[BlockClass], or block_classes=[] to shard it as one unit",
     ),
     "blocks that are not there": (
-        TinyModule, {"shard_modules": ["GPT2Block"]}, {}, ValueError,
-        "shard_modules: TinyModule has no GPT2Block; its module classes are Linear (7), Block (3)",
+        TinyModule, {"block_classes": ["GPT2Block"]}, {}, ValueError,
+        "block_classes: TinyModule has no GPT2Block; its module classes are Linear (7), Block (3)",
     ),
     "blocks of the wrong kind": (
-        TinyModule, {"shard_modules": [3]}, {}, TypeError,
-        "shard_modules takes module classes or their names, got 3",
+        TinyModule, {"block_classes": [3]}, {}, TypeError,
+        "block_classes takes module classes or their names, got 3",
     ),
     "checkpointed modules that are not there": (
         TinyModule, {"activation_checkpointing": ["MLP"]}, {}, ValueError,
@@ -114,7 +114,7 @@ CASES: dict[str, tuple[type[TinyModule], dict[str, Any], dict[str, Any], type[Ex
     "tied across blocks": (
         TiedAcrossBlocks, {}, {}, ValueError,
         "parameters 'net.blocks.0.up.weight' (in net.blocks.0) and 'net.blocks.1.up.weight' (in net.blocks.1) are one "
-        "tied parameter in two units; choose shard_modules so that one unit holds both",
+        "tied parameter in two units; choose block_classes so that one unit holds both",
     ),
     "backend that cannot serve the device": (
         TinyModule, {"process_group_backend": "nccl"}, {}, ValueError,
@@ -200,7 +200,10 @@ def _fit_not_initialisable(folder: Any) -> tuple[str, str]:
             {"in_node_reduce": "once_per_step", "cross_node_reduce": "every_micro_step"},
             "in_node_reduce='once_per_step' leaves nothing to cross nodes more often, but cross_node_reduce=",
         ),
-        ({"cross_node_dtype": "int8"}, "cross_node_dtype='int8' is not one of torch.float32, torch.bfloat16"),
+        (
+            {"inter_node_reduce_dtype": "int8"},
+            "inter_node_reduce_dtype='int8' is not one of torch.float32, torch.bfloat16",
+        ),
         ({"reduce_dtype": "int8"}, "reduce_dtype='int8' is not one of torch.float32, torch.bfloat16"),
         ({"reduce_dtype": torch.float16}, "reduce_dtype=torch.float16 is not one of torch.float32, torch.bfloat16"),
     ],
@@ -221,8 +224,8 @@ def test_positional_options_are_refused():
 
 
 def test_groups_need_a_running_job():
-    with pytest.raises(RuntimeError, match="init_process_group before create_groups"):
-        create_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu")
+    with pytest.raises(RuntimeError, match="init_process_group before create_partition_groups"):
+        create_partition_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu")
 
 
 def test_ranks_that_made_different_numbers_of_groups_are_refused_at_once():
@@ -233,7 +236,7 @@ def test_ranks_that_made_different_numbers_of_groups_are_refused_at_once():
 def _group_of_some_ranks() -> str:
     dist.new_group([0, 1])
     with pytest.raises(RuntimeError, match="process groups") as caught:
-        create_groups(Topology(world_size=4, ranks_per_node=2, partition_size=2), device_type="cpu")
+        create_partition_groups(Topology(world_size=4, ranks_per_node=2, partition_size=2), device_type="cpu")
     return str(caught.value)
 
 
@@ -250,9 +253,9 @@ def _misuse_groups() -> list[str]:
     two = Topology(world_size=2, ranks_per_node=2, partition_size=2)
     for topology, device_type in ((Topology(world_size=4, ranks_per_node=2, partition_size=2), "cpu"), (two, "xla")):
         with pytest.raises(ValueError, match=" ") as caught:
-            create_groups(topology, device_type=device_type)
+            create_partition_groups(topology, device_type=device_type)
         messages.append(str(caught.value))
-    model, groups = TinyLM(), create_groups(two, device_type="cpu")
+    model, groups = TinyLM(), create_partition_groups(two, device_type="cpu")
     shard_model(model, groups)
     with pytest.raises(TypeError, match=" ") as caught:
         shard_model(model, groups)

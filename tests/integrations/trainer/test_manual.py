@@ -109,7 +109,7 @@ class AlternatingInsideUnits(Alternating):
 
 
 class AlternatingInOneUnit(Alternating):
-    strategy: ClassVar[dict[str, Any]] = {"shard_modules": []}
+    strategy: ClassVar[dict[str, Any]] = {"block_classes": []}
 
 
 class AlternatingAndAccumulatingInsideUnits(AlternatingAndAccumulating):

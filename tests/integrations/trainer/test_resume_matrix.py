@@ -128,7 +128,7 @@ def loader(micro_steps: int, *, batch_size: int = BATCH, noise: bool = False) ->
     data = Samples(noise=noise)
     step = dist.get_world_size() * batch_size * micro_steps
     return StatefulDataLoader(
-        data, batch_size=batch_size, sampler=ResumableSampler(data, samples_per_step=step, seed=5)
+        data, batch_size=batch_size, sampler=ResumableSampler(data, global_batch_size=step, seed=5)
     )
 
 

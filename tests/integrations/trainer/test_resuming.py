@@ -10,16 +10,16 @@ import pytest
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_mics.integrations.trainer.resuming import Pace, place_in_epoch
+from lightning_mics.integrations.trainer.resuming import EpochGeometry, place_in_epoch
 from tests.support.fits import refusal
 from tests.support.models import TinyModule, tokens
 from tests.support.trainers import make_trainer, mics, on_ranks
 
-FOUR = Pace(world_size=4, batch_size=2, micro_steps=4, batches_per_epoch=40)
+FOUR = EpochGeometry(world_size=4, batch_size=2, micro_steps=4, batches_per_epoch=40)
 
 
-def pace(ranks: int, *, batch_size: int | None = 2, micro_steps: int) -> Pace:
-    return Pace(world_size=ranks, batch_size=batch_size, micro_steps=micro_steps, batches_per_epoch=1000)
+def pace(ranks: int, *, batch_size: int | None = 2, micro_steps: int) -> EpochGeometry:
+    return EpochGeometry(world_size=ranks, batch_size=batch_size, micro_steps=micro_steps, batches_per_epoch=1000)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def pace(ranks: int, *, batch_size: int | None = 2, micro_steps: int) -> Pace:
         (pace(4, micro_steps=2), 12),  # smaller steps
     ],
 )
-def test_the_place_is_counted_in_samples_of_all_ranks(now: Pace, place: int) -> None:
+def test_the_place_is_counted_in_samples_of_all_ranks(now: EpochGeometry, place: int) -> None:
     assert place_in_epoch(12, now=now, saved=FOUR) == place
 
 

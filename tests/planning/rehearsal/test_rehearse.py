@@ -19,7 +19,7 @@ from lightning_mics.cost.collective import Collective
 from lightning_mics.planning.rehearsal.collectives import Collectives
 from lightning_mics.planning.rehearsal.observed import Observed
 from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
-from lightning_mics.techniques.partition_groups import create_groups
+from lightning_mics.techniques.partition_groups import create_partition_groups
 from lightning_mics.topology import Topology
 from recipes.plan.dry_run import Training
 from tests.support.forked import run_ranks
@@ -36,7 +36,7 @@ class RealJob:
         world_size, ranks_per_node, partition_size = shape
         self.topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
         hierarchical = options.pop("hierarchical", "auto")
-        groups = create_groups(self.topology, device_type="cpu", hierarchical=hierarchical)
+        groups = create_partition_groups(self.topology, device_type="cpu", hierarchical=hierarchical)
         language = language_model(name)
         model = Training(language).to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
         policy = mixed_precision_policy(precision, reduce_dtype=reduce_dtype)

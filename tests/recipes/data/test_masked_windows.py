@@ -69,7 +69,7 @@ def test_masks_depend_on_seed_epoch_and_window_alone() -> None:
 
 def loader(rank: int, ranks: int, *, epoch: int, num_workers: int = 2) -> StatefulDataLoader[Any]:
     data = windows()
-    sampler = EpochSampler(data, samples_per_step=8, num_replicas=ranks, rank=rank, seed=3)
+    sampler = EpochSampler(data, global_batch_size=8, num_replicas=ranks, rank=rank, seed=3)
     sampler.set_epoch(epoch)
     options = {"multiprocessing_context": "fork"} if num_workers else {}
     return StatefulDataLoader(data, batch_size=2, sampler=sampler, num_workers=num_workers, **options)
