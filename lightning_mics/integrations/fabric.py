@@ -23,7 +23,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_mics import checkpoint
 from lightning_mics.checkpoint.async_save import ShardedSaving
@@ -39,6 +39,7 @@ from lightning_mics.integrations._lightning import (
     let_gloo_finish,
     reduce_in_place,
 )
+from lightning_mics.policy.options import PolicyOptions, check_names, documented
 from lightning_mics.policy.policy import Policy
 from lightning_mics.sharding.evaluation import allow_evaluation
 from lightning_mics.sharding.initialization import verify_replicas
@@ -47,6 +48,7 @@ from lightning_mics.sharding.sharded import sharded_of
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
 
+@documented
 class MiCSFabricStrategy(ModelParallelStrategy):
     """MiCS for Fabric: sharded training whose constant traffic stays inside partition groups.
 
@@ -64,10 +66,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
             and tensors need; an explicit ``weights_only`` goes before.
         process_group_backend: None is nccl for CUDA, gloo for CPU.
         timeout: For the collectives of all groups.
-        policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``,
-            ``hierarchical``,
-            ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``,
-            ``inter_node_reduce_dtype``, ``two_hop``, ``reduce_dtype``, ``block_classes``, ``activation_checkpointing``.
+        policy: Options of sharding, as in :class:`~lightning_mics.policy.options.PolicyOptions`.
 
     Raises:
         TypeError: If an option has the wrong type, or the model cannot be sharded.
@@ -82,8 +81,9 @@ class MiCSFabricStrategy(ModelParallelStrategy):
         trust_checkpoints: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
-        **policy: Any,
+        **policy: Unpack[PolicyOptions],
     ) -> None:
+        check_names(type(self), policy)
         super().__init__(
             parallelize_fn=_not_called,
             save_distributed_checkpoint=save_sharded,

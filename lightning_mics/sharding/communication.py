@@ -1,9 +1,9 @@
 """Which collectives each unit uses: the techniques, joined for one topology and one choice of options.
 
 A unit is what FSDP2 gathers and reduces together: a block, or what the root holds. What each does where a partition
-group spans nodes, by default, with traffic between nodes once per step, and with all traffic once per step::
+group spans nodes, by ``cache_parameters`` and ``accumulate_gradients``::
 
-                    every use, every micro-step     between nodes once             inside nodes once too
+                    "never", "shard"                "node"                         "rank"
     gather          rail, then node                 rail once, then node           rail and node once
     reduce          node, then rail                 node; at the boundary rail     at the boundary node, then rail
     second hop      all-reduce over replicas, at the boundary, in all
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, sharded_parameters, take_over_second_hop
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
-from lightning_mics.sharding.options import Gather, Reduce
+from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.flat import FlatAllGather, FlatReduceScatter
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
@@ -33,37 +33,17 @@ class Communication:
 
     Args:
         groups: The groups of this rank.
-        cross_node_gather: When parameters cross nodes.
-        cross_node_reduce: When gradients cross nodes inside a partition group.
-        in_node_gather: When parameters travel at all; once per step includes ``cross_node_gather``.
-        in_node_reduce: When gradients travel at all; likewise.
-        inter_node_reduce_dtype: What gradients travel in between nodes.
-        two_hop: Whether the second hop waits for the boundary.
+        options: How often collectives run and in which dtype; ``hierarchical`` is as the groups were made.
     """
 
-    def __init__(
-        self,
-        groups: PartitionGroups,
-        *,
-        cross_node_gather: Gather,
-        cross_node_reduce: Reduce,
-        in_node_gather: Gather,
-        in_node_reduce: Reduce,
-        inter_node_reduce_dtype: torch.dtype | None,
-        two_hop: bool,
-    ) -> None:
+    def __init__(self, groups: PartitionGroups, options: CommunicationOptions) -> None:
         self._topology = groups.topology
+        self._options = options
         self._traffic = Traffic()
         self._partition = self._counted(groups.partition)
         self._replication = self._counted(groups.replication) if groups.replication else None
         self._rail = self._counted(groups.rail) if groups.rail else None
         self._node = self._counted(groups.node) if groups.node else None
-        self._rank_keeps_copy = in_node_gather == "once_per_step"
-        self._rank_keeps_sums = in_node_reduce == "once_per_step"
-        self._node_keeps_copy = cross_node_gather == "once_per_step"
-        self._node_keeps_sums = cross_node_reduce == "once_per_step"
-        self._wire_dtype = inter_node_reduce_dtype
-        self._two_hop = two_hop
         self._pending_gradients: dict[str, PendingGradients] = {}
         self._copies: list[ParameterCache] = []
 
@@ -72,7 +52,7 @@ class Communication:
         for name, module in fsdp_modules(root).items():
             if self._topology.partition_size > 1:
                 module.set_custom_all_gather(self._all_gather(module))
-                if self._rank_keeps_copy:
+                if self._options.cache_parameters == "rank":
                     self._copies.append(RankCache(module))
                 module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
             if self._replication is not None:
@@ -83,14 +63,14 @@ class Communication:
             traffic=self._traffic,
             pending_gradients=self._pending_gradients,
             copies=self._copies,
-            whole_gradients=self._rank_keeps_sums and self._topology.partition_size > 1,
-            two_hop=self._two_hop,
+            whole_gradients=self._options.accumulate_gradients == "rank" and self._topology.partition_size > 1,
+            two_hop=self._options.two_hop,
         )
 
     def _all_gather(self, module: FSDPModule) -> AllGather:
         if self._rail is None:
             return FlatAllGather(self._partition)
-        if self._rank_keeps_copy or not self._node_keeps_copy:
+        if self._options.cache_parameters != "node":
             return HierarchicalAllGather(rail=self._rail, node=self._node)
         copy = NodeCache(rail=self._rail, node=self._node, module=module)
         self._copies.append(copy)
@@ -99,15 +79,17 @@ class Communication:
     def _reduce_scatter(self, name: str, module: FSDPModule) -> ReduceScatter:
         if self._rail is None:
             return FlatReduceScatter(self._partition)
-        if self._rank_keeps_sums or not self._node_keeps_sums:
-            return HierarchicalReduceScatter(rail=self._rail, node=self._node, wire_dtype=self._wire_dtype)
+        wire_dtype = self._options.inter_node_reduce_dtype
+        if self._options.accumulate_gradients != "node":
+            return HierarchicalReduceScatter(rail=self._rail, node=self._node, wire_dtype=wire_dtype)
         pending_gradients = self._pending_gradients_of(name, module)
         return NodeReduceScatter(
-            rail=self._rail, node=self._node, pending_gradients=pending_gradients, wire_dtype=self._wire_dtype
+            rail=self._rail, node=self._node, pending_gradients=pending_gradients, wire_dtype=wire_dtype
         )
 
     def _set_second_hop(self, name: str, module: FSDPModule, replication: CountedGroup) -> None:
-        if self._wire_dtype is None:
+        wire_dtype = self._options.inter_node_reduce_dtype
+        if wire_dtype is None:
 
             def count(shard: torch.Tensor) -> None:
                 replication.count_all_reduce(shard, technique="all-reduce over replicas")
@@ -118,7 +100,7 @@ class Communication:
         pending_gradients = self._pending_gradients_of(name, module)
         hop = SecondHop(
             replication=replication,
-            wire_dtype=self._wire_dtype,
+            wire_dtype=wire_dtype,
             pending_gradients=pending_gradients,
             after_sums=after_sums,
         )

@@ -34,17 +34,19 @@ from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 from lightning_mics.integrations import accelerate as mics_accelerate
 from lightning_mics.integrations.accelerate import MiCSPlugin, load_checkpoint, save_checkpoint
+from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.sharded import sharded_of
 from tests.support.loops import adam, alone, assert_same, network, sgd, two_batches_then_one, weights
 from tests.support.loops import start as start_fabric
 from tests.support.models import VOCAB, TinyModule, tokens
 from tests.support.networks import GPT
-from tests.support.trainers import EVERY_TIME, loader, make_trainer, mics, on_ranks
+from tests.support.trainers import loader, make_trainer, mics, on_ranks
 
 
 def start(*, plugin: dict[str, Any] | None = None, **options: Any) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
-    policy = {"ranks_per_node": 2, "partition_size": 2, **EVERY_TIME, **(plugin or {})}
+    communication = CommunicationOptions.NODE.keywords()
+    policy = {"ranks_per_node": 2, "partition_size": 2, **communication, **(plugin or {})}
     return Accelerator(**{"cpu": True, "fsdp_plugin": MiCSPlugin(**policy), **options})
 
 
@@ -221,7 +223,7 @@ def every_micro_step_a_boundary(plugin: dict[str, Any]) -> dict[str, Tensor]:
     return weights(model)
 
 
-@pytest.mark.parametrize("plugin", [{}, {"partition_size": 4, "cross_node_reduce": "once_per_step"}])
+@pytest.mark.parametrize("plugin", [{}, {"partition_size": 4, "cache_parameters": "never"}])
 def test_every_micro_step_may_synchronise(plugin: dict[str, Any]) -> None:
     for trained in on_ranks(every_micro_step_a_boundary, plugin):
         assert_same(trained, two_batches_then_one(), 1e-6)
@@ -646,10 +648,10 @@ def test_a_single_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_options_that_cannot_be_are_refused_at_once() -> None:
-    with pytest.raises(TypeError, match="partition_sise"):
+    with pytest.raises(TypeError, match="no option 'partition_sise'; did you mean 'partition_size'"):
         MiCSPlugin(partition_sise=2)
-    with pytest.raises(ValueError, match="cross_node_gather"):
-        MiCSPlugin(cross_node_gather="sometimes")
+    with pytest.raises(ValueError, match="cache_parameters"):
+        MiCSPlugin(cache_parameters="sometimes")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_mics import checkpoint
 from lightning_mics._torch.fsdp import expect_backward, gather
@@ -45,6 +45,7 @@ from lightning_mics.integrations._lightning import (
 from lightning_mics.integrations.trainer import resuming
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
 from lightning_mics.integrations.trainer.preemption import stop_when_signalled
+from lightning_mics.policy.options import PolicyOptions, check_names, documented
 from lightning_mics.policy.policy import Policy
 from lightning_mics.sharding.blocks import unit_modules
 from lightning_mics.sharding.initialization import verify_replicas
@@ -54,6 +55,7 @@ from lightning_mics.topology import Topology
 VERSION = "pytorch-lightning_version"  # in what a Trainer has saved; of others' it takes the model and the optimizers
 
 
+@documented
 class MiCSStrategy(ModelParallelStrategy):
     """MiCS: sharded training whose constant traffic stays inside partition groups.
 
@@ -68,10 +70,7 @@ class MiCSStrategy(ModelParallelStrategy):
             and tensors need; an explicit ``weights_only`` goes before.
         process_group_backend: None is nccl for CUDA, gloo for CPU.
         timeout: For the collectives of all groups.
-        policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``,
-            ``hierarchical``,
-            ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``,
-            ``inter_node_reduce_dtype``, ``two_hop``, ``reduce_dtype``, ``block_classes``, ``activation_checkpointing``.
+        policy: Options of sharding, as in :class:`~lightning_mics.policy.options.PolicyOptions`.
 
     Raises:
         TypeError: If an option has the wrong type, or the model cannot be sharded.
@@ -86,8 +85,9 @@ class MiCSStrategy(ModelParallelStrategy):
         trust_checkpoints: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
-        **policy: Any,
+        **policy: Unpack[PolicyOptions],
     ) -> None:
+        check_names(type(self), policy)
         super().__init__(
             save_distributed_checkpoint=save_sharded, process_group_backend=process_group_backend, timeout=timeout
         )

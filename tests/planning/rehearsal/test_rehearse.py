@@ -20,30 +20,30 @@ from lightning_mics.planning.rehearsal.collectives import Collectives
 from lightning_mics.planning.rehearsal.observed import Observed
 from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
 from lightning_mics.techniques.partition_groups import create_partition_groups
-from lightning_mics.topology import Topology
 from recipes.plan.dry_run import Training
 from tests.support.forked import run_ranks
-from tests.support.jobs import JOBS, LENGTH, MODELS, SEQUENCES, language_model, rehearsed
-from tests.support.trainers import EVERY_TIME, make_trainer, on_ranks
+from tests.support.jobs import JOBS, LENGTH, MODELS, SEQUENCES, Job, language_model, rehearsed
+from tests.support.trainers import make_trainer, on_ranks
 
 
 class RealJob:
     """The same job with ranks that exist."""
 
-    def __init__(self, name: str, shape: tuple[int, int, int], options: dict[str, Any], *, micro_steps: int) -> None:
-        options = dict(options)
-        precision, reduce_dtype = options.pop("precision", "32-true"), options.pop("reduce_dtype", None)
-        world_size, ranks_per_node, partition_size = shape
-        self.topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
-        hierarchical = options.pop("hierarchical", "auto")
-        groups = create_partition_groups(self.topology, device_type="cpu", hierarchical=hierarchical)
+    def __init__(self, name: str, job: Job, *, micro_steps: int) -> None:
+        self.topology, communication = job.topology, job.communication
+        groups = create_partition_groups(self.topology, device_type="cpu", hierarchical=communication.hierarchical)
         language = language_model(name)
-        model = Training(language).to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
-        policy = mixed_precision_policy(precision, reduce_dtype=reduce_dtype)
-        self.schedule = shard_model(model, groups, mixed_precision=policy, **options)
+        model = Training(language).to(torch.bfloat16 if job.precision == "bf16-true" else torch.float32)
+        self.schedule = shard_model(
+            model,
+            groups,
+            communication=communication,
+            mixed_precision=mixed_precision_policy(job.precision, reduce_dtype=job.reduce_dtype),
+            activation_checkpointing=job.activation_checkpointing,
+        )
         self.optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         self.model, self.batch = model, language.example_batch(SEQUENCES, LENGTH)
-        self.micro_steps, self.mixed = micro_steps, precision == "bf16-mixed"
+        self.micro_steps, self.mixed = micro_steps, job.precision == "bf16-mixed"
 
     def optimizer_step(self) -> None:
         for micro_step in range(self.micro_steps):
@@ -58,8 +58,8 @@ class RealJob:
         self.optimizer.step()
 
 
-def real_collectives(name: str, shape: tuple[int, int, int], options: dict[str, Any]) -> list[Collective]:
-    job = RealJob(name, shape, options, micro_steps=3)
+def real_collectives(name: str, facts: Job) -> list[Collective]:
+    job = RealJob(name, facts, micro_steps=3)
     job.optimizer_step()
     seen: list[Collective] = []
     with Observed(Collectives(job.topology, gloo=True, seen=lambda collective, _: seen.append(collective))):
@@ -68,7 +68,7 @@ def real_collectives(name: str, shape: tuple[int, int, int], options: dict[str, 
 
 
 def all_real_collectives(name: str, jobs: list[str]) -> dict[str, list[Collective]]:
-    return {job: real_collectives(name, *JOBS[job]) for job in jobs}
+    return {job: real_collectives(name, JOBS[job]) for job in jobs}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -76,7 +76,7 @@ def real(request: pytest.FixtureRequest) -> tuple[str, dict[str, list[list[Colle
     """The model, and what each rank has run in each job; one set of processes for all jobs of as many ranks."""
     of_ranks: dict[str, list[list[Collective]]] = {}
     for world_size in (4, 8):
-        jobs = [job for job, (shape, _) in JOBS.items() if shape[0] == world_size]
+        jobs = [job for job, facts in JOBS.items() if facts.shape[0] == world_size]
         by_rank = run_ranks(world_size, all_real_collectives, request.param, jobs)
         of_ranks |= {job: [seen[job] for seen in by_rank] for job in jobs}
     return request.param, of_ranks
@@ -87,9 +87,8 @@ def test_real_ranks_run_the_same_collectives_in_the_same_order(
     job: str, real: tuple[str, dict[str, list[list[Collective]]]]
 ) -> None:
     name, of_ranks = real
-    shape, options = JOBS[job]
-    rank = (shape[0] - 1) * (list(JOBS).index(job) % 2)  # the first or the last
-    played = [ran.collective for ran in rehearsed(name, shape, options, rank=rank).ran]
+    rank = (JOBS[job].shape[0] - 1) * (list(JOBS).index(job) % 2)  # the first or the last
+    played = [ran.collective for ran in rehearsed(name, JOBS[job], rank=rank).ran]
     assert played == of_ranks[job][rank]
     assert len(played) >= 3  # two blocks and the root
 
@@ -109,10 +108,10 @@ class Patience:
         pass
 
 
-def real_peak_bytes(name: str, shape: tuple[int, int, int], options: dict[str, Any]) -> int:
+def real_peak_bytes(name: str, facts: Job) -> int:
     """The most that the allocator has given out in the second step, without the buffers that gloo makes for itself."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, Observed(Patience()):
-        job = RealJob(name, shape, options, micro_steps=3)
+        job = RealJob(name, facts, micro_steps=3)
         job.optimizer_step()
         with record_function("second step"):
             job.optimizer_step()
@@ -153,9 +152,8 @@ def _in_gloo(event: Any) -> bool:
     "job", ["one rank a group", "a node a group", "flat over nodes", "once per step", "recomputed", "mixed precision"]
 )
 def test_real_ranks_allocate_as_much(job: str, name: str) -> None:
-    shape, options = JOBS[job]
-    real = run_ranks(shape[0], real_peak_bytes, name, shape, options)[0]
-    assert rehearsed(name, shape, options).peak_bytes == pytest.approx(real, rel=0.02)
+    real = run_ranks(JOBS[job].shape[0], real_peak_bytes, name, JOBS[job])[0]
+    assert rehearsed(name, JOBS[job]).peak_bytes == pytest.approx(real, rel=0.02)
 
 
 class Watched(pl.Callback):
@@ -176,11 +174,16 @@ class Watched(pl.Callback):
         self._watch.__exit__(None, None, None)
 
 
-def under_the_trainer(name: str, partition_size: int, options: dict[str, Any], folder: Path) -> list[Collective]:
+def under_the_trainer(name: str, job: Job, folder: Path) -> list[Collective]:
     model, watched = language_model(name), Watched()
     trainer = make_trainer(
         folder,
-        strategy=MiCSStrategy(ranks_per_node=2, partition_size=partition_size, **options),
+        strategy=MiCSStrategy(
+            ranks_per_node=2,
+            partition_size=job.topology.partition_size,
+            activation_checkpointing=job.activation_checkpointing,
+            **job.communication.keywords(),
+        ),
         max_steps=2,
         accumulate_grad_batches=3,
         gradient_clip_val=1.0,
@@ -196,7 +199,5 @@ def under_the_trainer(name: str, partition_size: int, options: dict[str, Any], f
     ("job", "name"), [("a node a group", "bert"), ("once per step", "gpt"), ("recomputed", "bert")]
 )
 def test_the_trainer_runs_them_too(job: str, name: str, tmp_path: Path) -> None:
-    shape, options = JOBS[job]
-    options = {**EVERY_TIME, "cross_node_gather": "every_use", "cross_node_reduce": "every_micro_step", **options}
-    real = on_ranks(under_the_trainer, name, shape[2], options, tmp_path)[0]
-    assert [ran.collective for ran in rehearsed(name, shape, options).ran] == real
+    real = on_ranks(under_the_trainer, name, JOBS[job], tmp_path)[0]
+    assert [ran.collective for ran in rehearsed(name, JOBS[job]).ran] == real
