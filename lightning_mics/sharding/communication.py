@@ -53,6 +53,7 @@ class Communication:
         two_hop: bool,
     ) -> None:
         self._topology = groups.topology
+        self._backend = groups.backend
         self._traffic = Traffic()
         self._partition = self._counted(groups.partition)
         self._replication = self._counted(groups.replication) if groups.replication else None
@@ -129,4 +130,5 @@ class Communication:
 
     def _counted(self, group: dist.ProcessGroup) -> CountedGroup:
         ranks = dist.get_process_group_ranks(group)
-        return CountedGroup(group, nodes=[self._topology.node_of(rank) for rank in ranks], traffic=self._traffic)
+        nodes = [self._topology.node_of(rank) for rank in ranks]
+        return CountedGroup(group, nodes=nodes, traffic=self._traffic, backend=self._backend)

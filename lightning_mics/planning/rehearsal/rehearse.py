@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -154,8 +154,9 @@ def rehearse(
         raise ValueError(f"micro_steps={micro_steps} must be at least 1")
     if not 0 <= rank < topology.world_size:
         raise ValueError(f"rank={rank} is not one of the {topology.world_size} ranks of the job")
-    with rehearsed_job(world_size=topology.world_size, rank=rank, backend=backend):
+    with rehearsed_job(world_size=topology.world_size, rank=rank):
         groups = create_partition_groups(topology, device_type="cpu", hierarchical=hierarchical)
+        groups = replace(groups, backend=backend)  # the job's; this process has torch's fake one
         watch = _Watch(topology, gloo=backend == "gloo")
         with watch.entered() as fake:
             with default_dtype(torch.bfloat16 if precision == "bf16-true" else torch.float32):
