@@ -282,7 +282,7 @@ class _Watch:
     def claim(self) -> None:
         """Give tensors that last the categories that their owners tell."""
         assign = self._allocations.assign
-        assign(KEPT, self._schedule.kept())
+        assign(KEPT, [*self._schedule.cache.tensors(), *self._schedule.window.tensors()])
         for unit in self._units:
             assign(GRADIENTS, partial_sums(unit))
             assign(GRADIENTS, (p.grad for p in sharded_parameters(unit) if p.grad is not None))
