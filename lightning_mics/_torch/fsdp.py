@@ -51,7 +51,7 @@ def partial_sums(module: FSDPModule) -> list[Tensor]:
     return [g._partial_reduce_output for g in _param_groups(module) if g._partial_reduce_output is not None]
 
 
-def deferred_sums(module: FSDPModule) -> bool:
+def has_pending_gradients(module: FSDPModule) -> bool:
     """Whether ``module`` itself holds gradients that still wait for their reduction, whole or as sums of shards."""
     return any(
         group._partial_reduce_output is not None or any(map(_has_unreduced_gradient, group.fsdp_params))
@@ -172,7 +172,7 @@ def _is_being_gathered(group: FSDPParamGroup) -> bool:
     return group._all_gather_result is not None
 
 
-def ever_gathered(module: FSDPModule) -> bool:
+def ever_unsharded(module: FSDPModule) -> bool:
     """Whether the parameters of ``module`` itself have been gathered yet."""
     return all(hasattr(p, "_unsharded_param") for group in _param_groups(module) for p in group.fsdp_params)
 
@@ -186,7 +186,7 @@ def drop_unreduced_gradients(module: FSDPModule) -> None:
                 parameter._unsharded_param.grad = None
 
 
-def gather(module: FSDPModule) -> None:
+def unshard(module: FSDPModule) -> None:
     """Gather the parameters of ``module`` itself, unless they are, to require gradients as their shards do now."""
     module.unshard()
     for group in _param_groups(module):

@@ -57,12 +57,10 @@ def groups_made() -> int:
     return len(dist.distributed_c10d._world.pg_names)
 
 
-_rehearsed_backend: str | None = None
-
-
-def backend_name(group: dist.ProcessGroup, device: torch.device) -> str:
-    """The backend of ``group`` for ``device``, as in "gloo"."""
-    return _rehearsed_backend or group._get_backend(device).name()
+def backends_of_devices() -> dict[str, str]:
+    """Name of the default process group's backend for each device type, as in ``{"cpu": "gloo", "cuda": "nccl"}``."""
+    entries = str(dist.get_backend_config()).split(",")  # as in "cpu:gloo,cuda:nccl"
+    return dict(entry.split(":") for entry in entries)
 
 
 def premultiplied_sum_factor(op: dist.ReduceOp | dist.ReduceOp.RedOpType) -> float | None:

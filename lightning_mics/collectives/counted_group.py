@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_mics._torch.process_groups import (
     all_gather_single,
-    backend_name,
     premultiplied_sum_factor,
     reduce_scatter_single,
 )
@@ -23,13 +22,15 @@ class CountedGroup:
     """A process group with the collectives that techniques are made of.
 
     Args:
-        group: The ranks.
-        nodes: The node of each of them, in the order of the group.
-        traffic: Where to count.
+        group: Process group of this rank.
+        nodes: Node of each rank, in the order of the group: [ranks].
+        traffic: Counter that every collective is recorded in.
+        backend: Name of the backend that runs them: ``"gloo"`` or ``"nccl"``.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, nodes: Sequence[int], traffic: Traffic) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, nodes: Sequence[int], traffic: Traffic, backend: str) -> None:
         self._group = group
+        self._gloo = backend == "gloo"
         self._traffic = traffic
         self._nodes = nodes
 
@@ -76,12 +77,11 @@ class CountedGroup:
         Raises:
             ValueError: If ``op`` is one that a local sum cannot do: other than SUM, AVG and PREMUL_SUM.
         """
-        gloo = backend_name(self._group, source.device) == "gloo"
-        if wire_dtype is not None or (gloo and pair_share(self._nodes, self.rank) in (0, 1)):
+        if wire_dtype is not None or (self._gloo and pair_share(self._nodes, self.rank) in (0, 1)):
             parts = self._exchange(source.to(wire_dtype or source.dtype), technique)
             _reduce_locally(parts, output, op=op)
             return None
-        self._count("reduce_scatter", source.nbytes, technique, gloo=gloo)
+        self._count("reduce_scatter", source.nbytes, technique, gloo=self._gloo)
         work: dist.Work | None = reduce_scatter_single(output, source, group=self._group, op=op, async_op=async_op)
         return work
 

@@ -139,7 +139,7 @@ def load_checkpoint(accelerator: Accelerator, path: str | Path, *, weights_only:
         RuntimeError: If the checkpoint is of another model or other optimizers.
     """
     model = _prepared_model(accelerator)
-    sharded_of(model).schedule.abandon_window()
+    sharded_of(model).schedule.window.abandon()
     rest = checkpoint.load(
         storage_path(path),
         model=model,
@@ -189,9 +189,9 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     vars(model)["_mics"] = sharded
     model.to(accelerator.device)  # what is no parameter
     allow_evaluation(model)
-    sharded.schedule.follow_steps()
+    sharded.schedule.optimizer_hooks.follow_steps()
     for optimizer in _optimizers(accelerator):
-        sharded.schedule.follow_zero_grad(optimizer)
+        sharded.schedule.optimizer_hooks.follow_zero_grad(optimizer)
     _start_over_when_loading(accelerator, sharded.schedule)
     vars(model)["set_requires_gradient_sync"] = _GradientSync(model, sharded.schedule)
     if precision == "bf16-mixed":
@@ -207,7 +207,7 @@ def _start_over_when_loading(accelerator: Accelerator, schedule: AccumulationSch
 
     def start_over(*_: Any) -> None:
         if (alive := known()) is not None:
-            alive.abandon_window()
+            alive.window.abandon()
 
     accelerator.register_load_state_pre_hook(start_over)
 

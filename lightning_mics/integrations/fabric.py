@@ -143,10 +143,10 @@ class MiCSFabricStrategy(ModelParallelStrategy):
         module.to(self.root_device)  # what is no parameter
         self._policy.check_kept(module, sharded_of(module))
         self._device_mesh = sharded_of(module).groups.mesh
-        sharded_of(module).schedule.abandon_window()
+        sharded_of(module).schedule.window.abandon()
         if not any(module is known for known in self._models):
             allow_evaluation(module)
-            sharded_of(module).schedule.follow_steps()
+            sharded_of(module).schedule.optimizer_hooks.follow_steps()
             module.register_forward_pre_hook(self._note_forward)
             self._models.append(module)
         return module
@@ -162,7 +162,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
         for optimizer, groups in zip(optimizers, names, strict=True):
             for group, of_group in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = [parameters[name] for name in of_group]
-            sharded_of(module).schedule.follow_zero_grad(optimizer)
+            sharded_of(module).schedule.optimizer_hooks.follow_zero_grad(optimizer)
         return module, optimizers, scheduler
 
     @override
@@ -176,8 +176,8 @@ class MiCSFabricStrategy(ModelParallelStrategy):
                 "or set up both in one call: `model, optimizer = fabric.setup(model, optimizer)`"
             )
         for model in self._models:
-            if sharded_of(model).schedule.trains_with(optimizer):
-                sharded_of(model).schedule.follow_zero_grad(optimizer)
+            if sharded_of(model).schedule.optimizer_hooks.trains_with(optimizer):
+                sharded_of(model).schedule.optimizer_hooks.follow_zero_grad(optimizer)
         return optimizer
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
     @override
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         for model in self._ran_forward:
-            sharded_of(model).schedule.before_backward()
+            sharded_of(model).schedule.window.before_backward()
         self._ran_forward = []
         super().backward(tensor, module, *args, **kwargs)
 
@@ -359,7 +359,7 @@ def _start_anew(model: nn.Module) -> None:
     """After its weights were replaced."""
     assert isinstance(model, FSDPModule)
     model.reshard()
-    sharded_of(model).schedule.abandon_window()
+    sharded_of(model).schedule.window.abandon()
     verify_replicas(model, sharded_of(model).groups)
 
 

@@ -53,6 +53,7 @@ class Communication:
         two_hop: bool,
     ) -> None:
         self._topology = groups.topology
+        self._backend = groups.backend
         self._traffic = Traffic()
         self._partition = self._counted(groups.partition)
         self._replication = self._counted(groups.replication) if groups.replication else None
@@ -65,7 +66,7 @@ class Communication:
         self._wire_dtype = inter_node_reduce_dtype
         self._two_hop = two_hop
         self._pending_gradients: dict[str, PendingGradients] = {}
-        self._copies: list[ParameterCache] = []
+        self._caches: list[ParameterCache] = []
 
     def install(self, root: FSDPModule) -> AccumulationSchedule:
         """Give every unit under ``root`` its collectives; returns the schedule that drives them."""
@@ -73,7 +74,7 @@ class Communication:
             if self._topology.partition_size > 1:
                 module.set_custom_all_gather(self._all_gather(module))
                 if self._rank_keeps_copy:
-                    self._copies.append(RankCache(module))
+                    self._caches.append(RankCache(module))
                 module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
             if self._replication is not None:
                 self._set_second_hop(name, module, self._replication)
@@ -82,8 +83,8 @@ class Communication:
             replicas=self._topology.replicas,
             traffic=self._traffic,
             pending_gradients=self._pending_gradients,
-            copies=self._copies,
-            whole_gradients=self._rank_keeps_sums and self._topology.partition_size > 1,
+            caches=self._caches,
+            unsharded_gradients=self._rank_keeps_sums and self._topology.partition_size > 1,
             two_hop=self._two_hop,
         )
 
@@ -92,9 +93,9 @@ class Communication:
             return FlatAllGather(self._partition)
         if self._rank_keeps_copy or not self._node_keeps_copy:
             return HierarchicalAllGather(rail=self._rail, node=self._node)
-        copy = NodeCache(rail=self._rail, node=self._node, module=module)
-        self._copies.append(copy)
-        return copy
+        cache = NodeCache(rail=self._rail, node=self._node, module=module)
+        self._caches.append(cache)
+        return cache
 
     def _reduce_scatter(self, name: str, module: FSDPModule) -> ReduceScatter:
         if self._rail is None:
@@ -129,4 +130,5 @@ class Communication:
 
     def _counted(self, group: dist.ProcessGroup) -> CountedGroup:
         ranks = dist.get_process_group_ranks(group)
-        return CountedGroup(group, nodes=[self._topology.node_of(rank) for rank in ranks], traffic=self._traffic)
+        nodes = [self._topology.node_of(rank) for rank in ranks]
+        return CountedGroup(group, nodes=nodes, traffic=self._traffic, backend=self._backend)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_mics._torch.process_groups import groups_made, new_group
+from lightning_mics._torch.process_groups import backends_of_devices, groups_made, new_group
 from lightning_mics.topology import Topology
 
 
@@ -38,6 +38,7 @@ class PartitionGroups:
             inside one node or collectives are flat.
         node: The ranks of the partition group on this node, if there is a rail and they are several; else None.
         mesh: ``("replicate", "shard")`` of shape ``(replicas, partition_size)``; without replicas ``("shard",)``.
+        backend: Name of the backend that runs the collectives of all of these groups: ``"gloo"`` or ``"nccl"``.
     """
 
     topology: Topology
@@ -46,6 +47,7 @@ class PartitionGroups:
     rail: dist.ProcessGroup | None
     node: dist.ProcessGroup | None
     mesh: DeviceMesh
+    backend: str
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +82,7 @@ def create_partition_groups(
             ``hierarchical`` does not fit the topology.
     """
     in_stages = choose_hierarchical(hierarchical, topology)
-    _check_job(topology, device_type)
+    backend = _check_job(topology, device_type)
     _check_same_count_of_groups(device_type)
     rank, make = dist.get_rank(), partial(new_group, timeout=timeout)
     partition = make(_members(topology, rank, in_stages), name="partition")
@@ -97,6 +99,7 @@ def create_partition_groups(
         rail=rail,
         node=node,
         mesh=_mesh(topology, in_stages, device_type, partition, replication),
+        backend=backend,
     )
 
 
@@ -144,19 +147,21 @@ def _mesh(
     )
 
 
-def _check_job(topology: Topology, device_type: str) -> None:
+def _check_job(topology: Topology, device_type: str) -> str:
+    """Check that the running job is the topology's; returns the backend that serves ``device_type``."""
     if not dist.is_initialized():
         raise RuntimeError("call torch.distributed.init_process_group before create_partition_groups")
     if dist.get_world_size() != topology.world_size:
         raise ValueError(
             f"the topology has world_size={topology.world_size}, the running job has {dist.get_world_size()} ranks"
         )
-    backends = dist.get_backend_config()  # as in "cpu:gloo,cuda:nccl"
-    if device_type not in [entry.split(":")[0] for entry in str(backends).split(",")]:
+    backends = backends_of_devices()
+    if device_type not in backends:
         raise ValueError(
-            f"the process group's backend ({backends}) cannot serve device type {device_type!r}; "
+            f"the process group's backend ({dist.get_backend_config()}) cannot serve device type {device_type!r}; "
             "use gloo for CPU and nccl for CUDA"
         )
+    return backends[device_type]
 
 
 def _check_same_count_of_groups(device_type: str) -> None:

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
-from lightning_mics._torch.fsdp import expect_backward, gather
+from lightning_mics._torch.fsdp import expect_backward, unshard
 from lightning_mics.checkpoint import random_states
 from lightning_mics.checkpoint.async_save import ShardedSaving
 from lightning_mics.checkpoint.errors import all_ranks_answer
@@ -240,13 +240,13 @@ class MiCSStrategy(ModelParallelStrategy):
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
-        self._state().schedule.before_backward()
+        self._state().schedule.window.before_backward()
         if not self._root().automatic_optimization:
             expect_backward(self._root(), closure_loss)
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
-        self._state().schedule.after_backward()
+        self._state().schedule.window.after_backward()
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -319,7 +319,7 @@ class MiCSStrategy(ModelParallelStrategy):
 
     def _abandon_window(self) -> None:
         if self._sharded is not None:
-            self._sharded.schedule.abandon_window()
+            self._sharded.schedule.window.abandon()
             self._evaluation.close()
 
     def invalidate_cache(self) -> None:
@@ -476,7 +476,7 @@ def _gather_whenever_used(root: Any, blocks: Collection[nn.Module]) -> None:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gather_root(module: nn.Module, inputs: Any) -> None:
-        gather(root)
+        unshard(root)
 
     for module in unit_modules(root, set(blocks)):
         if module is not root:
