@@ -164,4 +164,3 @@ def check_vocab_size(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> 
             f"data.vocab_size={vocab_size} is less than the {len(tokenizer)} tokens of data.tokenizer="
             f"{tokenizer.name_or_path}; use data.vocab_size={len(tokenizer)}"
         )
-

@@ -189,9 +189,7 @@ def agreed(action: Callable[[], None]) -> None:
         action()
 
 
-def split_tail(
-    tokens: Sequence[TokenSequence], *, fraction: float
-) -> tuple[list[TokenSequence], list[TokenSequence]]:
+def split_tail(tokens: Sequence[TokenSequence], *, fraction: float) -> tuple[list[TokenSequence], list[TokenSequence]]:
     """All but the last ``fraction`` of sequences of tokens, and that, for text of which no document is held out."""
     left = int(sum(map(len, tokens)) * fraction)
     train, val = [], []

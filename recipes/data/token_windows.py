@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-
 TokenSequence = np.ndarray | pa.ChunkedArray  # both give a part without reading the rest
 
 

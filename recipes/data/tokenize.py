@@ -47,7 +47,7 @@ def tokenizer_of(
 def token_rows(
     source: TextSource, *, tokenizer: PreTrainedTokenizerBase, val_fraction: float
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The tokens of ``source``, a row for each piece of text: ``{"train": [tokens], "val": [tokens]}``, one of them empty.
+    """The tokens of ``source``, a row for each piece: ``{"train": [tokens], "val": [tokens]}``, one of them empty.
 
     Args:
         source: Source of the text.
@@ -61,9 +61,7 @@ def token_rows(
     empty = True
     for split in ("train", "val") if source.has_val else ("train",):
         pieces = IterableDataset.from_generator(source.pieces, gen_kwargs={"split": split})
-        tokenized = pieces.map(
-            tokenize, batched=True, batch_size=PIECES_AT_ONCE, fn_kwargs={"tokenizer": tokenizer}
-        )
+        tokenized = pieces.map(tokenize, batched=True, batch_size=PIECES_AT_ONCE, fn_kwargs={"tokenizer": tokenizer})
         for row in tokenized:
             empty = False
             if split == "val" or _held_out(source, row, val_fraction=val_fraction):

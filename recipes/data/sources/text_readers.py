@@ -1,7 +1,7 @@
 """Reading documents from text files, JSON lines and the rows of ``datasets``, a piece at a time.
 
-Text and JSON lines are read here: ``load_dataset("text")`` holds all of a document at once, and ``load_dataset("json")``
-wants the same columns in all rows of all files; neither says in which file or line it has failed.
+Text and JSON lines are read here: ``load_dataset("text")`` holds all of a document at once, and
+``load_dataset("json")`` wants the same columns in all rows of all files; neither says in which file or line it failed.
 """
 
 from __future__ import annotations
