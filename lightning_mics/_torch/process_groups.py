@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import re
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -76,3 +78,21 @@ def was_left_waiting(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or bool(
         re.search("Timed out waiting|[Cc]onnection (closed|reset) by peer", str(error))
     )
+
+
+def let_gloo_finish(device: torch.device) -> None:
+    """Have the interpreter wait a moment at its exit, on CPUs.
+
+    Gloo's threads let go of the tensors of the last collective a moment after it. Where the interpreter is gone by
+    then the process aborts (https://github.com/pytorch/pytorch/pull/179291), and a job that is done looks failed.
+
+    Args:
+        device: The device of this rank.
+    """
+    if device.type == "cpu":
+        atexit.unregister(_wait)
+        atexit.register(_wait)
+
+
+def _wait() -> None:
+    time.sleep(0.2)

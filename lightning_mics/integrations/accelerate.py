@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
+from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin
 from lightning_mics.checkpoint.storage.path import storage_path
@@ -281,7 +282,10 @@ def _keep_our_plugin_on_cpus(initialize: Callable[..., None]) -> Callable[..., N
                 "another Accelerator is there already, and all share its plugin: make this one without fsdp_plugin"
             )
         initialize(state, *args, **kwargs)
-        if not isinstance(plugin, MiCSPlugin) or state.distributed_type == DistributedType.FSDP:
+        if not isinstance(plugin, MiCSPlugin):
+            return
+        let_gloo_finish(state.device)
+        if state.distributed_type == DistributedType.FSDP:
             return
         if state.distributed_type != DistributedType.MULTI_CPU:
             raise ValueError(

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
+from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.async_save import ShardedSaving
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
@@ -36,7 +37,6 @@ from lightning_mics.integrations._lightning import (
     check_job,
     check_precision,
     check_saving,
-    let_gloo_finish,
     reduce_in_place,
 )
 from lightning_mics.policy.policy import Policy

@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from lightning_mics import checkpoint
 from lightning_mics._torch.fsdp import expect_backward, unshard
+from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint import random_states
 from lightning_mics.checkpoint.async_save import ShardedSaving
 from lightning_mics.checkpoint.errors import all_ranks_answer
@@ -39,7 +40,6 @@ from lightning_mics.integrations._lightning import (
     check_job,
     check_precision,
     check_saving,
-    let_gloo_finish,
     reduce_in_place,
 )
 from lightning_mics.integrations.trainer import resuming
