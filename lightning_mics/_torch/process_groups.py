@@ -22,7 +22,7 @@ reduce_scatter_single = dist.reduce_scatter_single if HAS_UNSORTED_GROUPS else d
 
 
 def check_order(ranks: tuple[int, ...]) -> None:
-    """Refuse a group whose order torch cannot keep.
+    """Check that torch supports a process group in this order.
 
     Raises:
         RuntimeError: If the order is not ascending and torch is older than 2.13, whose groups are always sorted.
@@ -38,12 +38,12 @@ def new_group(ranks: tuple[int, ...], *, name: str, timeout: timedelta | None) -
     """Make the process group of ``ranks`` in the given order; only its members need to call.
 
     Args:
-        ranks: The members.
-        name: What torch's own messages call it.
-        timeout: For its collectives; None is the backend's default.
+        ranks: Members, in the order of the group.
+        name: Name of the group in torch's messages.
+        timeout: Longest time of its collectives; None is the backend's default.
 
     Raises:
-        RuntimeError: If the order is one that this torch cannot keep.
+        RuntimeError: If this torch does not support the order.
     """
     check_order(ranks)
     order: dict[str, Any] = {"sort_ranks": False} if list(ranks) != sorted(ranks) else {}
@@ -55,7 +55,7 @@ def new_group(ranks: tuple[int, ...], *, name: str, timeout: timedelta | None) -
 
 
 def groups_made() -> int:
-    """How many process groups this rank has made: torch names new ones by it, and members must find the same name."""
+    """Number of process groups that this rank has made: torch derives their names from it, on each member by itself."""
     return len(dist.distributed_c10d._world.pg_names)
 
 

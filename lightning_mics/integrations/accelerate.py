@@ -189,7 +189,7 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     )
     vars(model)["_mics"] = sharded
     model.to(accelerator.device)  # what is no parameter
-    allow_evaluation(model)
+    allow_evaluation(model)  # see [Note: Hooks on the root, in order]
     sharded.schedule.optimizer_hooks.follow_steps()
     for optimizer in _optimizers(accelerator):
         sharded.schedule.optimizer_hooks.follow_zero_grad(optimizer)

@@ -196,6 +196,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _note_forward(self, module: nn.Module, _inputs: Any) -> None:
+        """List the models of the next backward. See [Note: Hooks on the root, in order]."""
         if torch.is_grad_enabled() and not any(module is known for known in self._ran_forward):
             self._ran_forward.append(module)
 

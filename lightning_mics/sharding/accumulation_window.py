@@ -39,12 +39,13 @@ class AccumulationWindow:
     Without a call of :meth:`micro_step` every backward is a boundary, as in plain FSDP2.
 
     A parameter group with pending gradients is reduced at the boundary even if the boundary's own forward did not use
-    it; its parameters without a gradient count as zero. Parameter groups that no forward of the window used keep
-    ``grad=None``. The groups used may differ from micro-step to micro-step, but not from rank to rank.
+    it; its parameters without a gradient count as zero: see [Note: Zero gradients before the boundary]. Those that no
+    forward of the window used keep ``grad=None``. The parameter groups used may differ from micro-step to micro-step,
+    but not from rank to rank.
 
     Args:
         root: The sharded model.
-        cache: Weight cache, which a window drops when it begins and ends.
+        cache: Weight cache, dropped at both ends of a window: see [Note: When cached weights are dropped].
         pending_gradients: Gradients accumulated in addition to FSDP2's own, by the fully qualified name of the FSDP
             module; empty where FSDP2 accumulates all of them.
         replicas: Number of replicas; with one there is no hop 2.
@@ -94,7 +95,10 @@ class AccumulationWindow:
             self._set_boundary(True)
 
     def before_forward(self, module: FSDPModule) -> None:
-        """Prepare ``module``, before its forward: before the boundary its reductions are partial or do not run."""
+        """Defer reductions of ``module``, if its forward is one before the boundary.
+
+        Runs in a hook: see [Note: Hooks on the root, in order].
+        """
         if not (self._defers and not self._at_boundary and torch.is_grad_enabled()):
             return
         if self._unsharded_gradients:  # not earlier: FSDP2 reads gradients of parameters that were never unsharded

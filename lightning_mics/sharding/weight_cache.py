@@ -83,7 +83,7 @@ class WeightCache:
         if differ and bool(torch.stack(differ).any()):
             raise RuntimeError(
                 "weights changed, in a way that torch does not notice (through `.data`, `torch._foreach_*` or raw "
-                "memory), while a copy of them was in use; call `invalidate_cache()` after such a change, on all "
+                "memory), while they were cached; call `invalidate_cache()` after such a change, on all "
                 "ranks, or make it between optimizer steps"
             )
 

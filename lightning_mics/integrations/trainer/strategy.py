@@ -298,7 +298,10 @@ class MiCSStrategy(ModelParallelStrategy):
             rank_zero_warn(str(error))
 
     def _start_evaluation(self) -> None:
-        """All batches of an evaluation share weights; callbacks may exchange them before it and after it."""
+        """All batches of an evaluation share weights; callbacks may exchange them before it and after it.
+
+        See [Note: When cached weights are dropped].
+        """
         self._evaluation.enter_context(self._state().schedule.cached_weights())
 
     def _end_evaluation(self) -> None:
@@ -306,7 +309,7 @@ class MiCSStrategy(ModelParallelStrategy):
         self._evaluation.close()
 
     def _reshard_root(self) -> None:
-        """FSDP2 leaves the root gathered after a forward, for a backward that evaluation does not have."""
+        """FSDP2 leaves the root unsharded after a forward, for a backward that an evaluation does not have."""
         self._root().reshard()
 
     @property
@@ -323,8 +326,9 @@ class MiCSStrategy(ModelParallelStrategy):
             self._evaluation.close()
 
     def invalidate_cache(self) -> None:
-        """Call it, on all ranks, after weights were changed inside an accumulation window in a way that torch does not
-        notice; see :class:`~lightning_mics.sharding.schedule.AccumulationSchedule`.
+        """Drop cached parameters after weights were changed in a way that torch does not record; every rank calls it.
+
+        Needed inside an accumulation window or an evaluation only. See [Note: When cached weights are dropped].
         """
         self._state().schedule.invalidate_cache()
 
@@ -472,7 +476,11 @@ class MiCSStrategy(ModelParallelStrategy):
 
 
 def _gather_whenever_used(root: Any, blocks: Collection[nn.Module]) -> None:
-    """A step of manual optimization goes on after a backward, which reshards the root, and after ``toggle_model``."""
+    """Unshard the root before each block's forward, for manual optimization.
+
+    A step of it may run further forwards after a backward, which reshards the root, and after ``toggle_model``. The
+    hooks are on the blocks, after those that blocks share with the root: see [Note: Hooks on the root, in order].
+    """
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gather_root(module: nn.Module, inputs: Any) -> None:
