@@ -9,9 +9,10 @@ from lightning_mics.integrations.trainer import module_loading  # noqa: F401 - `
 from lightning_mics.integrations.trainer.strategy import MiCSStrategy
 from lightning_mics.integrations.trainer.traffic_monitor import TrafficMonitor
 from lightning_mics.sampler import ResumableSampler
-from lightning_mics.sharding.pretrained import load_pretrained, start_from
+from lightning_mics.sharding.pretrained import load_pretrained
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.sharding.shard_model import shard_model
+from lightning_mics.sharding.sharded import sharded
 from lightning_mics.techniques.partition_groups import PartitionGroups, create_partition_groups
 from lightning_mics.topology import Topology
 
@@ -28,5 +29,5 @@ __all__ = [
     "create_partition_groups",
     "load_pretrained",
     "shard_model",
-    "start_from",
+    "sharded",
 ]
