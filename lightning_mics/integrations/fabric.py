@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.precision import Precision
-from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from lightning.fabric.utilities.load import _move_state_into
@@ -326,6 +325,3 @@ def _filtered(value: Any, keeps: Callable[[str, Any], bool] | None) -> Any:
 
 def _not_called(module: Any, _mesh: Any) -> Any:
     raise AssertionError("the policy shards")
-
-
-STRATEGY_REGISTRY.register("mics", MiCSFabricStrategy, description="MiCS: sharding inside partition groups, on FSDP2")

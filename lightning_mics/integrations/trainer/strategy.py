@@ -15,7 +15,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -343,6 +343,3 @@ def _refuse_weight_averaging(trainer: Any) -> None:
             raise MisconfigurationException(
                 f"{type(callback).__name__} copies the whole model, which strategy 'mics' keeps in parts; remove it"
             )
-
-
-StrategyRegistry.register("mics", MiCSStrategy, description="MiCS: sharding inside partition groups, on FSDP2")
