@@ -30,9 +30,8 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 
 import train
-from lightning_mics import MiCSStrategy
+from lightning_mics import CommunicationOptions, MiCSStrategy
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
-from lightning_mics.sharding.options import CommunicationOptions
 
 CONF = Path(train.__file__).parent / "conf"
 RANKS, RANKS_PER_NODE = 4, 2

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from benchmarks.comparison.workload import Workload, build_model, micro_batch
 from benchmarks.emulated_cluster import EmulatedCluster
+from lightning_mics import CommunicationOptions
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.cost.hardware import Hardware
 from lightning_mics.cost.step_time import step_seconds
 from lightning_mics.cost.step_traffic import ScheduledCollective
 from lightning_mics.planning.rehearsal.rehearse import ExecutedCollective, rehearse
-from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.shard_model import shard_model
 from lightning_mics.techniques.partition_groups import PartitionGroups, create_partition_groups
 from lightning_mics.topology import Topology
@@ -73,7 +73,7 @@ def measure_collectives(groups: PartitionGroups) -> dict[str, dict[int, float]]:
     seconds: dict[str, dict[int, float]] = {"node": {}, "rail": {}}
     for name, group, nodes in (("node", groups.node, [0] * RANKS_PER_NODE), ("rail", groups.rail, range(NODES))):
         assert group is not None
-        counted = CountedGroup(group, nodes=nodes, traffic=Traffic())
+        counted = CountedGroup(group, nodes=nodes, traffic=Traffic(), backend=groups.backend)
         for size in SIZES:
             whole, part = torch.zeros(size), torch.zeros(size // group.size())
 

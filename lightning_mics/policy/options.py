@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from textwrap import dedent, indent
 from typing import Literal, TypeVar
 
 import torch
@@ -55,23 +56,24 @@ class PolicyOptions(TypedDict, total=False):
     two_hop: bool
 
 
-Class = TypeVar("Class", bound=type)
+Documented = TypeVar("Documented", bound=Callable[..., object])
 
 
-def documented(owner: Class) -> Class:
-    """Decorate a class that takes ``**policy``: the options appear in its docstring, in place of that entry.
+def documented(taker: Documented) -> Documented:
+    """Decorate what takes ``**policy``: its docstring lists the options in place of that entry.
 
     Args:
-        owner: A class with an entry ``policy:`` in the ``Args:`` of its docstring.
+        taker: A class or its constructor, with a line ``policy:`` in the ``Args:`` of its docstring.
     """
-    entries = inspect.getdoc(PolicyOptions) or ""
-    _, _, entries = entries.partition("Args:\n")
+    _, _, options = (inspect.getdoc(PolicyOptions) or "").partition("Args:\n")
     lines: list[str] = []
-    for line in (owner.__doc__ or "").splitlines():
-        is_entry = line.strip().startswith("policy:")
-        lines += [f"    {entry}" for entry in entries.splitlines()] if is_entry else [line]
-    owner.__doc__ = "\n".join(lines) or None
-    return owner
+    for line in (taker.__doc__ or "").splitlines():
+        entry = line.lstrip()
+        is_policy = entry.startswith("policy: ")
+        margin = " " * (len(line) - len(entry))
+        lines += indent(dedent(options), margin).splitlines() if is_policy else [line]
+    taker.__doc__ = "\n".join(lines) or None
+    return taker
 
 
 def check_names(owner: type, options: Mapping[str, object]) -> None:

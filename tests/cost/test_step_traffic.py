@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
+from lightning_mics import CommunicationOptions
 from lightning_mics.cost.collective import Collective
 from lightning_mics.cost.step_traffic import Unit, find_units, step_traffic
 from lightning_mics.sharding.blocks import find_blocks
-from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology
 from recipes.plan.dry_run import Training
 from tests.support.jobs import JOBS, MODELS, Job, language_model, rehearsed

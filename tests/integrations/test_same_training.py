@@ -15,9 +15,8 @@ from accelerate.state import AcceleratorState
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lightning_mics import MiCSFabricStrategy, Topology, create_partition_groups, shard_model
+from lightning_mics import CommunicationOptions, MiCSFabricStrategy, Topology, create_partition_groups, shard_model
 from lightning_mics.integrations.accelerate import MiCSPlugin
-from lightning_mics.sharding.options import CommunicationOptions
 from tests.support.models import TinyModule, tokens
 from tests.support.recorded import RecordCollectives
 from tests.support.trainers import make_trainer, mics, on_ranks

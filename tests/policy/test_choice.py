@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_mics import CommunicationOptions
 from lightning_mics.policy.choice import Choice, choose
 from lightning_mics.policy.memory import ModelSize
 from lightning_mics.policy.policy import Policy
-from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology
 
 GIB = 2**30

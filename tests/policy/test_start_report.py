@@ -9,10 +9,10 @@ from typing import Literal
 import pytest
 import torch
 
+from lightning_mics import CommunicationOptions
 from lightning_mics.policy.choice import choose
 from lightning_mics.policy.memory import ModelSize
 from lightning_mics.policy.start_report import start_report
-from lightning_mics.sharding.options import CommunicationOptions
 
 GIB = 2**30
 

@@ -17,8 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
-from lightning_mics import AccumulationSchedule, Topology, create_partition_groups, shard_model
-from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics import AccumulationSchedule, CommunicationOptions, Topology, create_partition_groups, shard_model
 from tests.support.forked import RankError, run_ranks
 from tests.support.models import DIM, LAYERS, Stack
 

@@ -13,9 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_mics import Topology, create_partition_groups, shard_model
+from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
 from lightning_mics.sharding.initialization import verify_replicas
-from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.techniques.partition_groups import PartitionGroups
 from tests.support.forked import run_ranks
 from tests.support.models import Block, TinyLM, tokens

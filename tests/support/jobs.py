@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import train
+from lightning_mics import CommunicationOptions
 from lightning_mics.planning.rehearsal.rehearse import Rehearsal, rehearse
-from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology
 from recipes.plan.dry_run import Training
 from tests.support.configs import composed
@@ -70,8 +71,13 @@ JOBS = {
 
 
 def language_model(name: str) -> Any:
+    return train.make_model(_config(name))
+
+
+@cache
+def _config(name: str) -> Any:
     layers = "model.network.num_hidden_layers=2"
-    return train.make_model(composed(f"model={MODELS[name]}", layers, f"data.sequence_length={LENGTH}"))
+    return composed(f"model={MODELS[name]}", layers, f"data.sequence_length={LENGTH}")
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -92,3 +98,9 @@ def rehearsed(name: str, job: Job, **options: Any) -> Rehearsal:
         activation_checkpointing=job.activation_checkpointing,
         **{"backend": "gloo", "gradient_clip_val": 1.0, "micro_steps": 3, **options},
     )
+
+
+@cache
+def rehearsed_job(name: str, job: str, rank: int = 0) -> Rehearsal:
+    """One of the jobs above; rehearsed once for all who ask."""
+    return rehearsed(name, JOBS[job], rank=rank)

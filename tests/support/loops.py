@@ -10,8 +10,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_mics import MiCSFabricStrategy
-from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics import CommunicationOptions, MiCSFabricStrategy
 from tests.support.models import TinyLM, tokens
 
 LR = 0.1

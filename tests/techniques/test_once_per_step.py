@@ -11,8 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from lightning_mics import AccumulationSchedule, Topology, create_partition_groups, shard_model
-from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics import AccumulationSchedule, CommunicationOptions, Topology, create_partition_groups, shard_model
 from tests.support.forked import run_ranks
 from tests.support.models import DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
@@ -162,7 +161,7 @@ def _abandon(options: CommunicationOptions) -> list[torch.Tensor]:
         model, schedule = _make(OVER_TWO, options)
         for _ in range(unfinished):
             _micro_step(model, schedule, boundary=False)
-        schedule.abandon_window()
+        schedule.window.abandon()
         torch.manual_seed(1)
         for boundary in (False, True):
             _micro_step(model, schedule, boundary=boundary)
@@ -205,9 +204,7 @@ def _held_on_nodes() -> list[tuple[int, int]]:
     held = []
     for boundary in (False, True):
         _micro_step(model, schedule, boundary=boundary)
-        copies = [copy._rail_slice for copy in schedule._copies]
-        sums = [pending_gradients._sums for pending_gradients in schedule._pending_gradients.values()]
-        held.append((_bytes(copies), _bytes(sums)))
+        held.append((_bytes(schedule.cache.tensors()), _bytes(schedule.window.tensors())))
     return held
 
 

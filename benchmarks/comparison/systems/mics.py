@@ -11,9 +11,8 @@ from benchmarks.comparison.bare_loop import train_in_bare_loop
 from benchmarks.comparison.job import Job
 from benchmarks.comparison.systems import partition_nodes
 from benchmarks.comparison.workload import build_model, make_optimizer
-from lightning_mics import Topology, create_partition_groups, shard_model
+from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
 from lightning_mics.collectives.traffic import Traffic
-from lightning_mics.sharding.options import CommunicationOptions
 
 PACKAGES: tuple[str, ...] = ()
 COMMUNICATION = {

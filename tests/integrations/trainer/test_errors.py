@@ -13,8 +13,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from lightning_mics import MiCSFabricStrategy, MiCSStrategy, Topology, create_partition_groups, shard_model
-from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics import (
+    CommunicationOptions,
+    MiCSFabricStrategy,
+    MiCSStrategy,
+    Topology,
+    create_partition_groups,
+    shard_model,
+)
 from tests.support.models import TinyLM, TinyModule
 from tests.support.recorded import RecordCollectives
 from tests.support.trainers import loader, make_trainer, mics, on_ranks

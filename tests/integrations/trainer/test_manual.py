@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics import CommunicationOptions
 from tests.support.models import TinyLM, TinyModule, tokens
 from tests.support.recorded import RecordCollectives
 from tests.support.trainers import make_trainer, mics, on_ranks

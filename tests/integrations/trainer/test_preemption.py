@@ -17,8 +17,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from lightning_mics import MiCSStrategy
-from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics import CommunicationOptions, MiCSStrategy
 from tests.support.models import TinyModule, tokens
 from tests.support.trainers import make_trainer, mics, on_ranks
 

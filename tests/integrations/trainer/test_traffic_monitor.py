@@ -15,8 +15,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_mics import CommunicationOptions
 from lightning_mics.integrations.trainer.traffic_monitor import TrafficMonitor
-from lightning_mics.sharding.options import CommunicationOptions
 from tests.support.forked import RankError
 from tests.support.models import BLOCK_NUMEL, BYTES, DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
