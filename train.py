@@ -67,7 +67,8 @@ def run(config: DictConfig) -> None:
     L.seed_everything(config.seed, verbose=False)
 
     model = make_model(config)
-    config, choices = choose_automatically(config, model)
+    job = choose_automatically(config, model)
+    config, choices = job.config, job.choices
     say(choices)
     data = instantiate(config.data, objective=model.objective)
     model.check_data(vocab_size=data.vocab_size, sequence_length=data.sequence_length)

@@ -72,7 +72,7 @@ def work(system: str, model: str, precision: str, *, weights: Path, out: Path) -
     """One rank of one run; rank 0 writes the losses."""
     config = configuration(model, f"cluster.precision={precision}")
     L.seed_everything(config.seed, verbose=False)
-    config, _ = train.choose_automatically(config, train.make_model(config))
+    config = train.choose_automatically(config, train.make_model(config)).config
     sharding = SYSTEMS[system]
     config.model.pretrained = str(weights) if sharding is not None else None
     module = train.make_model(config)

@@ -133,7 +133,7 @@ class Policy:
             TypeError: If the partition size is no integer.
             ValueError: If an option does not fit the job.
         """
-        return choose(
+        choice = choose(
             size,
             world_size=world_size,
             ranks_per_node=self._node_size(local_size),
@@ -141,6 +141,8 @@ class Policy:
             partition_size=self.partition_size,
             communication=self.communication,
         )
+        self.communication.check(choice.topology)
+        return choice
 
     def check_kept(self, model: nn.Module, sharded: Sharded) -> None:
         """Refuse a model that is sharded already and no longer, or not in this way.

@@ -7,26 +7,22 @@ chosen by the strategy's own policy. Nothing here depends on what a rank sees al
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from lightning_mics.cost.batches import split_global_batch
+from lightning_mics.planning import Workload
 from lightning_mics.planning.planner import LEFT_FREE
-from lightning_mics.planning.rehearsal.activations import peak_activations
 from lightning_mics.policy.choice import Choice
-from lightning_mics.policy.memory import Activations, ModelSize, device_memory_bytes, in_gib, measure_model
+from lightning_mics.policy.memory import device_memory_bytes, in_gib
 from lightning_mics.policy.options import PolicyOptions
 from lightning_mics.policy.policy import Policy
-from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
-from lightning_mics.sharding.blocks import find_blocks
 from recipes.job.machine import Launched
-from recipes.models.flops import measure_shape
+from recipes.job.workload import measure_run
 from recipes.models.language_model import LanguageModel
 
 CPU_PROCESSES = 4  # two "nodes" of two: the smallest job that has all kinds of groups
@@ -49,8 +45,25 @@ class Choices:
         return "\n".join(["Job", *(f"  {name:<{width}}  {value}" for name, value in self.rows.items())])
 
 
-def choose_automatically(config: DictConfig, model: LanguageModel) -> tuple[DictConfig, str]:
-    """A copy of ``config`` without "auto", and a table of what was chosen and why.
+@dataclass(frozen=True, kw_only=True)
+class ChosenJob:
+    """A run without "auto".
+
+    Attributes:
+        config: The configuration, with the values that were chosen.
+        choices: A table of what was chosen and why, for people.
+        sharding: How the model is sharded, as the strategy will choose it.
+        workload: What the run has to do.
+    """
+
+    config: DictConfig
+    choices: str
+    sharding: Choice
+    workload: Workload
+
+
+def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
+    """Replace "auto" in a copy of ``config``.
 
     Args:
         config: As ``conf/train.yaml`` composes it.
@@ -63,16 +76,21 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> tuple[Dict
     cluster = config.cluster
     cluster.devices = choices.take("devices per node", cluster.devices, *_devices(cluster))
     cluster.precision = choices.take("precision", cluster.precision, *_precision(cluster))
-    ranks = cluster.num_nodes * cluster.devices
-    memory = _Memory.of(config, model, ranks=ranks)
-    chosen = {"partition_size": memory.choice.topology.partition_size, **memory.choice.communication.keywords()}
+    workload = measure_run(config, model)
+    sharding = policy_of(config).choose(
+        workload.size,
+        world_size=cluster.num_nodes * cluster.devices,
+        local_size=cluster.devices,
+        capacity_bytes=_capacity_bytes(cluster),
+    )
+    chosen = {"partition_size": sharding.topology.partition_size, **sharding.communication.keywords()}
     for option in ("partition_size", "cache_parameters", "accumulate_gradients"):
-        why = memory.choice.reasons[option].removeprefix('"auto": ')
+        why = sharding.reasons[option].removeprefix('"auto": ')
         config.strategy[option] = choices.take(option.replace("_", " "), config.strategy[option], chosen[option], why)
-    _choose_batches(config, choices, memory, ranks=ranks)
+    _choose_batches(config, choices, _largest_micro_batch(sharding, workload))
     _choose_validation(config)
-    choices.rows["memory per rank"] = memory.report(config.data.batch_size)
-    return config, choices.table()
+    choices.rows["memory per rank"] = _memory_report(sharding, workload, config.data.batch_size)
+    return ChosenJob(config=config, choices=choices.table(), sharding=sharding, workload=workload)
 
 
 def _devices(cluster: DictConfig) -> tuple[int, str]:
@@ -97,49 +115,6 @@ def _cpu_has_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Memory:
-    """What takes memory on a rank."""
-
-    choice: Choice
-    size: ModelSize
-    sequence: Activations  # of one
-
-    @classmethod
-    def of(cls, config: DictConfig, model: LanguageModel, *, ranks: int) -> _Memory:
-        cluster = config.cluster
-        with torch.device("meta"):
-            network = _as_in_training(model.build_network())
-        mixed = cluster.precision == "bf16-mixed"
-        size = measure_model(
-            network,
-            find_blocks(network).values(),
-            gathered_dtype=torch.bfloat16 if mixed else None,
-            reduce_dtype=torch.float32 if mixed else None,
-        )
-        choice = policy_of(config).choose(
-            size, world_size=ranks, local_size=cluster.devices, capacity_bytes=_capacity_bytes(cluster)
-        )
-        return cls(choice=choice, size=size, sequence=sequence_activations(config, model))
-
-    @property
-    def largest_micro(self) -> int:
-        """Sequences whose activations fit beside the model states; 0 if not even one does."""
-        return self.size.largest_micro_batch(
-            self.choice.topology.partition_size,
-            self.sequence,
-            free_bytes=int((1 - LEFT_FREE) * self.choice.capacity_bytes),
-            cached_bytes=self.choice.cached_bytes,
-        )
-
-    def report(self, micro: int) -> str:
-        total = self.size.rank_bytes(
-            self.choice.topology.partition_size, self.sequence * micro, cached_bytes=self.choice.cached_bytes
-        )
-        text = f"about {in_gib(total)} of {in_gib(self.choice.capacity_bytes)}"
-        return text if total <= (1 - LEFT_FREE) * self.choice.capacity_bytes else f"{text}: this may not fit"
-
-
 def _capacity_bytes(cluster: DictConfig) -> int:
     if cluster.memory_gib is not None:
         return int(cluster.memory_gib * 2**30)
@@ -154,66 +129,35 @@ def policy_of(config: DictConfig) -> Policy:
     return Policy(**{name: strategy[name] for name in PolicyOptions.__annotations__ if name in strategy})
 
 
-def sequence_activations(config: DictConfig, model: LanguageModel) -> Activations:
-    """What training on one more sequence takes on a rank."""
-    choice = OmegaConf.to_object(OmegaConf.create({"": config.strategy.activation_checkpointing}))[""]
-    _, share = measure_shape(model, choice)
-    if share == 0:
-        return _extrapolated(config, model, recompute=choice)
-    kept, recomputed = (_extrapolated(config, model, recompute=all_blocks) for all_blocks in (False, True))
-    return recomputed * share + kept * (1 - share)
+def _largest_micro_batch(sharding: Choice, workload: Workload) -> int:
+    """Sequences whose activations fit beside the model states; 0 if not even one does."""
+    return workload.size.largest_micro_batch(
+        sharding.topology.partition_size,
+        workload.sample,
+        free_bytes=int((1 - LEFT_FREE) * sharding.capacity_bytes),
+        cached_bytes=sharding.cached_bytes,
+    )
 
 
-def _extrapolated(config: DictConfig, model: LanguageModel, *, recompute: Any) -> Activations:
-    """From networks of two and of four blocks: each block more takes the same."""
-    blocks, length = model.config.num_hidden_layers, config.data.sequence_length
-    with torch.device("meta"):
-        dims = {dim for parameter in _with_blocks(model, 1).build_network().parameters() for dim in parameter.shape}
-    sequences = next(count for count in itertools.count(3) if count * length not in dims)
-    mixed = config.cluster.precision == "bf16-mixed"
-
-    def taken(few: int) -> Activations:
-        return peak_activations(
-            lambda: _make_network(_with_blocks(model, few), recompute=recompute),
-            model.example_batch(sequences, length),
-            loss=lambda network, batch: model.loss_of(network["network"], batch),
-            dtype=torch.bfloat16 if mixed else torch.float32,
-            autocast_dtype=torch.bfloat16 if mixed else None,
-        )
-
-    two, four = taken(2), taken(4)
-    return (two + (four + two * -1) * ((blocks - 2) / 2)) * (1 / sequences)
+def _memory_report(sharding: Choice, workload: Workload, micro_batch: int) -> str:
+    total = workload.size.rank_bytes(
+        sharding.topology.partition_size, workload.sample * micro_batch, cached_bytes=sharding.cached_bytes
+    )
+    text = f"about {in_gib(total)} of {in_gib(sharding.capacity_bytes)}"
+    return text if total <= (1 - LEFT_FREE) * sharding.capacity_bytes else f"{text}: this may not fit"
 
 
-def _make_network(model: LanguageModel, *, recompute: Any) -> nn.ModuleDict:
-    network = _as_in_training(model.build_network())
-    recompute_in_backward(find_recomputed(network, find_blocks(network), recompute))
-    return network
-
-
-def _as_in_training(network: nn.Module) -> nn.ModuleDict:
-    """Blocks have the names that they have in a LanguageModel, for patterns."""
-    return nn.ModuleDict({"network": network})
-
-
-def _with_blocks(model: LanguageModel, blocks: int) -> LanguageModel:
-    small = copy.copy(model)
-    small.config = copy.deepcopy(model.config)
-    small.config.num_hidden_layers = blocks
-    return small
-
-
-def _choose_batches(config: DictConfig, choices: Choices, memory: _Memory, *, ranks: int) -> None:
+def _choose_batches(config: DictConfig, choices: Choices, largest_micro_batch: int) -> None:
     data, trainer = config.data, config.trainer
     batches = split_global_batch(
         config.global_batch_size,
-        ranks=ranks,
+        ranks=config.cluster.num_nodes * config.cluster.devices,
         micro=None if data.batch_size == "auto" else data.batch_size,
         accumulation=None if trainer.accumulate_grad_batches == "auto" else trainer.accumulate_grad_batches,
-        largest_micro=max(1, memory.largest_micro),
+        largest_micro=max(1, largest_micro_batch),
     )
     choices.rows["global batch"] = f"{config.global_batch_size} sequences of {data.sequence_length} tokens"
-    fitting = f"up to {memory.largest_micro} fit beside the model states"
+    fitting = f"up to {largest_micro_batch} fit beside the model states"
     data.batch_size = choices.take("micro-batch", data.batch_size, batches.micro, fitting)
     trainer.accumulate_grad_batches = choices.take(
         "accumulation", trainer.accumulate_grad_batches, batches.accumulation, "what makes up the global batch"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_mics.sharding.activation_checkpointing import find_recomputed
 from lightning_mics.sharding.blocks import find_blocks
@@ -67,12 +68,22 @@ def tflops_per_gpu(flops_per_sequence: float, *, sequences_per_s: float, gpus: i
 
 
 def measure_shape(module: LanguageModel, activation_checkpointing: Any) -> tuple[TransformerShape, float]:
-    """The shape of the network, and the share of its blocks that are recomputed."""
+    """The shape of the network, and the share of its blocks that are recomputed; builds it on the meta device."""
     with torch.device("meta"):
-        model = torch.nn.ModuleDict({"network": module.build_network()})
-    blocks = find_blocks(model)
+        network = nn.ModuleDict({"network": module.build_network()})
+    return shape_of(network, module.config, activation_checkpointing)
+
+
+def shape_of(network: nn.Module, config: Any, activation_checkpointing: Any) -> tuple[TransformerShape, float]:
+    """The shape of a network that is built, and the share of its blocks that are recomputed.
+
+    Args:
+        network: The network, with the names that it has in training; it may be on the meta device.
+        config: Its configuration, of transformers.
+        activation_checkpointing: As the strategy has it.
+    """
+    blocks = find_blocks(network)
     matrices = sum(p.numel() for block in blocks.values() for p in block.parameters() if p.ndim >= 2)
-    config = module.config
     heads, head_dim = config.num_attention_heads, getattr(config, "head_dim", None)
     shape = TransformerShape(
         layers=len(blocks),
@@ -81,5 +92,5 @@ def measure_shape(module: LanguageModel, activation_checkpointing: Any) -> tuple
         block_matrix_parameters=matrices // len(blocks),
         attention_width=heads * head_dim if head_dim else None,
     )
-    recomputed = find_recomputed(model, blocks, activation_checkpointing)
+    recomputed = find_recomputed(network, blocks, activation_checkpointing)
     return shape, len(set(recomputed) & set(blocks.values())) / len(blocks)

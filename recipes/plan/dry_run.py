@@ -15,14 +15,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mics.cost.step_traffic import find_units
 from lightning_mics.planning import Hardware, Plan, Rehearsal, Workload, plan, rehearse, weak_scaling, with_measured
-from lightning_mics.policy.memory import measure_model
-from lightning_mics.sharding.blocks import find_blocks
-from lightning_mics.sharding.shard_model import mixed_precision_policy
-from lightning_mics.topology import Topology
-from recipes.job.auto import choose_automatically, policy_of, sequence_activations
-from recipes.models.flops import measure_shape
+from recipes.job.auto import ChosenJob, choose_automatically, policy_of
 from recipes.models.language_model import LanguageModel
 from recipes.plan.page import write_plan_page
 from recipes.plan.tables import plan_table, rehearsal_tables
@@ -59,17 +53,18 @@ def dry_run(config: DictConfig, model: LanguageModel, *, command: Sequence[str])
             large for a device.
     """
     console, begin = Console(width=max(WIDTH, Console().width)), time.perf_counter()
-    chosen, choices = choose_automatically(config, model)
-    console.print(choices, highlight=False, markup=False, soft_wrap=True)
+    job = choose_automatically(config, model)
+    chosen = job.config
+    console.print(job.choices, highlight=False, markup=False, soft_wrap=True)
     planned, hardware, scaling = None, None, []
     if chosen.cluster.network_rate_gbits_per_s is not None:
-        workload, hardware = workload_of(chosen, model), hardware_of(chosen.cluster)
-        planned = plan_run(config, workload, hardware)
-        scaling = scaling_of(config, chosen, workload, hardware)
+        hardware = hardware_of(chosen.cluster)
+        planned = plan_run(config, job.workload, hardware)
+        scaling = scaling_of(config, chosen, job.workload, hardware)
         console.print(plan_table(planned, config=chosen))
         for warning in planned.warnings:
             console.print(f"Note: {warning}.", highlight=False, soft_wrap=True)
-    rehearsal = rehearse_run(chosen, model, rank=config.dry_run_rank)
+    rehearsal = rehearse_run(job, model, rank=config.dry_run_rank)
     for table in rehearsal_tables(rehearsal, capacity_bytes=_capacity(chosen)):
         console.print(table)
     folder = Path(config.run_dir)
@@ -77,7 +72,7 @@ def dry_run(config: DictConfig, model: LanguageModel, *, command: Sequence[str])
         folder / "plan.html",
         title=f"{config.name} on {chosen.cluster.instance or 'this machine'}",
         command=command,
-        choices=choices,
+        choices=job.choices,
         planned=planned,
         scaling=scaling,
         rehearsal=rehearsal,
@@ -138,59 +133,31 @@ def hardware_of(cluster: DictConfig) -> Hardware:
     )
 
 
-def workload_of(config: DictConfig, model: LanguageModel) -> Workload:
-    """What the run has to do, measured on two and four blocks and extrapolated: blocks are alike."""
-    with torch.device("meta"):
-        network = Training(model)
-    blocks = find_blocks(network)
-    reduce_dtype = config.strategy.reduce_dtype and getattr(torch, config.strategy.reduce_dtype)
-    policy = mixed_precision_policy(config.cluster.precision, reduce_dtype=reduce_dtype)
-    choice = OmegaConf.to_object(OmegaConf.create({"": config.strategy.activation_checkpointing}))[""]
-    shape, share = measure_shape(model, choice)
-    dtype = torch.bfloat16 if config.cluster.precision == "bf16-true" else torch.float32
-    return Workload(
-        units=tuple(find_units(network, blocks)),
-        size=measure_model(
-            network, blocks.values(), gathered_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype
-        ),
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        sample=sequence_activations(config, model),
-        model_flops=shape.training_flops(config.data.sequence_length),
-        hardware_flops=shape.training_flops(config.data.sequence_length, recomputed_share=share),
-        gathered_dtype=policy.param_dtype or dtype,
-        reduce_dtype=policy.reduce_dtype or dtype,
-    )
-
-
-def rehearse_run(config: DictConfig, model: LanguageModel, *, rank: int = 0) -> Rehearsal:
+def rehearse_run(job: ChosenJob, model: LanguageModel, *, rank: int = 0) -> Rehearsal:
     """Rehearse one optimizer step of the run.
 
     Args:
-        config: Without "auto"; see :func:`~recipes.job.auto.choose_automatically`.
+        job: The run without "auto"; see :func:`~recipes.job.auto.choose_automatically`.
         model: Of the run.
         rank: Which rank to be.
 
     Raises:
         ValueError: If there is no such rank, or an option does not fit.
     """
-    cluster, strategy = config.cluster, OmegaConf.to_container(config.strategy, resolve=True)
-    topology = Topology(
-        world_size=cluster.num_nodes * cluster.devices,
-        ranks_per_node=cluster.ranks_per_node or cluster.devices,
-        partition_size=config.strategy.partition_size,
-    )
+    config, cluster = job.config, job.config.cluster
+    strategy = OmegaConf.to_container(config.strategy, resolve=True)
     return rehearse(
         lambda: Training(model),
         model.example_batch(config.data.batch_size, config.data.sequence_length),
         loss=lambda training, batch: training(batch),
-        topology=topology,
+        topology=job.sharding.topology,
         rank=rank,
         micro_steps=config.trainer.accumulate_grad_batches,
         make_optimizer=lambda training: _optimizer(model, training),
         gradient_clip_val=config.trainer.gradient_clip_val,
         precision=cluster.precision,
         backend="nccl" if cluster.accelerator == "gpu" else "gloo",
-        communication=policy_of(config).communication,
+        communication=job.sharding.communication,
         block_classes=strategy["block_classes"],
         activation_checkpointing=strategy["activation_checkpointing"],
         reduce_dtype=strategy["reduce_dtype"] and getattr(torch, strategy["reduce_dtype"]),

@@ -50,7 +50,7 @@ def test_every_config_composes_and_its_target_takes_its_keys(choice: str) -> Non
 
 
 def without_auto(config: DictConfig) -> DictConfig:
-    return choose_automatically(config, train.make_model(config))[0]
+    return choose_automatically(config, train.make_model(config)).config
 
 
 def first_line(path: Path) -> str:

@@ -9,13 +9,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 import train
-from recipes.job.auto import choose_automatically, sequence_activations
+from recipes.job.auto import choose_automatically
+from recipes.job.workload import measure_run
 from tests.support.configs import composed
 
 
 def chosen(*overrides: str) -> tuple[DictConfig, str]:
     config = composed(*overrides)
-    return choose_automatically(config, train.make_model(config))
+    job = choose_automatically(config, train.make_model(config))
+    return job.config, job.choices
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +85,7 @@ def test_recomputing_some_blocks_takes_what_is_in_between() -> None:
     def taken(choice: str) -> int:
         config = composed(f"strategy.activation_checkpointing={choice}", "model.network.num_hidden_layers=12")
         config.cluster.precision = "32-true"
-        return sequence_activations(config, train.make_model(config)).peak
+        return measure_run(config, train.make_model(config)).sample.peak
 
     none, last, half, full = map(taken, ("false", "['network.gpt_neox.layers.11']", "['*[02468]']", "true"))
     assert none > last > half > full > 0
@@ -112,7 +114,7 @@ def test_a_partition_size_that_does_not_divide_is_refused() -> None:
     "overrides", [[], ["cluster=p4d_2"], ["cluster=p4d_64", "model=gpt-100b"], ["cluster=p5_8", "global_batch_size=64"]]
 )
 def test_the_strategy_takes_what_was_chosen(overrides: list[str]) -> None:
-    config, _ = choose_automatically(composed(*overrides), train.make_model(composed(*overrides)))
+    config, _ = chosen(*overrides)
     assert "auto" not in {
         config.strategy[name] for name in ("partition_size", "cache_parameters", "accumulate_gradients")
     }

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 import train
 from recipes.job.auto import choose_automatically
-from recipes.plan.dry_run import hardware_of, plan_run, rehearse_run, workload_of
+from recipes.models.language_model import LanguageModel
+from recipes.plan.dry_run import hardware_of, plan_run, rehearse_run
 from tests.support.configs import composed
 
 FEW_BLOCKS = ("model.network.num_hidden_layers=2", "cluster=p4d_2")
@@ -37,8 +39,9 @@ def test_it_writes_a_page_with_pictures_and_json(written: Path) -> None:
 def test_the_plan_recommends_what_the_run_takes() -> None:
     config = composed(*FEW_BLOCKS)
     model = train.make_model(config)
-    chosen, _ = choose_automatically(config, model)
-    row = plan_run(config, workload_of(chosen, model), hardware_of(chosen.cluster)).recommended
+    job = choose_automatically(config, model)
+    chosen = job.config
+    row = plan_run(config, job.workload, hardware_of(chosen.cluster)).recommended
     assert row.topology.partition_size == chosen.strategy.partition_size
     assert (row.batches.micro, row.batches.accumulation) == (
         chosen.data.batch_size,
@@ -51,11 +54,27 @@ def test_the_plan_recommends_what_the_run_takes() -> None:
 def test_bytes_of_the_plan_are_those_of_the_rehearsal() -> None:
     config = composed(*FEW_BLOCKS, "trainer.gradient_clip_val=null", "data.batch_size=1")
     model = train.make_model(config)
-    chosen, _ = choose_automatically(config, model)
-    row = plan_run(config, workload_of(chosen, model), hardware_of(chosen.cluster)).recommended
-    sent = rehearse_run(chosen, model).sent().values()
+    job = choose_automatically(config, model)
+    chosen = job.config
+    row = plan_run(config, job.workload, hardware_of(chosen.cluster)).recommended
+    sent = rehearse_run(job, model).sent().values()
     assert 8 * sum(part.between_bytes for part in sent) == row.node_sent.between_bytes
     assert 8 * sum(part.inside_bytes for part in sent) == row.node_sent.inside_bytes
+
+
+def test_the_network_is_built_once_to_be_measured_and_once_to_be_rehearsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, build = [], LanguageModel.build_network
+
+    def counted(model: LanguageModel) -> nn.Module:
+        built.append(model.config.num_hidden_layers)
+        return build(model)
+
+    monkeypatch.setattr(LanguageModel, "build_network", counted)
+    overrides = ["model.network.num_hidden_layers=3", "cluster=p4d_2", "strategy.activation_checkpointing=true"]
+    train.rehearse_job(composed(*overrides, f"run_dir={tmp_path}"), ["dry_run=true"])
+    assert built == [3, 2, 4, 3]  # blocks; activations are those of two and of four, extrapolated
 
 
 @pytest.mark.parametrize(
@@ -65,11 +84,15 @@ def test_bytes_of_the_plan_are_those_of_the_rehearsal() -> None:
         ("global_batch_size=33", "the nearest that can are 32 and 48"),
         ("strategy.partition_size=3", "partition_size=3 does not divide world_size=16"),
         ("cluster.memory_gib=0.001", "does not fit one A100 40 GB"),
+        (
+            "strategy.partition_size=16 strategy.hierarchical=false strategy.cache_parameters=node",
+            "cache_parameters='node' needs collectives that cross nodes in a stage of their own",
+        ),
     ],
 )
 def test_a_job_that_cannot_be_ends_with_the_reason(wrong: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=message):
-        train.rehearse_job(composed(*FEW_BLOCKS, f"run_dir={tmp_path}", wrong), [])
+        train.rehearse_job(composed(*FEW_BLOCKS, f"run_dir={tmp_path}", *wrong.split()), [])
 
 
 def test_on_this_machine_there_is_a_rehearsal_without_a_plan(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""What a run has to do, measured once and without weights: "auto", the plan and the dry run all go by it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from functools import partial
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from lightning_mics.cost.step_traffic import find_units
+from lightning_mics.planning import Workload
+from lightning_mics.planning.rehearsal.activations import peak_activations
+from lightning_mics.policy.memory import Activations, measure_model
+from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
+from lightning_mics.sharding.blocks import find_blocks
+from lightning_mics.sharding.shard_model import mixed_precision_policy
+from recipes.models.flops import shape_of
+from recipes.models.language_model import LanguageModel
+
+
+def measure_run(config: DictConfig, model: LanguageModel) -> Workload:
+    """Measure the model of the run and one sequence of it.
+
+    Activations are those of two and four blocks, extrapolated: blocks are alike. Thus the whole network is built once,
+    on the meta device.
+
+    Args:
+        config: The run's, with devices and precision chosen.
+        model: The model of the run, not built yet.
+    """
+    precision, length = config.cluster.precision, config.data.sequence_length
+    reduce_dtype = config.strategy.reduce_dtype and getattr(torch, config.strategy.reduce_dtype)
+    policy = mixed_precision_policy(precision, reduce_dtype=reduce_dtype)
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    with torch.device("meta"):
+        network = _as_in_training(model.build_network())
+    recompute = OmegaConf.to_object(OmegaConf.create({"": config.strategy.activation_checkpointing}))[""]
+    blocks = find_blocks(network)
+    shape, share = shape_of(network, model.config, recompute)
+    return Workload(
+        units=tuple(find_units(network, blocks)),
+        size=measure_model(
+            network, blocks.values(), gathered_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype
+        ),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        sample=_activations(model, network, length, recompute=recompute, share=share, precision=precision),
+        model_flops=shape.training_flops(length),
+        hardware_flops=shape.training_flops(length, recomputed_share=share),
+        gathered_dtype=policy.param_dtype or dtype,
+        reduce_dtype=policy.reduce_dtype or dtype,
+    )
+
+
+def _activations(
+    model: LanguageModel, network: nn.Module, length: int, *, recompute: Any, share: float, precision: str
+) -> Activations:
+    """What training on one more sequence takes on a rank."""
+    dims = {dim for parameter in network.parameters() for dim in parameter.shape}
+    sequences = next(count for count in itertools.count(3) if count * length not in dims)
+    taken = partial(_extrapolated, model, sequences, length, mixed=precision == "bf16-mixed")
+    if share == 0:
+        return taken(recompute=recompute)
+    if share == 1:
+        return taken(recompute=True)
+    return taken(recompute=True) * share + taken(recompute=False) * (1 - share)
+
+
+def _extrapolated(model: LanguageModel, sequences: int, length: int, *, mixed: bool, recompute: Any) -> Activations:
+    """From networks of two and of four blocks: each block more takes the same."""
+
+    def taken(blocks: int) -> Activations:
+        return peak_activations(
+            lambda: _make_network(_with_blocks(model, blocks), recompute=recompute),
+            model.example_batch(sequences, length),
+            loss=lambda network, batch: model.loss_of(network["network"], batch),
+            dtype=torch.bfloat16 if mixed else torch.float32,
+            autocast_dtype=torch.bfloat16 if mixed else None,
+        )
+
+    two, four = taken(2), taken(4)
+    return (two + (four + two * -1) * ((model.config.num_hidden_layers - 2) / 2)) * (1 / sequences)
+
+
+def _make_network(model: LanguageModel, *, recompute: Any) -> nn.ModuleDict:
+    network = _as_in_training(model.build_network())
+    recompute_in_backward(find_recomputed(network, find_blocks(network), recompute))
+    return network
+
+
+def _as_in_training(network: nn.Module) -> nn.ModuleDict:
+    """Blocks have the names that they have in a LanguageModel, for patterns."""
+    return nn.ModuleDict({"network": network})
+
+
+def _with_blocks(model: LanguageModel, blocks: int) -> LanguageModel:
+    small = copy.copy(model)
+    small.config = copy.deepcopy(model.config)
+    small.config.num_hidden_layers = blocks
+    return small
