@@ -73,14 +73,18 @@ def write_plan_page(
 
 def draw_memory(planned: Plan) -> Figure:
     """Memory of a rank by partition size: states, what is kept, activations; against capacity."""
-    rows = sorted((row for row in planned.candidates), key=lambda row: row.topology.partition_size)
+    candidates = sorted(
+        (candidate for candidate in planned.candidates), key=lambda candidate: candidate.topology.partition_size
+    )
     parts = {
-        "model states": [row.states_bytes for row in rows],
-        "cached until the boundary": [row.cached_bytes for row in rows],
-        "activations": [max(0, row.memory_bytes - row.states_bytes - row.cached_bytes) for row in rows],
+        "model states": [candidate.states_bytes for candidate in candidates],
+        "cached until the boundary": [candidate.cached_bytes for candidate in candidates],
+        "activations": [
+            max(0, candidate.memory_bytes - candidate.states_bytes - candidate.cached_bytes) for candidate in candidates
+        ],
     }
     figure, axes = _axes("Memory of a rank", "partition size, ranks", "GiB")
-    places, bottom = range(len(rows)), [0.0] * len(rows)
+    places, bottom = range(len(candidates)), [0.0] * len(candidates)
     for (name, sizes), color in zip(parts.items(), (BLUE, GREEN, ORANGE), strict=True):
         heights = [size / 2**30 for size in sizes]
         axes.bar(places, heights, bottom=bottom, label=name, color=color)
@@ -91,18 +95,20 @@ def draw_memory(planned: Plan) -> Figure:
     for place, total in zip(places, bottom, strict=True):
         if total > 2.5 * capacity:
             axes.annotate(f"{total:,.0f}", (place, 2.4 * capacity), ha="center", color="white", fontsize=9)
-    _label_sizes(axes, rows, planned)
+    _label_sizes(axes, candidates, planned)
     return figure
 
 
 def draw_bytes(planned: Plan) -> Figure:
     """What a node sends per optimizer step, inside and to others, by partition size."""
-    rows = sorted((row for row in planned.candidates), key=lambda row: row.topology.partition_size)
+    candidates = sorted(
+        (candidate for candidate in planned.candidates), key=lambda candidate: candidate.topology.partition_size
+    )
     figure, axes = _axes("Bytes that a node sends per optimizer step", "partition size, ranks", "GB, logarithmic")
     tiers = {"between nodes": (-0.2, ORANGE, "between_bytes"), "inside the node": (0.2, BLUE, "inside_bytes")}
     for name, (offset, color, attribute) in tiers.items():
-        heights = [getattr(row.node_sent, attribute) / 1e9 for row in rows]
-        axes.bar([place + offset for place in range(len(rows))], heights, 0.4, label=name, color=color)
+        heights = [getattr(candidate.node_sent, attribute) / 1e9 for candidate in candidates]
+        axes.bar([place + offset for place in range(len(candidates))], heights, 0.4, label=name, color=color)
     axes.axhline(
         planned.baseline.node_sent.between_bytes / 1e9,
         color="#222",
@@ -111,7 +117,7 @@ def draw_bytes(planned: Plan) -> Figure:
         label="between nodes, full sharding",
     )
     axes.set_yscale("log")
-    _label_sizes(axes, rows, planned)
+    _label_sizes(axes, candidates, planned)
     return figure
 
 
@@ -119,14 +125,14 @@ def draw_scaling(scaling: Sequence[Plan]) -> Figure:
     """Predicted TFLOPS of a GPU over the size of the cluster, where each rank has as much to do."""
     figure, axes = _axes("Predicted weak scaling", "GPUs", "TFLOPS per GPU (HFU)")
     gpus = [plan.chosen.topology.world_size for plan in scaling]
-    for name, color, rows in (
+    for name, color, candidates in (
         ("MiCS", BLUE, [plan.chosen for plan in scaling]),
         ("full sharding", ORANGE, [plan.baseline for plan in scaling]),
     ):
-        flops = [row.hfu_tflops * row.seconds.expected for row in rows]
-        axes.plot(gpus, [row.hfu_tflops for row in rows], "o-", label=name, color=color)
-        least = [value / row.seconds.most for value, row in zip(flops, rows, strict=True)]
-        most = [value / row.seconds.least for value, row in zip(flops, rows, strict=True)]
+        flops = [candidate.hfu_tflops * candidate.seconds.expected for candidate in candidates]
+        axes.plot(gpus, [candidate.hfu_tflops for candidate in candidates], "o-", label=name, color=color)
+        least = [value / candidate.seconds.most for value, candidate in zip(flops, candidates, strict=True)]
+        most = [value / candidate.seconds.least for value, candidate in zip(flops, candidates, strict=True)]
         axes.fill_between(gpus, least, most, color=color, alpha=0.15)
     axes.set_xscale("log", base=2)
     axes.set_xticks(gpus, [str(count) for count in gpus])
@@ -141,8 +147,8 @@ def draw_timeline(rehearsal: Rehearsal, planned: Plan, hardware: Hardware) -> Fi
         "One optimizer step, predicted, where all is hidden that can be: micro-steps that differ", "seconds", ""
     )
     lanes = {"arithmetic": 2, "inside nodes": 1, "between nodes": 0}
-    row, at = planned.chosen, 0.0
-    compute = row.seconds.compute / row.batches.accumulation
+    candidate, at = planned.chosen, 0.0
+    compute = candidate.seconds.compute / candidate.batches.accumulation
     times = {ran.micro_step: ran.times for ran in rehearsal.ran}
     for micro_step in sorted(step for step in times if step):
         busy = {"arithmetic": compute, "inside nodes": 0.0, "between nodes": 0.0}
@@ -175,10 +181,12 @@ def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _label_sizes(axes: Any, rows: Sequence[Any], planned: Plan) -> None:
-    axes.set_xticks(range(len(rows)), [size_label(row, planned).replace(" ", "\n") for row in rows])
-    for label, row in zip(axes.get_xticklabels(), rows, strict=True):
-        label.set_fontweight("bold" if row is planned.chosen else "normal")
+def _label_sizes(axes: Any, candidates: Sequence[Any], planned: Plan) -> None:
+    axes.set_xticks(
+        range(len(candidates)), [size_label(candidate, planned).replace(" ", "\n") for candidate in candidates]
+    )
+    for label, candidate in zip(axes.get_xticklabels(), candidates, strict=True):
+        label.set_fontweight("bold" if candidate is planned.chosen else "normal")
     _legend(axes)
 
 

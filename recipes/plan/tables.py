@@ -40,27 +40,27 @@ def plan_table(planned: Plan, *, config: DictConfig) -> Table:
     )
     for name, unit, side in COLUMNS:
         table.add_column(f"{name}\n{unit}", justify=side, no_wrap=True)
-    for row in planned.candidates:
-        table.add_row(*cells(row, planned), style="bold" if row is planned.chosen else None)
+    for candidate in planned.candidates:
+        table.add_row(*cells(candidate, planned), style="bold" if candidate is planned.chosen else None)
     table.add_section()
     table.add_row(*cells(planned.baseline, planned))
     return table
 
 
-def cells(row: Candidate, planned: Plan) -> list[str]:
+def cells(candidate: Candidate, planned: Plan) -> list[str]:
     """What is said of one way to run the job."""
-    seconds, sent = row.seconds, row.node_sent
-    over = row.memory_bytes - planned.capacity_bytes
+    seconds, sent = candidate.seconds, candidate.node_sent
+    over = candidate.memory_bytes - planned.capacity_bytes
     return [
-        size_label(row, planned) if row.system == "MiCS" else row.system,
-        f"{row.batches.micro} x {row.batches.accumulation}",
-        _short(row.memory_bytes / 2**30)
-        + ("" if row.fits else f" (+{_short(over / 2**30)})" if over > 0 else " (tight)"),
-        places(row),
+        size_label(candidate, planned) if candidate.system == "MiCS" else candidate.system,
+        f"{candidate.batches.micro} x {candidate.batches.accumulation}",
+        _short(candidate.memory_bytes / 2**30)
+        + ("" if candidate.fits else f" (+{_short(over / 2**30)})" if over > 0 else " (tight)"),
+        places(candidate),
         _short(sent.inside_bytes / 1e9),
         _short(sent.between_bytes / 1e9),
         f"{_short(seconds.expected)} ({_short(seconds.least)} to {_short(seconds.most)})",
-        f"{row.hfu_tflops:.0f}, {row.mfu_tflops:.0f}",
+        f"{candidate.hfu_tflops:.0f}, {candidate.mfu_tflops:.0f}",
         seconds.limit,
     ]
 
@@ -70,23 +70,23 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def places(row: Candidate) -> str:
+def places(candidate: Candidate) -> str:
     """Where parameters are cached, and where gradients are accumulated."""
-    return f"{row.communication.cache_parameters}, {row.communication.accumulate_gradients}"
+    return f"{candidate.communication.cache_parameters}, {candidate.communication.accumulate_gradients}"
 
 
-def size_label(row: Candidate, planned: Plan) -> str:
+def size_label(candidate: Candidate, planned: Plan) -> str:
     """The partition size, and whether "auto" takes it."""
-    return f"{row.topology.partition_size}" + (' "auto"' if row is planned.recommended else "")
+    return f"{candidate.topology.partition_size}" + (' "auto"' if candidate is planned.recommended else "")
 
 
 def duration(planned: Plan, config: DictConfig) -> str:
     """How long the whole run takes, and for how many tokens."""
-    row, steps = planned.chosen, config.trainer.max_steps
-    days = [steps * seconds / 86400 for seconds in (row.seconds.least, row.seconds.most)]
+    candidate, steps = planned.chosen, config.trainer.max_steps
+    days = [steps * seconds / 86400 for seconds in (candidate.seconds.least, candidate.seconds.most)]
     tokens = steps * config.global_batch_size * config.data.sequence_length
     return (
-        f"With partition_size={size_label(row, planned)}, {steps:,} steps of {tokens / steps / 1e6:,.3g} M tokens "
+        f"With partition_size={size_label(candidate, planned)}, {steps:,} steps of {tokens / steps / 1e6:,.3g} M tokens "
         f"({_short(tokens / 1e9)} B in all) take {_short(days[0])} to {_short(days[1])} days"
     )
 
