@@ -326,7 +326,8 @@ def test_the_command_runs(saved: Any, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "lightning_mics.checkpoint.export",
+        "lightning_mics",
+        "export",
         str(saved["folder"] / "gpt.ckpt"),
         str(tmp_path / "out"),
     ]

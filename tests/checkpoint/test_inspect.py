@@ -1,4 +1,4 @@
-"""`python -m lightning_mics.checkpoint.inspect` says what is in a checkpoint, and whether it is whole."""
+"""`python -m lightning_mics inspect` says what is in a checkpoint, and whether it is whole."""
 
 from __future__ import annotations
 
