@@ -198,6 +198,8 @@ def _results(file: str) -> Any:
         return {**results, **_comparison(Measurements(results))}
     if isinstance(results, dict) and "curves" in results:
         return {**results, "largest_difference": _curve_differences(results["curves"])}
+    if isinstance(results, dict) and "predicted" in results:
+        return {**results, **_predictions(results)}
     if isinstance(results, list):
         return _by_system(results)
     return results
@@ -247,6 +249,12 @@ def _curve_differences(curves: dict[str, dict[str, list[float]]]) -> dict[str, f
             differences = (abs(one - other) for one, other in zip(losses, systems["DDP"], strict=True))
             largest[precision] = max(largest.get(precision, 0.0), *differences)
     return largest
+
+
+def _predictions(results: dict[str, Any]) -> dict[str, float]:
+    steps = results["measured"]["steps"]
+    errors = [abs(seconds / steps[name] - 1) for name, seconds in results["predicted"].items()]
+    return {"largest_error": max(errors), "rate_mbit": float(results["rate"].removesuffix("mbit"))}
 
 
 def _by_system(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
