@@ -6,8 +6,8 @@ Lightning's ``consolidate_checkpoint`` reads. What is of one rank alone is under
 do not write twice: they share each tensor's rows (``own_rows``). A full file is what Lightning writes on one device,
 optimizer states by parameter number.
 
-A directory's files are listed in its manifest, which is checked before anything is loaded. Where they are written, and
-how they replace an earlier checkpoint, is for ``checkpoint_folder`` and, in a store, ``checkpoint_store``.
+A directory's files are listed in its manifest, which is checked before anything is loaded. For where they are written,
+and how they replace an earlier checkpoint, see [Note: How a checkpoint becomes visible].
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def save_sharded(
 ) -> None:
     """Write a checkpoint to the directory ``path``, in place of one that is there; every rank calls it.
 
-    The files are written beside ``path`` and moved there when all ranks have finished, so shards of an earlier
-    checkpoint, perhaps of more ranks, never mix with the new ones. Files that are not a checkpoint's stay.
+    Shards of an earlier checkpoint, perhaps of more ranks, never mix with the new ones: see
+    [Note: How a checkpoint becomes visible]. Files that are not a checkpoint's stay.
 
     Args:
         path: The same on all ranks, on storage that all ranks share.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import time
 from typing import Any
 
 import torch
@@ -62,18 +60,3 @@ def reduce_in_place(tensor: Any, *, group: Any, op: Any) -> Any:
     named = getattr(dist.ReduceOp, op.upper()) if isinstance(op, str) and not mean else op
     dist.all_reduce(tensor, op=dist.ReduceOp.SUM if mean or op is None else named, group=group)
     return tensor.copy_(tensor / dist.get_world_size(group)) if mean else tensor
-
-
-def let_gloo_finish(device: torch.device) -> None:
-    """Have the interpreter wait a moment at its exit, on CPUs.
-
-    Gloo's threads let go of the tensors of the last collective a moment after it. Where the interpreter is gone by
-    then the process aborts (https://github.com/pytorch/pytorch/pull/179291), and a job that is done looks failed.
-    """
-    if device.type == "cpu":
-        atexit.unregister(_wait)
-        atexit.register(_wait)
-
-
-def _wait() -> None:
-    time.sleep(0.2)

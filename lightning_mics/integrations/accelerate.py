@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
+from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin
 from lightning_mics.checkpoint.storage.path import storage_path
@@ -139,7 +140,7 @@ def load_checkpoint(accelerator: Accelerator, path: str | Path, *, weights_only:
         RuntimeError: If the checkpoint is of another model or other optimizers.
     """
     model = _prepared_model(accelerator)
-    sharded_of(model).schedule.abandon_window()
+    sharded_of(model).schedule.window.abandon()
     rest = checkpoint.load(
         storage_path(path),
         model=model,
@@ -188,10 +189,10 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     )
     vars(model)["_mics"] = sharded
     model.to(accelerator.device)  # what is no parameter
-    allow_evaluation(model)
-    sharded.schedule.follow_steps()
+    allow_evaluation(model)  # see [Note: Hooks on the root, in order]
+    sharded.schedule.optimizer_hooks.follow_steps()
     for optimizer in _optimizers(accelerator):
-        sharded.schedule.follow_zero_grad(optimizer)
+        sharded.schedule.optimizer_hooks.follow_zero_grad(optimizer)
     _start_over_when_loading(accelerator, sharded.schedule)
     vars(model)["set_requires_gradient_sync"] = _GradientSync(model, sharded.schedule)
     if precision == "bf16-mixed":
@@ -207,7 +208,7 @@ def _start_over_when_loading(accelerator: Accelerator, schedule: AccumulationSch
 
     def start_over(*_: Any) -> None:
         if (alive := known()) is not None:
-            alive.abandon_window()
+            alive.window.abandon()
 
     accelerator.register_load_state_pre_hook(start_over)
 
@@ -281,7 +282,10 @@ def _keep_our_plugin_on_cpus(initialize: Callable[..., None]) -> Callable[..., N
                 "another Accelerator is there already, and all share its plugin: make this one without fsdp_plugin"
             )
         initialize(state, *args, **kwargs)
-        if not isinstance(plugin, MiCSPlugin) or state.distributed_type == DistributedType.FSDP:
+        if not isinstance(plugin, MiCSPlugin):
+            return
+        let_gloo_finish(state.device)
+        if state.distributed_type == DistributedType.FSDP:
             return
         if state.distributed_type != DistributedType.MULTI_CPU:
             raise ValueError(

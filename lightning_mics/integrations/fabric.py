@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
+from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.async_save import ShardedSaving
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
@@ -36,7 +37,6 @@ from lightning_mics.integrations._lightning import (
     check_job,
     check_precision,
     check_saving,
-    let_gloo_finish,
     reduce_in_place,
 )
 from lightning_mics.policy.policy import Policy
@@ -143,10 +143,10 @@ class MiCSFabricStrategy(ModelParallelStrategy):
         module.to(self.root_device)  # what is no parameter
         self._policy.check_kept(module, sharded_of(module))
         self._device_mesh = sharded_of(module).groups.mesh
-        sharded_of(module).schedule.abandon_window()
+        sharded_of(module).schedule.window.abandon()
         if not any(module is known for known in self._models):
             allow_evaluation(module)
-            sharded_of(module).schedule.follow_steps()
+            sharded_of(module).schedule.optimizer_hooks.follow_steps()
             module.register_forward_pre_hook(self._note_forward)
             self._models.append(module)
         return module
@@ -162,7 +162,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
         for optimizer, groups in zip(optimizers, names, strict=True):
             for group, of_group in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = [parameters[name] for name in of_group]
-            sharded_of(module).schedule.follow_zero_grad(optimizer)
+            sharded_of(module).schedule.optimizer_hooks.follow_zero_grad(optimizer)
         return module, optimizers, scheduler
 
     @override
@@ -176,8 +176,8 @@ class MiCSFabricStrategy(ModelParallelStrategy):
                 "or set up both in one call: `model, optimizer = fabric.setup(model, optimizer)`"
             )
         for model in self._models:
-            if sharded_of(model).schedule.trains_with(optimizer):
-                sharded_of(model).schedule.follow_zero_grad(optimizer)
+            if sharded_of(model).schedule.optimizer_hooks.trains_with(optimizer):
+                sharded_of(model).schedule.optimizer_hooks.follow_zero_grad(optimizer)
         return optimizer
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
     @override
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         for model in self._ran_forward:
-            sharded_of(model).schedule.before_backward()
+            sharded_of(model).schedule.window.before_backward()
         self._ran_forward = []
         super().backward(tensor, module, *args, **kwargs)
 
@@ -196,6 +196,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _note_forward(self, module: nn.Module, _inputs: Any) -> None:
+        """List the models of the next backward. See [Note: Hooks on the root, in order]."""
         if torch.is_grad_enabled() and not any(module is known for known in self._ran_forward):
             self._ran_forward.append(module)
 
@@ -359,7 +360,7 @@ def _start_anew(model: nn.Module) -> None:
     """After its weights were replaced."""
     assert isinstance(model, FSDPModule)
     model.reshard()
-    sharded_of(model).schedule.abandon_window()
+    sharded_of(model).schedule.window.abandon()
     verify_replicas(model, sharded_of(model).groups)
 
 

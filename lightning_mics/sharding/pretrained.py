@@ -7,14 +7,15 @@
     start_from(network, folder)             # read when the network, or what it is inside of, is sharded
     shard_model(network, groups)            # or Trainer(strategy="mics")
 
-Safetensors files are read in slices: of each tensor, the rows that this rank holds.
+Files are read by torch's ``HuggingFaceStorageReader``: of each tensor, only the rows that this rank holds. One reader
+has one file, because torch's reader of a folder reads every safetensors file in it, listed in the index or not, and its
+errors do not name the file that they are about.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +26,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from lightning_mics._torch.checkpoint import own_slices
 from lightning_mics.collectives.agreement import on_all_ranks
 
 ONE_FILE = "model.safetensors"
@@ -114,25 +117,20 @@ def load_pretrained(network: nn.Module, folder: str | Path, *, strict: bool = Tr
 
 def _load(network: nn.Module, folder: Path, *, strict: bool) -> Loaded:
     _check_not_quantized(folder)
-    stored = _stored(_files(folder))
+    files = [_StoredFile.open(file) for file in _files(folder)]
+    shapes = {name: shape for file in files for name, shape in file.shapes().items()}
     tensors = _tensors(network)
-    source_of, unused = _match(tensors, stored, base=getattr(network, "base_model_prefix", ""))
+    source_of, unused = _match(tensors, shapes, base=getattr(network, "base_model_prefix", ""))
     missing = sorted(tensors.keys() - source_of.keys())
     _check_names(folder, missing, unused, found=len(source_of), strict=strict)
-    _check_shapes(folder, tensors, source_of, stored)
-    _read(tensors, source_of, stored)
+    _check_shapes(folder, tensors, source_of, shapes)
+    _read(tensors, source_of, files)
     if missing and _rank() == 0:
         warnings.warn(f"{len(missing)} tensors are not in {folder} and keep their values: {missing[:3]}", stacklevel=2)
     return Loaded(missing=missing, unused=unused)
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Stored:
-    file: Path
-    shape: list[int]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -162,25 +160,6 @@ def _listed(folder: Path) -> list[Path]:
         raise RuntimeError(f"{folder / INDEX_FILE} is no index of safetensors files: {error!r}") from None
 
 
-def _stored(files: Iterable[Path]) -> dict[str, _Stored]:
-    """What the files hold, from their headers alone."""
-    found = {}
-    for file in files:
-        with _opened(file) as content:
-            for name in content.keys():  # noqa: SIM118 - not a dict
-                found[name] = _Stored(file, content.get_slice(name).get_shape())
-    return found
-
-
-def _opened(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open  # only who starts from such files needs the package
-
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise RuntimeError(f"{file} cannot be read: {error}") from error
-
-
 def _check_not_quantized(folder: Path) -> None:
     config = folder / "config.json"
     if config.is_file() and json.loads(config.read_text()).get("quantization_config"):
@@ -197,9 +176,7 @@ def _tensors(network: nn.Module) -> dict[str, Tensor]:
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in every if name in kept}
 
 
-def _match(
-    tensors: Mapping[str, Tensor], stored: Mapping[str, _Stored], *, base: str
-) -> tuple[dict[str, str], list[str]]:
+def _match(tensors: Mapping[str, Tensor], stored: Iterable[str], *, base: str) -> tuple[dict[str, str], list[str]]:
     """For each name of the network the folder's name, and the folder's names that nobody wants."""
     source_of: dict[str, str] = {}
     unused = []
@@ -233,14 +210,14 @@ def _check_names(folder: Path, missing: list[str], unused: list[str], *, found: 
 
 
 def _check_shapes(
-    folder: Path, tensors: Mapping[str, Tensor], source_of: Mapping[str, str], stored: Mapping[str, _Stored]
+    folder: Path, tensors: Mapping[str, Tensor], source_of: Mapping[str, str], shapes: Mapping[str, list[int]]
 ) -> None:
-    other = [name for name, source in source_of.items() if list(tensors[name].shape) != stored[source].shape]
+    other = [name for name, source in source_of.items() if list(tensors[name].shape) != shapes[source]]
     if other:
         name = min(other)
         raise ValueError(
             f"{len(other)} tensors have another shape in {folder} than in the network, for instance {name!r} with "
-            f"{stored[source_of[name]].shape} there and {list(tensors[name].shape)} here; make the network from the "
+            f"{shapes[source_of[name]]} there and {list(tensors[name].shape)} here; make the network from the "
             "folder's config.json"
         )
 
@@ -248,23 +225,60 @@ def _check_shapes(
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _read(tensors: Mapping[str, Tensor], source_of: Mapping[str, str], stored: Mapping[str, _Stored]) -> None:
-    wanted: defaultdict[Path, dict[Tensor, str]] = defaultdict(dict)  # by file, each tensor once
-    for name, source in source_of.items():
-        wanted[stored[source].file][tensors[name]] = source
-    for file, sources in wanted.items():
-        with _opened(file) as content:
-            for tensor, source in sources.items():
-                _copy_own_part(tensor, content, source)
+class _OneFile(FileSystem):
+    """A file system for a reader whose path is one file."""
+
+    def ls(self, path: Any) -> list[str]:
+        """The file itself, where a folder's files are asked for."""
+        return [str(path)]
 
 
-def _copy_own_part(tensor: Tensor, content: Any, name: str) -> None:
-    if not isinstance(tensor, DTensor):
-        tensor.copy_(content.get_tensor(name))
-        return
-    own = tensor.to_local()
-    if own.numel():
-        own.copy_(content.get_slice(name)[own_slices(tensor)])
+@dataclass(frozen=True)
+class _StoredFile:
+    """One safetensors file.
+
+    Attributes:
+        reader: The reader of the file.
+        metadata: Shape and dtype of each of its tensors, from its header.
+    """
+
+    reader: HuggingFaceStorageReader
+    metadata: Metadata
+
+    @classmethod
+    def open(cls, file: Path) -> _StoredFile:
+        """Read the header of ``file``."""
+        from safetensors import SafetensorError  # only who starts from such files needs the package
+
+        reader = HuggingFaceStorageReader(str(file))
+        reader.fs = _OneFile()
+        try:
+            return cls(reader, reader.read_metadata())
+        except (SafetensorError, KeyError) as error:  # a KeyError for a dtype that torch does not have
+            raise RuntimeError(f"{file} cannot be read: {error!r}") from error
+
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of each tensor, by name."""
+        entries = self.metadata.state_dict_metadata.items()
+        return {name: list(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+    def read_into(self, targets: Mapping[str, Tensor]) -> None:
+        """Read this rank's part of some tensors of the file, in place; without communication.
+
+        Args:
+            targets: Tensors of the shapes in the file, by the file's names; sharded (DTensors) or not.
+        """
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        planner.set_up_planner(dict(targets), self.metadata, is_coordinator=True)
+        self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
+        self.reader.read_data(planner.create_local_plan(), planner)
+
+
+def _read(tensors: Mapping[str, Tensor], source_of: Mapping[str, str], files: Iterable[_StoredFile]) -> None:
+    """Fill each of the network's tensors once, however many names it has."""
+    wanted = {source: tensors[name] for name, source in source_of.items()}
+    for file in files:
+        file.read_into({source: wanted[source] for source in file.shapes() if source in wanted})
 
 
 def _rank() -> int:

@@ -70,7 +70,7 @@ def shard_model(
         mixed_precision: FSDP2's policy: dtypes of gathered parameters and of gradient reductions.
 
     Returns:
-        The schedule of the two hops, and of what else waits for the boundary.
+        The accumulation schedule: what is gathered and reduced in each micro-step, and what at the boundary.
 
     Raises:
         TypeError: If the model cannot be sharded: already wrapped, no blocks, tensors that nothing initialises.

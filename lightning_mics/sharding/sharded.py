@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_mics.sharding.schedule import AccumulationSchedule
-from lightning_mics.techniques.partition_groups import (
-    PartitionGroups,
-)
+from lightning_mics.techniques.partition_groups import PartitionGroups
 
 
 @dataclass(frozen=True)
@@ -17,10 +15,10 @@ class Sharded:
     """What belongs to a model that a policy has sharded.
 
     Attributes:
-        groups: Of this rank.
-        schedule: Of its hops.
-        report: The table of groups, techniques and memory, for people.
-        blocks: That were sharded one by one.
+        groups: Process groups and mesh of this rank.
+        schedule: Accumulation schedule; its three parts are for integrations.
+        report: Table of groups, techniques and memory, for people.
+        blocks: Modules that are parameter groups of their own.
     """
 
     groups: PartitionGroups

@@ -125,6 +125,9 @@ class Counting:
             def keys(self) -> Any:
                 return self.real.keys()
 
+            def metadata(self) -> Any:
+                return self.real.metadata()
+
             def get_tensor(self, name: str) -> Tensor:
                 return counting.count(self.real.get_tensor(name))
 
@@ -133,7 +136,7 @@ class Counting:
 
         class Slice:
             def __init__(self, real: Any) -> None:
-                self.real, self.get_shape = real, real.get_shape
+                self.real, self.get_shape, self.get_dtype = real, real.get_shape, real.get_dtype
 
             def __getitem__(self, place: Any) -> Tensor:
                 return counting.count(self.real[place])

@@ -1,9 +1,25 @@
-"""Where a checkpoint lives, and how it becomes visible: all of it at once, in place of what was there.
+"""Where a checkpoint is stored on a file system, and how it replaces an earlier one.
 
-On a file system that renames at once. A new checkpoint is whole and on disk before it replaces an earlier one::
+[Note: How a checkpoint becomes visible]
 
-    .NAME.unfinished    being written
-    .NAME.former        what was at NAME, between the two renames; a job killed there finds it when it loads or saves
+The path of a sharded checkpoint holds a complete one or none at any time: after a crash, after a failed save, while a
+save runs. Every rank writes its files to a place that no reader looks at; once all ranks have finished, rank 0 writes
+the manifest, which lists all files, and makes them visible by one atomic operation. There are two kinds of storage::
+
+                         a file system (CheckpointFolder)         an object store (CheckpointStore)
+    files are written    in .NAME.unfinished                      in NAME/TIME-RANDOM
+    the manifest         in .NAME.unfinished, synced to disk      NAME/manifest.json, which names TIME-RANDOM
+    becomes visible by   the rename of .NAME.unfinished to NAME   writing the manifest, as one object
+    the earlier one      is renamed to .NAME.former before,       is there until then, and removed after
+                         and removed after
+    killed before        the earlier one is visible, and the next save removes the files
+    killed in between    .NAME.former is renamed to NAME by       cannot be: one object is replaced
+                         `put_back`, in the next load or save
+    killed after         the new one is visible, and the next save, or on a file system load, removes the earlier one
+
+One full file is as atomic as the function that writes it; a directory at its place is renamed to .NAME.former until it
+is there. Files in NAME that belong to no checkpoint are never removed: they are moved to the new directory, and make
+one full file raise.
 """
 
 from __future__ import annotations
@@ -32,6 +48,8 @@ def is_sharded(path: StoragePath) -> bool:
 @dataclass(frozen=True)
 class CheckpointFolder:
     """The place of one checkpoint on a file system; one rank calls, the others wait for it.
+
+    See [Note: How a checkpoint becomes visible].
 
     Saving is ``draft = begin()``, then every rank writes its files into ``draft``, then ``publish(draft, manifest)``.
 
@@ -92,7 +110,7 @@ class CheckpointFolder:
             self.put_back()
 
     def put_back(self) -> None:
-        """Keep what waits for its successor: all of it if none came, else the files that are not a checkpoint's."""
+        """Restore the earlier checkpoint if no new one has replaced it, else only the files that belong to none."""
         path, former = self.path, self._former
         if not os.path.lexists(former):
             return

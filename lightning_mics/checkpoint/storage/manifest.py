@@ -1,8 +1,8 @@
 """What makes a checkpoint whole: the list of its files with their sizes and checksums.
 
-It is the last file that is written. A checkpoint without a file of the list, or with one that is shorter or other than
-it was, is damaged, and the error says which file. Where a store names contents (its ETag), a file whose name is as it
-was is not read again; a copy elsewhere, which has another name, is.
+It is the last file that is written: see [Note: How a checkpoint becomes visible]. A checkpoint without a file of the
+list, or with one that is shorter or other than it was, is damaged, and the error says which file. Where a store names
+contents (its ETag), a file whose name is as it was is not read again; a copy elsewhere, which has another name, is.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
-"""Where a checkpoint lives in a store that cannot rename, and how it becomes visible there: by one object.
+"""Where a checkpoint is stored in an object store, which cannot rename.
 
-What is all or nothing in an object store is writing one object. So each save has a folder of its own, whose name no
-other save has, and the manifest, which names that folder, is written last::
+See [Note: How a checkpoint becomes visible]. Each save has a folder of its own, with a name that no other save has::
 
-    NAME/manifest.json                      makes it a checkpoint, and says where its files are
+    NAME/manifest.json                      names the folder that holds the files
     NAME/20261125T103000-5f0c9a3e/...       the files
-    NAME/20261125T110000-77e1b204/...       those of a save that goes on, or of a job that was killed
+    NAME/20261125T110000-77e1b204/...       files of a save that is running, or of a job that was killed
 
-Until the manifest is replaced, readers find the earlier checkpoint, and afterwards the new one. The next save removes
-what the manifest does not name. Two jobs that save to the same NAME at the same time would remove each other's files.
+Two jobs that save to the same NAME at the same time would remove each other's files.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
-from lightning_mics._torch.fsdp import expect_backward, gather
+from lightning_mics._torch.fsdp import expect_backward, unshard
+from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint import random_states
 from lightning_mics.checkpoint.async_save import ShardedSaving
 from lightning_mics.checkpoint.errors import all_ranks_answer
@@ -39,7 +40,6 @@ from lightning_mics.integrations._lightning import (
     check_job,
     check_precision,
     check_saving,
-    let_gloo_finish,
     reduce_in_place,
 )
 from lightning_mics.integrations.trainer import resuming
@@ -240,13 +240,13 @@ class MiCSStrategy(ModelParallelStrategy):
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
-        self._state().schedule.before_backward()
+        self._state().schedule.window.before_backward()
         if not self._root().automatic_optimization:
             expect_backward(self._root(), closure_loss)
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
-        self._state().schedule.after_backward()
+        self._state().schedule.window.after_backward()
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -298,7 +298,10 @@ class MiCSStrategy(ModelParallelStrategy):
             rank_zero_warn(str(error))
 
     def _start_evaluation(self) -> None:
-        """All batches of an evaluation share weights; callbacks may exchange them before it and after it."""
+        """All batches of an evaluation share weights; callbacks may exchange them before it and after it.
+
+        See [Note: When cached weights are dropped].
+        """
         self._evaluation.enter_context(self._state().schedule.cached_weights())
 
     def _end_evaluation(self) -> None:
@@ -306,7 +309,7 @@ class MiCSStrategy(ModelParallelStrategy):
         self._evaluation.close()
 
     def _reshard_root(self) -> None:
-        """FSDP2 leaves the root gathered after a forward, for a backward that evaluation does not have."""
+        """FSDP2 leaves the root unsharded after a forward, for a backward that an evaluation does not have."""
         self._root().reshard()
 
     @property
@@ -319,12 +322,13 @@ class MiCSStrategy(ModelParallelStrategy):
 
     def _abandon_window(self) -> None:
         if self._sharded is not None:
-            self._sharded.schedule.abandon_window()
+            self._sharded.schedule.window.abandon()
             self._evaluation.close()
 
     def invalidate_cache(self) -> None:
-        """Call it, on all ranks, after weights were changed inside an accumulation window in a way that torch does not
-        notice; see :class:`~lightning_mics.sharding.schedule.AccumulationSchedule`.
+        """Drop cached parameters after weights were changed in a way that torch does not record; every rank calls it.
+
+        Needed inside an accumulation window or an evaluation only. See [Note: When cached weights are dropped].
         """
         self._state().schedule.invalidate_cache()
 
@@ -472,11 +476,15 @@ class MiCSStrategy(ModelParallelStrategy):
 
 
 def _gather_whenever_used(root: Any, blocks: Collection[nn.Module]) -> None:
-    """A step of manual optimization goes on after a backward, which reshards the root, and after ``toggle_model``."""
+    """Unshard the root before each block's forward, for manual optimization.
+
+    A step of it may run further forwards after a backward, which reshards the root, and after ``toggle_model``. The
+    hooks are on the blocks, after those that blocks share with the root: see [Note: Hooks on the root, in order].
+    """
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gather_root(module: nn.Module, inputs: Any) -> None:
-        gather(root)
+        unshard(root)
 
     for module in unit_modules(root, set(blocks)):
         if module is not root:
