@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     "*.md",
     "docs/*.md",
-    "docs/behaviours/*.md",
+    "docs/behaviors/*.md",
     "recipes/README.md",
     "benchmarks/README.md",
     "benchmarks/results/*/README.md",

@@ -37,7 +37,7 @@ SCALES = {
 }  # fmt: skip
 
 
-_WORDS = "two three four five six seven eight nine ten eleven twelve fifteen twenty thirty forty fifty hundred".split()
+_WORDS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "fifteen", "twenty", "thirty", "forty", "fifty", "hundred"]
 
 
 _UNIT = "|".join(sorted(map(re.escape, SCALES), key=len, reverse=True))
@@ -262,7 +262,9 @@ def _by_system(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     systems = {run["system"] for run in rounds}
     return {
         system: {
-            "later_save_seconds": median(s for run in rounds if run["system"] == system for s in run["save_seconds"][1:]),
+            "later_save_seconds": median(
+                s for run in rounds if run["system"] == system for s in run["save_seconds"][1:]
+            ),
             "step_seconds": median(s for run in rounds if run["system"] == system for s in run["step_seconds"]),
             "resume_seconds": median(run["resume_seconds"] for run in rounds if run["system"] == system),
         }

@@ -8,16 +8,16 @@ import re
 import runpy
 import shlex
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+import tomllib
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
-from lightning_mics import sharded
 from lightning_mics.integrations.trainer import traffic_monitor
 from tests.docs.pages import PAGES, ROOT, Block, blocks
 from tests.support.configs import composed
@@ -66,11 +66,12 @@ def _run(text: str, folder: Path) -> bool:
     names |= {"make_network": lambda: type(make("gpt"))(make("gpt").config), "folder": folder / f"pretrained {rank}"}
     before = model.norm.weight.detach().clone()
     exec(text, names)
+    trained = dict(names["model"].named_parameters())
+    norm = next(parameter for name, parameter in trained.items() if name.endswith("norm.weight"))
+    if re.search(r"shard_model\(model|\.setup\(model|\.prepare\(model", text):
+        assert isinstance(norm, DTensor)
     if "optimizer.step()" in text:
-        after = next(p for name, p in names["model"].named_parameters() if name.endswith("norm.weight"))
-        assert not after.full_tensor().equal(before)
-    if "shard_model(model" in text:
-        assert sharded(names["model"]) is None or names["schedule"]
+        assert not norm.full_tensor().equal(before)
     return True
 
 
@@ -102,7 +103,11 @@ def commands() -> list[str]:
         for line in block.text.replace("\\\n", " ").splitlines()
         if shlex.split(line, comments=True)
     ]
-    spans = [span for page in COMMAND_PAGES for span in re.findall(r"`((?:python|make|pip|torchrun) [^`]+)`", page.read_text())]
+    spans = [
+        span
+        for page in COMMAND_PAGES
+        for span in re.findall(r"`((?:python|make|pip|torchrun) [^`]+)`", page.read_text())
+    ]
     return list(dict.fromkeys([*lines, *(span for span in spans if not re.search(r"\b[A-Z_]{3,}\b(?!=)", span))]))
 
 

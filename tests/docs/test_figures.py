@@ -10,7 +10,9 @@ from tests.docs.pages import PAGES, ROOT, name_of
 # Figures that are no results, by page, each with the reason.
 NOT_RESULTS = {
     "docs/checkpoints.md": {"1 GB": "size of the state that benchmarks/saving_time.py makes, its default"},
-    "docs/planning.md": {"2 %": "tests/planning/rehearsal/test_rehearse.py compares every configuration, with this tolerance"},
+    "docs/planning.md": {
+        "2 %": "tests/planning/rehearsal/test_rehearse.py compares every configuration, with this tolerance"
+    },
 }
 
 
@@ -88,7 +90,9 @@ def test_a_figure_without_a_source_fails(text):
         check_page(text)
 
 
-@pytest.mark.parametrize("text", ["torch 2.13.0 and 8 ranks", "[page](results/2x4.svg)", "```bash\nsleep 3 s\n```", "p3dn"])
+@pytest.mark.parametrize(
+    "text", ["torch 2.13.0 and 8 ranks", "[page](results/2x4.svg)", "```bash\nsleep 3 s\n```", "p3dn"]
+)
 def test_other_numbers_are_no_figures(text):
     assert check_page(text) == 0
 
