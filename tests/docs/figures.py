@@ -37,7 +37,7 @@ SCALES = {
 }  # fmt: skip
 
 
-_WORDS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "fifteen", "twenty", "thirty", "forty", "fifty", "hundred"]
+_WORDS = "two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|fifteen|twenty|thirty|forty|fifty|hundred"
 
 
 _UNIT = "|".join(sorted(map(re.escape, SCALES), key=len, reverse=True))
@@ -47,7 +47,9 @@ _NUMBER = r"\d[\d,]*(?:\.\d+)?"
 
 
 FIGURE = re.compile(
-    rf"(?<![\w.@-])(?:{_NUMBER}|{'|'.join(_WORDS)})(?:[ -]|\u00a0)?(?:{_UNIT})(?![\w/-])|(?<![\w.])\d(?:\.\d+)?e-?\d+(?!\w)"
+    rf"(?<![\w.@-])(?:{_NUMBER}|{_WORDS})(?:[ -]|\u00a0)?(?:{_UNIT})(?![\w/-])"
+    r"|(?<![\w.])\d(?:\.\d+)?e-?\d+(?!\w)",
+    flags=re.IGNORECASE,
 )
 
 
@@ -174,8 +176,8 @@ def _check_sources(text: str, *, known: frozenset[str] | set[str]) -> None:
     orphans += [cell for cell in _cells_in_units(text) if cell not in known]
     if orphans:
         raise WrongFigureError(
-            f"{', '.join(map(repr, orphans))}: no field of a results.json; name one in a comment (tests/docs/figures.py), "
-            "or exempt what is no result (tests/docs/test_figures.py)"
+            f"{', '.join(map(repr, orphans))}: no field of a results.json; name one in a comment "
+            "(tests/docs/figures.py) or exempt what is no result (tests/docs/test_figures.py)"
         )
 
 

@@ -127,7 +127,7 @@ def understand(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(Understood):
                 _parse(module, arguments, monkeypatch)
         case ["torchrun", *options]:
-            assert (at := options.index("-m")) > 0
+            at = options.index("-m")
             with pytest.raises(Understood):
                 _parse(options[at + 1], options[at + 2 :], monkeypatch)
         case ["make", target, *settings]:

@@ -86,7 +86,7 @@ def test_a_wrong_figure_fails(claims, text, message):
     ],
 )
 def test_a_figure_without_a_source_fails(text):
-    with pytest.raises(WrongFigureError, match="no field of a results.json"):
+    with pytest.raises(WrongFigureError, match=r"no field of a results\.json"):
         check_page(text)
 
 
