@@ -15,7 +15,7 @@ from lightning_mics.sharding.shard_model import shard_model
 from lightning_mics.techniques.partition_groups import PartitionGroups, create_partition_groups
 from lightning_mics.topology import Topology
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "AccumulationSchedule",
