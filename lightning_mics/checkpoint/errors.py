@@ -49,6 +49,8 @@ def _in_words(error: BaseException) -> str:
 class SilentRankError(RuntimeError):
     """A rank did not take part in saving or loading a checkpoint within the timeout."""
 
+    __module__ = "lightning_mics.checkpoint"  # what a traceback says is what can be imported
+
 
 @contextmanager
 def all_ranks_answer(what: str, *, timeout: timedelta | None) -> Generator[None]:
@@ -77,8 +79,11 @@ def all_ranks_answer(what: str, *, timeout: timedelta | None) -> Generator[None]
 class DamagedCheckpointError(RuntimeError):
     """A checkpoint has lost a file or a part of one, or a file is not what was written."""
 
+    __module__ = "lightning_mics.checkpoint"  # what a traceback says is what can be imported
     raised_by_all_ranks = True  # as it is, where one rank finds it: see `collectives.agreement`
 
 
 class UnsafeCheckpointError(RuntimeError):
     """A checkpoint holds more than data: loading it would run code."""
+
+    __module__ = "lightning_mics.checkpoint"  # what a traceback says is what can be imported

@@ -48,7 +48,7 @@ def shard_model(
 
     Peak memory is the shards plus one whole unit: a block, or what the root holds. The first weights depend on rank 0
     alone: for parts on the meta device on its seed, for built parts on its values. What
-    :func:`~lightning_mics.sharding.pretrained.start_from` has noted is read when all is sharded.
+    :func:`~lightning_mics.sharding.pretrained.load_pretrained` has left for then is read when all is sharded.
     Make optimizers after this call.
 
     Args:
