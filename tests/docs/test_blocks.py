@@ -16,9 +16,14 @@ import pytest
 import tomllib
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch.distributed.tensor import DTensor
 
+import train
 from lightning_mics.integrations.trainer import traffic_monitor
+from recipes.job.auto import choose_automatically
+from recipes.plan.dry_run import WIDTH, hardware_of, plan_run, workload_of
+from recipes.plan.tables import plan_table
 from tests.docs.pages import PAGES, ROOT, Block, blocks
 from tests.support.configs import composed
 from tests.support.models import TinyLM, TinyModule, loader_of_tokens, tokens
@@ -205,3 +210,19 @@ def test_the_table_of_the_traffic_monitor_is_that_of_its_docstring():
     shown = [block.text for block in blocks("text") if block.page == "docs/monitoring.md"]
     assert len(shown) == 1
     assert shown[0] in docstring
+
+
+@pytest.mark.rehearsal
+def test_the_dry_run_of_the_readme_prints_what_the_readme_shows(capsys):
+    config = composed("model=gpt-100b", "cluster=p4d_64", "dry_run=true")
+    assert "python train.py model=gpt-100b cluster=p4d_64 dry_run=true\n" in (ROOT / "README.md").read_text()
+    model = train.make_model(config)
+    chosen, _ = choose_automatically(config, model)
+    planned = plan_run(config, workload_of(chosen, model), hardware_of(chosen.cluster))
+    console = Console(width=WIDTH)
+    console.print(plan_table(planned, config=chosen))
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    printed += [f"Note: {warning}." for warning in planned.warnings]
+    shown = next(block.text for block in blocks("text") if block.page == "README.md").splitlines()
+    assert len(shown) == 8
+    assert [line for line in shown if line not in printed] == []
