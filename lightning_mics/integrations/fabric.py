@@ -93,7 +93,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
         check_saving(save_sharded=save_sharded, async_save=async_save)
         self._policy = Policy(timeout=timeout, **policy)
         self._trust_checkpoints = trust_checkpoints
-        self._saving = ShardedSaving(beside_training=async_save, timeout=timeout)
+        self._saving = ShardedSaving(asynchronous=async_save, timeout=timeout)
         self._backward_sync_control = _TwoHop()
         self._models: list[nn.Module] = []  # that were set up
         self._ran_forward: list[nn.Module] = []  # of these, with gradients, since the last backward

@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lightning_mics.checkpoint.progress import progress_bar
+from lightning_mics.checkpoint.storage.progress import progress_bar
 from recipes.data.sources.text_source import PIECE_CHARACTERS, Piece, TextSource, labelled_pieces
 from recipes.data.tokenizer import encode, end_of_document, token_dtype, train_tokenizer
 
@@ -103,7 +103,7 @@ def _write_tokens(
     """Write each split's tokens to its file; returns the number of documents."""
     dtype, end, documents = token_dtype(len(tokenizer)), end_of_document(tokenizer), 0
     pieces = labelled_pieces(source, val_fraction=val_fraction)
-    with progress_bar(f"tokenising {source.name}", total_bytes=source.total_bytes(), shown=True) as advance:
+    with progress_bar(f"tokenising {source.name}", total_bytes=source.total_bytes(), enabled=True) as advance:
         for batch in _batches(pieces):
             for (split, piece), tokens in zip(batch, encode(tokenizer, [p.text for _, p in batch]), strict=True):
                 ending = [end] if piece.ends else []

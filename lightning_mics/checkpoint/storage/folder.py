@@ -1,9 +1,22 @@
-"""Where a checkpoint lives, and how it becomes visible: all of it at once, in place of what was there.
+"""The location of a checkpoint on a file system, where a rename is atomic; in a store see
+:mod:`~lightning_mics.checkpoint.storage.store`.
 
-On a file system that renames at once. A new checkpoint is whole and on disk before it replaces an earlier one::
+[Note: How a checkpoint becomes visible]
 
-    .NAME.unfinished    being written
-    .NAME.former        what was at NAME, between the two renames; a job killed there finds it when it loads or saves
+At any time, and after a crash at any point, a path holds one complete checkpoint or none:
+
+1. All ranks write their files into a draft, where nobody looks for a checkpoint.
+2. When all have finished, rank 0 writes the manifest: the list of the files with their sizes and checksums.
+3. One atomic operation makes the draft the checkpoint. On a file system it is the rename of the draft, after its files
+   have been synchronized to disk; in a store, which cannot rename, it is the write of the manifest, which names the
+   folder of the draft.
+4. The earlier checkpoint is removed; files that are not a checkpoint's are preserved.
+
+On a file system there are two renames, since a directory cannot be replaced by one::
+
+    .NAME.unfinished    the draft
+    .NAME.former        the earlier checkpoint between the two renames; a job that was killed there finds it when it
+                        loads or saves next (`recover`)
 """
 
 from __future__ import annotations
@@ -18,25 +31,24 @@ from pathlib import Path
 from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, Manifest
 from lightning_mics.checkpoint.storage.path import StoragePath, exists
 
-META_FILE = "meta.pt"
-
-
-DCP_FILE = ".metadata"
+META_FILE = "meta.pt"  # entries that are not sharded
+DCP_FILE = ".metadata"  # metadata of torch.distributed.checkpoint
 
 
 def is_sharded(path: StoragePath) -> bool:
-    """Whether ``path`` is a directory that :func:`~lightning_mics.checkpoint.saving.save_sharded` wrote."""
+    """Whether ``path`` is a directory that :func:`~lightning_mics.checkpoint.saving.save_sharded` has written."""
     return any(exists(path / name) for name in (META_FILE, MANIFEST_FILE))
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """The place of one checkpoint on a file system; one rank calls, the others wait for it.
+    """The location of one checkpoint on a file system; one rank calls, the others wait for it.
 
-    Saving is ``draft = begin()``, then every rank writes its files into ``draft``, then ``publish(draft, manifest)``.
+    To save, call ``draft = begin()``, let every rank write its files into ``draft``, then ``publish(draft, manifest)``.
+    See [Note: How a checkpoint becomes visible].
 
     Attributes:
-        path: Where the checkpoint is seen.
+        path: Directory of the checkpoint.
     """
 
     path: Path
@@ -46,18 +58,23 @@ class CheckpointFolder:
         return self.path.with_name(f".{self.path.name}.former")
 
     def begin(self) -> Path:
-        """Make the empty folder that a new checkpoint is written into, and clear away what a killed job has left."""
+        """Make an empty draft for a new checkpoint, and remove the remains of killed jobs."""
         draft = self.path.with_name(f".{self.path.name}.unfinished")
-        self.put_back()
+        self.recover()
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         return draft
 
     def publish(self, draft: Path, manifest: Manifest) -> None:
-        """Let the files in ``draft``, which ``manifest`` lists, be the checkpoint; foreign files at its place stay."""
+        """Make the draft the checkpoint; other files at its path are preserved.
+
+        Args:
+            draft: Folder from :meth:`begin`, with all files written.
+            manifest: List of the files.
+        """
         try:
             manifest.write(draft)
-            for name in (META_FILE, MANIFEST_FILE, "."):  # DCP has seen to its own
+            for name in (META_FILE, MANIFEST_FILE, "."):  # DCP has synchronized its own
                 _sync(draft / name)
         except OSError:
             self.abandon(draft)
@@ -67,20 +84,20 @@ class CheckpointFolder:
         try:
             draft.rename(self.path)
         finally:
-            self.put_back()
+            self.recover()
         _sync(self.path.parent)
 
     def abandon(self, draft: Path) -> None:
-        """Remove ``draft``, which will not be published, as far as that is possible."""
+        """Remove ``draft``, which will not be published, if possible."""
         shutil.rmtree(draft, ignore_errors=True)
 
     def replace_by_file(self, write: Callable[[Path], None]) -> None:
-        """Let ``write`` put one file in the checkpoint's place.
+        """Let ``write`` write a file at the checkpoint's path.
 
         Raises:
-            IsADirectoryError: If anything else than a checkpoint is there.
+            IsADirectoryError: If it is a directory with other files than a checkpoint's.
         """
-        self.put_back()
+        self.recover()
         if self.path.is_dir():
             if not is_sharded(self.path) or any(map(_is_foreign, self.path.iterdir())):
                 what = f"{self.path} is a directory that holds other files than a checkpoint's"
@@ -89,10 +106,10 @@ class CheckpointFolder:
         try:
             write(self.path)
         finally:
-            self.put_back()
+            self.recover()
 
-    def put_back(self) -> None:
-        """Keep what waits for its successor: all of it if none came, else the files that are not a checkpoint's."""
+    def recover(self) -> None:
+        """Restore the earlier checkpoint if no successor came; otherwise move its other files to the successor."""
         path, former = self.path, self._former
         if not os.path.lexists(former):
             return
@@ -111,7 +128,7 @@ def _is_foreign(entry: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's names, are on disk."""
+    """Wait until a file's content, or a directory's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

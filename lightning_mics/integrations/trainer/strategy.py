@@ -94,7 +94,7 @@ class MiCSStrategy(ModelParallelStrategy):
         check_saving(save_sharded=save_sharded, async_save=async_save)
         self._policy = Policy(timeout=timeout, **policy)
         self._trust_checkpoints = trust_checkpoints
-        self._saving = ShardedSaving(beside_training=async_save, timeout=timeout)
+        self._saving = ShardedSaving(asynchronous=async_save, timeout=timeout)
         self._sharded: Sharded | None = None
         self._evaluation = ExitStack()
         self._resumed: resuming.ResumeState | None = None  # from loading a checkpoint until training starts
@@ -392,7 +392,7 @@ class MiCSStrategy(ModelParallelStrategy):
             optimizer_states=state.pop("optimizer_states", []),
             meta=state,
             rank_state=random_state,
-            at_once=not self._in_fit(),
+            synchronous=not self._in_fit(),
             show_progress=self._shows_progress(),
         )
 
