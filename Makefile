@@ -9,13 +9,19 @@ BIN := $(VENV)/bin
 # Overrides for train.py: make train ARGS="trainer.max_steps=10"
 ARGS ?=
 
-.PHONY: train test check format clean
+.PHONY: train test campaign check format clean
 
 train: $(VENV)/.installed-recipes
 	$(BIN)/python train.py $(ARGS)
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+# What takes too long for each change: the rest of the matrices, and the long forms of the random tests.
+campaign: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --campaign -m campaign $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kill_while_saving --kills 100
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.fuzz_checkpoints --mutations 2000
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -77,7 +77,7 @@ def measure_collectives(groups: PartitionGroups) -> dict[str, dict[int, float]]:
     seconds: dict[str, dict[int, float]] = {"node": {}, "rail": {}}
     for name, group, nodes in (("node", groups.node, [0] * RANKS_PER_NODE), ("rail", groups.rail, range(NODES))):
         assert group is not None
-        counted = CountedGroup(group, nodes=nodes, traffic=Traffic())
+        counted = CountedGroup(group, nodes=nodes, traffic=Traffic(), backend=groups.backend)
         for size in SIZES:
             whole, part = torch.zeros(size), torch.zeros(size // group.size())
 

@@ -1,19 +1,27 @@
 """MiCS for PyTorch Lightning: sharded training whose constant traffic stays inside small groups of ranks.
 
 Importing this package registers ``Trainer(strategy="mics")`` and ``Fabric(strategy="mics")``, and lets
-``LightningModule.load_from_checkpoint`` read sharded checkpoints.
+``LightningModule.load_from_checkpoint`` read sharded checkpoints. It imports neither torch nor Lightning: each public
+name is imported when it is first used.
 """
 
-from lightning_mics.integrations.fabric import MiCSFabricStrategy
-from lightning_mics.integrations.trainer import module_loading  # noqa: F401 - `load_from_checkpoint` reads directories too
-from lightning_mics.integrations.trainer.strategy import MiCSStrategy
-from lightning_mics.integrations.trainer.traffic_monitor import TrafficMonitor
-from lightning_mics.sampler import ResumableSampler
-from lightning_mics.sharding.pretrained import load_pretrained, start_from
-from lightning_mics.sharding.schedule import AccumulationSchedule
-from lightning_mics.sharding.shard_model import shard_model
-from lightning_mics.techniques.partition_groups import PartitionGroups, create_partition_groups
-from lightning_mics.topology import Topology
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_mics.integrations._registration import register
+
+if TYPE_CHECKING:
+    from lightning_mics.integrations.accelerate import MiCSPlugin as MiCSPlugin
+    from lightning_mics.integrations.fabric import MiCSFabricStrategy
+    from lightning_mics.integrations.trainer.strategy import MiCSStrategy
+    from lightning_mics.integrations.trainer.traffic_monitor import TrafficMonitor
+    from lightning_mics.sampler import ResumableSampler
+    from lightning_mics.sharding.pretrained import load_pretrained
+    from lightning_mics.sharding.schedule import AccumulationSchedule
+    from lightning_mics.sharding.shard_model import shard_model
+    from lightning_mics.sharding.sharded import sharded
+    from lightning_mics.techniques.partition_groups import PartitionGroups, create_partition_groups
+    from lightning_mics.topology import Topology
 
 __version__ = "0.1.0.dev0"
 
@@ -28,5 +36,42 @@ __all__ = [
     "create_partition_groups",
     "load_pretrained",
     "shard_model",
-    "start_from",
+    "sharded",
 ]
+
+_HOMES = {
+    "AccumulationSchedule": "sharding.schedule",
+    "MiCSFabricStrategy": "integrations.fabric",
+    "MiCSPlugin": "integrations.accelerate",  # not in __all__: a star import must not need the extra `accelerate`
+    "MiCSStrategy": "integrations.trainer.strategy",
+    "PartitionGroups": "techniques.partition_groups",
+    "ResumableSampler": "sampler",
+    "Topology": "topology",
+    "TrafficMonitor": "integrations.trainer.traffic_monitor",
+    "create_partition_groups": "techniques.partition_groups",
+    "load_pretrained": "sharding.pretrained",
+    "shard_model": "sharding.shard_model",
+    "sharded": "sharding.sharded",
+}
+
+_ROOMS = ("checkpoint", "planning")  # with public names of their own
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_ROOMS})
+
+
+if not TYPE_CHECKING:  # type checkers see the imports above, and reject what is not among them
+
+    def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return import_module(f"{__name__}.{name}")
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        public = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        if not isinstance(public, type):  # `inspect.getsource` and type hints look for a class where it is defined
+            public.__module__ = __name__
+        return public
+
+
+register()

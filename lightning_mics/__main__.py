@@ -1,8 +1,62 @@
-"""``python -m lightning_mics run --strategy=mics SCRIPT``: Fabric's command line, which finds strategies by name."""
+"""``python -m lightning_mics run | inspect | export``."""
 
-from lightning.fabric.cli import _main
+from __future__ import annotations
 
-import lightning_mics  # noqa: F401 - registers them
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+
+def _run(arguments: Sequence[str]) -> int:
+    from lightning.fabric import cli  # which offers the strategy, for the package is imported
+
+    if not hasattr(cli, "_main"):
+        print("python -m lightning_mics run needs the package click: pip install click", file=sys.stderr)
+        return 1
+    cli._main(["run", *arguments], prog_name="python -m lightning_mics")  # leaves by SystemExit
+    return 0
+
+
+def _inspect(arguments: Sequence[str]) -> int:
+    from lightning_mics.checkpoint.inspect import main
+
+    return main(arguments)
+
+
+def _export(arguments: Sequence[str]) -> int:
+    from lightning_mics.checkpoint.export import main
+
+    return main(arguments)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "run": (_run, "start a Fabric script on several processes: run --strategy=mics --devices=4 SCRIPT"),
+    "inspect": (_inspect, "show what is in a sharded checkpoint, and whether it is complete"),
+    "export": (_export, "write the model in a sharded checkpoint as a folder for transformers' from_pretrained"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one of :data:`COMMANDS`, each with arguments of its own.
+
+    Args:
+        arguments: The command and its arguments; None takes them from ``sys.argv``.
+
+    Returns:
+        The exit status.
+    """
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_mics",
+        description="MiCS for PyTorch Lightning.",
+        epilog="\n".join(["commands:", *(f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, help="see below; COMMAND --help lists its arguments")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    return COMMANDS[given.command][0](given.arguments)
+
 
 if __name__ == "__main__":
-    _main()
+    sys.exit(main())

@@ -19,8 +19,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_mics._torch import process_groups
-
 __all__ = ["FakeTensorMode", "TorchDispatchMode", "tree_leaves", "tree_map_only"]
 
 
@@ -32,13 +30,12 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
 
 
 @contextmanager
-def rehearsed_job(*, world_size: int, rank: int, backend: str) -> Iterator[None]:
+def rehearsed_job(*, world_size: int, rank: int) -> Iterator[None]:
     """Make this process ``rank`` of a job whose other ranks do not exist: collectives return at once.
 
     Args:
-        world_size: Ranks in the job.
-        rank: This one.
-        backend: What :func:`backend_name` tells, of all groups.
+        world_size: Number of ranks in the job.
+        rank: Rank that this process plays.
 
     Raises:
         RuntimeError: If this process is part of a real job.
@@ -48,14 +45,12 @@ def rehearsed_job(*, world_size: int, rank: int, backend: str) -> Iterator[None]
             "a job is rehearsed in a process that is not part of another one: torch.distributed is in use"
         )
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    process_groups._rehearsed_backend = backend
     fsdp_param: Any = _fsdp_param
     chunk_with_empty, fsdp_param._chunk_with_empty = fsdp_param._chunk_with_empty, _Chunks
     try:
         yield
     finally:
         fsdp_param._chunk_with_empty = chunk_with_empty
-        process_groups._rehearsed_backend = None
         dist.destroy_process_group()
         _forget_meshes()
 

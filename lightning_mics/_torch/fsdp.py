@@ -29,15 +29,15 @@ class _OrdinaryBuffers:
 
 
 class AllGather(_OrdinaryBuffers, _fsdp_api.AllGather):
-    """What FSDP2 calls to gather parameters, with ordinary buffers."""
+    """Base class of the all-gathers that FSDP2 calls to unshard parameters, with ordinary buffers."""
 
 
 class ReduceScatter(_OrdinaryBuffers, _fsdp_api.ReduceScatter):
-    """What FSDP2 calls to reduce gradients, with ordinary buffers."""
+    """Base class of the reduce-scatters that FSDP2 calls for gradients, with ordinary buffers."""
 
 
 def unsharded_parameters(module: FSDPModule) -> list[nn.Parameter]:
-    """The parameters of ``module`` itself as they are gathered, of which only shapes are sure to be there."""
+    """The trainable parameters of ``module`` itself, unsharded, each [any]; their memory may be freed now."""
     return [
         p._unsharded_param
         for group in _param_groups(module)
@@ -47,12 +47,12 @@ def unsharded_parameters(module: FSDPModule) -> list[nn.Parameter]:
 
 
 def partial_sums(module: FSDPModule) -> list[Tensor]:
-    """What ``module`` itself keeps of gradients that wait for the second hop."""
+    """FSDP2's partial reductions of ``module`` itself, pending until hop 2: each [shard]."""
     return [g._partial_reduce_output for g in _param_groups(module) if g._partial_reduce_output is not None]
 
 
-def deferred_sums(module: FSDPModule) -> bool:
-    """Whether ``module`` itself holds gradients that still wait for their reduction, whole or as sums of shards."""
+def has_pending_gradients(module: FSDPModule) -> bool:
+    """Whether FSDP2 holds pending gradients of ``module`` itself: unsharded, or partially reduced."""
     return any(
         group._partial_reduce_output is not None or any(map(_has_unreduced_gradient, group.fsdp_params))
         for group in _param_groups(module)
@@ -60,19 +60,20 @@ def deferred_sums(module: FSDPModule) -> bool:
 
 
 def trainable(module: FSDPModule) -> list[bool]:
-    """Whether each parameter that ``module`` itself shards requires gradients, be it gathered or not."""
+    """Whether each parameter of ``module`` itself requires gradients, sharded at the moment or not: [parameters]."""
     return [p.sharded_param.requires_grad for group in _param_groups(module) for p in group.fsdp_params]
 
 
 def sharded_parameters(module: FSDPModule) -> list[nn.Parameter]:
-    """The sharded parameters of ``module`` itself, also while they are gathered."""
+    """The sharded parameters of ``module`` itself, also while it is unsharded: DTensors, each [any]."""
     return [p.sharded_param for group in _param_groups(module) for p in group.fsdp_params]
 
 
 def weights_version(module: FSDPModule) -> Hashable:
-    """What differs after a change of the sharded parameters of ``module`` itself, if torch knows of the change.
+    """The version of the sharded parameters of ``module`` itself; it changes with every update that torch records.
 
-    It does not know of changes through ``.data``, by ``torch._foreach_*`` functions, and of memory.
+    torch does not record changes through ``.data``, by ``torch._foreach_*`` functions, and of raw memory. See
+    [Note: When cached weights are dropped].
     """
     return tuple(_version(p) for group in _param_groups(module) for p in group.fsdp_params)
 
@@ -83,15 +84,20 @@ def _version(parameter: Any) -> Hashable:
 
 
 def _has_unreduced_gradient(parameter: Any) -> bool:
-    whole = getattr(parameter, "_unsharded_param", None)
-    return parameter.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None)
+    unsharded = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
 
 
-def take_over_second_hop(module: FSDPModule, reduce: Callable[[Tensor, Any], None]) -> None:
-    """Let ``reduce(shard, op)`` run after every reduce-scatter of ``module`` itself, in place of FSDP2's all-reduce.
+def replace_all_reduce(module: FSDPModule, reduce: Callable[[Tensor, Any], None]) -> None:
+    """Run ``reduce`` after every reduce-scatter of ``module`` itself, in place of FSDP2's all-reduce.
 
-    FSDP2's all-reduce cannot be replaced, only followed by a hook. It runs where a parameter group's mesh has an axis
-    of replicas; without one the hook is all there is. Parameters keep the whole mesh.
+    FSDP2's all-reduce can only be followed by a hook. It runs where the mesh of a parameter group has an axis of
+    replicas; so the group gets a mesh without one, and the hook is hop 2. Parameters stay on the mesh of both axes. The
+    shard is then added to the gradient as the hook leaves it: see [Note: Zero gradients before the boundary].
+
+    Args:
+        module: FSDP module, already sharded.
+        reduce: Called as ``reduce(shard, op)`` with the result of the reduce-scatter, [shard], to reduce in place.
     """
     for group in _param_groups(module):
         mesh_info = FSDPMeshInfo(mesh=group.mesh_info.mesh, shard_mesh_dim=group.mesh_info.shard_mesh_dim)
@@ -106,79 +112,79 @@ def take_over_second_hop(module: FSDPModule, reduce: Callable[[Tensor, Any], Non
     module.set_all_reduce_hook(hook)
 
 
-class GatheredParameters:
-    """The parameters of one module itself, which stay in memory as gathered while the module shows their shards.
+class ReusedUnshard:
+    """Unsharded parameters of one module itself that stay in memory after a reshard; the module shows their shards.
 
-    FSDP2 gathers at each use and frees after it.
+    FSDP2 gathers them at each use and frees them after it; here freeing is left out, and gathering if ``reuse`` allows.
 
     Args:
-        module: Sharded by FSDP2.
-        reuse: Called before each use with ``in_forward``; whether what is there can be used once more.
-        made: Called when they are gathered instead.
+        module: FSDP module.
+        reuse: Called as ``reuse(in_forward=...)`` before each use; returns whether the parameters in memory are valid.
+        unsharded: Called when they are gathered.
     """
 
-    def __init__(self, module: FSDPModule, *, reuse: Callable[..., bool], made: Callable[[], None]) -> None:
+    def __init__(self, module: FSDPModule, *, reuse: Callable[..., bool], unsharded: Callable[[], None]) -> None:
         self._groups = list(_param_groups(module))
         self._reuse = reuse
-        self._made = made
-        self._kept: set[FSDPParamGroup] = set()
+        self._unsharded = unsharded
+        self._cached: set[FSDPParamGroup] = set()
         for group in self._groups:
             group.unshard = partial(self._unshard, group)  # type: ignore[method-assign]
             for parameter in group.fsdp_params:
-                free = partial(self._free_unless_kept, group, parameter)
+                free = partial(self._free_unless_cached, group, parameter)
                 parameter.free_unsharded_param = free  # type: ignore[method-assign]
 
     def free(self) -> None:
-        """Free them now, or when their use ends."""
-        self._kept.clear()
+        """Free the unsharded parameters now, or when they are resharded."""
+        self._cached.clear()
         for group in self._groups:
             if group.is_sharded:
                 for parameter in group.fsdp_params:
                     parameter.free_unsharded_param()
 
-    def whole(self) -> list[Tensor]:
-        """The memory of each: [ranks * shard]."""
+    def tensors(self) -> list[Tensor]:
+        """Memory of each unsharded parameter: [ranks * shard]."""
         return [
             out for group in self._groups for parameter in group.fsdp_params for out in parameter.all_gather_outputs
         ]
 
     def own_parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's part of each gathered parameter, and the shard that it was gathered from: [shard], both."""
+        """This rank's part of each unsharded parameter, [shard], and its shard now, [shard]."""
         for group in self._groups:
             mesh_info: Any = group.mesh_info
             position = mesh_info.shard_mesh_rank
             for parameter in group.fsdp_params:
-                for gathered, shard in zip(parameter.all_gather_outputs, parameter.all_gather_inputs, strict=True):
-                    yield gathered.narrow(0, position * shard.numel(), shard.numel()), shard
+                for unsharded, shard in zip(parameter.all_gather_outputs, parameter.all_gather_inputs, strict=True):
+                    yield unsharded.narrow(0, position * shard.numel(), shard.numel()), shard
 
     def _unshard(self, group: FSDPParamGroup, async_op: bool = False) -> None:
-        if group.is_unsharded or _is_being_gathered(group):
+        if group.is_unsharded or _is_unsharding(group):
             return
         in_forward = group._training_state != TrainingState.PRE_BACKWARD
-        if group in self._kept and self._reuse(in_forward=in_forward):
+        if group in self._cached and self._reuse(in_forward=in_forward):
             group._to_unsharded()  # type: ignore[no-untyped-call]
             return
         type(group).unshard(group, async_op)
-        if _is_being_gathered(group):
-            self._kept.add(group)
-            self._made()
+        if _is_unsharding(group):
+            self._cached.add(group)
+            self._unsharded()
 
-    def _free_unless_kept(self, group: FSDPParamGroup, parameter: Any) -> None:
-        if group not in self._kept:
+    def _free_unless_cached(self, group: FSDPParamGroup, parameter: Any) -> None:
+        if group not in self._cached:
             type(parameter).free_unsharded_param(parameter)
 
 
-def _is_being_gathered(group: FSDPParamGroup) -> bool:
+def _is_unsharding(group: FSDPParamGroup) -> bool:
     return group._all_gather_result is not None
 
 
-def ever_gathered(module: FSDPModule) -> bool:
-    """Whether the parameters of ``module`` itself have been gathered yet."""
+def ever_unsharded(module: FSDPModule) -> bool:
+    """Whether the parameters of ``module`` itself have been unsharded at least once."""
     return all(hasattr(p, "_unsharded_param") for group in _param_groups(module) for p in group.fsdp_params)
 
 
 def drop_unreduced_gradients(module: FSDPModule) -> None:
-    """Forget the whole gradients of ``module`` itself that no backward has reduced yet."""
+    """Drop the unsharded pending gradients of ``module`` itself."""
     for group in _param_groups(module):
         for parameter in group.fsdp_params:
             parameter.unsharded_accumulated_grad = None
@@ -186,8 +192,8 @@ def drop_unreduced_gradients(module: FSDPModule) -> None:
                 parameter._unsharded_param.grad = None
 
 
-def gather(module: FSDPModule) -> None:
-    """Gather the parameters of ``module`` itself, unless they are, to require gradients as their shards do now."""
+def unshard(module: FSDPModule) -> None:
+    """Unshard ``module`` itself, unless it is; its parameters then require gradients as their shards do now."""
     module.unshard()
     for group in _param_groups(module):
         for parameter in group.fsdp_params:
@@ -195,24 +201,36 @@ def gather(module: FSDPModule) -> None:
 
 
 def expect_backward(root: FSDPModule, loss: Tensor) -> None:
-    """Tell ``root`` that a backward from ``loss`` comes before its forward has returned."""
+    """Prepare ``root`` for a backward that begins before its forward has returned.
+
+    Args:
+        root: Root FSDP module.
+        loss: Tensor that the backward begins at: [].
+    """
     root._get_fsdp_state()._register_pre_backward_hook(loss)
 
 
 def reduces_unused_parameters(module: FSDPModule) -> bool:
-    """Whether this torch can do what follows."""
+    """Whether this torch has :func:`reduce_unused_parameters` (>= 2.13)."""
     return hasattr(module, "set_reduce_scatter_unused_params")
 
 
 def reduce_unused_parameters(module: FSDPModule, enabled: bool) -> None:
-    """Let parameters of ``module`` that got no gradient take part in the next reduction, as zeros (torch >= 2.13)."""
+    """Include parameters of ``module`` without a gradient in its reductions, as zeros; before torch 2.13 do nothing.
+
+    See [Note: Zero gradients before the boundary].
+
+    Args:
+        module: FSDP module.
+        enabled: Whether such parameters take part in the reductions from now on.
+    """
     if reduces_unused_parameters(module):
         module.set_reduce_scatter_unused_params(enabled, recurse=False)
 
 
 def forget_iteration(root: FSDPModule) -> None:
-    """Drop gradient sums and pending communication of an iteration that will not be finished."""
-    if root._get_fsdp_state()._is_root is None:  # no forward yet; resetting would fail on what is not there
+    """Drop FSDP2's partial reductions and pending communication of an iteration that will not be finished."""
+    if root._get_fsdp_state()._is_root is None:  # no forward yet: the attributes to reset are made by the first one
         return
     if hasattr(root, "reset_iter_state"):
         root.reset_iter_state()
@@ -221,7 +239,7 @@ def forget_iteration(root: FSDPModule) -> None:
 
 
 def fsdp_modules(root: nn.Module | FSDPModule) -> dict[str, FSDPModule]:
-    """Every module under ``root`` that FSDP2 shards by name, ``root`` included."""
+    """FSDP modules under ``root``, which is included, by fully qualified name."""
     assert isinstance(root, nn.Module)
     return {name: module for name, module in root.named_modules() if isinstance(module, FSDPModule)}
 
@@ -233,7 +251,7 @@ def _param_groups(module: FSDPModule) -> Iterator[FSDPParamGroup]:
 
 
 def _reset_iter_state(root: FSDPModule) -> None:
-    """What FSDP2 does itself since 2.13."""
+    """Copy of ``FSDPModule.reset_iter_state`` for torch before 2.13."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     shared: Any = root._get_fsdp_state()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import re
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +22,7 @@ reduce_scatter_single = dist.reduce_scatter_single if HAS_UNSORTED_GROUPS else d
 
 
 def check_order(ranks: tuple[int, ...]) -> None:
-    """Refuse a group whose order torch cannot keep.
+    """Check that torch supports a process group in this order.
 
     Raises:
         RuntimeError: If the order is not ascending and torch is older than 2.13, whose groups are always sorted.
@@ -36,12 +38,12 @@ def new_group(ranks: tuple[int, ...], *, name: str, timeout: timedelta | None) -
     """Make the process group of ``ranks`` in the given order; only its members need to call.
 
     Args:
-        ranks: The members.
-        name: What torch's own messages call it.
-        timeout: For its collectives; None is the backend's default.
+        ranks: Members, in the order of the group.
+        name: Name of the group in torch's messages.
+        timeout: Longest time of its collectives; None is the backend's default.
 
     Raises:
-        RuntimeError: If the order is one that this torch cannot keep.
+        RuntimeError: If this torch does not support the order.
     """
     check_order(ranks)
     order: dict[str, Any] = {"sort_ranks": False} if list(ranks) != sorted(ranks) else {}
@@ -53,16 +55,14 @@ def new_group(ranks: tuple[int, ...], *, name: str, timeout: timedelta | None) -
 
 
 def groups_made() -> int:
-    """How many process groups this rank has made: torch names new ones by it, and members must find the same name."""
+    """Number of process groups that this rank has made: torch derives their names from it, on each member by itself."""
     return len(dist.distributed_c10d._world.pg_names)
 
 
-_rehearsed_backend: str | None = None
-
-
-def backend_name(group: dist.ProcessGroup, device: torch.device) -> str:
-    """The backend of ``group`` for ``device``, as in "gloo"."""
-    return _rehearsed_backend or group._get_backend(device).name()
+def backends_of_devices() -> dict[str, str]:
+    """Name of the default process group's backend for each device type, as in ``{"cpu": "gloo", "cuda": "nccl"}``."""
+    entries = str(dist.get_backend_config()).split(",")  # as in "cpu:gloo,cuda:nccl"
+    return dict(entry.split(":") for entry in entries)
 
 
 def premultiplied_sum_factor(op: dist.ReduceOp | dist.ReduceOp.RedOpType) -> float | None:
@@ -78,3 +78,21 @@ def was_left_waiting(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or bool(
         re.search("Timed out waiting|[Cc]onnection (closed|reset) by peer", str(error))
     )
+
+
+def let_gloo_finish(device: torch.device) -> None:
+    """Have the interpreter wait a moment at its exit, on CPUs.
+
+    Gloo's threads let go of the tensors of the last collective a moment after it. Where the interpreter is gone by
+    then the process aborts (https://github.com/pytorch/pytorch/pull/179291), and a job that is done looks failed.
+
+    Args:
+        device: The device of this rank.
+    """
+    if device.type == "cpu":
+        atexit.unregister(_wait)
+        atexit.register(_wait)
+
+
+def _wait() -> None:
+    time.sleep(0.2)

@@ -14,15 +14,20 @@ from lightning_mics._torch.process_groups import was_left_waiting
 class DamagedCheckpointError(RuntimeError):
     """A checkpoint is corrupted: a file is missing, cut short or altered."""
 
+    __module__ = "lightning_mics.checkpoint"  # tracebacks show the public path
     raised_by_all_ranks = True  # unchanged, if one rank finds it: see `collectives.agreement`
 
 
 class UnsafeCheckpointError(RuntimeError):
     """A checkpoint holds more than data: loading it would run code."""
 
+    __module__ = "lightning_mics.checkpoint"  # tracebacks show the public path
+
 
 class SilentRankError(RuntimeError):
     """A rank did not take part in saving or loading a checkpoint within the timeout."""
+
+    __module__ = "lightning_mics.checkpoint"  # tracebacks show the public path
 
 
 @contextmanager

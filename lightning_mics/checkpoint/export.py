@@ -1,6 +1,6 @@
 """From a sharded checkpoint to a folder that ``transformers`` loads with ``from_pretrained``.
 
-python -m lightning_mics.checkpoint.export outputs/gpt/checkpoints/last.ckpt exported
+python -m lightning_mics export outputs/gpt/checkpoints/last.ckpt exported
 
 Writes the weights as safetensors files, with ``config.json`` and the tokenizer's files if there are any. Runs no code
 of the checkpoint, needs neither its model nor a GPU, and holds one of the files in memory at a time. The exit status is
@@ -260,9 +260,7 @@ def _check_options(checkpoint: StoragePath, out: Path, dtype: str | None) -> Non
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export a checkpoint as the command's ``arguments`` request; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lightning_mics.checkpoint.export", description=__doc__.partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m lightning_mics export", description=__doc__.partition("\n")[0])
     parser.add_argument("checkpoint", help="the path or URL of a sharded checkpoint")
     parser.add_argument("out", type=Path, help="the folder to make")
     parser.add_argument("--shard-size", default="5GB", help="the most bytes in one file (default: %(default)s)")
@@ -288,7 +286,3 @@ def _report(out: Path, tokenizer: Path | None) -> None:
     for file in sorted(out.iterdir()):
         print(f"  {file.name:<36}  {file.stat().st_size:,} bytes")
     print(f"  tokenizer from {tokenizer}" if tokenizer else "  without a tokenizer; --tokenizer FOLDER adds one")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -62,6 +62,7 @@ def save_full(path: StoragePath, *, write: Callable[[Any], None]) -> None:
         IsADirectoryError: If ``path`` is a directory with other files than those of a sharded checkpoint.
     """
     with saving(path):
+        # see [Note: How a checkpoint becomes visible]
         on_rank_0(lambda: checkpoint_location(path).replace_by_file(write))
 
 

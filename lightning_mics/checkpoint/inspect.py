@@ -1,6 +1,6 @@
 """The contents of a checkpoint, and whether it is complete, without loading it.
 
-python -m lightning_mics.checkpoint.inspect outputs/gpt/checkpoints/last.ckpt
+python -m lightning_mics inspect outputs/gpt/checkpoints/last.ckpt
 
 Reads one sharded checkpoint, runs no code of it, and needs neither its model nor a GPU. The exit status is 0 if the
 checkpoint is complete, 1 if it is corrupted or unsafe to read, 2 if there is none.
@@ -108,9 +108,7 @@ def _meta(checkpoint: OpenCheckpoint) -> tuple[dict[str, Any], list[tuple[str, s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Describe and check a checkpoint as the command's ``arguments`` request; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lightning_mics.checkpoint.inspect", description=__doc__.partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m lightning_mics inspect", description=__doc__.partition("\n")[0])
     parser.add_argument("checkpoint", type=storage_path, help="the directory of a sharded checkpoint, or its URL")
     path: StoragePath = parser.parse_args(arguments).checkpoint
     if not is_sharded(path):
@@ -148,7 +146,3 @@ def _size(size_bytes: int) -> str:
 
 def _plural(noun: str, count: int) -> str:
     return noun if count == 1 else f"{noun}s"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

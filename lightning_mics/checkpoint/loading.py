@@ -54,7 +54,7 @@ def load(
         UnsafeCheckpointError: If loading would run code of the checkpoint that ``weights_only`` does not allow.
         RuntimeError: If ``strict`` and the parameters differ, or the optimizers are not those of the checkpoint.
     """
-    on_rank_0(checkpoint_location(path).recover)
+    on_rank_0(checkpoint_location(path).recover)  # see [Note: How a checkpoint becomes visible]
     forget_listings(path)
     into: dict[str, Any] = {"model": model, "optimizers": optimizers, "rank_state": rank_state or {}}
     if is_sharded(path):

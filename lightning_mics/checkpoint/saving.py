@@ -5,8 +5,8 @@ optimizers under ``optimizer_0``, ``optimizer_1``, ..., states of single ranks u
 everything else in ``meta.pt``; Lightning's ``consolidate_checkpoint`` reads these keys. Replicas do not write the same
 bytes twice: they divide each shard by rows (:mod:`~lightning_mics.checkpoint.dcp.rows`).
 
-The directory's files are listed in its manifest, which is checked before anything is loaded. The place of the files,
-and how they replace an earlier checkpoint, is decided in :mod:`~lightning_mics.checkpoint.storage`.
+The directory's files are listed in its manifest, which is checked before anything is loaded. For their location, and
+how they replace an earlier checkpoint, see [Note: How a checkpoint becomes visible].
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def save_sharded(
 ) -> None:
     """Write a checkpoint to the directory ``path``, in place of an earlier one; every rank calls it.
 
-    Files are written beside ``path`` and moved when all ranks have finished, so shards of an earlier checkpoint,
-    perhaps of more ranks, never mix with the new ones. Other files in the directory are preserved.
+    Shards of an earlier checkpoint, perhaps of more ranks, never mix with the new ones: see
+    [Note: How a checkpoint becomes visible]. Other files in the directory are preserved.
 
     Args:
         path: Directory on storage that all ranks share; the same on all ranks.

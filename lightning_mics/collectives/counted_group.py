@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_mics._torch.process_groups import (
     all_gather_single,
-    backend_name,
     premultiplied_sum_factor,
     reduce_scatter_single,
 )
@@ -23,24 +22,26 @@ class CountedGroup:
     """A process group with the collectives that techniques are made of.
 
     Args:
-        group: The ranks.
-        nodes: The node of each of them, in the order of the group.
-        traffic: Where to count.
+        group: Process group of this rank.
+        nodes: Node of each rank, in the order of the group: [ranks].
+        traffic: Counter that every collective is recorded in.
+        backend: Name of the backend that runs them: ``"gloo"`` or ``"nccl"``.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, nodes: Sequence[int], traffic: Traffic) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, nodes: Sequence[int], traffic: Traffic, backend: str) -> None:
         self._group = group
+        self._gloo = backend == "gloo"
         self._traffic = traffic
         self._nodes = nodes
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks."""
         return self._group.size()
 
     @property
     def rank(self) -> int:
-        """The position of this rank."""
+        """Position of this rank in the group."""
         return self._group.rank()
 
     def all_gather(
@@ -51,7 +52,14 @@ class CountedGroup:
         technique: str,
         async_op: bool = False,
     ) -> dist.Work | None:
-        """Gather every rank's shard, in the order of the group."""
+        """Gather every rank's shard, in the order of the group.
+
+        Args:
+            output: Gathered shards: [ranks * shard].
+            shard: Shard of this rank: [shard]; may be its part of ``output``.
+            technique: Name that traffic is counted under.
+            async_op: Whether to return at once with the work to wait for.
+        """
         self._count("all_gather", self.size * shard.nbytes, technique)
         work: dist.Work | None = all_gather_single(output, shard, group=self._group, async_op=async_op)
         return work
@@ -68,27 +76,40 @@ class CountedGroup:
     ) -> dist.Work | None:
         """Reduce over the ranks and leave each with its shard.
 
-        By the backend's own collective; by an all-to-all and a local sum where the bytes travel in another dtype than
-        they are summed in, and on gloo, whose reduce-scatter is an all-reduce inside and sends twice the bytes. (Over
-        a group of several nodes with several ranks each that all-reduce enters a node once, the all-to-all once per
-        rank: there gloo's own is used.)
+        Runs the backend's own collective. An all-to-all and a local sum take its place where messages have another
+        dtype than the sum, and on gloo, whose reduce-scatter is an all-reduce inside and sends twice the bytes. (Over a
+        group of several nodes with several ranks each that all-reduce enters a node once, the all-to-all once per rank:
+        there gloo's own is used.)
+
+        Args:
+            output: Result of this rank: [shard]; may be its part of ``source``.
+            source: Values of this rank: [ranks * shard].
+            op: Sum, average or pre-multiplied sum.
+            technique: Name that traffic is counted under.
+            wire_dtype: Dtype of messages; None is that of ``source``.
+            async_op: Whether to return at once with the work to wait for, where the backend's own collective runs.
 
         Raises:
             ValueError: If ``op`` is one that a local sum cannot do: other than SUM, AVG and PREMUL_SUM.
         """
-        gloo = backend_name(self._group, source.device) == "gloo"
-        if wire_dtype is not None or (gloo and pair_share(self._nodes, self.rank) in (0, 1)):
+        if wire_dtype is not None or (self._gloo and pair_share(self._nodes, self.rank) in (0, 1)):
             parts = self._exchange(source.to(wire_dtype or source.dtype), technique)
             _reduce_locally(parts, output, op=op)
             return None
-        self._count("reduce_scatter", source.nbytes, technique, gloo=gloo)
+        self._count("reduce_scatter", source.nbytes, technique, gloo=self._gloo)
         work: dist.Work | None = reduce_scatter_single(output, source, group=self._group, op=op, async_op=async_op)
         return work
 
     def all_reduce(self, tensor: Tensor, *, op: ReduceOp, technique: str, wire_dtype: torch.dtype) -> None:
-        """Reduce ``tensor`` [any] in place over the ranks, in ``wire_dtype`` on the wire and in its own dtype in sums.
+        """Reduce ``tensor`` in place over the ranks, with messages in ``wire_dtype`` and sums in its own dtype.
 
         All ranks end with the same bits: each part is summed by one rank, rounded, and sent to all.
+
+        Args:
+            tensor: Values of this rank, replaced by the result: [any].
+            op: Sum, average or pre-multiplied sum.
+            technique: Name that traffic is counted under.
+            wire_dtype: Dtype of messages.
         """
         shard_numel = -(-tensor.numel() // self.size)
         source = tensor.new_zeros(self.size * shard_numel, dtype=wire_dtype)
@@ -99,7 +120,12 @@ class CountedGroup:
         tensor.view(-1).copy_(source[: tensor.numel()])
 
     def count_all_reduce(self, tensor: Tensor, *, technique: str) -> None:
-        """Count an all-reduce of ``tensor`` over this group that somebody else has run."""
+        """Count an all-reduce over this group that FSDP2 has run.
+
+        Args:
+            tensor: Reduced values: [any].
+            technique: Name that traffic is counted under.
+        """
         self._count("all_reduce", tensor.nbytes, technique)
 
     def _exchange(self, source: Tensor, technique: str) -> Tensor:

@@ -4,7 +4,7 @@ Accelerate shards a model by a function that it looks up as ``fsdp2_prepare_mode
 does not find a GPU. These are the two places where importing this module steps in, for a :class:`MiCSPlugin` only:
 whoever passes another plugin, or none, gets what Accelerate does. All else is Accelerate's own: optimizers that follow
 the shards, clipping, ``save_state`` and ``load_state``, ``get_state_dict``. ``accumulate`` and ``no_sync`` ask the
-model not to synchronise gradients, which a model sharded by a policy understands as a micro-step before the boundary.
+model not to synchronize gradients, which a model sharded by a policy understands as a micro-step before the boundary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import accelerate
 import torch
@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
+from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin
 from lightning_mics.checkpoint.storage.path import storage_path
@@ -44,7 +45,7 @@ from lightning_mics.policy.policy import Policy
 from lightning_mics.sharding.evaluation import allow_evaluation
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.schedule import AccumulationSchedule
-from lightning_mics.sharding.sharded import sharded_of
+from lightning_mics.sharding.sharded import sharded
 
 OLDEST = (1, 15)  # of Accelerate, whose inner names this uses
 
@@ -66,8 +67,9 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
     """MiCS for Accelerate: sharded training whose constant traffic stays inside partition groups.
 
     Args:
-        state_dict_type: What ``save_state`` writes: ``"SHARDED_STATE_DICT"`` or ``"FULL_STATE_DICT"``; None takes what
-            the config file of ``accelerate launch`` says, as ``activation_checkpointing`` does, and else the former.
+        state_dict_type: Kind of model file that ``save_state`` writes, ``"sharded"`` or ``"full"``. None takes
+            ``fsdp_state_dict_type`` of the config file of ``accelerate launch``, as ``activation_checkpointing`` takes
+            its own entry there, and is sharded without one.
         policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``,
             ``hierarchical``,
             ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``,
@@ -79,7 +81,9 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
         ValueError: If an option's value cannot be.
     """
 
-    def __init__(self, *, state_dict_type: str | None = None, **policy: Any) -> None:
+    def __init__(self, *, state_dict_type: Literal["sharded", "full"] | None = None, **policy: Any) -> None:
+        if state_dict_type not in ("sharded", "full", None):
+            raise ValueError(f'state_dict_type={state_dict_type!r} is neither "sharded" nor "full", nor None')
         if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
             raise ValueError("MiCSPlugin keeps shards on the devices: set fsdp_offload_params to false")
         self.policy = Policy(
@@ -87,7 +91,7 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
         )
         super().__init__(
             fsdp_version=2,
-            state_dict_type=state_dict_type,
+            state_dict_type=f"{state_dict_type}_state_dict".upper() if state_dict_type else None,
             auto_wrap_policy="NO_WRAP",  # the policy finds the blocks
             activation_checkpointing=False,  # it recomputes them, too
             cpu_ram_efficient_loading=False,  # rank 0's weights are the first weights anyway
@@ -99,56 +103,56 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
     def set_auto_wrap_policy(self, model: nn.Module) -> None:
         """The policy finds the blocks."""
 
+    def save_checkpoint(self, accelerator: Accelerator, path: str | Path, **state: Any) -> None:
+        """Save the model and optimizers as the Trainer and Fabric do; every rank calls it.
 
-def save_checkpoint(accelerator: Accelerator, path: str | Path, **rest: Any) -> None:
-    """Save what ``accelerator`` has prepared as the Trainer and Fabric do; every rank calls it.
+        Args:
+            accelerator: The Accelerator that has prepared the model and its optimizers.
+            path: A directory, or a URL that fsspec has a driver for; the same on all ranks.
+            state: Plain data and tensors to save with them; :meth:`load_checkpoint` returns them.
 
-    Args:
-        accelerator: That has prepared the model and its optimizers.
-        path: A directory, or a URL that fsspec has a driver for; the same on all ranks.
-        rest: Plain data and tensors to get back from :func:`load_checkpoint`.
+        Raises:
+            OSError: On all ranks, if storage fails on one; what was at ``path`` before is still there.
+            ValueError: If no model was prepared with a :class:`MiCSPlugin`.
+        """
+        model = _prepared_model(accelerator)
+        checkpoint.save_sharded(
+            storage_path(path),
+            model_state=get_model_state_dict(model),
+            optimizer_states=[optimizer_state(model, each, sharded=True) for each in _optimizers(accelerator)],
+            meta={**state, **origin(model, sharded(model).groups.topology)},
+        )
 
-    Raises:
-        OSError: On all ranks, if storage fails on one; what was at ``path`` before is still there.
-        ValueError: If no model was prepared with a :class:`MiCSPlugin`.
-    """
-    model = _prepared_model(accelerator)
-    checkpoint.save_sharded(
-        storage_path(path),
-        model_state=get_model_state_dict(model),
-        optimizer_states=[optimizer_state(model, each, sharded=True) for each in _optimizers(accelerator)],
-        meta={**rest, **origin(model, sharded_of(model).groups.topology)},
-    )
+    def load_checkpoint(
+        self, accelerator: Accelerator, path: str | Path, *, weights_only: bool = True
+    ) -> Mapping[str, Any]:
+        """Load a checkpoint of :meth:`save_checkpoint`, the Trainer or Fabric, in place; every rank calls it.
 
+        It may have been saved by any number of ranks with any partition size.
 
-def load_checkpoint(accelerator: Accelerator, path: str | Path, *, weights_only: bool = True) -> Mapping[str, Any]:
-    """Load a checkpoint of :func:`save_checkpoint`, the Trainer or Fabric into what ``accelerator`` has prepared.
+        Args:
+            accelerator: The Accelerator that has prepared the model and its optimizers.
+            path: The directory or full file of the checkpoint, or its URL; the same on all ranks.
+            weights_only: Whether to read plain data and tensors only. False unpickles any object, which may run code.
 
-    Every rank calls it; it may be of any number of ranks and any partition size.
+        Returns:
+            The content that is neither model nor optimizer.
 
-    Args:
-        accelerator: That has prepared the model and its optimizers.
-        path: Of the checkpoint.
-        weights_only: Whether what is no tensor may be plain data only. Off, it may run code as it loads.
-
-    Returns:
-        What is neither model nor optimizer.
-
-    Raises:
-        ValueError: If no model was prepared with a :class:`MiCSPlugin`, or ``path`` is no checkpoint.
-        RuntimeError: If the checkpoint is of another model or other optimizers.
-    """
-    model = _prepared_model(accelerator)
-    sharded_of(model).schedule.abandon_window()
-    rest = checkpoint.load(
-        storage_path(path),
-        model=model,
-        optimizers=_optimizers(accelerator),
-        strict=True,
-        weights_only=weights_only,
-    )
-    verify_replicas(model, sharded_of(model).groups)
-    return rest
+        Raises:
+            ValueError: If no model was prepared with a :class:`MiCSPlugin`, or ``path`` is no checkpoint.
+            RuntimeError: If the checkpoint is of another model or other optimizers.
+        """
+        model = _prepared_model(accelerator)
+        sharded(model).schedule.window.abandon()
+        rest = checkpoint.load(
+            storage_path(path),
+            model=model,
+            optimizers=_optimizers(accelerator),
+            strict=True,
+            weights_only=weights_only,
+        )
+        verify_replicas(model, sharded(model).groups)
+        return rest
 
 
 def _prepared_model(accelerator: Accelerator) -> nn.Module:
@@ -180,24 +184,24 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
             "build it on the CPU: only one block at a time goes to the device whole"
         )
     precision = _precision(accelerator, model)
-    sharded = plugin.policy.shard(
+    handle = plugin.policy.shard(
         model,
         precision=precision,
         device=accelerator.device,
         local_size=get_int_from_env(LOCAL_SIZE, dist.get_world_size()),
     )
-    vars(model)["_mics"] = sharded
+    vars(model)["_mics"] = handle
     model.to(accelerator.device)  # what is no parameter
-    allow_evaluation(model)
-    sharded.schedule.follow_steps()
+    allow_evaluation(model)  # see [Note: Hooks on the root, in order]
+    handle.schedule.optimizer_hooks.follow_steps()
     for optimizer in _optimizers(accelerator):
-        sharded.schedule.follow_zero_grad(optimizer)
-    _start_over_when_loading(accelerator, sharded.schedule)
-    vars(model)["set_requires_gradient_sync"] = _GradientSync(model, sharded.schedule)
+        handle.schedule.optimizer_hooks.follow_zero_grad(optimizer)
+    _start_over_when_loading(accelerator, handle.schedule)
+    vars(model)["set_requires_gradient_sync"] = _GradientSync(model, handle.schedule)
     if precision == "bf16-mixed":
         _compute_under_autocast(accelerator, model)
     if accelerator.is_main_process:
-        print(sharded.report, flush=True)
+        print(handle.report, flush=True)
     return model
 
 
@@ -207,7 +211,7 @@ def _start_over_when_loading(accelerator: Accelerator, schedule: AccumulationSch
 
     def start_over(*_: Any) -> None:
         if (alive := known()) is not None:
-            alive.abandon_window()
+            alive.window.abandon()
 
     accelerator.register_load_state_pre_hook(start_over)
 
@@ -281,7 +285,10 @@ def _keep_our_plugin_on_cpus(initialize: Callable[..., None]) -> Callable[..., N
                 "another Accelerator is there already, and all share its plugin: make this one without fsdp_plugin"
             )
         initialize(state, *args, **kwargs)
-        if not isinstance(plugin, MiCSPlugin) or state.distributed_type == DistributedType.FSDP:
+        if not isinstance(plugin, MiCSPlugin):
+            return
+        let_gloo_finish(state.device)
+        if state.distributed_type == DistributedType.FSDP:
             return
         if state.distributed_type != DistributedType.MULTI_CPU:
             raise ValueError(

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.precision import Precision
-from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from lightning.fabric.utilities.load import _move_state_into
@@ -19,92 +17,50 @@ from lightning.fabric.utilities.types import _Stateful
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
-from lightning_mics.checkpoint.async_save import ShardedSaving
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import NETWORK_KEY, TOPOLOGY_KEY, origin
 from lightning_mics.checkpoint.storage.folder import is_sharded
-from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
-from lightning_mics.integrations._lightning import (
-    check_job,
-    check_precision,
-    check_saving,
-    let_gloo_finish,
-    reduce_in_place,
-)
-from lightning_mics.policy.policy import Policy
+from lightning_mics.checkpoint.storage.path import StoragePath
+from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
 from lightning_mics.sharding.evaluation import allow_evaluation
 from lightning_mics.sharding.initialization import verify_replicas
-from lightning_mics.sharding.sharded import sharded_of
+from lightning_mics.sharding.sharded import sharded
 
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
 
-class MiCSFabricStrategy(ModelParallelStrategy):
+class _ModelParallel(ModelParallelStrategy):
+    """Fabric's own, whose function that shards is not needed."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(parallelize_fn=_not_called, **options)
+
+
+class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     """MiCS for Fabric: sharded training whose constant traffic stays inside partition groups.
 
     ``fabric.setup`` takes an ordinary module and shards it block by block, with its optimizers in the same call or
     made after it. ``fabric.no_backward_sync`` marks the micro-steps before the boundary: gradients are reduced inside
     the partition group in each, over replicas at the boundary.
 
-    Args:
-        save_sharded: Checkpoints are directories of shards; False gathers them into one file on rank 0, with the names
-            of your state, as Fabric on one device has it. The Trainer begins from both, and Fabric goes on from the
-            Trainer's.
-        async_save: Checkpoints are written while training goes on, from copies in the host's memory; call
-            :meth:`wait_for_checkpoints` after the last. Needs ``save_sharded``.
-        trust_checkpoints: Whether loading a checkpoint may run code that is in it, which objects other than plain data
-            and tensors need; an explicit ``weights_only`` goes before.
-        process_group_backend: None is nccl for CUDA, gloo for CPU.
-        timeout: For the collectives of all groups.
-        policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``,
-            ``hierarchical``,
-            ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``,
-            ``inter_node_reduce_dtype``, ``two_hop``, ``reduce_dtype``, ``block_classes``, ``activation_checkpointing``.
-
-    Raises:
-        TypeError: If an option has the wrong type, or the model cannot be sharded.
-        ValueError: If an option's value does not fit the job or the model.
+    A full checkpoint has the names of your state, as Fabric on one device has it; the Trainer begins from both kinds,
+    and Fabric resumes from the Trainer's. For the options see the constructor.
     """
 
-    def __init__(
-        self,
-        *,
-        save_sharded: bool = True,
-        async_save: bool = False,
-        trust_checkpoints: bool = False,
-        process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
-        **policy: Any,
-    ) -> None:
-        super().__init__(
-            parallelize_fn=_not_called,
-            save_distributed_checkpoint=save_sharded,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-        )
-        check_saving(save_sharded=save_sharded, async_save=async_save)
-        self._policy = Policy(timeout=timeout, **policy)
-        self._trust_checkpoints = trust_checkpoints
-        self._saving = ShardedSaving(asynchronous=async_save, timeout=timeout)
+    @override
+    def _initialize(self) -> None:
         self._backward_sync_control = _TwoHop()
         self._models: list[nn.Module] = []  # that were set up
         self._ran_forward: list[nn.Module] = []  # of these, with gradients, since the last backward
 
     # -- before the model --------------------------------------------------------------------------------------------
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Every rank has data of its own, those of one partition group too."""
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     @property
     @override
@@ -117,36 +73,25 @@ class MiCSFabricStrategy(ModelParallelStrategy):
             check_precision(precision.precision)
         self._precision = precision
 
-    @override
-    def setup_environment(self) -> None:
-        assert self.accelerator is not None
-        self.accelerator.setup_device(self.root_device)
-        self._set_world_ranks()
-        check_job(self.root_device, backend=self._get_process_group_backend())
-        self._policy.check(world_size=self.world_size, local_size=self.num_processes)
-        self._setup_distributed()
-        let_gloo_finish(self.root_device)
-
     # -- sharding the model ------------------------------------------------------------------------------------------
 
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
         if "_mics" not in vars(module):
-            sharded = self._policy.shard(
+            vars(module)["_mics"] = self._policy.shard(
                 module,
                 precision=self.precision.precision,
                 device=self.root_device,
                 local_size=self.num_processes,
             )
-            vars(module)["_mics"] = sharded
-            rank_zero_info(sharded.report)
+            rank_zero_info(sharded(module).report)
         module.to(self.root_device)  # what is no parameter
-        self._policy.check_kept(module, sharded_of(module))
-        self._device_mesh = sharded_of(module).groups.mesh
-        sharded_of(module).schedule.abandon_window()
+        self._policy.check_kept(module, sharded(module))
+        self._device_mesh = sharded(module).groups.mesh
+        sharded(module).schedule.window.abandon()
         if not any(module is known for known in self._models):
             allow_evaluation(module)
-            sharded_of(module).schedule.follow_steps()
+            sharded(module).schedule.optimizer_hooks.follow_steps()
             module.register_forward_pre_hook(self._note_forward)
             self._models.append(module)
         return module
@@ -162,7 +107,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
         for optimizer, groups in zip(optimizers, names, strict=True):
             for group, of_group in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = [parameters[name] for name in of_group]
-            sharded_of(module).schedule.follow_zero_grad(optimizer)
+            sharded(module).schedule.optimizer_hooks.follow_zero_grad(optimizer)
         return module, optimizers, scheduler
 
     @override
@@ -176,8 +121,8 @@ class MiCSFabricStrategy(ModelParallelStrategy):
                 "or set up both in one call: `model, optimizer = fabric.setup(model, optimizer)`"
             )
         for model in self._models:
-            if sharded_of(model).schedule.trains_with(optimizer):
-                sharded_of(model).schedule.follow_zero_grad(optimizer)
+            if sharded(model).schedule.optimizer_hooks.trains_with(optimizer):
+                sharded(model).schedule.optimizer_hooks.follow_zero_grad(optimizer)
         return optimizer
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -185,7 +130,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
     @override
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         for model in self._ran_forward:
-            sharded_of(model).schedule.before_backward()
+            sharded(model).schedule.window.before_backward()
         self._ran_forward = []
         super().backward(tensor, module, *args, **kwargs)
 
@@ -196,6 +141,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _note_forward(self, module: nn.Module, _inputs: Any) -> None:
+        """List the models of the next backward. See [Note: Hooks on the root, in order]."""
         if torch.is_grad_enabled() and not any(module is known for known in self._ran_forward):
             self._ran_forward.append(module)
 
@@ -222,38 +168,31 @@ class MiCSFabricStrategy(ModelParallelStrategy):
         if filter and self._save_distributed_checkpoint:
             raise NotImplementedError(
                 "a sharded checkpoint is saved whole, so that it can be loaded; filter it when you export it, or use "
-                "save_sharded=False"
+                'state_dict_type="full"'
             )
         parts = _Parts.of(state, doing="save")
         with all_ranks_answer(f"saving {path}", timeout=self._timeout):
             self._save(self._shared_path(path), parts, filter or {})
 
     def _save(self, path: StoragePath, parts: _Parts, filter: Filter) -> None:
-        sharded = self._save_distributed_checkpoint
+        full = not self._save_distributed_checkpoint
         optimizers = {
-            key: optimizer_state(parts.model, optimizer, sharded=sharded) for key, optimizer in parts.optimizers.items()
+            key: optimizer_state(parts.model, optimizer, sharded=not full)
+            for key, optimizer in parts.optimizers.items()
         }
         rest = {key: value.state_dict() if isinstance(value, _Stateful) else value for key, value in parts.rest.items()}
-        if sharded:
+        if not full:
             self._saving.save(
                 path,
                 model_state=get_model_state_dict(parts.model),
                 optimizer_states=list(optimizers.values()),
-                meta={**rest, **origin(parts.model, sharded_of(parts.model).groups.topology)},
+                meta={**rest, **origin(parts.model, sharded(parts.model).groups.topology)},
             )
             return
         whole = get_model_state_dict(parts.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         contents = {parts.key: whole, **optimizers, **rest}
         kept = {key: _filtered(value, filter.get(key)) for key, value in contents.items()} | parts.names.plain()
         checkpoint.save_full(path, write=lambda file: torch.save(kept, file))
-
-    def wait_for_checkpoints(self) -> None:
-        """Wait until all checkpoints are there that are being written beside training; every rank calls it.
-
-        Raises:
-            RuntimeError: If one failed. Those saved earlier are as they were.
-        """
-        self._saving.wait()
 
     @override
     def load_checkpoint(
@@ -298,7 +237,7 @@ class MiCSFabricStrategy(ModelParallelStrategy):
                 model=parts.model,
                 optimizers=list(parts.optimizers.values()),
                 strict=strict,
-                weights_only=self._weights_only(weights_only),
+                weights_only=self._reads_weights_only(weights_only),
                 names=parts.names,
             )
             _start_anew(parts.model)
@@ -309,16 +248,9 @@ class MiCSFabricStrategy(ModelParallelStrategy):
         if is_sharded(path):
             self._load(path, _Parts.of({"model": model}, doing="load_raw"), strict, weights_only)
             return
-        checkpoint.load_raw(path, model, strict=strict, weights_only=self._weights_only(weights_only))
+        checkpoint.load_raw(path, model, strict=strict, weights_only=self._reads_weights_only(weights_only))
         if "_mics" in vars(model):
             _start_anew(model)
-
-    def _weights_only(self, given: bool | None) -> bool:
-        return not self._trust_checkpoints if given is None else given
-
-    def _shared_path(self, path: str | Path) -> StoragePath:
-        """Rank 0's path: a name with the time in it may differ between ranks."""
-        return storage_path(self.broadcast(path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,15 +284,15 @@ class _TwoHop(_BackwardSyncControl):
     @override
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         """Before the boundary gradients are reduced inside the partition group only."""
-        return sharded_of(module).schedule.micro_step(boundary=False) if enabled else nullcontext()
+        return sharded(module).schedule.micro_step(boundary=False) if enabled else nullcontext()
 
 
 def _start_anew(model: nn.Module) -> None:
     """After its weights were replaced."""
     assert isinstance(model, FSDPModule)
     model.reshard()
-    sharded_of(model).schedule.abandon_window()
-    verify_replicas(model, sharded_of(model).groups)
+    sharded(model).schedule.window.abandon()
+    verify_replicas(model, sharded(model).groups)
 
 
 def _names_in_groups(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[list[str]]]:
@@ -394,6 +326,3 @@ def _filtered(value: Any, keeps: Callable[[str, Any], bool] | None) -> Any:
 
 def _not_called(module: Any, _mesh: Any) -> Any:
     raise AssertionError("the policy shards")
-
-
-STRATEGY_REGISTRY.register("mics", MiCSFabricStrategy, description="MiCS: sharding inside partition groups, on FSDP2")

@@ -1,6 +1,7 @@
 """What a job needs before it runs: know before you pay."""
 
 from lightning_mics.cost.hardware import Hardware, find_instance
+from lightning_mics.cost.nccl_tests import with_measured
 from lightning_mics.planning.planner import Plan, plan, weak_scaling
 from lightning_mics.planning.rehearsal.rehearse import Rehearsal, rehearse
 from lightning_mics.planning.rehearsal.workload import Workload, measure_workload
@@ -15,4 +16,5 @@ __all__ = [
     "plan",
     "rehearse",
     "weak_scaling",
+    "with_measured",
 ]

@@ -1,12 +1,14 @@
-"""Which collectives each unit uses: the techniques, joined for one topology and one choice of options.
+"""Which collectives each parameter group uses: the techniques, joined for one topology and one choice of options.
 
-A unit is what FSDP2 gathers and reduces together: a block, or what the root holds. What each does where a partition
-group spans nodes, by default, with traffic between nodes once per step, and with all traffic once per step::
+A parameter group is what FSDP2 gathers and reduces together: a block, or what the root holds. The collectives of each
+where a partition group spans nodes, by where parameters are cached and gradients accumulated::
 
-                    every use, every micro-step     between nodes once             inside nodes once too
-    gather          rail, then node                 rail once, then node           rail and node once
+                    cached: never                   on each node                   on each rank
+    gather          rail, then node                 rail once, then node           rail, then node, once
+
+                    accumulated: as shards          on each node                   on each rank
     reduce          node, then rail                 node; at the boundary rail     at the boundary node, then rail
-    second hop      all-reduce over replicas, at the boundary, in all
+    hop 2           all-reduce over replicas, at the boundary, in all
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, sharded_parameters, take_over_second_hop
+from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, replace_all_reduce, sharded_parameters
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.sharding.options import Gather, Reduce
@@ -53,6 +55,7 @@ class Communication:
         two_hop: bool,
     ) -> None:
         self._topology = groups.topology
+        self._backend = groups.backend
         self._traffic = Traffic()
         self._partition = self._counted(groups.partition)
         self._replication = self._counted(groups.replication) if groups.replication else None
@@ -65,15 +68,15 @@ class Communication:
         self._wire_dtype = inter_node_reduce_dtype
         self._two_hop = two_hop
         self._pending_gradients: dict[str, PendingGradients] = {}
-        self._copies: list[ParameterCache] = []
+        self._caches: list[ParameterCache] = []
 
     def install(self, root: FSDPModule) -> AccumulationSchedule:
-        """Give every unit under ``root`` its collectives; returns the schedule that drives them."""
+        """Set the collectives of every parameter group under ``root``; returns the schedule that drives them."""
         for name, module in fsdp_modules(root).items():
             if self._topology.partition_size > 1:
                 module.set_custom_all_gather(self._all_gather(module))
                 if self._rank_keeps_copy:
-                    self._copies.append(RankCache(module))
+                    self._caches.append(RankCache(module))
                 module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
             if self._replication is not None:
                 self._set_second_hop(name, module, self._replication)
@@ -82,8 +85,8 @@ class Communication:
             replicas=self._topology.replicas,
             traffic=self._traffic,
             pending_gradients=self._pending_gradients,
-            copies=self._copies,
-            whole_gradients=self._rank_keeps_sums and self._topology.partition_size > 1,
+            caches=self._caches,
+            unsharded_gradients=self._rank_keeps_sums and self._topology.partition_size > 1,
             two_hop=self._two_hop,
         )
 
@@ -92,9 +95,9 @@ class Communication:
             return FlatAllGather(self._partition)
         if self._rank_keeps_copy or not self._node_keeps_copy:
             return HierarchicalAllGather(rail=self._rail, node=self._node)
-        copy = NodeCache(rail=self._rail, node=self._node, module=module)
-        self._copies.append(copy)
-        return copy
+        cache = NodeCache(rail=self._rail, node=self._node, module=module)
+        self._caches.append(cache)
+        return cache
 
     def _reduce_scatter(self, name: str, module: FSDPModule) -> ReduceScatter:
         if self._rail is None:
@@ -112,7 +115,7 @@ class Communication:
             def count(shard: torch.Tensor) -> None:
                 replication.count_all_reduce(shard, technique="all-reduce over replicas")
 
-            module.set_all_reduce_hook(count)  # FSDP2 calls it after its own all-reduce
+            module.set_all_reduce_hook(count)  # called after FSDP2's own all-reduce
             return
         after_sums = name in self._pending_gradients
         pending_gradients = self._pending_gradients_of(name, module)
@@ -122,11 +125,12 @@ class Communication:
             pending_gradients=pending_gradients,
             after_sums=after_sums,
         )
-        take_over_second_hop(module, hop)
+        replace_all_reduce(module, hop)
 
     def _pending_gradients_of(self, name: str, module: FSDPModule) -> PendingGradients:
         return self._pending_gradients.setdefault(name, PendingGradients(lambda: sharded_parameters(module)))
 
     def _counted(self, group: dist.ProcessGroup) -> CountedGroup:
         ranks = dist.get_process_group_ranks(group)
-        return CountedGroup(group, nodes=[self._topology.node_of(rank) for rank in ranks], traffic=self._traffic)
+        nodes = [self._topology.node_of(rank) for rank in ranks]
+        return CountedGroup(group, nodes=nodes, traffic=self._traffic, backend=self._backend)

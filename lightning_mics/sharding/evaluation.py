@@ -1,4 +1,4 @@
-"""Forwards that no backward follows, in loops that tell nobody of them."""
+"""Evaluation forwards in custom loops, where no hook announces them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def allow_evaluation(root: nn.Module) -> None:
-    """Let ``root`` run without gradients wherever its users like, and be trained afterwards.
+    """Allow evaluation of ``root`` at any time, without gradients or in inference mode, between micro-steps too.
 
-    FSDP2 leaves the root gathered after a forward, for a backward that an evaluation does not have: until then its
-    parameters are not the ones that optimizers know. And what it allocates in ``torch.inference_mode`` could not be
-    trained with; the forward runs under ``torch.no_grad`` instead.
+    FSDP2 leaves the root unsharded after a forward, for the backward that follows in training; after an evaluation it
+    must be resharded, for an optimizer holds its sharded parameters. Tensors that FSDP2 allocates in
+    ``torch.inference_mode`` could not be used in training, so the forward runs under ``torch.no_grad`` instead.
+
+    See [Note: Hooks on the root, in order].
 
     Args:
         root: The sharded model.
     """
     assert isinstance(root, FSDPModule)
-    modes: list[ExitStack] = []  # of forwards that run now: a forward may call itself
+    modes: list[ExitStack] = []  # one per forward that is running: a forward may call itself
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(_module: nn.Module, _inputs: Any) -> None:
@@ -35,7 +37,7 @@ def allow_evaluation(root: nn.Module) -> None:
         evaluated = not torch.is_grad_enabled()
         if modes:
             modes.pop().close()
-        if evaluated and not modes:  # a forward around it may need the root still
+        if evaluated and not modes:  # an outer forward may still use the root's parameters
             module.reshard()  # type: ignore[operator]
 
     root.register_forward_pre_hook(enter, prepend=True)  # before FSDP2's own, which gathers

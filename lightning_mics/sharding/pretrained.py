@@ -4,7 +4,7 @@
 
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config)
-    start_from(network, folder)             # read when the network, or what it is inside of, is sharded
+    load_pretrained(network, folder)        # read when the network, or what it is inside of, is sharded
     shard_model(network, groups)            # or Trainer(strategy="mics")
 
 Files are read by torch's ``HuggingFaceStorageReader``: of each tensor, only the rows that this rank holds. One reader
@@ -64,52 +64,49 @@ class _Source:
     strict: bool
 
 
-def start_from(network: nn.Module, folder: str | Path, *, strict: bool = True) -> None:
-    """Note that ``network`` begins with the weights in ``folder``, which are read when it is sharded.
+def load_pretrained(network: nn.Module, folder: str | Path, *, strict: bool = True) -> Loaded | None:
+    """Load weights of ``transformers`` into ``network``: at once, or on the meta device when it is sharded.
 
-    A checkpoint that is loaded later, as by ``ckpt_path``, replaces them.
-
-    Args:
-        network: The whole network, built or on the meta device; it may be inside the model that is sharded.
-        folder: As for :func:`load_pretrained`.
-        strict: Likewise.
-
-    Raises:
-        FileNotFoundError: If ``folder`` holds no weights in safetensors files.
-        RuntimeError: If its index cannot be read.
-    """
-    _files(Path(folder))
-    setattr(network, _SOURCE, _Source(Path(folder), strict))
-
-
-def load_sources(model: nn.Module) -> None:
-    """Load what :func:`start_from` has noted on modules of a model that has just been sharded; every rank calls it."""
-    for module in list(model.modules()):
-        source = vars(module).pop(_SOURCE, None)
-        if source is not None:
-            load_pretrained(module, source.folder, strict=source.strict)
-
-
-@torch.no_grad()
-def load_pretrained(network: nn.Module, folder: str | Path, *, strict: bool = True) -> Loaded:
-    """Load weights of ``transformers`` into ``network``, in place: of what is sharded, this rank's part only.
-
-    Call it on every rank, after sharding and before the first forward. Names with and without the network's
-    ``base_model_prefix`` are the same, so a network with a head starts from one without, and the other way round.
+    Every rank calls it, before the first forward. Each rank reads its own part of what is sharded. A checkpoint that is
+    loaded later, as by ``ckpt_path``, replaces the weights. Names with and without the network's ``base_model_prefix``
+    are the same, so a network with a head starts from one without, and the other way round.
 
     Args:
-        network: Sharded, or not.
+        network: The whole network, sharded or not. If any of its parameters is on the meta device, the weights are read
+            when it, or a model that it is inside of, is sharded.
         folder: What ``save_pretrained`` writes: ``model.safetensors``, or several files and their index. Or one such
             file.
         strict: Whether the folder must have all the network's parameters. Off, those that it lacks keep their values,
             and rank 0 warns.
 
+    Returns:
+        The names that had no counterpart; None if the weights are to be read later.
+
     Raises:
         FileNotFoundError: If ``folder`` holds no weights in safetensors files.
         ValueError: If the weights are quantized, or have other shapes than the network's.
-        RuntimeError: If names are missing and ``strict``, if none fits, or if a file cannot be read.
+        RuntimeError: If names are missing and ``strict``, if none fits, or if a file cannot be read. Where weights are
+            read later, errors about their content are raised then.
     """
-    load = partial(_load, network, Path(folder), strict=strict)
+    source = _Source(Path(folder), strict)
+    if any(parameter.is_meta for parameter in network.parameters()):
+        _files(source.folder)
+        setattr(network, _SOURCE, source)
+        return None
+    return _load_on_all_ranks(network, source)
+
+
+def load_sources(model: nn.Module) -> None:
+    """Load what :func:`load_pretrained` has left for when ``model`` is sharded, as it now is; every rank calls it."""
+    for module in list(model.modules()):
+        source = vars(module).pop(_SOURCE, None)
+        if source is not None:
+            _load_on_all_ranks(module, source)
+
+
+@torch.no_grad()
+def _load_on_all_ranks(network: nn.Module, source: _Source) -> Loaded:
+    load = partial(_load, network, source.folder, strict=source.strict)
     if not dist.is_initialized():
         return load()
     return on_all_ranks(load)[dist.get_rank()]  # a file that one rank cannot read must not make the others wait for it

@@ -1,57 +1,72 @@
-"""Which hops run in a micro-step, and what is cached or pending until the boundary."""
+"""The schedule of a sharded model: its accumulation window, its weight cache and its optimizer hooks, put together.
+
+[Note: Hooks on the root, in order]
+
+What runs before the root's forward, in order, and who put it there. Rows with a condition are there only if it holds;
+all others are always there::
+
+    hook                    put there by                                condition
+    enter                   sharding.evaluation                         Fabric, Accelerate
+    _drop_cached_weights    sharding.schedule                           parameters are cached
+    _pre_forward            FSDP2, `fully_shard`
+    (the user's)            hooks on the model before it was sharded
+    _defer_reductions       sharding.schedule
+    _note_forward           integrations.fabric                         Fabric
+    (the user's)            hooks on the model after it was sharded
+
+``_pre_forward`` unshards the root, so what decides how it is unsharded runs before it: ``enter`` leaves inference mode,
+in which FSDP2 would allocate tensors that cannot be trained, and ``_drop_cached_weights`` drops outdated weights. What
+the backward will do is decided after it: before the boundary ``_defer_reductions`` lets FSDP2 defer reductions, or
+include parameters without a gradient in them as zeros, and ``_note_forward`` lists the model for ``fabric.backward``.
+The first two are registered with ``prepend=True``, as FSDP2's is, the others without.
+
+FSDP2's hook and ``_defer_reductions`` are on every block as well, in the same order. Activation checkpointing is no
+hook: it wraps the ``forward`` of a block, inside of all of these.
+"""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lightning_mics._torch.fsdp import (
-    deferred_sums,
-    drop_unreduced_gradients,
-    ever_gathered,
-    forget_iteration,
-    fsdp_modules,
-    reduce_unused_parameters,
-    reduces_unused_parameters,
-    sharded_parameters,
-    trainable,
-)
+from lightning_mics._torch.fsdp import fsdp_modules
 from lightning_mics.collectives.traffic import Traffic
+from lightning_mics.sharding.accumulation_window import AccumulationWindow
+from lightning_mics.sharding.optimizer_hooks import OptimizerHooks
+from lightning_mics.sharding.weight_cache import WeightCache
 from lightning_mics.techniques.once_per_step import ParameterCache
 from lightning_mics.techniques.pending_gradients import PendingGradients
 
 
 class AccumulationSchedule:
-    """Decides for every micro-step which hops run.
+    """What is reduced and gathered in each micro-step of a model sharded by ``shard_model``.
 
-    Without a call of :meth:`micro_step` every backward is a boundary, as in plain FSDP2.
+    A training loop of your own needs three methods: :meth:`micro_step` around each forward and backward,
+    :meth:`cached_weights` around an evaluation, and :meth:`invalidate_cache` after changes of weights that torch does
+    not record. Without a call of :meth:`micro_step` every backward is a boundary, as in plain FSDP2.
 
-    A block whose sums wait is reduced at the boundary even if the boundary's own forward skips it: otherwise they would
-    stay behind. A parameter of such a block without a gradient counts as zero. Blocks that no forward of the window
-    uses keep ``grad=None``. The blocks used may differ from micro-step to micro-step, not from rank to rank.
-
-    Where copies of gathered weights are kept they live from the first gather of a window to its boundary, or inside
-    :meth:`cached_weights`. Weights may change at any other time by any means. Inside, a copy is dropped when torch
-    knows of the change: in-place operations, optimizers, ``load_state_dict``. After a change that it does not know of
-    (through ``.data``, ``torch._foreach_*`` functions or raw memory) call :meth:`invalidate_cache`; the boundary
-    refuses to go on with what was computed otherwise.
+    An integration, where the framework decides when the parts of a step run, uses the three parts instead.
 
     Args:
         root: The sharded model, from :func:`lightning_mics.sharding.shard_model.shard_model`.
-        replicas: How many there are; with one there is no second hop.
-        traffic: What the collectives of all units have sent.
-        pending_gradients: What units keep back beside FSDP2's own sums, by the unit's name.
-        copies: The kept copies of weights.
-        whole_gradients: Hop 1 waits for the boundary as well, and FSDP2 adds up whole gradients until then.
-        two_hop: False runs hop 2 in every micro-step too, as hybrid sharding by itself does.
+        replicas: Number of replicas; with one there is no second hop.
+        traffic: Counter of the collectives of all parameter groups.
+        pending_gradients: Gradients accumulated in addition to FSDP2's own, by the fully qualified name of the FSDP
+            module.
+        caches: Caches of parameters, one per parameter group; empty where parameters are gathered at every use.
+        unsharded_gradients: Whether FSDP2 accumulates unsharded gradients until the boundary, and runs hop 1 there.
+        two_hop: Whether hop 2 runs at the boundary only; False runs it in every micro-step, as hybrid sharding does.
+
+    Attributes:
+        traffic: Counter of what this rank's collectives have sent.
+        window: Accumulation window, for integrations.
+        cache: Weight cache, for integrations.
+        optimizer_hooks: Hooks on optimizers, for integrations.
     """
 
     def __init__(
@@ -61,246 +76,73 @@ class AccumulationSchedule:
         replicas: int,
         traffic: Traffic,
         pending_gradients: Mapping[str, PendingGradients] | None = None,
-        copies: Sequence[ParameterCache] = (),
-        whole_gradients: bool = False,
+        caches: Sequence[ParameterCache] = (),
+        unsharded_gradients: bool = False,
         two_hop: bool = True,
     ) -> None:
         self.traffic = traffic
-        self._root = root
-        self._modules = fsdp_modules(root)
-        self._pending_gradients = dict(pending_gradients or {})
-        self._copies = copies
-        self._whole_gradients = whole_gradients
-        self._two_hop = two_hop
-        self._defers = two_hop and (replicas > 1 or bool(self._pending_gradients) or whole_gradients)
-        self._at_boundary = True
-        self._in_window = False
-        self._weights_cached = False
-        self._ever_trainable = {name: trainable(module) for name, module in self._modules.items()}
-        for module in self._modules.values():
-            assert isinstance(module, nn.Module)
-            module.register_forward_pre_hook(self._take_part_in_reductions)
-        if copies:
-            self._watch_for_changes()
+        self.cache = WeightCache(caches)
+        self.window = AccumulationWindow(
+            root,
+            cache=self.cache,
+            pending_gradients=pending_gradients or {},
+            replicas=replicas,
+            unsharded_gradients=unsharded_gradients,
+            two_hop=two_hop,
+        )
+        self.optimizer_hooks = OptimizerHooks(root, window=self.window, cache=self.cache)
+        self._register_hooks(root)
 
-    @contextmanager
-    def micro_step(self, *, boundary: bool) -> Iterator[None]:
-        """Run the forward and backward of one micro-step; hop 2 runs only if it is the ``boundary``.
+    def micro_step(self, *, boundary: bool) -> AbstractContextManager[None]:
+        """Run the forward and backward of one micro-step inside; hop 2 runs only if it is the ``boundary``.
 
-        Raises:
-            RuntimeError: After a boundary, if sums stayed behind that this torch version cannot reduce, or weights
-                changed unnoticed while copies of them were in use.
-        """
-        self._open_window()
-        self._set_boundary(boundary)
-        try:
-            yield
-            self.after_backward()
-        finally:
-            self._set_boundary(True)
+        Where ``requires_grad`` changes inside accumulation windows, as when optimizers take turns, call
+        ``schedule.window.before_backward()`` before each backward.
 
-    @contextmanager
-    def cached_weights(self) -> Iterator[None]:
-        """Promise that weights do not change inside, as in an evaluation: each crosses nodes once, not once per use.
+        Args:
+            boundary: Whether this is the gradient accumulation boundary, the last micro-step before a step of the
+                optimizer.
 
         Raises:
-            RuntimeError: At the end, if they did, unnoticed.
+            RuntimeError: After a boundary, if gradients are still pending that this torch version cannot reduce, or
+                weights changed unrecorded while they were cached.
         """
-        self.invalidate_cache()
-        before, self._weights_cached = self._weights_cached, True
-        try:
-            yield
-            self._refuse_outdated_copies()
-        finally:
-            self._weights_cached = before
-            self.invalidate_cache()
+        return self.window.micro_step(boundary=boundary)
+
+    def cached_weights(self) -> AbstractContextManager[None]:
+        """Share cached parameters between all forwards inside, as in an evaluation; weights must not change there.
+
+        Each parameter is communicated once, not once per forward. Nothing changes where no parameters are cached. See
+        [Note: When cached weights are dropped].
+
+        Raises:
+            RuntimeError: At the end, if weights did change in a way that torch does not record.
+        """
+        return self.cache.cached_weights()
 
     def invalidate_cache(self) -> None:
-        """Drop what is kept of the weights; every rank calls it. The next use gathers them across nodes again."""
-        for copy in self._copies:
-            copy.drop()
+        """Drop cached parameters after weights were changed in a way that torch does not record; every rank calls it.
 
-    def kept(self) -> list[Tensor]:
-        """What is in memory now so that it travels once per step: copies of parameters, and sums of gradients."""
-        keepers: list[ParameterCache | PendingGradients] = [*self._copies, *self._pending_gradients.values()]
-        return [tensor for keeper in keepers for tensor in keeper.tensors()]
-
-    def before_backward(self) -> None:
-        """Reduce at once what cannot wait: blocks of which some parameters are frozen for this backward only.
-
-        A block's deferred gradients are added up as one flat tensor, so all must be of the same parameters. Call it
-        before a backward if ``requires_grad`` changes inside accumulation windows, as when optimizers take turns.
-
-        Raises:
-            RuntimeError: If such a block has sums that wait already.
+        Needed inside an accumulation window or :meth:`cached_weights` only, after changes through ``.data``,
+        ``torch._foreach_*`` functions or raw memory. See [Note: When cached weights are dropped].
         """
-        if self._whole_gradients:  # each has a gradient of its own until the boundary
-            return
-        for name, module in self._modules.items():
-            now = trainable(module)
-            ever_trainable = [a or b for a, b in zip(self._ever_trainable[name], now, strict=True)]
-            self._ever_trainable[name] = ever_trainable
-            if now == ever_trainable or not any(now):
-                continue
-            if self._sums_wait(name):
-                raise RuntimeError(
-                    f"{name or 'the root'} has parameters that were trainable earlier in this accumulation window and "
-                    "are frozen now; switch `requires_grad` (`toggle_model`) in all micro-steps of a window or none"
-                )
-            module.set_requires_all_reduce(True, recurse=False)
-            if name in self._pending_gradients:
-                self._pending_gradients[name].at_boundary = True
+        self.cache.invalidate()
 
-    def after_backward(self) -> None:
-        """Close the accumulation window if the backward that has just run was its boundary.
-
-        :meth:`micro_step` calls it; call it where a boundary runs outside of one.
-
-        Raises:
-            RuntimeError: If sums stayed behind that this torch version cannot reduce (before 2.13), or weights changed
-                unnoticed while copies of them were in use.
-        """
-        if not self._at_boundary:
-            for pending_gradients in self._pending_gradients.values():
-                pending_gradients.remove_zeros()
-            return
-        left_behind = [name for name, m in self._modules.items() if self._sums_wait(name) and any(trainable(m))]
-        if left_behind:
-            names = ", ".join(name or "the root" for name in left_behind)
-            old = not reduces_unused_parameters(self._root)
-            raise RuntimeError(
-                f"{names} got gradients earlier in this accumulation window and none at its boundary; "
-                + (
-                    f"reducing them needs torch >= 2.13, this is torch {torch.__version__}"
-                    if old
-                    else "run the last backward of a window as its boundary, outside of `no_backward_sync` or `no_sync`"
-                )
-            )
-        self._refuse_outdated_copies()
-        self._close_window()
-
-    def follow_steps(self) -> None:
-        """Let steps of this model's optimizers close windows, for loops that tell nobody of their backwards.
-
-        After a step the root is not gathered, however many forwards without a backward came before it.
-        """
-        schedule = weakref.ref(self)
-
-        def close_before_step(optimizer: Optimizer, *_: Any) -> None:
-            if (alive := schedule()) is not None and alive.trains_with(optimizer) and _changes_weights(optimizer):
-                alive.after_backward()
-
-        def reshard_after_step(optimizer: Optimizer, *_: Any) -> None:
-            if (alive := schedule()) is not None and alive.trains_with(optimizer):
-                alive._root.reshard()
-
-        for handle in (
-            register_optimizer_step_pre_hook(close_before_step),
-            register_optimizer_step_post_hook(reshard_after_step),
-        ):
-            weakref.finalize(self, handle.remove)
-
-    def follow_zero_grad(self, optimizer: Optimizer) -> None:
-        """Let ``optimizer.zero_grad()`` drop what an open window has accumulated too, as it does on one process."""
-        schedule, kind = weakref.ref(self), type(optimizer)
-
-        def zero_all(wrapped: Optimizer, set_to_none: bool = True) -> None:
-            alive = schedule()
-            waiting = all(p.grad is None for group in wrapped.param_groups for p in group["params"])
-            if alive is not None and alive._in_window and waiting and alive.trains_with(wrapped):
-                alive.abandon_window()  # with gradients there torch makes states, by a step that is none
-            kind.zero_grad(wrapped, set_to_none)
-
-        # a class, for Fabric's wrapper of an optimizer inherits from it and does not look into the instance
-        optimizer.__class__ = type(
-            kind.__name__, (kind,), {"zero_grad": zero_all, "__module__": kind.__module__, "__doc__": kind.__doc__}
-        )
-
-    def abandon_window(self) -> None:
-        """Drop what an unfinished window has accumulated, so that it cannot leak into the next one.
-
-        Dropping is local: no rank waits for another.
-        """
-        forget_iteration(self._root)
-        for pending_gradients in self._pending_gradients.values():
-            pending_gradients.drop()
-        for module in self._modules.values():
-            drop_unreduced_gradients(module)
-        for copy in self._copies:
-            copy.take_differs()
-        self._close_window()
-
-    def _open_window(self) -> None:
-        if not self._in_window:
-            self.invalidate_cache()
-        self._in_window = True
-
-    def _close_window(self) -> None:
-        self._in_window = False
-        self.invalidate_cache()
-        for name, module in self._modules.items():
-            if not self._sums_wait(name):  # a frozen block may have a window of its own, still open
-                reduce_unused_parameters(module, False)
-
-    def _set_boundary(self, boundary: bool) -> None:
-        self._at_boundary = boundary
-        for module in self._modules.values():
-            if self._whole_gradients:
-                module.set_requires_gradient_sync(boundary or not ever_gathered(module), recurse=False)
-            else:
-                module.set_requires_all_reduce(boundary or not self._two_hop, recurse=False)
-        for pending_gradients in self._pending_gradients.values():
-            pending_gradients.at_boundary = boundary or not self._two_hop
-
-    def _sums_wait(self, name: str) -> bool:
-        return deferred_sums(self._modules[name]) or (
-            name in self._pending_gradients and self._pending_gradients[name].pending
-        )
-
-    def _refuse_outdated_copies(self) -> None:
-        differ = [differs for copy in self._copies if (differs := copy.take_differs()) is not None]
-        if differ and bool(torch.stack(differ).any()):
-            raise RuntimeError(
-                "weights changed, in a way that torch does not notice (through `.data`, `torch._foreach_*` or raw "
-                "memory), while a copy of them was in use; call `invalidate_cache()` after such a change, on all "
-                "ranks, or make it between optimizer steps"
-            )
-
-    def _watch_for_changes(self) -> None:
-        """Copies are dropped before each forward that nothing says to share weights, and after optimizers step."""
-        root = self._root
+    def _register_hooks(self, root: FSDPModule) -> None:
+        """See [Note: Hooks on the root, in order]. They keep the schedule alive for as long as the model."""
         assert isinstance(root, nn.Module)
-        root.register_forward_pre_hook(self._drop_unless_cached, prepend=True)  # before FSDP2's own, which gathers
-        schedule = weakref.ref(self)
-
-        def drop_after_step(optimizer: Optimizer, *_: Any) -> None:
-            if (alive := schedule()) is not None and alive.trains_with(optimizer):
-                alive.invalidate_cache()
-
-        handle = register_optimizer_step_post_hook(drop_after_step)
-        weakref.finalize(self, handle.remove)
-
-    def trains_with(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer holds parameters of this model."""
-        ours = {id(parameter) for module in self._modules.values() for parameter in sharded_parameters(module)}
-        return any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"])
+        for module in fsdp_modules(root).values():
+            assert isinstance(module, nn.Module)
+            module.register_forward_pre_hook(self._defer_reductions)
+        if self.cache.enabled:
+            root.register_forward_pre_hook(self._drop_cached_weights, prepend=True)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _drop_unless_cached(self, _module: nn.Module, _inputs: Any) -> None:
-        if not (self._in_window or self._weights_cached):
-            self.invalidate_cache()
+    def _drop_cached_weights(self, _module: nn.Module, _inputs: Any) -> None:
+        if not (self.window.is_open or self.cache.shared_by_forwards):
+            self.cache.invalidate()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _take_part_in_reductions(self, module: nn.Module, _inputs: Any) -> None:
-        deferring = self._defers and not self._at_boundary
-        if not (deferring and torch.is_grad_enabled() and isinstance(module, FSDPModule)):
-            return
-        if self._whole_gradients:  # not before: FSDP2 looks for the gradients of what it has never gathered
-            module.set_requires_gradient_sync(False, recurse=False)
-        else:
-            reduce_unused_parameters(module, True)
-
-
-def _changes_weights(optimizer: Optimizer) -> bool:
-    """Whether a step may; torch makes the states of an optimizer that has none by a step at a rate of zero."""
-    return any(bool(group.get("lr", 1) != 0) for group in optimizer.param_groups)
+    def _defer_reductions(self, module: nn.Module, _inputs: Any) -> None:
+        if isinstance(module, FSDPModule):
+            self.window.before_forward(module)

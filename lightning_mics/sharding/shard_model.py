@@ -48,7 +48,7 @@ def shard_model(
 
     Peak memory is the shards plus one whole unit: a block, or what the root holds. The first weights depend on rank 0
     alone: for parts on the meta device on its seed, for built parts on its values. What
-    :func:`~lightning_mics.sharding.pretrained.start_from` has noted is read when all is sharded.
+    :func:`~lightning_mics.sharding.pretrained.load_pretrained` has left for then is read when all is sharded.
     Make optimizers after this call.
 
     Args:
@@ -70,7 +70,7 @@ def shard_model(
         mixed_precision: FSDP2's policy: dtypes of gathered parameters and of gradient reductions.
 
     Returns:
-        The schedule of the two hops, and of what else waits for the boundary.
+        The accumulation schedule: what is gathered and reduced in each micro-step, and what at the boundary.
 
     Raises:
         TypeError: If the model cannot be sharded: already wrapped, no blocks, tensors that nothing initialises.

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_mics.sharding.schedule import AccumulationSchedule
-from lightning_mics.techniques.partition_groups import (
-    PartitionGroups,
-)
+from lightning_mics.techniques.partition_groups import PartitionGroups
 
 
 @dataclass(frozen=True)
@@ -17,10 +15,10 @@ class Sharded:
     """What belongs to a model that a policy has sharded.
 
     Attributes:
-        groups: Of this rank.
-        schedule: Of its hops.
-        report: The table of groups, techniques and memory, for people.
-        blocks: That were sharded one by one.
+        groups: Process groups and mesh of this rank.
+        schedule: Accumulation schedule; its three parts are for integrations.
+        report: Table of groups, techniques and memory, for people.
+        blocks: Modules that are parameter groups of their own.
     """
 
     groups: PartitionGroups
@@ -29,16 +27,32 @@ class Sharded:
     blocks: tuple[nn.Module, ...]
 
 
-def sharded_of(model: nn.Module) -> Sharded:
-    """What belongs to a model that Fabric has set up or Accelerate has prepared.
+def sharded(model: nn.Module) -> Sharded:
+    """The groups, schedule and report of a model that the Trainer, Fabric or Accelerate has sharded.
+
+    Args:
+        model: The model, or a module around it: what ``fabric.setup``, ``accelerator.prepare`` or ``torch.compile``
+            returned, or a LightningModule that holds it.
 
     Raises:
-        ValueError: If neither has.
+        ValueError: If no module in ``model`` was sharded by a strategy or plugin, or more than one was.
     """
-    sharded: Sharded | None = vars(model).get("_mics")
-    if sharded is None:
+    own: Sharded | None = vars(model).get("_mics")
+    if own is not None:
+        return own
+    found: dict[str, Sharded] = {
+        name: vars(module)["_mics"] for name, module in model.named_modules() if "_mics" in vars(module)
+    }
+    if not found:
         raise ValueError(
-            "the model was not prepared by an Accelerator with fsdp_plugin=MiCSPlugin(...), nor set up by Fabric under "
-            "strategy 'mics'"
+            f"{type(model).__name__} is not sharded, nor is a module in it: sharding happens when the Trainer starts, "
+            "in `fabric.setup`, or in `accelerator.prepare` with fsdp_plugin=MiCSPlugin(...); then pass the model that "
+            "was given to it, not a part of it"
         )
-    return sharded
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} sharded models, {', '.join(map(repr, found))}: pass one of them"
+        )
+    inner: Sharded
+    (inner,) = found.values()
+    return inner

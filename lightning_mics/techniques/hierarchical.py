@@ -25,11 +25,11 @@ from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
 
 
 class TwoStages:
-    """What both directions share: their groups. They run on whatever stream is current.
+    """The groups of a two-stage collective in either direction. Both stages run on the current stream.
 
     Args:
-        rail: The ranks with this local rank, one per node, in the order of nodes.
-        node: The ranks on this node, in the order of local ranks; None if there is one.
+        rail: Ranks with this local rank, one per node, in the order of nodes.
+        node: Ranks on this node, in the order of local ranks; None if there is one.
     """
 
     def __init__(self, *, rail: CountedGroup, node: CountedGroup | None) -> None:
@@ -37,7 +37,11 @@ class TwoStages:
         self.node = node
 
     def rail_slice(self, whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        """What this rank's rail holds of ``whole``: [nodes * shard].
+        """Return the slice of this rank's rail: [nodes * shard].
+
+        Args:
+            whole: Unsharded values: [local ranks * nodes * shard].
+            group: Partition group.
 
         Raises:
             RuntimeError: If ``group`` is not the partition group of these rails and nodes.
@@ -82,7 +86,7 @@ class HierarchicalReduceScatter(TwoStages, ReduceScatter):
     Args:
         rail: The ranks with this local rank, one per node, in the order of nodes.
         node: The ranks on this node, in the order of local ranks; None if there is one.
-        wire_dtype: What crosses nodes; None is the dtype of the sums.
+        wire_dtype: Dtype of inter-node messages; None is the dtype of the sums.
     """
 
     def __init__(self, *, rail: CountedGroup, node: CountedGroup | None, wire_dtype: torch.dtype | None = None) -> None:
@@ -102,7 +106,13 @@ class HierarchicalReduceScatter(TwoStages, ReduceScatter):
         return self.reduce_along_rail(output_tensor, rail_slice, op, async_op=async_op)
 
     def reduce_in_node(self, whole: torch.Tensor, group: dist.ProcessGroup, op: ReduceOp) -> torch.Tensor:
-        """Stage 1, in place; returns this rail's slice of the node's sum: [nodes * shard]."""
+        """Stage 1, in place; returns this rail's slice of the node's sum: [nodes * shard].
+
+        Args:
+            whole: Unsharded gradients of this rank, overwritten: [local ranks * nodes * shard].
+            group: Partition group.
+            op: Sum, average or pre-multiplied sum.
+        """
         rail_slice = self.rail_slice(whole, group)
         if self.node is not None:
             self.node.reduce_scatter(rail_slice, whole, op=op, technique="reduce inside nodes")
@@ -111,7 +121,14 @@ class HierarchicalReduceScatter(TwoStages, ReduceScatter):
     def reduce_along_rail(
         self, output: torch.Tensor, rail_slice: torch.Tensor, op: ReduceOp, *, async_op: bool = False
     ) -> dist.Work | None:
-        """Stage 2: [nodes * shard] -> [shard]."""
+        """Stage 2: [nodes * shard] -> [shard].
+
+        Args:
+            output: Result of this rank: [shard].
+            rail_slice: Result of stage 1: [nodes * shard].
+            op: Reduction of both stages together.
+            async_op: Whether to return at once with the work to wait for.
+        """
         scaled = self.node is not None and premultiplied_sum_factor(op) is not None
         return self.rail.reduce_scatter(
             output,

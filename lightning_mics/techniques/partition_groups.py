@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_mics._torch.process_groups import groups_made, new_group
+from lightning_mics._torch.process_groups import backends_of_devices, groups_made, new_group
 from lightning_mics.topology import Topology
 
 
@@ -31,13 +31,14 @@ class PartitionGroups:
     """The process groups of this rank and the mesh that FSDP2 shards over.
 
     Attributes:
-        topology: Where every rank is.
-        partition: The ranks that hold one replica, rail by rail; in their own order where collectives are flat.
-        replication: The ranks that hold the same part as this rank; None without replicas.
-        rail: The ranks of the partition group with this local rank, one per node; None where the partition group is
-            inside one node or collectives are flat.
-        node: The ranks of the partition group on this node, if there is a rail and they are several; else None.
+        topology: Positions of all ranks.
+        partition: Ranks that hold one replica, rail by rail; in ascending order where collectives are flat.
+        replication: Ranks that hold the same shard as this rank; None without replicas.
+        rail: Ranks of the partition group with this local rank, one per node; None where the partition group is inside
+            one node or collectives are flat.
+        node: Ranks of the partition group on this node, if there is a rail and they are several; else None.
         mesh: ``("replicate", "shard")`` of shape ``(replicas, partition_size)``; without replicas ``("shard",)``.
+        backend: Name of the backend that runs the collectives of all of these groups: ``"gloo"`` or ``"nccl"``.
     """
 
     topology: Topology
@@ -46,6 +47,7 @@ class PartitionGroups:
     rail: dist.ProcessGroup | None
     node: dist.ProcessGroup | None
     mesh: DeviceMesh
+    backend: str
 
     @property
     def device(self) -> torch.device:
@@ -65,22 +67,22 @@ def create_partition_groups(
     """Make this rank's groups and mesh; every rank calls it, after ``init_process_group``.
 
     Each rank makes its own groups only, all ranks in the same order of kinds, so start-up does not grow with the number
-    of groups. Groups that would serve nothing are not made: with NCCL each takes memory on the device.
+    of groups. Groups without a use are not made: with NCCL each takes memory on the device.
 
     Args:
-        topology: Where every rank is; its world is the default process group's.
+        topology: Positions of all ranks of the default process group.
         device_type: ``"cpu"`` or ``"cuda"``.
         hierarchical: Whether collectives of the partition group run in two stages; see :func:`choose_hierarchical`.
-        timeout: How long a collective of these groups may take; None is the backend's default.
+        timeout: Longest time of a collective of these groups; None is the backend's default.
 
     Raises:
-        RuntimeError: If ``torch.distributed`` is not initialised, torch is too old for groups that span nodes, or ranks
+        RuntimeError: If ``torch.distributed`` is not initialized, torch is too old for groups that span nodes, or ranks
             are members of different numbers of process groups.
         ValueError: If the topology is not that of the running job, the backend cannot serve the device, or
             ``hierarchical`` does not fit the topology.
     """
     in_stages = choose_hierarchical(hierarchical, topology)
-    _check_job(topology, device_type)
+    backend = _check_job(topology, device_type)
     _check_same_count_of_groups(device_type)
     rank, make = dist.get_rank(), partial(new_group, timeout=timeout)
     partition = make(_members(topology, rank, in_stages), name="partition")
@@ -97,11 +99,16 @@ def create_partition_groups(
         rail=rail,
         node=node,
         mesh=_mesh(topology, in_stages, device_type, partition, replication),
+        backend=backend,
     )
 
 
 def choose_hierarchical(hierarchical: bool | Literal["auto"], topology: Topology) -> bool:
     """Whether collectives of the partition group run in two stages; "auto": where it spans nodes of two ranks or more.
+
+    Args:
+        hierarchical: Option of the user.
+        topology: Positions of all ranks.
 
     Raises:
         ValueError: If the value is unknown, or True where a partition group is inside one node.
@@ -118,7 +125,11 @@ def choose_hierarchical(hierarchical: bool | Literal["auto"], topology: Topology
 
 
 def check_hierarchical(hierarchical: object) -> None:
-    """Refuse anything but "auto", True and False, with a ValueError."""
+    """Check that the option is "auto", True or False.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if hierarchical != "auto" and not isinstance(hierarchical, bool):
         raise ValueError(f'hierarchical={hierarchical!r} is not one of "auto", True, False')
 
@@ -144,19 +155,21 @@ def _mesh(
     )
 
 
-def _check_job(topology: Topology, device_type: str) -> None:
+def _check_job(topology: Topology, device_type: str) -> str:
+    """Check that the running job is the topology's; returns the backend that serves ``device_type``."""
     if not dist.is_initialized():
         raise RuntimeError("call torch.distributed.init_process_group before create_partition_groups")
     if dist.get_world_size() != topology.world_size:
         raise ValueError(
             f"the topology has world_size={topology.world_size}, the running job has {dist.get_world_size()} ranks"
         )
-    backends = dist.get_backend_config()  # as in "cpu:gloo,cuda:nccl"
-    if device_type not in [entry.split(":")[0] for entry in str(backends).split(",")]:
+    backends = backends_of_devices()
+    if device_type not in backends:
         raise ValueError(
-            f"the process group's backend ({backends}) cannot serve device type {device_type!r}; "
+            f"the process group's backend ({dist.get_backend_config()}) cannot serve device type {device_type!r}; "
             "use gloo for CPU and nccl for CUDA"
         )
+    return backends[device_type]
 
 
 def _check_same_count_of_groups(device_type: str) -> None:

@@ -1,6 +1,25 @@
-"""Gradient sums that wait for the boundary, beside those that FSDP2 itself keeps.
+"""Gradients accumulated on this rank until the boundary, in addition to FSDP2's own partial reductions.
 
-FSDP2 defers one thing: the all-reduce over replicas. What else waits is added up here, and FSDP2 is handed zeros.
+FSDP2 defers one reduction: the all-reduce over replicas. Where a reduction before it is deferred as well, inside nodes,
+or where hop 2 is ours, the sums are accumulated here.
+
+[Note: Zero gradients before the boundary]
+
+FSDP2 takes the result of a custom reduce-scatter, or of the hook after it, for reduced, and adds it to the gradient. So
+before the boundary the result is moved here, and FSDP2 is handed zeros in its place::
+
+    after a micro-step          1            2            3         boundary
+    accumulated here [any]     g1        g1 + g2   g1 + g2 + g3        -
+    FSDP2 adds to .grad         0            0            0       g1 + ... + g4
+    .grad then is             None         None         None      g1 + ... + g4
+
+Zeros change no gradient that exists. But where ``.grad`` was None they would make one, and None has a meaning: an
+optimizer skips the parameter (with zeros, momentum and weight decay would change it), ``zero_grad()`` in an open window
+finds that all of its gradients are pending, and so do users. Therefore those that were None are None again after the
+backward.
+
+At the boundary the opposite holds: a parameter that got no gradient there, but earlier in the window, takes part in the
+reduction as zeros, or the pending gradients of its parameter group would have no flat tensor to be added to.
 """
 
 from __future__ import annotations
@@ -12,51 +31,67 @@ from torch import Tensor, nn
 
 
 class PendingGradients:
-    """What one unit (a block, or what the root holds) keeps back until the boundary.
+    """The pending gradients of one parameter group, and whether the current micro-step is the boundary.
 
-    Used on whatever stream its unit reduces gradients on, always the same.
+    Used on the one stream that the parameter group reduces gradients on.
 
     Args:
-        parameters: Returns the unit's sharded parameters.
+        parameters: Returns the sharded parameters of the group.
+
+    Attributes:
+        at_boundary: Whether the current micro-step is the boundary, which reduces what is pending.
     """
 
     def __init__(self, parameters: Callable[[], Iterable[nn.Parameter]]) -> None:
         self.at_boundary = True
         self._parameters = parameters
-        self._sums: Tensor | None = None
+        self._sum: Tensor | None = None  # [any], as of the tensors that are accumulated
         self._without_gradient: list[nn.Parameter] = []
 
     @property
     def pending(self) -> bool:
-        """Whether sums wait."""
-        return self._sums is not None
+        """Whether any gradients are pending."""
+        return self._sum is not None
 
     def tensors(self) -> list[Tensor]:
-        """What waits: [any], if anything does."""
-        return [] if self._sums is None else [self._sums]
+        """The sum of pending gradients, [any], if there are any."""
+        return [] if self._sum is None else [self._sum]
 
     def accumulate(self, part: Tensor) -> None:
-        """Add ``part`` to what waits; it is copied."""
+        """Add ``part`` to the pending gradients; the caller hands FSDP2 zeros in its place.
+
+        See [Note: Zero gradients before the boundary].
+
+        Args:
+            part: Flat gradients of the parameter group: [any], the same in a whole window. Copied.
+        """
         self._without_gradient += [p for p in self._parameters() if p.grad is None]
-        if self._sums is None:
-            self._sums = part.clone()
+        if self._sum is None:
+            self._sum = part.clone()
         else:
-            self._sums += part
+            self._sum += part
 
     def add_into(self, part: Tensor) -> None:
-        """Add what waits to ``part``, and forget it."""
-        if self._sums is not None:
-            part += self._sums
-        self._sums = None
+        """Add the pending gradients to ``part``, in place; none are pending afterwards.
+
+        Args:
+            part: Flat gradients of the boundary's micro-step: [any], as accumulated.
+        """
+        if self._sum is not None:
+            part += self._sum
+        self._sum = None
 
     @torch.no_grad()
     def remove_zeros(self) -> None:
-        """After a backward that kept its gradients back: take away the zeros that FSDP2 made gradients of."""
+        """Set gradients that were None before this backward to None again.
+
+        See [Note: Zero gradients before the boundary].
+        """
         for parameter in self._without_gradient:
             parameter.grad = None
         self._without_gradient.clear()
 
     def drop(self) -> None:
-        """Forget what waits."""
-        self._sums = None
+        """Drop the pending gradients."""
+        self._sum = None
         self._without_gradient.clear()

@@ -1,14 +1,21 @@
-"""Technique 3: two-hop gradient synchronisation. What is reduced in a micro-step, and what waits for the boundary.
+"""Technique 3: two-hop gradient synchronization. Reduced in a micro-step: hop 1. Pending until the boundary: hop 2.
 
-MiCS, section 3.4. Hop 1, every micro-step: reduce-scatter inside the partition group; each rank adds up its shard.
-Hop 2, at the boundary only: all-reduce of that sum over the replication group::
+MiCS, section 3.4. The *boundary* is the gradient accumulation boundary: the last micro-step before an optimizer step.
+The micro-steps from one boundary to the next are an *accumulation window*. Hop 1, every micro-step: reduce-scatter
+inside the partition group; each rank accumulates its shard. Hop 2, at the boundary only: all-reduce of that sum over
+the replication group. Two partition groups of two ranks with shards A B::
+
+                           hop 1: reduce-scatter          hop 2: all-reduce
+    partition group 0      rank 0 [ A ]   rank 1 [ B ]      ranks 0, 2    A + A
+    partition group 1      rank 2 [ A ]   rank 3 [ B ]      ranks 1, 3    B + B
 
     micro-step      1    2    3    4 = boundary
     hop 1           RS   RS   RS   RS             inside each partition group
     hop 2                          AR             over the replication groups
 
-FSDP2 runs both hops and keeps the sums in the reduce dtype; this module tells it when the second is due. The steps from
-one boundary to the next are an accumulation window.
+FSDP2 runs both hops and accumulates the sums in the reduce dtype;
+:mod:`~lightning_mics.sharding.accumulation_window` sets when hop 2 runs. Here is hop 2 where its messages have a dtype
+of their own.
 """
 
 from __future__ import annotations
@@ -21,13 +28,13 @@ from lightning_mics.techniques.pending_gradients import PendingGradients
 
 
 class SecondHop:
-    """Hop 2 in a dtype of its own on the wire, where FSDP2 would all-reduce in the dtype of the sums.
+    """Hop 2 of one parameter group with a dtype of its own for messages; FSDP2 would use the dtype of the sums.
 
     Args:
-        replication: The ranks that hold the same part.
-        wire_dtype: What travels; sums stay in the dtype of the gradients.
-        pending_gradients: What the unit keeps back, and whether this is the boundary.
-        after_sums: Whether the first hop keeps its sums back already, and hands on zeros before the boundary.
+        replication: The ranks that hold the same shard.
+        wire_dtype: Dtype of the messages; sums stay in the dtype of the gradients.
+        pending_gradients: Pending gradients of the parameter group.
+        after_sums: Whether hop 1 accumulates into ``pending_gradients`` already, and leaves zeros before the boundary.
     """
 
     def __init__(
@@ -40,19 +47,26 @@ class SecondHop:
     ) -> None:
         self._replication = replication
         self._wire_dtype = wire_dtype
-        self._pending_gradients_of = pending_gradients
+        self._pending_gradients = pending_gradients
         self._after_sums = after_sums
 
     def __call__(self, shard: Tensor, op: ReduceOp) -> None:
-        """Reduce the ``shard`` that hop 1 has left, in place; before the boundary keep it back and leave zeros."""
+        """Reduce the result of hop 1 in place; before the boundary accumulate it, and leave zeros.
+
+        See [Note: Zero gradients before the boundary].
+
+        Args:
+            shard: Result of hop 1: [shard].
+            op: Sum or average over the replicas.
+        """
         if shard.is_cuda:  # FSDP2 frees it after this, while its own stream still reads it
             shard.record_stream(torch.cuda.current_stream(shard.device))
-        if self._pending_gradients_of.at_boundary:
+        if self._pending_gradients.at_boundary:
             if not self._after_sums:
-                self._pending_gradients_of.add_into(shard)
+                self._pending_gradients.add_into(shard)
             self._replication.all_reduce(
                 shard, op=op, technique="all-reduce over replicas", wire_dtype=self._wire_dtype
             )
         elif not self._after_sums:
-            self._pending_gradients_of.accumulate(shard)
+            self._pending_gradients.accumulate(shard)
             shard.zero_()

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from lightning_mics import ResumableSampler
-from recipes.data.token_windows import TokenWindows
+from recipes.data.token_windows import TokenSequence, TokenWindows
 
 
 class MaskedWindows(Dataset):
@@ -26,12 +26,12 @@ class MaskedWindows(Dataset):
     epoch 0 it is always the same, as a validation needs it.
 
     Args:
-        tokens: One or several long sequences.
-        length: Of a window.
-        tokenizer: With a mask token.
-        seed: Of the masks.
-        count: Take only so many windows, evenly spread; None takes all.
-        name: Of the tokens, for errors.
+        tokens: One or several long sequences ``[tokens]``.
+        length: Tokens in a window.
+        tokenizer: A tokenizer with a mask token.
+        seed: Seed of the masks.
+        count: Number of windows to take, evenly spread; None takes all.
+        name: Name of the tokens in errors.
 
     Raises:
         ValueError: If the tokens are too few for one window, or the tokenizer has no mask token.
@@ -39,7 +39,7 @@ class MaskedWindows(Dataset):
 
     def __init__(
         self,
-        tokens: np.ndarray | Sequence[np.ndarray],
+        tokens: TokenSequence | Sequence[TokenSequence],
         *,
         length: int,
         tokenizer: PreTrainedTokenizerBase,

@@ -19,14 +19,14 @@ LOOKED_AT = 2**20  # tokens at each end of a file: reading all of a large corpus
 
 
 class ShardData(TokenData):
-    """Token windows of files that hold nothing but tokens, end to end, as those in the cache of other data.
+    """Token windows of files that hold nothing but tokens, end to end.
 
     Args:
         train_files: Paths or patterns.
         val_files: Paths or patterns; None takes the last ``val_fraction`` of the training tokens.
-        dtype: Of the tokens, ``"uint16"`` or ``"uint32"``, in the byte order of this machine.
-        tokenizer: That made them: a folder or a name on the hub.
-        vocab_size: Tokens there are.
+        dtype: Type of the tokens, ``"uint16"`` or ``"uint32"``, in the byte order of this machine.
+        tokenizer: Tokenizer that made the tokens: a folder or a name on the hub.
+        vocab_size: Size of the vocabulary.
         windows: See :class:`~recipes.data.token_data.TokenData`.
 
     Raises:

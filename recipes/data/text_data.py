@@ -1,36 +1,45 @@
-"""Text from a source, tokenised once and kept in a folder."""
+"""Text from a source, tokenized once and kept in a folder, by ``datasets``."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value
+from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipes.data.masked_windows import check_mask_token
 from recipes.data.sources.text_source import TextSource
-from recipes.data.token_cache import cache_folder, prepare_once
 from recipes.data.token_data import TokenData, split_tail
-from recipes.data.tokenise import TokenFacts, fill_with_tokens
-from recipes.data.tokenizer import check_trained_vocab, load_tokenizer, tokenizer_digest
+from recipes.data.tokenize import token_rows, tokenizer_of
+from recipes.data.tokenizer import check_trained_vocab, load_tokenizer, token_dtype, tokenizer_digest
 
-FORMAT = 2  # of the folder; another number makes all be tokenised anew
+FORMAT = 3  # version of the folder's content; a new number has everything tokenized again
 
 
 class TextData(TokenData):
     """Token windows of a source of text.
 
-    The tokens are made by one process, on whichever machine is first, and kept under ``cache_dir``: in a folder that
-    all nodes share, once for all; in one that each node has for itself, once on each.
+    One process tokenizes, on whichever machine is first, while others wait for its lock; the tokens are a dataset of
+    ``datasets`` under ``cache_dir``, complete or not there, and mapped into memory by all ranks. In a folder that all
+    nodes share they are made once for all; in one that each node has for itself, once on each::
+
+        CACHE_DIR/NAME-DIGEST/tokenizer.json ...    the tokenizer, as ``save_pretrained`` writes it
+        CACHE_DIR/NAME-DIGEST/generator/...         the tokens, as ``Dataset.from_generator`` writes them
 
     Args:
-        source: Of the text; see :class:`~recipes.data.sources.text_source.TextSource`.
+        source: Source of the text; see :class:`~recipes.data.sources.text_source.TextSource`.
         tokenizer: A folder or a name on the hub; None trains a byte-level BPE of ``vocab_size`` tokens.
-        vocab_size: Of the BPE, or at least the tokens that ``tokenizer`` has.
-        cache_dir: Where tokenizer and tokens are kept between runs.
-        tokenizer_sample_mb: How much text a BPE is trained on, if there is more.
+        vocab_size: Tokens of the BPE; at least as many as ``tokenizer`` has.
+        cache_dir: Folder where tokenizer and tokens are kept between runs.
+        tokenizer_sample_mb: Megabytes of text that a BPE is trained on, if there is more.
         windows: See :class:`~recipes.data.token_data.TokenData`.
 
     Raises:
@@ -54,7 +63,8 @@ class TextData(TokenData):
         self.given_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
         self._check_tokenizer()
         depends_on = [FORMAT, source.facts(), self.val_fraction, *self._tokenizer_facts()]
-        self.folder = cache_folder(cache_dir, name=source.name, depends_on=depends_on)
+        self._digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = Path(cache_dir).expanduser() / f"{source.name}-{self._digest}"
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -74,38 +84,77 @@ class TextData(TokenData):
         return [tokenizer_digest(self.given_tokenizer)]
 
     def prepare(self) -> None:
-        prepare_once(self.folder, self._fill)
+        if not any(self.folder.rglob("dataset_info.json")):
+            print(f"{self.folder} is not there yet: making it, or waiting for another process that does", flush=True)
+        self._stored(self._tokenize)
 
-    def _fill(self, draft: Path) -> None:
+    def _stored(self, rows: Callable[[], Iterator[dict[str, np.ndarray]]]) -> Dataset:
+        """The dataset of the folder, made of ``rows`` if it is not there."""
+        column = List(Value(self._dtype.name))
+        features = Features({"train": column, "val": column})
+        try:
+            stored = Dataset.from_generator(
+                rows, features=features, cache_dir=str(self.folder), fingerprint=self._digest
+            )
+        except DatasetGenerationError as error:
+            raise (error.__cause__ or error) from None
+        except (pa.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # of the file system, not of what is in the files
+                raise
+            raise self._corrupted(str(error)) from error
+        expected = stored.info.splits["train"].num_examples
+        if len(stored) != expected:
+            raise self._corrupted(f"{len(stored)} rows of {expected}")
+        return stored
+
+    def _corrupted(self, what: str) -> ValueError:
+        return ValueError(f"{self.folder} is corrupted ({what}); delete it, and it is made again")
+
+    @property
+    def _dtype(self) -> np.dtype:
+        return token_dtype(self.vocab_size if self.given_tokenizer is None else len(self.given_tokenizer))
+
+    def _tokenize(self) -> Iterator[dict[str, np.ndarray]]:
         how = f"with a tokenizer of {self.vocab_size} tokens, to be trained" if self.given_tokenizer is None else ""
-        print(f"Tokenising {self.source.name} once {how}: {self.folder}", flush=True)
+        print(f"Tokenizing {self.source.name} once {how}: {self.folder}", flush=True)
         begun = time.perf_counter()
-        fill_with_tokens(
-            draft,
+        tokenizer = self.given_tokenizer or tokenizer_of(
             self.source,
-            tokenizer=self.given_tokenizer,
             vocab_size=self.vocab_size,
             val_fraction=self.val_fraction,
             sample_bytes=self.tokenizer_sample_bytes,
         )
-        facts = TokenFacts.read(draft)
+        tokenizer.save_pretrained(self.folder)
+        tokens = {"train": 0, "val": 0}
+        for row in token_rows(self.source, tokenizer=tokenizer, val_fraction=self.val_fraction):
+            tokens = {split: count + len(row[split]) for split, count in tokens.items()}
+            yield row
         print(
-            f"Tokenised {facts.documents:,} documents in {time.perf_counter() - begun:.1f} s: {facts.train_tokens:,} "
-            f"tokens for training, {facts.val_tokens:,} for validation",
+            f"Tokenized in {time.perf_counter() - begun:.1f} s: {tokens['train']:,} tokens for training, "
+            f"{tokens['val']:,} for validation",
             flush=True,
         )
 
-    def open(self) -> tuple[PreTrainedTokenizerBase, list[np.ndarray], list[np.ndarray]]:
-        if not self.folder.is_dir():
-            raise FileNotFoundError(
-                f"{self.folder} is not there, though it was prepared: do all nodes see the same source, with the same "
-                "times of change? If not, let data.cache_dir be a folder that each node has for itself"
-            )
-        facts = TokenFacts.read(self.folder)
-        train, val = ([load_tokens(self.folder / f"{split}.bin", facts.dtype)] for split in ("train", "val"))
-        if facts.val_tokens == 0:
+    def open(self) -> tuple[PreTrainedTokenizerBase, list[pa.ChunkedArray], list[pa.ChunkedArray]]:
+        stored = self._stored(self._missing)
+        train, val = ([flat(stored, split)] for split in ("train", "val"))
+        if not len(train[0]) and not self.source.has_val:  # as may happen with very few documents
+            train, val = val, train
+        if not len(val[0]):
             train, val = split_tail(train, fraction=self.val_fraction)
         return AutoTokenizer.from_pretrained(str(self.folder)), train, val
+
+    def _missing(self) -> Iterator[dict[str, np.ndarray]]:
+        raise FileNotFoundError(
+            f"{self.folder} is not there, though it was prepared: do all nodes see the same source, with the same "
+            "times of change? If not, let data.cache_dir be a folder that each node has for itself"
+        )
+
+
+def flat(dataset: Dataset, column: str) -> pa.ChunkedArray:
+    """The tokens ``[tokens]`` in the rows of a column end to end, mapped as the dataset is."""
+    rows = dataset.data.column(column)
+    return pa.chunked_array([chunk.flatten() for chunk in rows.chunks], type=rows.type.value_type)
 
 
 def check_vocab_size(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> None:
@@ -115,10 +164,3 @@ def check_vocab_size(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> 
             f"data.vocab_size={vocab_size} is less than the {len(tokenizer)} tokens of data.tokenizer="
             f"{tokenizer.name_or_path}; use data.vocab_size={len(tokenizer)}"
         )
-
-
-def load_tokens(path: Path, dtype: str) -> np.ndarray:
-    """The tokens ``[tokens]`` of a file, mapped; nothing can be mapped of an empty one."""
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r")

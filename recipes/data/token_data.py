@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_mics import ResumableSampler
 from lightning_mics.collectives.agreement import on_all_ranks
 from recipes.data.masked_windows import EpochSampler, MaskedWindows, edge_tokens
-from recipes.data.token_windows import TokenWindows
+from recipes.data.token_windows import TokenSequence, TokenWindows
 from recipes.data.window_loader import WindowLoader
 
 PROMPT_MASK_EVERY = 6  # about as many as in training
@@ -32,16 +32,16 @@ class TokenData(L.LightningDataModule):
     :class:`~recipes.data.masked_windows.MaskedWindows`.
 
     Args:
-        vocab_size: Tokens there are at most.
+        vocab_size: Size of the vocabulary, at most.
         sequence_length: Inputs in a window.
         batch_size: Windows per rank and micro-step.
-        val_batch_size: The same for validation, which needs less memory.
+        val_batch_size: Windows per rank and step of validation, which needs less memory.
         val_windows: Windows of the validation set, spread evenly over the held-out tokens.
-        val_fraction: What is held out where the source brings no text for validation.
-        prompt: What a sample of the model's text continues; a masked model gets it with some tokens masked.
+        val_fraction: Fraction that is held out where the source has no text for validation.
+        prompt: Text that a sample of the model continues; a masked model gets it with some tokens masked.
         objective: ``"causal"`` or ``"masked"``.
         num_workers: Processes per rank that make batches ahead; 0 makes them in between. A resumed run keeps it.
-        seed: Of the order of the training windows, and of masks.
+        seed: Seed of the order of the training windows, and of masks.
 
     Raises:
         ValueError: If ``objective`` or ``val_fraction`` is not one of those.
@@ -89,7 +89,7 @@ class TokenData(L.LightningDataModule):
         """What one process of a machine does for all; others wait, and may be on machines that share its files."""
         raise NotImplementedError
 
-    def open(self) -> tuple[PreTrainedTokenizerBase, list[np.ndarray], list[np.ndarray]]:
+    def open(self) -> tuple[PreTrainedTokenizerBase, list[TokenSequence], list[TokenSequence]]:
         """The tokenizer, and training and validation tokens, mapped: the ranks of a machine share one copy."""
         raise NotImplementedError
 
@@ -122,7 +122,7 @@ class TokenData(L.LightningDataModule):
             self._check_enough()
 
     def _windows(
-        self, tokens: Sequence[np.ndarray], *, name: str, split: int, count: int | None = None
+        self, tokens: Sequence[TokenSequence], *, name: str, split: int, count: int | None = None
     ) -> TokenWindows | MaskedWindows:
         if self.objective == "causal":
             return TokenWindows(tokens, length=self.sequence_length, count=count, name=name)
@@ -189,7 +189,7 @@ def agreed(action: Callable[[], None]) -> None:
         action()
 
 
-def split_tail(tokens: Sequence[np.ndarray], *, fraction: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def split_tail(tokens: Sequence[TokenSequence], *, fraction: float) -> tuple[list[TokenSequence], list[TokenSequence]]:
     """All but the last ``fraction`` of sequences of tokens, and that, for text of which no document is held out."""
     left = int(sum(map(len, tokens)) * fraction)
     train, val = [], []

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+TokenSequence = np.ndarray | pa.ChunkedArray  # both give a part without reading the rest
 
 
 class TokenWindows(Dataset):
@@ -16,11 +19,11 @@ class TokenWindows(Dataset):
     With an overlap of 1 the targets (all tokens but the first) of windows do not overlap.
 
     Args:
-        tokens: One or several long sequences; no window is of two. What is left at their ends is dropped.
-        length: From the start of a window to that of the next.
-        overlap: How many tokens a window has in common with the next.
-        count: Take only so many windows, evenly spread; None takes all.
-        name: Of the tokens, for errors.
+        tokens: One or several long sequences ``[tokens]``; no window spans two, and the rest at their ends is dropped.
+        length: Tokens from the start of a window to that of the next.
+        overlap: Tokens that a window has in common with the next.
+        count: Number of windows to take, evenly spread; None takes all.
+        name: Name of the tokens in errors.
 
     Raises:
         ValueError: If the tokens are too few for one window.
@@ -28,14 +31,14 @@ class TokenWindows(Dataset):
 
     def __init__(
         self,
-        tokens: np.ndarray | Sequence[np.ndarray],
+        tokens: TokenSequence | Sequence[TokenSequence],
         *,
         length: int,
         overlap: int = 1,
         count: int | None = None,
         name: str = "the text",
     ) -> None:
-        self._sequences = [tokens] if isinstance(tokens, np.ndarray) else list(tokens)
+        self._sequences = [tokens] if isinstance(tokens, TokenSequence) else list(tokens)
         windows = [max(0, len(sequence) - overlap) // length for sequence in self._sequences]
         self._ends = np.cumsum(windows)  # [sequences], in windows
         self._available = int(self._ends[-1])
@@ -58,4 +61,4 @@ class TokenWindows(Dataset):
         first = int(self._ends[sequence - 1]) if sequence else 0
         start = (window - first) * self._length
         tokens = self._sequences[sequence][start : start + self._length + self._overlap]
-        return torch.from_numpy(tokens.astype(np.int64))
+        return torch.from_numpy(np.array(tokens, dtype=np.int64))

@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_mics.integrations.accelerate import MiCSPlugin, load_checkpoint, save_checkpoint
+from lightning_mics.integrations.accelerate import MiCSPlugin
 from recipes.data.sources.stdlib_text import source_files
 from recipes.data.token_windows import TokenWindows
 
@@ -48,7 +48,7 @@ def main() -> None:
 
     step, checkpoint = 0, arguments.folder / "last.ckpt"
     if checkpoint.exists():
-        step = load_checkpoint(accelerator, checkpoint)["step"]  # of any number of ranks
+        step = plugin.load_checkpoint(accelerator, checkpoint)["step"]  # of any number of ranks
     batches = (batch for epoch in repeat(loader) for batch in epoch)
     while step < arguments.steps:
         with accelerator.accumulate(model):
@@ -64,7 +64,7 @@ def main() -> None:
             if step % 20 == 0:
                 mean = accelerator.reduce(loss.detach(), reduction="mean")
                 accelerator.print(f"step {step}: {mean:.3f} nats per byte")
-    save_checkpoint(accelerator, checkpoint, step=step)
+    plugin.save_checkpoint(accelerator, checkpoint, step=step)
     accelerator.end_training()
 
 

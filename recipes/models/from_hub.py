@@ -29,7 +29,7 @@ def hf_model(
     """The LightningModule for the model of that ``name``.
 
     Args:
-        name: A folder that ``save_pretrained`` or ``lightning_mics.checkpoint.export`` has made, or a name on the hub.
+        name: A folder that ``save_pretrained`` or ``python -m lightning_mics export`` has made, or a name on the hub.
         pretrained: Start from its weights; else only its shape is taken.
         objective: What to train it on; ``"auto"`` is what it was made for.
         causal: Arguments that only :class:`~recipes.models.causal_lm.CausalLM` has.

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from lightning_mics import start_from
+from lightning_mics import load_pretrained
 from lightning_mics.sharding.blocks import find_blocks
 from recipes.models.pretrained_folder import pretrained_folder
 
@@ -25,7 +25,7 @@ class LanguageModel(L.LightningModule, ABC):
     Args:
         network: The architecture, as one of ``transformers``' configurations.
         optimizer: Makes the optimizer (and schedule) from the module, once its parameters are sharded.
-        pretrained: Weights to start from: a folder that ``save_pretrained`` or ``lightning_mics.checkpoint.export``
+        pretrained: Weights to start from: a folder that ``save_pretrained`` or ``python -m lightning_mics export``
             has made, or a name on the hub; None draws them from the seed.
         compile_blocks: ``torch.compile`` each block that is sharded.
     """
@@ -116,7 +116,7 @@ class LanguageModel(L.LightningModule, ABC):
         with torch.device("meta"):  # the strategy gives each block its first weights when it shards it
             self.network = self.build_network()
         if self.pretrained is not None:
-            start_from(self.network, pretrained_folder(self.pretrained))
+            load_pretrained(self.network, pretrained_folder(self.pretrained))
         if self.compile_blocks:
             for block in find_blocks(self.network).values():
                 block.compile()
@@ -126,7 +126,7 @@ class LanguageModel(L.LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the latest validation loss, so that a resumed run can show that it starts from it, and the tokenizer's
-        folder, for ``python -m lightning_mics.checkpoint.export``.
+        folder, for ``python -m lightning_mics export``.
         """
         if "val_loss" in self.trainer.callback_metrics:
             checkpoint["val_loss"] = self.trainer.callback_metrics["val_loss"].item()

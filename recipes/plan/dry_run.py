@@ -15,9 +15,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mics.cost.nccl_tests import with_measured
 from lightning_mics.cost.step_traffic import find_units
-from lightning_mics.planning import Hardware, Plan, Rehearsal, Workload, plan, rehearse, weak_scaling
+from lightning_mics.planning import Hardware, Plan, Rehearsal, Workload, plan, rehearse, weak_scaling, with_measured
 from lightning_mics.policy.memory import measure_model
 from lightning_mics.sharding.blocks import find_blocks
 from lightning_mics.sharding.shard_model import mixed_precision_policy

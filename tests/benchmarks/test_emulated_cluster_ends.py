@@ -30,7 +30,13 @@ def tool() -> Iterator[tuple[Network, subprocess.Popen[str]]]:
     logs = tempfile.TemporaryDirectory()
     options = ["--nodes", "2", "--name", network.name, "--grace", "0.1", "--logs", logs.name]
     command = [sys.executable, "-m", "benchmarks.emulated_cluster", "run", *options, "--", "sh", "-c", DAEMON]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background inherit it as ignored
+    )
     try:
         until(lambda: all(len(network.processes(node)) == PROCESSES for node in range(2)))
         yield network, process

@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 from lightning_mics.integrations import accelerate as mics_accelerate
-from lightning_mics.integrations.accelerate import MiCSPlugin, load_checkpoint, save_checkpoint
-from lightning_mics.sharding.sharded import sharded_of
+from lightning_mics.integrations.accelerate import MiCSPlugin
+from lightning_mics.sharding.sharded import sharded
 from tests.support.loops import adam, alone, assert_same, network, sgd, two_batches_then_one, weights
 from tests.support.loops import start as start_fabric
 from tests.support.models import VOCAB, TinyModule, tokens
@@ -53,6 +53,10 @@ def prepared(accelerator: Accelerator, make_optimizer: Callable[[nn.Module], Any
     return accelerator.prepare(model, make_optimizer(model))
 
 
+def plugin_of(accelerator: Accelerator) -> MiCSPlugin:
+    return accelerator.state.fsdp_plugin
+
+
 def step(accelerator: Accelerator, model: Any, optimizer: Any, *, seed: int = 0) -> None:
     accelerator.backward(model(tokens(2, seed=10 * seed + accelerator.process_index)))
     optimizer.step()
@@ -62,11 +66,22 @@ def step(accelerator: Accelerator, model: Any, optimizer: Any, *, seed: int = 0)
 # -- preparing ---------------------------------------------------------------------------------------------------------
 
 
+def handles() -> list[bool]:
+    accelerator = start()
+    model, _ = prepared(accelerator)
+    around = nn.ModuleDict({"student": model, "teacher": network()})
+    return [sharded(each) is vars(model)["_mics"] for each in (model, torch.compile(model), around)]
+
+
+def test_the_handle_of_a_model_is_found_from_what_is_around_it() -> None:
+    assert on_ranks(handles) == [[True] * 3] * 4
+
+
 def train() -> dict[str, Tensor]:
     accelerator = start()
     assert accelerator.is_fsdp2
     model, optimizer = prepared(accelerator)
-    assert sharded_of(model).groups.topology.partition_size == 2
+    assert sharded(model).groups.topology.partition_size == 2
     for index in range(2):
         step(accelerator, model, optimizer, seed=index)
     return weights(model)
@@ -176,19 +191,19 @@ def start_over(how: str) -> dict[str, Tensor]:
     accelerator = start()
     model, optimizer = prepared(accelerator)
     folder = broadcast_object_list([tempfile.mkdtemp()])[0]
-    save_checkpoint(accelerator, f"{folder}/ours")
+    plugin_of(accelerator).save_checkpoint(accelerator, f"{folder}/ours")
     accelerator.save_state(f"{folder}/state")
     with accelerator.no_sync(model):
         accelerator.backward(model(tokens(2, seed=70 + accelerator.process_index)))
     if how == "zero_grad":
         optimizer.zero_grad()
     elif how == "load_checkpoint":
-        load_checkpoint(accelerator, f"{folder}/ours")
+        plugin_of(accelerator).load_checkpoint(accelerator, f"{folder}/ours")
     else:
         accelerator.load_state(f"{folder}/state")
     with accelerator.no_sync(model):
         accelerator.backward(model(tokens(2, seed=accelerator.process_index)) / 2)
-    save_checkpoint(accelerator, f"{folder}/inside")
+    plugin_of(accelerator).save_checkpoint(accelerator, f"{folder}/inside")
     accelerator.save_state(f"{folder}/inside state")
     accelerator.backward(model(tokens(2, seed=10 + accelerator.process_index)) / 2)
     model(tokens(2))  # with gradients, and nothing follows
@@ -349,7 +364,7 @@ def load_state(folder: Path, plugin: dict[str, Any], devices: int) -> tuple[dict
         ({}, 4, {}),
         ({}, 4, {"partition_size": 4}),
         ({"partition_size": 4}, 2, {}),
-        ({"state_dict_type": "FULL_STATE_DICT"}, 4, {"state_dict_type": "FULL_STATE_DICT"}),
+        ({"state_dict_type": "full"}, 4, {"state_dict_type": "full"}),
     ],
 )
 def test_load_state_goes_on_from_save_state(
@@ -404,6 +419,7 @@ def test_hooks_get_the_model_which_can_be_forgotten_and_keeps_its_dtype() -> Non
 def of_the_config_file(name: str, value: str) -> Any:
     os.environ[name] = value
     plugin = MiCSPlugin()
+    assert str(MiCSPlugin(state_dict_type="sharded").state_dict_type) == "StateDictType.SHARDED_STATE_DICT"
     return str(plugin.state_dict_type), plugin.policy._activation_checkpointing
 
 
@@ -432,7 +448,7 @@ def save_ours(path: Path) -> dict[str, Tensor]:
     model = TinyModule()
     model, optimizer = accelerator.prepare(model, sgd(model))
     step(accelerator, model, optimizer)
-    save_checkpoint(accelerator, path, epoch=3)
+    plugin_of(accelerator).save_checkpoint(accelerator, path, epoch=3)
     return weights(model)
 
 
@@ -440,7 +456,7 @@ def load_everywhere(folder: Path) -> dict[str, dict[str, Tensor]]:
     accelerator = start()
     model = TinyModule()
     model, _ = accelerator.prepare(model, sgd(model))
-    rest = load_checkpoint(accelerator, folder / "accelerate.ckpt")
+    rest = plugin_of(accelerator).load_checkpoint(accelerator, folder / "accelerate.ckpt")
     assert rest["epoch"] == 3
     loaded = {"accelerate": weights(model)}
     fabric = start_fabric()
@@ -453,7 +469,7 @@ def load_everywhere(folder: Path) -> dict[str, dict[str, Tensor]]:
     trainer.fit(trained, loader(), ckpt_path=folder / "accelerate.ckpt")
     loaded["trainer"] = weights(trained)
     trainer.save_checkpoint(folder / "trainer.ckpt")
-    load_checkpoint(accelerator, folder / "trainer.ckpt")
+    plugin_of(accelerator).load_checkpoint(accelerator, folder / "trainer.ckpt")
     assert_same(weights(model), loaded["trainer"])
     return loaded
 
@@ -504,7 +520,7 @@ def fit_with_transformers(folder: Path, max_steps: int, resume: bool) -> dict[st
         model=GPT2LMHeadModel(GPT), args=arguments, train_dataset=Sequences(64), eval_dataset=Sequences(16)
     )
     trainer.train(resume_from_checkpoint=resume)
-    assert sharded_of(trainer.model).groups.topology.partition_size == 2
+    assert sharded(trainer.model).groups.topology.partition_size == 2
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     return {
         "losses": losses,
@@ -603,8 +619,8 @@ def refused(case: str) -> str:
             Accelerator(cpu=True, fsdp_plugin=MiCSPlugin(partition_size=4)),
         ),
         "float16": lambda: start(mixed_precision="fp16").prepare(model := network(), sgd(model)),
-        "nothing prepared": lambda: save_checkpoint(start(), "c"),
-        "a plain model": lambda: sharded_of(network()),
+        "nothing prepared": lambda: plugin_of(accelerator := start()).save_checkpoint(accelerator, "c"),
+        "a plain model": lambda: sharded(network()),
     }
     try:
         cases[case]()
@@ -625,7 +641,7 @@ def refused(case: str) -> str:
         ("another plugin", "ValueError: another Accelerator is there already, and all share its plugin"),
         ("float16", "ValueError: MiCSPlugin does not support mixed_precision='fp16'; use one of 'no', 'bf16'"),
         ("nothing prepared", "ValueError: the Accelerator has 0 models that it has prepared with a MiCSPlugin"),
-        ("a plain model", "ValueError: the model was not prepared by an Accelerator with fsdp_plugin=MiCSPlugin"),
+        ("a plain model", "ValueError: TinyLM is not sharded, nor is a module in it: .* fsdp_plugin=MiCSPlugin"),
     ],
 )
 def test_wrong_use_gets_a_clear_error(case: str, message: str) -> None:
@@ -650,6 +666,8 @@ def test_options_that_cannot_be_are_refused_at_once() -> None:
         MiCSPlugin(partition_sise=2)
     with pytest.raises(ValueError, match="cross_node_gather"):
         MiCSPlugin(cross_node_gather="sometimes")
+    with pytest.raises(ValueError, match='state_dict_type=\'FULL_STATE_DICT\' is neither "sharded" nor "full"'):
+        MiCSPlugin(state_dict_type="FULL_STATE_DICT")
 
 
 @pytest.mark.parametrize(

@@ -432,7 +432,7 @@ def load(path: Path, devices: int, options: dict[str, Any]) -> tuple[dict[str, T
         ({}, 4, {}),
         ({}, 4, {"partition_size": 4}),
         ({"partition_size": 4}, 2, {}),
-        ({"save_sharded": False}, 4, {"partition_size": 1}),
+        ({"state_dict_type": "full"}, 4, {"partition_size": 1}),
         ({"async_save": True}, 4, {}),
     ],
 )
@@ -467,7 +467,7 @@ def test_what_a_checkpoint_lacks_is_named_unless_that_is_allowed(tmp_path: Path)
 
 
 def save_filtered(path: Path) -> None:
-    fabric = start(save_sharded=False)
+    fabric = start(state_dict_type="full")
     model, _ = set_up_in_one_call(fabric)
     fabric.save(path, {"model": model, "epoch": 2}, filter={"model": lambda name, _: "bias" not in name})
 
@@ -541,8 +541,10 @@ def test_other_precisions_are_refused_before_ranks_meet(precision: Any) -> None:
 def test_options_that_cannot_be_are_refused_at_once() -> None:
     with pytest.raises(TypeError, match="partition_sise"):
         MiCSFabricStrategy(partition_sise=2)
-    with pytest.raises(ValueError, match="async_save=True needs save_sharded=True"):
-        MiCSFabricStrategy(async_save=True, save_sharded=False)
+    with pytest.raises(ValueError, match='async_save=True needs state_dict_type="sharded"'):
+        MiCSFabricStrategy(async_save=True, state_dict_type="full")
+    with pytest.raises(ValueError, match='state_dict_type=False is neither "sharded" nor "full"'):
+        MiCSFabricStrategy(state_dict_type=False)
 
 
 def too_large_a_partition() -> None:
@@ -562,7 +564,7 @@ def on_one_device() -> tuple[Fabric, Any, Any]:
 
 
 def save_a_full_file(path: Path) -> dict[str, Tensor]:
-    fabric = start(save_sharded=False)
+    fabric = start(state_dict_type="full")
     model = network()
     model, optimizer = fabric.setup(model, adam(model))
     step(fabric, model, optimizer)
@@ -607,6 +609,12 @@ def save_and_load_in_a_store(folder: Path) -> None:
     remainder = fabric.load(url, {"model": model, "optimizer": optimizer}, weights_only=False)
     assert remainder == {"kind": re.compile("a")}
     assert_same(weights(model), saved)
+    trusting = start(weights_only=False)
+    other = network()
+    other, other_optimizer = trusting.setup(other, adam(other))
+    assert trusting.load(url, {"model": other, "optimizer": other_optimizer}) == remainder
+    with pytest.raises(UnsafeCheckpointError):
+        trusting.load(url, {"model": other, "optimizer": other_optimizer}, weights_only=True)
     if fabric.global_rank == 0:
         torch.save(network(seed=7).state_dict(), folder / "raw.pt")
     fabric.barrier()
@@ -670,9 +678,9 @@ def load_the_trainers(path: Path) -> tuple[dict[str, Tensor], int]:
     return weights(model), remainder["global_step"]
 
 
-@pytest.mark.parametrize("sharded", [True, False])
-def test_fabric_loads_the_trainers_checkpoint(sharded: bool, tmp_path: Path) -> None:
-    saved = on_ranks(fit, tmp_path, {"save_sharded": sharded})[0]
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_fabric_loads_the_trainers_checkpoint(kind: str, tmp_path: Path) -> None:
+    saved = on_ranks(fit, tmp_path, {"state_dict_type": kind})[0]
     for loaded, steps in on_ranks(load_the_trainers, tmp_path / "trainer.ckpt"):
         assert_same(loaded, saved)
         assert steps == 2

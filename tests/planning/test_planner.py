@@ -15,10 +15,10 @@ from torch.nn import functional as F
 import train
 from lightning_mics.collectives.traffic import Sent
 from lightning_mics.cost.collective import Collective
-from lightning_mics.cost.nccl_tests import read_runs, with_measured
+from lightning_mics.cost.nccl_tests import read_runs
 from lightning_mics.cost.step_time import collective_seconds, step_seconds
 from lightning_mics.cost.step_traffic import ScheduledCollective
-from lightning_mics.planning import Plan, Workload, find_instance, measure_workload, plan, weak_scaling
+from lightning_mics.planning import Plan, Workload, find_instance, measure_workload, plan, weak_scaling, with_measured
 from lightning_mics.policy.memory import Activations, measure_model, smallest_partition_size
 from lightning_mics.sharding.blocks import find_blocks
 from recipes.plan.dry_run import Training

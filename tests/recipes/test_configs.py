@@ -81,7 +81,7 @@ def test_strategy_config_is_the_constructor_of_the_strategy() -> None:
     config = composed().strategy
     options = {*inspect.signature(get_object(config._target_)).parameters, *inspect.signature(Policy).parameters}
     assert set(config) - SPECIAL_KEYS <= options - {"policy"}
-    assert {"partition_size", "ranks_per_node", "hierarchical", "save_sharded"} <= set(config)
+    assert {"partition_size", "ranks_per_node", "hierarchical", "state_dict_type"} <= set(config)
 
 
 def test_without_a_gpu_four_processes_count_as_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:

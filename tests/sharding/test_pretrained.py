@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_mics import Topology, create_partition_groups, load_pretrained, shard_model, start_from
+from lightning_mics import Topology, create_partition_groups, load_pretrained, shard_model
 from tests.support.fits import Recorder, refusal, same, whole_weights
 from tests.support.forked import run_ranks
 from tests.support.models import VOCAB, tokens
@@ -154,7 +154,7 @@ def _count_reads(folder: Path, partition_size: int) -> list[int]:
     network_class, config = NETWORKS["gpt"]
     with torch.device("meta"):
         network = network_class(config)
-    start_from(network, folder)
+    load_pretrained(network, folder)
     topology = Topology(world_size=4, ranks_per_node=2, partition_size=partition_size)
     shard_model(network, create_partition_groups(topology, device_type="cpu"))
     return counting.reads
@@ -348,7 +348,7 @@ def test_what_cannot_be_read_is_refused_with_what_to_do(folders: Path, tmp_path:
 
 def test_a_folder_without_weights_is_refused_before_anything_is_sharded(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
-        start_from(make("gpt"), tmp_path)
+        load_pretrained(make("gpt"), tmp_path)
 
 
 def _one_rank_fails(folder: Path, own: Path) -> str:

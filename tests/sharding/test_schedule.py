@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_mics import Topology, create_partition_groups, shard_model
-from tests.support.forked import run_ranks
+from lightning_mics import AccumulationSchedule, Topology, create_partition_groups, shard_model
+from tests.support.forked import RankError, run_ranks
 from tests.support.models import BLOCK_NUMEL, BYTES, DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
 
@@ -165,3 +166,49 @@ def _with_and_without_two_hops(wire_dtype: torch.dtype | None) -> list[dict]:
         gradients = torch.cat([parameter.grad.to_local().flatten() for parameter in model.parameters()])
         facts.append({"second hops": second_hops, "gradients": gradients})
     return facts
+
+
+def test_a_loop_of_ones_own_needs_three_methods():
+    public = {name for name in vars(AccumulationSchedule) if not name.startswith("_")}
+    assert public == {"micro_step", "cached_weights", "invalidate_cache"}
+
+
+class WithBiases(Stack):
+    """Two parameters in each block, of which one can be frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(LAYERS))
+
+    def freeze_biases(self, frozen: bool) -> None:
+        for layer in self.layers:
+            layer.bias.requires_grad_(not frozen)
+
+
+def test_parameters_can_be_frozen_for_one_backward_of_a_window():
+    for ours, alone in run_ranks(4, _freeze_for_one_backward, True):
+        assert all(gradient.norm() > 1e-3 for gradient in alone)
+        torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-8)
+
+
+def test_they_could_not_if_the_window_were_not_prepared_for_that_backward():
+    with pytest.raises(RankError):
+        run_ranks(4, _freeze_for_one_backward, False)
+
+
+def _freeze_for_one_backward(prepared: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    torch.manual_seed(0)
+    model = WithBiases()
+    alone = deepcopy(model)
+    schedule = shard_model(model, create_partition_groups(IN_TWO_GROUPS, device_type="cpu"))
+    for frozen, boundary in ((True, False), (False, True)):
+        batches = torch.randn(4, 2, DIM)  # [ranks, batch, DIM]
+        model.freeze_biases(frozen)
+        with schedule.micro_step(boundary=boundary):
+            loss = model(batches[torch.distributed.get_rank()])
+            if prepared:
+                schedule.window.before_backward()
+            loss.backward()
+        alone.freeze_biases(frozen)
+        (sum(alone(batch) for batch in batches) / 4).backward()
+    return [p.grad.full_tensor() for p in model.parameters()], [p.grad for p in alone.parameters()]

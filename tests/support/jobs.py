@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,8 +51,13 @@ JOBS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {  # (ranks, rank
 
 
 def language_model(name: str) -> Any:
+    return train.make_model(_config(name))
+
+
+@cache
+def _config(name: str) -> Any:
     layers = "model.network.num_hidden_layers=2"
-    return train.make_model(composed(f"model={MODELS[name]}", layers, f"data.sequence_length={LENGTH}"))
+    return composed(f"model={MODELS[name]}", layers, f"data.sequence_length={LENGTH}")
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -69,3 +75,10 @@ def rehearsed(name: str, shape: tuple[int, int, int], options: dict[str, Any], *
         topology=Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size),
         **{"backend": "gloo", "gradient_clip_val": 1.0, "micro_steps": 3, **options, **job},
     )
+
+
+@cache
+def rehearsed_job(name: str, job: str, rank: int = 0) -> Rehearsal:
+    """One of the jobs above; rehearsed once for all who ask."""
+    shape, options = JOBS[job]
+    return rehearsed(name, shape, options, rank=rank)

@@ -19,7 +19,7 @@ from transformers import (
     GPT2Model,
 )
 
-from lightning_mics import start_from
+from lightning_mics import load_pretrained
 from tests.support.models import VOCAB, tokens
 
 GPT = GPT2Config(
@@ -79,7 +79,7 @@ class NetworkModule(pl.LightningModule):
         with torch.device("meta"):
             self.network = network_class(config)
         if self.folder is not None:
-            start_from(self.network, self.folder, strict=self.strict)
+            load_pretrained(self.network, self.folder, strict=self.strict)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         labels = batch[:, 0] % 2 if "classifies" in self.kind else batch

@@ -56,7 +56,7 @@ def _stages(groups: PartitionGroups) -> dict[str, CountedGroup | None]:
         if group is None:
             return None
         nodes = [groups.topology.node_of(rank) for rank in dist.get_process_group_ranks(group)]
-        return CountedGroup(group, nodes=nodes, traffic=Traffic())
+        return CountedGroup(group, nodes=nodes, traffic=Traffic(), backend=groups.backend)
 
     return {"rail": counted(groups.rail), "node": counted(groups.node)}
 

@@ -164,7 +164,7 @@ def _abandon(options: dict[str, Any]) -> list[torch.Tensor]:
         model, schedule = _make(OVER_TWO, **options)
         for _ in range(unfinished):
             _micro_step(model, schedule, boundary=False)
-        schedule.abandon_window()
+        schedule.window.abandon()
         torch.manual_seed(1)
         for boundary in (False, True):
             _micro_step(model, schedule, boundary=boundary)
@@ -207,9 +207,7 @@ def _held_on_nodes() -> list[tuple[int, int]]:
     held = []
     for boundary in (False, True):
         _micro_step(model, schedule, boundary=boundary)
-        copies = [copy._rail_slice for copy in schedule._copies]
-        sums = [pending_gradients._sums for pending_gradients in schedule._pending_gradients.values()]
-        held.append((_bytes(copies), _bytes(sums)))
+        held.append((_bytes(schedule.cache.tensors()), _bytes(schedule.window.tensors())))
     return held
 
 

@@ -26,6 +26,7 @@ def test_every_rank_makes_the_groups_it_needs_and_no_others(shape):
         assert seen["mesh"] == [list(topology.partition_group(first)) for first in first_ranks]
         assert seen["names"] == ("replicate", "shard")[-2 if topology.replicas > 1 else -1 :]
         needed = [seen[kind] for kind in KINDS if seen[kind] is not None]
+        assert seen["backend"] == "gloo"
         assert seen["made"] == 1 + len(needed)  # and the world, however many groups the job has
 
 
@@ -39,6 +40,7 @@ def _describe(topology: Topology) -> dict[str, Any]:
         "mesh": mesh.tolist(),
         "names": groups.mesh.mesh_dim_names,
         "made": len(dist.distributed_c10d._world.pg_map),
+        "backend": groups.backend,
     }
 
 

@@ -43,8 +43,7 @@ def load_value(file: Any, *, name: str, weights_only: bool, mapped: bool = False
             raise DamagedCheckpointError(f"{name} cannot be read: {_first_line(error)}") from error
         raise UnsafeCheckpointError(
             f"{name} holds {forbidden[1]}, which is neither plain data nor a tensor, and loading it could run code; if "
-            "you trust where the checkpoint comes from, pass weights_only=False, or trust_checkpoints=True to "
-            "MiCSStrategy"
+            "you trust where the checkpoint comes from, pass weights_only=False, to this call or to the strategy"
         ) from error
 
 

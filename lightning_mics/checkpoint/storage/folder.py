@@ -1,22 +1,25 @@
-"""The location of a checkpoint on a file system, where a rename is atomic; in a store see
-:mod:`~lightning_mics.checkpoint.storage.store`.
+"""The location of a checkpoint on a file system, and how a checkpoint replaces an earlier one.
 
 [Note: How a checkpoint becomes visible]
 
-At any time, and after a crash at any point, a path holds one complete checkpoint or none:
+The path of a sharded checkpoint holds a complete one or none at any time: after a crash, after a failed save, while a
+save runs. Every rank writes its files to a place that no reader looks at; once all ranks have finished, rank 0 writes
+the manifest, which lists all files, and makes them visible by one atomic operation. There are two kinds of storage::
 
-1. All ranks write their files into a draft, where nobody looks for a checkpoint.
-2. When all have finished, rank 0 writes the manifest: the list of the files with their sizes and checksums.
-3. One atomic operation makes the draft the checkpoint. On a file system it is the rename of the draft, after its files
-   have been synchronized to disk; in a store, which cannot rename, it is the write of the manifest, which names the
-   folder of the draft.
-4. The earlier checkpoint is removed; files that are not a checkpoint's are preserved.
+                         a file system (CheckpointFolder)         an object store (CheckpointStore)
+    files are written    in .NAME.unfinished                      in NAME/TIME-RANDOM
+    the manifest         in .NAME.unfinished, synced to disk      NAME/manifest.json, which names TIME-RANDOM
+    becomes visible by   the rename of .NAME.unfinished to NAME   writing the manifest, as one object
+    the earlier one      is renamed to .NAME.former before,       is there until then, and removed after
+                         and removed after
+    killed before        the earlier one is visible, and the next save removes the files
+    killed in between    .NAME.former is renamed to NAME by       cannot be: one object is replaced
+                         `recover`, in the next load or save
+    killed after         the new one is visible, and the next save, or on a file system load, removes the earlier one
 
-On a file system there are two renames, since a directory cannot be replaced by one::
-
-    .NAME.unfinished    the draft
-    .NAME.former        the earlier checkpoint between the two renames; a job that was killed there finds it when it
-                        loads or saves next (`recover`)
+One full file is as atomic as the function that writes it; a directory at its place is renamed to .NAME.former until it
+is there. Files in NAME that belong to no checkpoint are never removed: they are moved to the new directory, and make
+one full file raise.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The manifest: the list of a checkpoint's files with their sizes and checksums, by which it is complete or corrupted.
 
-It is the last file that is written (see [Note: How a checkpoint becomes visible] in
-:mod:`~lightning_mics.checkpoint.storage.folder`). A checkpoint is corrupted if a file of the list is missing, shorter
-or altered, and the error names the file. A file in a store whose ETag is unchanged is not read again; a copy elsewhere,
-which has another ETag, is.
+It is the last file that is written: see [Note: How a checkpoint becomes visible]. A checkpoint is corrupted if a file
+of the list is missing, shorter or altered, and the error names the file. A file in a store whose ETag is unchanged is
+not read again; a copy elsewhere, which has another ETag, is.
 """
 
 from __future__ import annotations

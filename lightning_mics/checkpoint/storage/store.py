@@ -1,16 +1,12 @@
-"""The location of a checkpoint in a store that cannot rename, where it becomes visible by the write of one object.
+"""The location of a checkpoint in an object store, which cannot rename.
 
-The write of an object is atomic. So each save has a folder with a name of its own, and the manifest, which names that
-folder, is written last (see [Note: How a checkpoint becomes visible] in
-:mod:`~lightning_mics.checkpoint.storage.folder`)::
+See [Note: How a checkpoint becomes visible]. Each save has a folder of its own, with a name that no other save has::
 
-    NAME/manifest.json                      makes NAME a checkpoint, and names the folder of its files
+    NAME/manifest.json                      names the folder that holds the files
     NAME/20261125T103000-5f0c9a3e/...       the files
-    NAME/20261125T110000-77e1b204/...       files of an unfinished save, or of a job that was killed
+    NAME/20261125T110000-77e1b204/...       files of a save that is running, or of a job that was killed
 
-Until the manifest is replaced, readers find the earlier checkpoint, and afterwards the new one. The next save removes
-folders that the manifest does not name. Two jobs that save to the same NAME at the same time would remove each other's
-files.
+Two jobs that save to the same NAME at the same time would remove each other's files.
 """
 
 from __future__ import annotations

@@ -12,26 +12,31 @@ import os
 from functools import wraps
 from typing import Any
 
-from lightning.pytorch.core import saving
-
-from lightning_mics.checkpoint.storage.folder import is_sharded
-from lightning_mics.checkpoint.storage.path import storage_path
-from lightning_mics.checkpoint.whole_model import read_whole
+_MARK = "_reads_directories_too"
 
 
-def read_directories_too(load: Any) -> Any:
-    """``load``, Lightning's reader of one file, which from now on reads sharded checkpoints as well."""
+def read_directories_too(saving: Any) -> None:
+    """Let Lightning's reader of one file read sharded checkpoints as well.
+
+    Args:
+        saving: The module ``lightning.pytorch.core.saving``. Its ``pl_load`` is there in Lightning 2.0 to 2.6; without
+            it, directories are rejected as they always were.
+    """
+    load = getattr(saving, "pl_load", None)
+    if load is None or hasattr(load, _MARK):
+        return
 
     @wraps(load)
     def load_either(path_or_url: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        if isinstance(path_or_url, str | os.PathLike) and is_sharded(storage_path(path_or_url)):
-            return read_whole(
-                storage_path(path_or_url), map_location=map_location, weights_only=weights_only is not False
-            )
+        if isinstance(path_or_url, str | os.PathLike):
+            from lightning_mics.checkpoint.storage.folder import is_sharded  # when it is needed: it imports torch
+            from lightning_mics.checkpoint.storage.path import storage_path
+            from lightning_mics.checkpoint.whole_model import read_whole
+
+            path = storage_path(path_or_url)
+            if is_sharded(path):
+                return read_whole(path, map_location=map_location, weights_only=weights_only is not False)
         return load(path_or_url, map_location=map_location, weights_only=weights_only)
 
-    return load_either
-
-
-if hasattr(saving, "pl_load"):  # as in Lightning 2.0 to 2.6; without it, directories are refused as they always were
-    saving.pl_load = read_directories_too(saving.pl_load)
+    setattr(load_either, _MARK, True)
+    saving.pl_load = load_either

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +15,29 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
-from lightning_mics._torch.fsdp import expect_backward, gather
+from lightning_mics._torch.fsdp import expect_backward
 from lightning_mics.checkpoint import random_states
-from lightning_mics.checkpoint.async_save import ShardedSaving
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin
 from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
 from lightning_mics.checkpoint.storage.store import CheckpointStore
 from lightning_mics.collectives.traffic import Traffic
-from lightning_mics.integrations._lightning import (
-    check_job,
-    check_precision,
-    check_saving,
-    let_gloo_finish,
-    reduce_in_place,
-)
+from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
 from lightning_mics.integrations.trainer import resuming
+from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
 from lightning_mics.integrations.trainer.preemption import stop_when_signalled
-from lightning_mics.policy.policy import Policy
-from lightning_mics.sharding.blocks import unit_modules
+from lightning_mics.integrations.trainer.steps import StepsAsForward
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.topology import Topology
@@ -54,47 +45,17 @@ from lightning_mics.topology import Topology
 VERSION = "pytorch-lightning_version"  # in what a Trainer has saved; of others' it takes the model and the optimizers
 
 
-class MiCSStrategy(ModelParallelStrategy):
+class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
     """MiCS: sharded training whose constant traffic stays inside partition groups.
 
     Takes an ordinary LightningModule, with or without ``configure_model``, and shards it block by block at the start of
     ``fit``, ``validate``, ``test`` or ``predict``.
 
-    Args:
-        save_sharded: Checkpoints are directories of shards; False gathers them into one file on rank 0.
-        async_save: Checkpoints of a fit are written while training goes on, from copies in the host's memory; the end
-            of the fit waits for them. Needs ``save_sharded``.
-        trust_checkpoints: Whether loading a checkpoint may run code that is in it, which objects other than plain data
-            and tensors need; an explicit ``weights_only`` goes before.
-        process_group_backend: None is nccl for CUDA, gloo for CPU.
-        timeout: For the collectives of all groups.
-        policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``,
-            ``hierarchical``,
-            ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``,
-            ``inter_node_reduce_dtype``, ``two_hop``, ``reduce_dtype``, ``block_classes``, ``activation_checkpointing``.
-
-    Raises:
-        TypeError: If an option has the wrong type, or the model cannot be sharded.
-        ValueError: If an option's value does not fit the job or the model.
+    For the options see the constructor.
     """
 
-    def __init__(
-        self,
-        *,
-        save_sharded: bool = True,
-        async_save: bool = False,
-        trust_checkpoints: bool = False,
-        process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
-        **policy: Any,
-    ) -> None:
-        super().__init__(
-            save_distributed_checkpoint=save_sharded, process_group_backend=process_group_backend, timeout=timeout
-        )
-        check_saving(save_sharded=save_sharded, async_save=async_save)
-        self._policy = Policy(timeout=timeout, **policy)
-        self._trust_checkpoints = trust_checkpoints
-        self._saving = ShardedSaving(asynchronous=async_save, timeout=timeout)
+    @override
+    def _initialize(self) -> None:
         self._sharded: Sharded | None = None
         self._evaluation = ExitStack()
         self._resumed: resuming.ResumeState | None = None  # from loading a checkpoint until training starts
@@ -105,12 +66,6 @@ class MiCSStrategy(ModelParallelStrategy):
     def is_distributed(self) -> bool:
         """Lightning injects a distributed sampler."""
         return True
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Every rank has data of its own, those of one partition group too."""
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     @property
     def topology(self) -> Topology:
@@ -130,14 +85,13 @@ class MiCSStrategy(ModelParallelStrategy):
             precision_plugin = BFloat16Mixed(device=precision_plugin.device)
         self._precision_plugin = precision_plugin
 
-    @override
-    def setup_environment(self) -> None:
-        assert self.accelerator is not None
-        self.accelerator.setup_device(self.root_device)
+    def _set_world_ranks(self) -> None:
         self.set_world_ranks()
-        self._check_before_communicating()
-        self._setup_distributed()
-        let_gloo_finish(self.root_device)
+
+    @override
+    def _check_before_communicating(self) -> None:
+        super()._check_before_communicating()
+        _refuse_weight_averaging(self._trainer)
 
     @contextmanager
     @override
@@ -183,7 +137,7 @@ class MiCSStrategy(ModelParallelStrategy):
             local_size=self.num_processes,
         )
         if not module.automatic_optimization:
-            _gather_whenever_used(module, sharded.blocks)
+            unshard_whenever_used(module, sharded.blocks)
         rank_zero_info(sharded.report)
         return sharded
 
@@ -202,34 +156,6 @@ class MiCSStrategy(ModelParallelStrategy):
                 )
 
     # -- steps -------------------------------------------------------------------------------------------------------
-    # The LightningModule is the FSDP2 root: its steps run as its forward, so that the root's own hooks fire.
-
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.precision_plugin.train_step_context():
-            return self._run_as_forward("training_step", *args, **kwargs)
-
-    @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.precision_plugin.val_step_context():
-            return self._run_as_forward("validation_step", *args, **kwargs)
-
-    @override
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.precision_plugin.test_step_context():
-            return self._run_as_forward("test_step", *args, **kwargs)
-
-    @override
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.precision_plugin.predict_step_context():
-            return self._run_as_forward("predict_step", *args, **kwargs)
-
-    def _run_as_forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        module, grad_enabled = self.lightning_module, torch.is_grad_enabled()
-        assert module is not None
-        # what FSDP2 allocates in an inference mode (the user's own; Lightning's is off) could not be trained with
-        with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled):
-            return self._forward_redirection(module, module, method, *args, **kwargs)
 
     @contextmanager
     @override
@@ -240,43 +166,19 @@ class MiCSStrategy(ModelParallelStrategy):
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
-        self._state().schedule.before_backward()
+        self._state().schedule.window.before_backward()
         if not self._root().automatic_optimization:
             expect_backward(self._root(), closure_loss)
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
-        self._state().schedule.after_backward()
+        self._state().schedule.window.after_backward()
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(*args, **kwargs)
         self._reshard_root()  # if no backward has: the next use must gather the new weights
         return output
-
-    @override
-    def on_validation_start(self) -> None:
-        self._start_evaluation()
-
-    @override
-    def on_validation_end(self) -> None:
-        self._end_evaluation()
-
-    @override
-    def on_test_start(self) -> None:
-        self._start_evaluation()
-
-    @override
-    def on_test_end(self) -> None:
-        self._end_evaluation()
-
-    @override
-    def on_predict_start(self) -> None:
-        self._start_evaluation()
-
-    @override
-    def on_predict_end(self) -> None:
-        self._end_evaluation()
 
     @override
     def on_train_start(self) -> None:
@@ -297,16 +199,8 @@ class MiCSStrategy(ModelParallelStrategy):
         except (RuntimeError, OSError) as error:  # the exception is what users should see first
             rank_zero_warn(str(error))
 
-    def _start_evaluation(self) -> None:
-        """All batches of an evaluation share weights; callbacks may exchange them before it and after it."""
-        self._evaluation.enter_context(self._state().schedule.cached_weights())
-
-    def _end_evaluation(self) -> None:
-        self._reshard_root()
-        self._evaluation.close()
-
     def _reshard_root(self) -> None:
-        """FSDP2 leaves the root gathered after a forward, for a backward that evaluation does not have."""
+        """FSDP2 leaves the root unsharded after a forward, for a backward that an evaluation does not have."""
         self._root().reshard()
 
     @property
@@ -319,12 +213,13 @@ class MiCSStrategy(ModelParallelStrategy):
 
     def _abandon_window(self) -> None:
         if self._sharded is not None:
-            self._sharded.schedule.abandon_window()
+            self._sharded.schedule.window.abandon()
             self._evaluation.close()
 
     def invalidate_cache(self) -> None:
-        """Call it, on all ranks, after weights were changed inside an accumulation window in a way that torch does not
-        notice; see :class:`~lightning_mics.sharding.schedule.AccumulationSchedule`.
+        """Drop cached parameters after weights were changed in a way that torch does not record; every rank calls it.
+
+        Needed inside an accumulation window or an evaluation only. See [Note: When cached weights are dropped].
         """
         self._state().schedule.invalidate_cache()
 
@@ -358,7 +253,7 @@ class MiCSStrategy(ModelParallelStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state by parameter name, sharded; with ``save_sharded=False`` whole and by number, on rank 0 only."""
+        """The state by parameter name, sharded; in a full checkpoint whole and by number, on rank 0 only."""
         assert self.model is not None
         plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return optimizer_state(self.model, plain, sharded=self._save_distributed_checkpoint)
@@ -406,14 +301,6 @@ class MiCSStrategy(ModelParallelStrategy):
         bar = self._trainer.progress_bar_callback
         return self.is_global_zero and bar is not None and getattr(bar, "is_enabled", True)
 
-    def wait_for_checkpoints(self) -> None:
-        """Wait until all checkpoints are there that are being written beside training; every rank calls it.
-
-        Raises:
-            RuntimeError: If one failed. Those saved earlier are as they were.
-        """
-        self._saving.wait()
-
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load the model, and when fitting its optimizers, in place; the rest is returned for the Trainer."""
@@ -427,7 +314,7 @@ class MiCSStrategy(ModelParallelStrategy):
                 model=self.model,
                 optimizers=self.optimizers if fitting else [],
                 strict=self.lightning_module.strict_loading,
-                weights_only=not self._trust_checkpoints if weights_only is None else weights_only,
+                weights_only=self._reads_weights_only(weights_only),
                 rank_state=random_state,
                 show_progress=self._shows_progress(),
             )
@@ -450,37 +337,10 @@ class MiCSStrategy(ModelParallelStrategy):
         elif self.is_global_zero:
             CheckpointStore(path).remove()
 
-    def _shared_path(self, filepath: str | Path) -> StoragePath:
-        """Rank 0's path: a name with the time in it may differ between ranks."""
-        return storage_path(self.broadcast(filepath))
 
-    # -- refusals ----------------------------------------------------------------------------------------------------
-
-    def _check_before_communicating(self) -> None:
-        check_job(self.root_device, backend=self._get_process_group_backend())
-        self._policy.check(world_size=self.world_size, local_size=self.num_processes)
-        self._refuse_weight_averaging()
-
-    def _refuse_weight_averaging(self) -> None:
-        assert self.lightning_module is not None
-        callbacks: list[pl.Callback] = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} copies the whole model, which strategy 'mics' keeps in parts; remove it"
-                )
-
-
-def _gather_whenever_used(root: Any, blocks: Collection[nn.Module]) -> None:
-    """A step of manual optimization goes on after a backward, which reshards the root, and after ``toggle_model``."""
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def gather_root(module: nn.Module, inputs: Any) -> None:
-        gather(root)
-
-    for module in unit_modules(root, set(blocks)):
-        if module is not root:
-            module.register_forward_pre_hook(gather_root)
-
-
-StrategyRegistry.register("mics", MiCSStrategy, description="MiCS: sharding inside partition groups, on FSDP2")
+def _refuse_weight_averaging(trainer: Any) -> None:
+    for callback in trainer.callbacks:
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} copies the whole model, which strategy 'mics' keeps in parts; remove it"
+            )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -154,8 +154,9 @@ def rehearse(
         raise ValueError(f"micro_steps={micro_steps} must be at least 1")
     if not 0 <= rank < topology.world_size:
         raise ValueError(f"rank={rank} is not one of the {topology.world_size} ranks of the job")
-    with rehearsed_job(world_size=topology.world_size, rank=rank, backend=backend):
+    with rehearsed_job(world_size=topology.world_size, rank=rank):
         groups = create_partition_groups(topology, device_type="cpu", hierarchical=hierarchical)
+        groups = replace(groups, backend=backend)  # the job's; this process has torch's fake one
         watch = _Watch(topology, gloo=backend == "gloo")
         with watch.entered() as fake:
             with default_dtype(torch.bfloat16 if precision == "bf16-true" else torch.float32):
@@ -281,7 +282,7 @@ class _Watch:
     def claim(self) -> None:
         """Give tensors that last the categories that their owners tell."""
         assign = self._allocations.assign
-        assign(KEPT, self._schedule.kept())
+        assign(KEPT, [*self._schedule.cache.tensors(), *self._schedule.window.tensors()])
         for unit in self._units:
             assign(GRADIENTS, partial_sums(unit))
             assign(GRADIENTS, (p.grad for p in sharded_parameters(unit) if p.grad is not None))

@@ -12,7 +12,7 @@ def matching_files(patterns: str | Sequence[str], *, key: str) -> list[Path]:
 
     Args:
         patterns: One or several.
-        key: Under which they were configured, for errors.
+        key: Key of the configuration that holds them, for errors.
 
     Raises:
         FileNotFoundError: If a pattern matches no file.

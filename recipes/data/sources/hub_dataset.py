@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 from datasets.exceptions import DatasetNotFoundError
 
 from recipes.data.sources.file_patterns import file_facts
-from recipes.data.sources.text_readers import check_field, text_of
+from recipes.data.sources.text_readers import read_rows
 from recipes.data.sources.text_source import Piece
 
 MARKS_OF_SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
@@ -22,12 +22,12 @@ class HubDataset:
     Args:
         path: A name on the hub, a folder that ``save_to_disk`` has made, or a folder of files of a kind
             that ``load_dataset`` knows.
-        subset: Of a dataset that has several, which the hub calls configurations.
-        split: To train on.
-        val_split: To validate on; None holds out a part of the documents of ``split``.
-        field: Of a row that has the text.
-        revision: Of a name on the hub, a commit or tag. Without it, tokens that are already in the cache are used also
-            when the dataset has changed on the hub.
+        subset: Name of the subset (configuration), for a dataset that has several.
+        split: Split to train on.
+        val_split: Split to validate on; None holds out a part of the documents of ``split``.
+        field: Column with the text.
+        revision: Commit or tag on the hub. Without it, tokens that are already in the cache are used also when the
+            dataset has changed on the hub.
 
     Raises:
         FileNotFoundError: If ``path`` looks like a folder and there is none.
@@ -62,14 +62,8 @@ class HubDataset:
         return None
 
     def pieces(self, split: str) -> Iterator[Piece]:
-        rows = self._open(self._splits[split])
-        where = f"{self._path}, split {self._splits[split]}"
-        if rows.column_names is not None:
-            check_field(self._field, rows.column_names, where=where)
-            rows = rows.select_columns([self._field])  # images and the like are not even decoded
-        for row in rows:
-            if text := text_of(row, field=self._field, where=where):
-                yield Piece(text, document=text, read_bytes=len(text.encode()))
+        name = self._splits[split]
+        yield from read_rows(self._open(name), field=self._field, where=f"{self._path}, split {name}")
 
     def _open(self, split: str) -> Dataset | IterableDataset:
         if any((self._folder / mark).is_file() for mark in MARKS_OF_SAVED):

@@ -17,11 +17,11 @@ class LocalFiles:
 
     Args:
         files: Paths or patterns.
-        field: Of a row that has the text.
-        val_files: Paths or patterns of the held-out files; None holds out a part of the documents of ``files``. What
-            both name is held out.
-        encoding_errors: ``"strict"`` refuses text files that are not UTF-8, ``"replace"`` puts U+FFFD for what is not.
-        name: Of the source.
+        field: Column with the text, in files with rows.
+        val_files: Paths or patterns of the held-out files; None holds out a part of the documents of ``files``. A file
+            that both name is held out.
+        encoding_errors: ``"strict"`` rejects text files that are not UTF-8, ``"replace"`` puts U+FFFD for other bytes.
+        name: Short name of the source.
 
     Raises:
         FileNotFoundError: If a pattern matches no file.
@@ -45,7 +45,7 @@ class LocalFiles:
         train = [path for path in matching_files(files, key="data.source.files") if path not in set(val)]
         self._files = {"train": train, "val": val}
         for key in ("files", "val_files") if self.has_val else ("files",):
-            _refuse_empty(self._files["val" if key == "val_files" else "train"], key=f"data.source.{key}")
+            _reject_empty(self._files["val" if key == "val_files" else "train"], key=f"data.source.{key}")
         # documents keep their names, and so their split, when the folder of all is moved
         self._folder = Path(os.path.commonpath([path.parent for path in train + val]))
 
@@ -62,6 +62,6 @@ class LocalFiles:
             yield from read_documents(path, name=name, field=self._field, encoding_errors=self._encoding_errors)
 
 
-def _refuse_empty(paths: Sequence[Path], *, key: str) -> None:
+def _reject_empty(paths: Sequence[Path], *, key: str) -> None:
     if not any(path.stat().st_size for path in paths):
         raise ValueError(f"{key}: the {len(paths)} files it leaves are empty; name files that hold text")

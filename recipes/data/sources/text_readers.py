@@ -1,4 +1,8 @@
-"""Reading documents from text files, JSON lines and parquet, a piece at a time."""
+"""Reading documents from text files, JSON lines and the rows of ``datasets``, a piece at a time.
+
+Text and JSON lines are read here: ``load_dataset("text")`` holds all of a document at once, and
+``load_dataset("json")`` wants the same columns in all rows of all files; neither says in which file or line it failed.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+from datasets import Dataset, IterableDataset, load_dataset
 
 from recipes.data.sources.text_source import PIECE_CHARACTERS, Piece
 
@@ -22,13 +26,13 @@ def read_documents(path: Path, *, name: str, field: str, encoding_errors: str) -
     """The documents of a file: each row of JSON lines or parquet, or the file itself if it is of any other kind.
 
     Args:
-        path: Its suffix says its kind.
-        name: Of the document, if the file is one.
-        field: Of a row that has the text.
-        encoding_errors: What to do about bytes that are not UTF-8, as ``open`` has it.
+        path: A file; its suffix decides its kind.
+        name: Identity of the document, if the file is one.
+        field: Column with the text, if the file has rows.
+        encoding_errors: Treatment of bytes that are not UTF-8, as for ``open``.
 
     Raises:
-        ValueError: If it is not what its suffix says, or rows have no such field, or text is not UTF-8.
+        ValueError: If the content is not what the suffix says, or rows have no such field, or text is not UTF-8.
     """
     if path.suffix == ".parquet":
         yield from _read_parquet(path, field=field)
@@ -38,19 +42,22 @@ def read_documents(path: Path, *, name: str, field: str, encoding_errors: str) -
         yield from _read_text(path, name=name, encoding_errors=encoding_errors)
 
 
-def text_of(row: Any, *, field: str, where: str) -> str:
-    """The text of a row, empty if it has none.
+def read_rows(rows: Dataset | IterableDataset, *, field: str, where: str) -> Iterator[Piece]:
+    """The texts in a column of a dataset, each a document; rows without text are left out.
+
+    Args:
+        rows: A dataset, mapped or streamed; columns other than ``field`` are not decoded.
+        field: Name of the column.
+        where: Name of the dataset in errors.
 
     Raises:
-        ValueError: If there is no such field, or something else in it than text.
+        ValueError: If there is no such column, or it holds something else than text.
     """
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} holds {type(row).__name__}, not an object with a field {field!r}")
-    check_field(field, row, where=where)
-    text = row[field]
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"{where}: field {field!r} holds {type(text).__name__}, not text; set data.source.field")
-    return text or ""
+    if rows.column_names is not None:
+        check_field(field, rows.column_names, where=where)
+        rows = rows.select_columns([field])
+    for row in rows:
+        yield from _row(row, field=field, where=where)
 
 
 def check_field(field: str, fields: Iterable[str], *, where: str) -> None:
@@ -59,13 +66,24 @@ def check_field(field: str, fields: Iterable[str], *, where: str) -> None:
         raise ValueError(f"{where} has no field {field!r}; it has {', '.join(sorted(fields))}; set data.source.field")
 
 
+def _row(row: Any, *, field: str, where: str) -> Iterator[Piece]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} holds {type(row).__name__}, not an object with a field {field!r}")
+    check_field(field, row, where=where)
+    text = row[field]
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{where}: field {field!r} holds {type(text).__name__}, not text; set data.source.field")
+    if text:
+        yield Piece(text=text, document=text, ends=True)
+
+
 def _read_text(path: Path, *, name: str, encoding_errors: str) -> Iterator[Piece]:
     try:
         with path.open(encoding="utf-8", errors=encoding_errors) as file:
             text = _lines(file)
             while text:
                 following = _lines(file)
-                yield Piece(text, document=name, ends=not following, read_bytes=len(text.encode()))
+                yield Piece(text=text, document=name, ends=not following)
                 text = following
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -75,7 +93,7 @@ def _read_text(path: Path, *, name: str, encoding_errors: str) -> Iterator[Piece
 
 
 def _lines(file: TextIO) -> str:
-    """Some whole lines, or a part of a line that is very long; empty at the end of the file."""
+    """Some complete lines, or a part of a line that is very long; empty at the end of the file."""
     return file.read(PIECE_CHARACTERS) + file.readline(LONGEST_LINE_REST)
 
 
@@ -89,20 +107,12 @@ def _read_json_lines(path: Path, *, field: str) -> Iterator[Piece]:
                 row = json.loads(line)
             except ValueError as error:  # not JSON, or not UTF-8
                 raise ValueError(f"{where} is not JSON in UTF-8: {error}") from error
-            if text := text_of(row, field=field, where=where):
-                yield Piece(text, document=text, read_bytes=len(line))
+            yield from _row(row, field=field, where=where)
 
 
 def _read_parquet(path: Path, *, field: str) -> Iterator[Piece]:
     try:
-        with pq.ParquetFile(path) as file:
-            check_field(field, file.schema_arrow.names, where=str(path))
-            row_bytes = path.stat().st_size // max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for row in batch.to_pylist():
-                    if text := text_of(row, field=field, where=str(path)):
-                        yield Piece(text, document=text, read_bytes=row_bytes)
+        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        yield from read_rows(rows, field=field, where=str(path))
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise ValueError(f"{path} cannot be read as parquet: {error}") from error

@@ -136,8 +136,8 @@ def test_a_checkpoint_that_is_saved_after_the_fit_is_there_at_once(tmp_path: Pat
 
 
 def test_asynchronous_full_files_are_refused() -> None:
-    with pytest.raises(ValueError, match="async_save=True needs save_sharded=True"):
-        mics(async_save=True, save_sharded=False)
+    with pytest.raises(ValueError, match='async_save=True needs state_dict_type="sharded"'):
+        mics(async_save=True, state_dict_type="full")
 
 
 def _link_before_anything_is_written(folder: Path) -> str:

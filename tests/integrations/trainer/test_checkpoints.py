@@ -220,39 +220,39 @@ def test_ckpt_path_last_or_a_path_resume_from_directories(model_checkpoint: dict
 
 def _weights_only(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {}
-    for sharded in (True, False):
-        path = folder / str(sharded)
+    for kind in ("sharded", "full"):
+        path = folder / kind
         saving = ModelCheckpoint(dirpath=path, filename="w", save_weights_only=True, every_n_epochs=1)
         trainer, recorder = fit(
-            folder, epochs=1, callbacks=[saving], strategy=mics(save_sharded=sharded), validate=True
+            folder, epochs=1, callbacks=[saving], strategy=mics(state_dict_type=kind), validate=True
         )
         module = trainer.lightning_module
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.zero_()
         trainer.test(module, data(), ckpt_path="best")
-        facts[sharded, "same trainer"] = whole_weights(module)
+        facts[kind, "same trainer"] = whole_weights(module)
         torch.manual_seed(5)
         fresh = AdamModule()
-        facts[sharded, "fresh before"] = fresh.state_dict()
-        make_trainer(folder, devices=2, strategy=mics(save_sharded=sharded)).test(
+        facts[kind, "fresh before"] = fresh.state_dict()
+        make_trainer(folder, devices=2, strategy=mics(state_dict_type=kind)).test(
             fresh, data(), ckpt_path=path / "w.ckpt"
         )
-        facts[sharded, "fresh"] = whole_weights(fresh)
-        facts[sharded, "saved"] = recorder.after_epoch[0]
-        facts[sharded, "resume"] = refusal(
-            lambda path=path, sharded=sharded: fit(
-                folder, ckpt_path=path / "w.ckpt", epochs=2, strategy=mics(save_sharded=sharded)
+        facts[kind, "fresh"] = whole_weights(fresh)
+        facts[kind, "saved"] = recorder.after_epoch[0]
+        facts[kind, "resume"] = refusal(
+            lambda path=path, kind=kind: fit(
+                folder, ckpt_path=path / "w.ckpt", epochs=2, strategy=mics(state_dict_type=kind)
             )
         )
-        facts[sharded, "finder"] = _learning_rate_finder(folder, sharded)
+        facts[kind, "finder"] = _learning_rate_finder(folder, kind)
     return facts
 
 
-def _learning_rate_finder(folder: Path, sharded: bool) -> dict[str, Any]:
+def _learning_rate_finder(folder: Path, kind: str) -> dict[str, Any]:
     torch.manual_seed(0)
     module = TinyModule(lr=0.1)
-    trainer = make_trainer(folder / "finder", devices=2, max_epochs=9, strategy=mics(save_sharded=sharded))
+    trainer = make_trainer(folder / "finder", devices=2, max_epochs=9, strategy=mics(state_dict_type=kind))
     first = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     finder = Tuner(trainer).lr_find(module, data(), num_training=5, min_lr=1e-3, max_lr=1.0, early_stop_threshold=None)
     return {
@@ -269,24 +269,24 @@ def weights_only(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any
     return on_ranks(_weights_only, tmp_path_factory.mktemp("weights_only"), world_size=2)
 
 
-@pytest.mark.parametrize("sharded", [True, False])
-def test_weights_only_checkpoints_load_in_the_same_and_in_a_fresh_trainer(weights_only: Any, sharded: bool) -> None:
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_weights_only_checkpoints_load_in_the_same_and_in_a_fresh_trainer(weights_only: Any, kind: str) -> None:
     facts = weights_only[0]
-    assert not same(facts[sharded, "fresh before"], facts[sharded, "saved"])
-    assert same(facts[sharded, "fresh"], facts[sharded, "saved"])
-    assert same(facts[sharded, "same trainer"], facts[sharded, "saved"])
+    assert not same(facts[kind, "fresh before"], facts[kind, "saved"])
+    assert same(facts[kind, "fresh"], facts[kind, "saved"])
+    assert same(facts[kind, "same trainer"], facts[kind, "saved"])
 
 
-@pytest.mark.parametrize("sharded", [True, False])
-def test_resuming_from_weights_only_is_refused_with_the_reason(weights_only: Any, sharded: bool) -> None:
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_resuming_from_weights_only_is_refused_with_the_reason(weights_only: Any, kind: str) -> None:
     for facts in weights_only:
-        assert facts[sharded, "resume"].startswith("KeyError: ")
-        assert "save_weights_only" in facts[sharded, "resume"]
+        assert facts[kind, "resume"].startswith("KeyError: ")
+        assert "save_weights_only" in facts[kind, "resume"]
 
 
-@pytest.mark.parametrize("sharded", [True, False])
-def test_the_learning_rate_finder_restores_the_model(weights_only: Any, sharded: bool) -> None:
-    found = [facts[sharded, "finder"] for facts in weights_only]
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_the_learning_rate_finder_restores_the_model(weights_only: Any, kind: str) -> None:
+    found = [facts[kind, "finder"] for facts in weights_only]
     assert len(set(found[0]["losses"])) == 5
     assert found[0]["restored"]
     suggestion, rate = found[0]["rate"]
@@ -346,31 +346,31 @@ class Extended(AdamModule):
 
 def _own_objects(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {}
-    for sharded in (True, False):
-        path = folder / f"{sharded}.ckpt"
-        trainer, recorder = fit(folder, Annotated, callbacks=[Counter()], strategy=mics(save_sharded=sharded))
+    for kind in ("sharded", "full"):
+        path = folder / f"{kind}.ckpt"
+        trainer, recorder = fit(folder, Annotated, callbacks=[Counter()], strategy=mics(state_dict_type=kind))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.save_checkpoint(path)
-        facts[sharded, "saving"] = [str(warning.message) for warning in caught]
-        facts[sharded, "by default"] = refusal(lambda path=path: fit(folder, Annotated, ckpt_path=path, epochs=2))
-        trainer, _ = fit(folder, Annotated, ckpt_path=path, epochs=2, strategy=mics(trust_checkpoints=True))
-        facts[sharded, "trusted"] = trainer.lightning_module.note
-        facts[sharded, True] = refusal(
+        facts[kind, "saving"] = [str(warning.message) for warning in caught]
+        facts[kind, "by default"] = refusal(lambda path=path: fit(folder, Annotated, ckpt_path=path, epochs=2))
+        trainer, _ = fit(folder, Annotated, ckpt_path=path, epochs=2, strategy=mics(weights_only=False))
+        facts[kind, "trusted"] = trainer.lightning_module.note
+        facts[kind, True] = refusal(
             lambda path=path, trainer=trainer: trainer.strategy.load_checkpoint(path, weights_only=True)
         )
         for stage in ("validate", "test", "predict"):
             module, counter = Annotated(), Counter()
-            evaluating = make_trainer(folder, devices=2, callbacks=[counter], strategy=mics(trust_checkpoints=True))
+            evaluating = make_trainer(folder, devices=2, callbacks=[counter], strategy=mics(weights_only=False))
             getattr(evaluating, stage)(module, data(), ckpt_path=path)
-            facts[sharded, stage] = (module.note, counter.count, same(whole_weights(module), recorder.after_epoch[0]))
+            facts[kind, stage] = (module.note, counter.count, same(whole_weights(module), recorder.after_epoch[0]))
         for name, module in (("strict", Extended()), ("loose", Extended(strict=False))):
             module.on_load_checkpoint = lambda checkpoint: None
-            tester = make_trainer(folder, devices=2, strategy=mics(trust_checkpoints=True))
-            facts[sharded, name] = refusal(
+            tester = make_trainer(folder, devices=2, strategy=mics(weights_only=False))
+            facts[kind, name] = refusal(
                 lambda module=module, path=path, tester=tester: tester.test(module, data(), ckpt_path=path)
             )
-            facts[sharded, name, "loaded"] = torch.equal(
+            facts[kind, name, "loaded"] = torch.equal(
                 whole_weights(module)["net.norm.weight"], recorder.after_epoch[0]["net.norm.weight"]
             )
     return facts
@@ -381,17 +381,16 @@ def own_objects(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
     return on_ranks(_own_objects, tmp_path_factory.mktemp("own_objects"), world_size=2)
 
 
-@pytest.mark.parametrize("sharded", [True, False])
-def test_own_objects_load_where_the_checkpoint_is_trusted_and_nowhere_else(own_objects: Any, sharded: bool) -> None:
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_own_objects_load_where_the_checkpoint_is_trusted_and_nowhere_else(own_objects: Any, kind: str) -> None:
     for facts in own_objects:
-        assert facts[sharded, "trusted"] == "mine"
+        assert facts[kind, "trusted"] == "mine"
         for refused in ("by default", True):
-            assert facts[sharded, refused].startswith("UnsafeCheckpointError: ")
+            assert facts[kind, refused].startswith("UnsafeCheckpointError: ")
             assert (
-                "holds tests.integrations.trainer.test_checkpoints.Note, which is neither plain"
-                in facts[sharded, refused]
+                "holds tests.integrations.trainer.test_checkpoints.Note, which is neither plain" in facts[kind, refused]
             )
-            assert "trust_checkpoints=True to MiCSStrategy" in facts[sharded, refused]
+            assert "weights_only=False, to this call or to the strategy" in facts[kind, refused]
 
 
 def test_saving_an_object_of_the_users_own_warns_by_its_name(own_objects: Any) -> None:
@@ -401,20 +400,20 @@ def test_saving_an_object_of_the_users_own_warns_by_its_name(own_objects: Any) -
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_callbacks_are_restored_for_evaluation(own_objects: Any, stage: str) -> None:
-    for sharded in (True, False):
-        assert own_objects[0][sharded, stage] == ("mine", STEPS_PER_EPOCH, True)
+    for kind in ("sharded", "full"):
+        assert own_objects[0][kind, stage] == ("mine", STEPS_PER_EPOCH, True)
 
 
-@pytest.mark.parametrize("sharded", [True, False])
-def test_strict_loading_follows_the_module(own_objects: Any, sharded: bool) -> None:
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_strict_loading_follows_the_module(own_objects: Any, kind: str) -> None:
     for facts in own_objects:
-        message = facts[sharded, "strict"]
+        message = facts[kind, "strict"]
         assert message.startswith("RuntimeError: the checkpoint and the model differ: 2 names are missing")
         assert "['extra.bias', 'extra.weight']" in message
         assert "strict_loading" in message
-        assert not facts[sharded, "strict", "loaded"]
-        assert facts[sharded, "loose"] == "nothing was refused"
-        assert facts[sharded, "loose", "loaded"]
+        assert not facts[kind, "strict", "loaded"]
+        assert facts[kind, "loose"] == "nothing was refused"
+        assert facts[kind, "loose", "loaded"]
 
 
 class TwoOptimizers(pl.LightningModule):
@@ -452,14 +451,14 @@ def _refused(folder: Path) -> dict[str, Any]:
     here.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        for sharded in (True, False):
-            full, _ = fit(folder, strategy=mics(save_sharded=sharded))
+        for kind in ("sharded", "full"):
+            full, _ = fit(folder, strategy=mics(state_dict_type=kind))
             save = full.save_checkpoint
-            facts["save to a URL", sharded] = refusal(lambda save=save: save("nosuch://bucket/a.ckpt"))
-            facts["load from a URL", sharded] = refusal(
+            facts["save to a URL", kind] = refusal(lambda save=save: save("nosuch://bucket/a.ckpt"))
+            facts["load from a URL", kind] = refusal(
                 lambda full=full: full.test(full.lightning_module, data(), ckpt_path="nosuch://bucket/a.ckpt")
             )
-            facts["storage options", sharded] = refusal(
+            facts["storage options", kind] = refusal(
                 lambda save=save: save(folder / "other.ckpt", storage_options={"a": 1})
             )
         facts["here"] = [entry.name for entry in here.iterdir()]
@@ -490,18 +489,18 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [{**facts, "folder": folder} for facts in on_ranks(_refused, folder, world_size=2)]
 
 
-@pytest.mark.parametrize("sharded", [True, False])
-def test_a_url_never_becomes_a_local_directory(refused: Any, sharded: bool) -> None:
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_a_url_never_becomes_a_local_directory(refused: Any, kind: str) -> None:
     for facts in refused:
         for action in ("save to a URL", "load from a URL"):
-            assert facts[action, sharded].startswith("ValueError: ") and "nosuch" in facts[action, sharded]
+            assert facts[action, kind].startswith("ValueError: ") and "nosuch" in facts[action, kind]
         assert facts["here"] == []
 
 
-@pytest.mark.parametrize("sharded", [True, False])
-def test_storage_options_are_refused(refused: Any, sharded: bool) -> None:
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_storage_options_are_refused(refused: Any, kind: str) -> None:
     for facts in refused:
-        assert facts["storage options", sharded].startswith("TypeError: `MiCSStrategy.save_checkpoint(")
+        assert facts["storage options", kind].startswith("TypeError: `MiCSStrategy.save_checkpoint(")
         assert "other.ckpt" not in facts["files"]
 
 
@@ -561,7 +560,7 @@ def _full_files(folder: Path) -> dict[str, Any]:
     for module_class in (AdamModule, TwoOptimizers):
         facts[module_class.__name__] = _interchange(folder / module_class.__name__, module_class)
     plugin = RecordingIO()
-    trainer, recorder = fit(folder, strategy=mics(save_sharded=False), plugins=[plugin])
+    trainer, recorder = fit(folder, strategy=mics(state_dict_type="full"), plugins=[plugin])
     trainer.save_checkpoint(folder / "plugin.ckpt")
     facts["plugin"] = plugin.saved
     sharded = mics()
@@ -583,7 +582,7 @@ def _full_files(folder: Path) -> dict[str, Any]:
 def _interchange(folder: Path, module_class: type[pl.LightningModule]) -> dict[str, Any]:
     """From a full file of MiCS to DDP, and from a file of DDP to MiCS."""
     facts: dict[str, Any] = {}
-    strategies = {"mics": lambda: mics(save_sharded=False), "ddp": lambda: "ddp"}
+    strategies = {"mics": lambda: mics(state_dict_type="full"), "ddp": lambda: "ddp"}
     for source, targets in (("mics", ("ddp", "mics")), ("ddp", ("mics",))):
         saving = ModelCheckpoint(dirpath=folder / source, filename="{epoch}", save_top_k=-1)
         _, whole = fit(folder, module_class, epochs=2, strategy=strategies[source](), callbacks=[saving])
@@ -678,18 +677,18 @@ class Compiled(Shallow):
 
 def _compiled(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {}
-    for sharded, targets in ((True, (Shallow,)), (False, (Compiled, Shallow))):
-        saving = ModelCheckpoint(dirpath=folder / str(sharded), filename="{epoch}", save_top_k=-1)
-        _, whole = fit(folder, Compiled, epochs=2, strategy=mics(save_sharded=sharded), callbacks=[saving])
-        path = folder / str(sharded) / "epoch=0.ckpt"
+    for kind, targets in (("sharded", (Shallow,)), ("full", (Compiled, Shallow))):
+        saving = ModelCheckpoint(dirpath=folder / kind, filename="{epoch}", save_top_k=-1)
+        _, whole = fit(folder, Compiled, epochs=2, strategy=mics(state_dict_type=kind), callbacks=[saving])
+        path = folder / kind / "epoch=0.ckpt"
         for target in targets:
             _, resumed = fit(folder, target, ckpt_path=path, epochs=2)
-            facts[sharded, target.__name__] = {
+            facts[kind, target.__name__] = {
                 "slots": (same(resumed.slots, whole.slots_after_epoch[0]), sum(map(len, resumed.slots))),
                 "weights": same(resumed.started, whole.after_epoch[0]),
                 "losses": (resumed.losses, whole.losses[STEPS_PER_EPOCH:]),
             }
-    content = torch.load(folder / "False" / "epoch=0.ckpt", weights_only=True)
+    content = torch.load(folder / "full" / "epoch=0.ckpt", weights_only=True)
     facts["names"] = sorted(content["state_dict"])
     facts["numbers"] = sorted(content["optimizer_states"][0]["state"])
     facts["compiled"] = sum("_orig_mod" in name for name, _ in Compiled().named_parameters())
@@ -703,12 +702,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_a_full_file_of_a_compiled_model_resumes(compiled: dict[str, Any]) -> None:
     assert compiled["compiled"] == 8
-    _assert_resumed(compiled[False, "Compiled"])
+    _assert_resumed(compiled["full", "Compiled"])
 
 
-@pytest.mark.parametrize("sharded", [True, False])
-def test_a_checkpoint_of_a_compiled_model_resumes_without_compilation(compiled: dict[str, Any], sharded: bool) -> None:
-    _assert_resumed(compiled[sharded, "Shallow"])
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_a_checkpoint_of_a_compiled_model_resumes_without_compilation(compiled: dict[str, Any], kind: str) -> None:
+    _assert_resumed(compiled[kind, "Shallow"])
 
 
 def test_a_full_file_of_a_compiled_model_has_the_names_and_numbers_of_the_plain_one(compiled: dict[str, Any]) -> None:
@@ -729,7 +728,7 @@ def consolidated(saved: dict[str, Any]) -> Path:
 def _resume_consolidated(path: Path, strategies: list[str]) -> list[dict[str, Any]]:
     facts = []
     for strategy in strategies:
-        chosen = mics(save_sharded=False) if strategy == "mics" else strategy
+        chosen = mics(state_dict_type="full") if strategy == "mics" else strategy
         trainer, recorder = fit(path.parent, ckpt_path=path, epochs=2, strategy=chosen)
         facts.append({"weights": recorder.started, "losses": recorder.losses, "with": type(trainer.strategy).__name__})
     return facts

@@ -368,7 +368,7 @@ def _variants(folder: Path) -> dict[str, Any]:
     """Each with what goes on from the middle of its first epoch."""
     variants: dict[str, dict[str, Any]] = {
         "32-true, shards": {},
-        "bf16-true, one full file": {"precision": "bf16-true", "strategy": {**HOME, "save_sharded": False}},
+        "bf16-true, one full file": {"precision": "bf16-true", "strategy": {**HOME, "state_dict_type": "full"}},
     }
     facts: dict[str, Any] = {}
     for name, options in variants.items():

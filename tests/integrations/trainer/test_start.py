@@ -72,7 +72,7 @@ def test_an_instance_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_registered_variant_keeps_its_options(tmp_path: Path) -> None:
-    StrategyRegistry.register("mics_one", MiCSStrategy, partition_size=1, save_sharded=False)
+    StrategyRegistry.register("mics_one", MiCSStrategy, partition_size=1, state_dict_type="full")
     try:
         strategy = make_trainer(tmp_path, strategy="mics_one", devices=2).strategy
     finally:

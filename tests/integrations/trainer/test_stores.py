@@ -80,7 +80,7 @@ def test_the_recipe_resumes_from_the_store(model_checkpoint: Any) -> None:
 
 def _full(url: str, folder: Path) -> dict[str, Any]:
     saving = ModelCheckpoint(dirpath=f"{url}/full", filename="{epoch}", save_top_k=1)
-    strategy = mics(save_sharded=False)
+    strategy = mics(state_dict_type="full")
     _, recorder = fit(folder, epochs=2, callbacks=[saving], strategy=strategy)
     facts: dict[str, Any] = {"names": names(f"{url}/full")}
     _, again = fit(folder, ckpt_path=f"{url}/full/epoch=1.ckpt", epochs=3)

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_mics.sharding.schedule import AccumulationSchedule
+from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from tests.support.models import TinyLM, TinyModule, tokens
 from tests.support.trainers import EVERY_TIME, make_trainer, mics, on_ranks
 
@@ -83,7 +83,7 @@ ENDS: dict[str, tuple[type[Automatic], dict[str, Any]]] = {
 
 def fit_twice(folder: str, options_of_strategy: dict[str, Any], guarded: bool) -> dict[str, Any]:
     if not guarded:
-        AccumulationSchedule.abandon_window = lambda self: None
+        AccumulationWindow.abandon = lambda self: None
 
     def trainer(**options: Any) -> pl.Trainer:
         return make_trainer(folder, strategy=mics(**options_of_strategy), use_distributed_sampler=False, **options)

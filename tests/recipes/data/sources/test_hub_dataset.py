@@ -14,7 +14,7 @@ ROWS = {"text": ["first", "", "second", None], "id": [1, 2, 3, 4]}
 
 
 def texts(source: HubDataset, split: str = "train") -> list[str]:
-    return [piece.text for piece in source.pieces(split)]
+    return [piece["text"] for piece in source.pieces(split)]
 
 
 def test_a_saved_dataset_is_read_with_or_without_splits(tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""Makes ``strategy="mics"`` known to Lightning whenever Lightning is imported, without importing it.
+
+Names are registered at once with what is imported already. For the rest a finder at the head of ``sys.meta_path`` lets
+the others find a module of Lightning, and has its loader followed by the registration. Nothing else is imported by
+that: the strategies are when somebody asks for them by name. ``pytorch_lightning`` and ``lightning_fabric`` are other
+copies of the same code, whose classes those of ``lightning`` are not; there is no ``"mics"`` in them.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from threading import Lock
+from types import ModuleType
+from typing import Any
+
+from lightning_mics.integrations.trainer.module_loading import read_directories_too
+
+NAME, DESCRIPTION = "mics", "MiCS: sharding inside partition groups, on FSDP2"
+
+
+def register() -> None:
+    """Register with the Trainer, Fabric and ``load_from_checkpoint``, now or when they are imported."""
+    if not any(isinstance(finder, AfterImport) for finder in sys.meta_path):
+        AfterImport(
+            {
+                "lightning.fabric.strategies": _register_with_fabric,
+                "lightning.pytorch.strategies": _register_with_the_trainer,
+                "lightning.pytorch.core.saving": read_directories_too,
+            }
+        ).start()
+
+
+def _register_with_fabric(strategies: Any) -> None:
+    def make(**options: Any) -> Any:
+        from lightning_mics.integrations.fabric import MiCSFabricStrategy
+
+        return MiCSFabricStrategy(**options)
+
+    if NAME not in strategies.STRATEGY_REGISTRY:  # as after a reload
+        strategies.STRATEGY_REGISTRY.register(NAME, make, description=DESCRIPTION)
+
+
+def _register_with_the_trainer(strategies: Any) -> None:
+    def make(**options: Any) -> Any:
+        from lightning_mics.integrations.trainer.strategy import MiCSStrategy
+
+        return MiCSStrategy(**options)
+
+    if NAME not in strategies.StrategyRegistry:
+        strategies.StrategyRegistry.register(NAME, make, description=DESCRIPTION)
+
+
+class AfterImport(MetaPathFinder):
+    """Calls a function with each of some modules once it is imported, and goes when all have been.
+
+    An error of such a function is a warning: it must neither stop an import that somebody else has asked for, nor be
+    taken for an error of the imported module.
+
+    Args:
+        then: The functions, by the full names of the modules.
+    """
+
+    def __init__(self, then: Mapping[str, Callable[[ModuleType], None]]) -> None:
+        self._then = dict(then)
+        self._lock = Lock()
+
+    def start(self) -> None:
+        """Wait for modules from now on, after calling the functions of those that are imported."""
+        names = list(self._then)
+        sys.meta_path.insert(0, self)
+        for name in names:
+            if name in sys.modules:
+                self.imported(import_module(name))  # which waits if another thread is at it
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """What the finders after this one find, with a loader that reports to this one."""
+        if fullname not in self._then:
+            return None
+        finders = list(sys.meta_path)
+        later = finders[finders.index(self) + 1 :] if self in finders else []
+        found = (finder.find_spec(fullname, path, target) for finder in later if hasattr(finder, "find_spec"))
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _ReportingLoader(spec.loader, self.imported)
+        return spec
+
+    def imported(self, module: ModuleType) -> None:
+        """Call the function of ``module``, unless it has been called."""
+        with self._lock:
+            then = self._then.pop(module.__name__, None)
+            if not self._then:  # a new list: an import in another thread may be walking through the present one
+                sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
+        if then is None:
+            return
+        try:
+            then(module)
+        except Exception as error:
+            warnings.warn(
+                f"lightning_mics could not make strategy={NAME!r} known to {module.__name__}: {error!r}", stacklevel=2
+            )
+
+
+class _ReportingLoader(Loader):
+    """Another loader, whose place it takes until the module runs, and a function that is called after that."""
+
+    def __init__(self, loader: Any, then: Callable[[ModuleType], None]) -> None:
+        self._loader = loader
+        self._then = then
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        self._then(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)

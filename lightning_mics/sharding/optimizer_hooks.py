@@ -1,0 +1,104 @@
+"""What steps and ``zero_grad()`` of optimizers mean for the accumulation window and the weight cache."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from lightning_mics._torch.fsdp import fsdp_modules, sharded_parameters
+from lightning_mics.sharding.accumulation_window import AccumulationWindow
+from lightning_mics.sharding.weight_cache import WeightCache
+
+
+class OptimizerHooks:
+    """Hooks on the optimizers that hold parameters of one sharded model.
+
+    A step drops the weight cache: see [Note: When cached weights are dropped]. More is on request. torch's hooks are
+    for all optimizers of a process; they hold this object weakly, and are removed with it.
+
+    Args:
+        root: The sharded model.
+        window: Accumulation window of the model.
+        cache: Weight cache of the model.
+    """
+
+    def __init__(self, root: FSDPModule, *, window: AccumulationWindow, cache: WeightCache) -> None:
+        self._root = root
+        self._modules = fsdp_modules(root)
+        self._window = window
+        self._cache = cache
+        self._follows_steps = False
+        self._is_registered = False
+        if cache.enabled:
+            self._register()
+
+    def follow_steps(self) -> None:
+        """Let a step close the window before it and reshard the root after it, for loops without hooks of their own.
+
+        After a step the root is sharded, however many forwards without a backward came before it.
+        """
+        self._follows_steps = True
+        self._register()
+
+    def follow_zero_grad(self, optimizer: Optimizer) -> None:
+        """Let ``optimizer.zero_grad()`` drop the pending gradients of an open window too, as it does on one process."""
+        hooks, kind = weakref.ref(self), type(optimizer)
+
+        def zero_all(wrapped: Optimizer, set_to_none: bool = True) -> None:
+            alive = hooks()
+            if alive is not None and alive._only_pending(wrapped) and alive.trains_with(wrapped):
+                alive._window.abandon()
+            kind.zero_grad(wrapped, set_to_none)
+
+        # a class, for Fabric's wrapper of an optimizer inherits from it and does not look into the instance
+        optimizer.__class__ = type(
+            kind.__name__, (kind,), {"zero_grad": zero_all, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        )
+
+    def trains_with(self, optimizer: Optimizer) -> bool:
+        """Whether ``optimizer`` holds parameters of this model."""
+        ours = {id(parameter) for module in self._modules.values() for parameter in sharded_parameters(module)}
+        return any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"])
+
+    def _register(self) -> None:
+        if self._is_registered:
+            return
+        self._is_registered = True
+        hooks = weakref.ref(self)
+
+        def before_step(optimizer: Optimizer, *_: Any) -> None:
+            if (alive := hooks()) is not None and alive._follows_steps and alive.trains_with(optimizer):
+                alive._before_step(optimizer)
+
+        def after_step(optimizer: Optimizer, *_: Any) -> None:
+            if (alive := hooks()) is not None and alive.trains_with(optimizer):
+                alive._after_step()
+
+        for handle in (register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)):
+            weakref.finalize(self, handle.remove)
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        if _changes_weights(optimizer):
+            self._window.after_backward()
+
+    def _after_step(self) -> None:
+        self._cache.invalidate()
+        if self._follows_steps:
+            self._root.reshard()
+
+    def _only_pending(self, optimizer: Optimizer) -> bool:
+        """Whether a window is open and nothing is reduced yet: see [Note: Zero gradients before the boundary].
+
+        torch initializes the states of an optimizer by a step with gradients of zeros and a ``zero_grad()`` after it,
+        which is none of the user's.
+        """
+        return self._window.is_open and all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+
+
+def _changes_weights(optimizer: Optimizer) -> bool:
+    """Whether a step may change weights; torch initializes optimizer states by a step with a learning rate of zero."""
+    return any(bool(group.get("lr", 1) != 0) for group in optimizer.param_groups)

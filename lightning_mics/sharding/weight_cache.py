@@ -1,0 +1,97 @@
+"""The weight cache: the cached parameters of all parameter groups, when they are valid, dropped and compared.
+
+[Note: When cached weights are dropped]
+
+Parameters are cached by the all-gather that first needs them, and valid for as long as nothing could have changed the
+weights. All ranks must come to the same decision, or their collectives would not match. So what drops a cache is an
+event that every rank sees::
+
+    event                                               dropped by
+    an accumulation window begins, ends, is abandoned   AccumulationWindow
+    `cached_weights()` begins or ends                   WeightCache
+    a forward begins outside of both                    AccumulationSchedule, by a hook on the root
+    an optimizer of this model has stepped              OptimizerHooks
+    an in-place update that torch records               ParameterCache.usable, by the weights' version
+    `invalidate_cache()`                                the user
+
+Between windows weights may therefore change by any means. Inside, three ways are not recorded by torch: ``.data``,
+``torch._foreach_*`` functions and raw memory. Against those every use in a forward compares this rank's part of the
+cache with its shard, without waiting for the device, and the end of the window or of ``cached_weights()`` raises if one
+was outdated. Only ``invalidate_cache()`` makes such a change legal there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lightning_mics.techniques.once_per_step import ParameterCache
+
+
+class WeightCache:
+    """The cached parameters of a whole model. See [Note: When cached weights are dropped].
+
+    Args:
+        caches: One cache per parameter group; empty where parameters are gathered at every use.
+    """
+
+    def __init__(self, caches: Sequence[ParameterCache] = ()) -> None:
+        self._caches = tuple(caches)
+        self._shared_by_forwards = False
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any parameters are ever cached."""
+        return bool(self._caches)
+
+    @property
+    def shared_by_forwards(self) -> bool:
+        """Whether :meth:`cached_weights` is entered now, so that a forward may use what an earlier one has gathered."""
+        return self._shared_by_forwards
+
+    @contextmanager
+    def cached_weights(self) -> Iterator[None]:
+        """Share cached parameters between the forwards inside, whose weights do not change.
+
+        Raises:
+            RuntimeError: At the end, if weights did change in a way that torch does not record.
+        """
+        self.invalidate()
+        before, self._shared_by_forwards = self._shared_by_forwards, True
+        try:
+            yield
+            self.check_unchanged()
+        finally:
+            self._shared_by_forwards = before
+            self.invalidate()
+
+    def invalidate(self) -> None:
+        """Drop all cached parameters; every rank calls it. The next use gathers them again."""
+        for cache in self._caches:
+            cache.drop()
+
+    def check_unchanged(self) -> None:
+        """Check every comparison of a cache with its shard since the last check.
+
+        Raises:
+            RuntimeError: If a cache was used after the weights had changed.
+        """
+        differ = [differs for cache in self._caches if (differs := cache.take_differs()) is not None]
+        if differ and bool(torch.stack(differ).any()):
+            raise RuntimeError(
+                "weights changed, in a way that torch does not notice (through `.data`, `torch._foreach_*` or raw "
+                "memory), while they were cached; call `invalidate_cache()` after such a change, on all "
+                "ranks, or make it between optimizer steps"
+            )
+
+    def forget_comparisons(self) -> None:
+        """Discard the comparisons since the last check: what was computed with the cache is not used."""
+        for cache in self._caches:
+            cache.take_differs()
+
+    def tensors(self) -> list[Tensor]:
+        """Cached parameters in memory now, each [any]."""
+        return [tensor for cache in self._caches for tensor in cache.tensors()]
