@@ -34,14 +34,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from lightning_mics.collectives.agreement import on_all_ranks
 
 ONE_FILE = "model.safetensors"
-
-
 INDEX_FILE = "model.safetensors.index.json"
-
-
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # of the first BERTs
-
-
 _SOURCE = "_starts_from"
 
 
