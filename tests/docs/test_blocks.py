@@ -111,7 +111,7 @@ def commands() -> list[str]:
     spans = [
         span
         for page in COMMAND_PAGES
-        for span in re.findall(r"`((?:python|make|pip|torchrun) [^`]+)`", page.read_text())
+        for span in re.findall(r"`((?:python train\.py|make|pip install) [^`]+)`", page.read_text())
     ]
     return list(dict.fromkeys([*lines, *(span for span in spans if not re.search(r"\b[A-Z_]{3,}\b(?!=)", span))]))
 
