@@ -203,7 +203,7 @@ def several_forwards_first(options: dict[str, Any]) -> dict[str, Tensor]:
     return weights(model)
 
 
-@pytest.mark.parametrize("options", [{}, {"partition_size": 4, "cross_node_gather": "once_per_step"}])
+@pytest.mark.parametrize("options", [{}, {"partition_size": 4, "accumulate_gradients": "shard"}])
 def test_backwards_may_come_after_several_forwards(options: dict[str, Any]) -> None:
     for trained in on_ranks(several_forwards_first, options):
         assert_same(trained, two_batches_then_one(), 1e-6)

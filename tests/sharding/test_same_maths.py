@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_mics import Topology, create_partition_groups, shard_model
+from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.techniques.partition_groups import PartitionGroups
 from tests.support.forked import run_ranks
@@ -65,28 +65,18 @@ class HardCases(TinyLM):
 BLOCKS = [Block, Fork]
 
 
-FLAT: dict[str, Any] = {"hierarchical": False}
+FLAT = CommunicationOptions(hierarchical=False)
 
 
-HIERARCHICAL: dict[str, Any] = {"hierarchical": True}
-
-
-ONCE_PER_STEP = {
-    "hierarchical": True,
-    "cross_node_gather": "once_per_step",
-    "cross_node_reduce": "once_per_step",
-}
-
-
-KEPT: dict[str, Any] = {"hierarchical": "auto", "in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"}
+PAPER, NODE, RANK = CommunicationOptions.PAPER, CommunicationOptions.NODE, CommunicationOptions.RANK
 
 
 @pytest.mark.parametrize(("world", "ranks_per_node", "partition"), SHAPES)
 def test_gradients_weights_and_clipping_are_those_of_one_process(world, ranks_per_node, partition):
     topology = Topology(world_size=world, ranks_per_node=ranks_per_node, partition_size=partition)
-    modes = [FLAT, HIERARCHICAL, ONCE_PER_STEP, KEPT] if topology.spans_nodes else [FLAT, KEPT]
+    modes = [FLAT, PAPER, NODE, RANK] if topology.spans_nodes else [FLAT, RANK]
     if partition == 8:  # takes long, and four ranks know nothing less of the other modes
-        modes = [HIERARCHICAL, ONCE_PER_STEP]
+        modes = [PAPER, NODE]
     of_ranks = run_ranks(world, _train_beside_reference, topology, modes)
     assert len(of_ranks[0]) == len(modes) * len(MICRO_STEPS)
     for facts in zip(*of_ranks, strict=True):
@@ -100,31 +90,30 @@ def test_gradients_weights_and_clipping_are_those_of_one_process(world, ranks_pe
         assert facts[0]["sometimes_gradient"] > 1e-4  # a block that no boundary used got its gradient
 
 
-@pytest.mark.parametrize("once", ["cross_node_gather", "cross_node_reduce"])
+@pytest.mark.parametrize("once", [{"cache_parameters": "node"}, {"accumulate_gradients": "node"}], ids=str)
 def test_gathering_and_reducing_once_per_step_do_not_need_each_other(once):
     topology = Topology(world_size=8, ranks_per_node=2, partition_size=4)
-    mode = {"hierarchical": True, once: "once_per_step"}
+    mode = CommunicationOptions(**once)
     for facts in zip(*run_ranks(8, _train_beside_reference, topology, [mode]), strict=True):
         assert max(error for fact in facts for error in fact["gradient_errors"]) < 1e-6, facts[0]
         assert max(fact["weight_error"] for fact in facts) < 1e-6, facts[0]
         assert facts[0]["moved"] > 1e-3
 
 
-def _train_beside_reference(topology: Topology, modes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _train_beside_reference(topology: Topology, modes: list[CommunicationOptions]) -> list[dict[str, Any]]:
     facts = []
     for mode in modes:
-        options = dict(mode)
-        groups = create_partition_groups(topology, device_type="cpu", hierarchical=options.pop("hierarchical"))
-        facts += [_compare(groups, options, micro_steps) for micro_steps in MICRO_STEPS]
+        groups = create_partition_groups(topology, device_type="cpu", hierarchical=mode.hierarchical)
+        facts += [_compare(groups, mode, micro_steps) for micro_steps in MICRO_STEPS]
     return facts
 
 
-def _compare(groups: PartitionGroups, options: dict[str, Any], micro_steps: int) -> dict[str, Any]:
+def _compare(groups: PartitionGroups, options: CommunicationOptions, micro_steps: int) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rank)  # each rank starts from weights of its own
     model = HardCases()
     reference = copy.deepcopy(model)
-    schedule = shard_model(model, groups, block_classes=BLOCKS, **options)
+    schedule = shard_model(model, groups, communication=options, block_classes=BLOCKS)
     for name, parameter in model.named_parameters():
         reference.get_parameter(name).data.copy_(parameter.full_tensor())
     initial = _vector(reference.named_parameters())

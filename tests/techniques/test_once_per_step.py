@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,18 +11,15 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from lightning_mics import AccumulationSchedule, Topology, create_partition_groups, shard_model
+from lightning_mics import AccumulationSchedule, CommunicationOptions, Topology, create_partition_groups, shard_model
 from tests.support.forked import run_ranks
 from tests.support.models import DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
 
-ONCE: dict[str, Any] = {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step"}
+NODE, RANK = CommunicationOptions.NODE, CommunicationOptions.RANK
 
 
-KEPT: dict[str, Any] = {"in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"}
-
-
-LEVELS = pytest.mark.parametrize("options", [ONCE, KEPT], ids=["kept by nodes", "kept by ranks"])
+LEVELS = pytest.mark.parametrize("options", [NODE, RANK], ids=["kept by nodes", "kept by ranks"])
 
 
 SPANNING = [(4, 2, 4), (8, 2, 4), (8, 2, 8), (8, 4, 8), (4, 1, 2), (4, 1, 4)]
@@ -40,10 +37,10 @@ OVER_TWO = Topology(world_size=4, ranks_per_node=2, partition_size=4)
 UNITS = LAYERS + 1  # the blocks and the root
 
 
-def _make(topology: Topology, **options: Any) -> tuple[Stack, AccumulationSchedule]:
+def _make(topology: Topology, options: CommunicationOptions) -> tuple[Stack, AccumulationSchedule]:
     torch.manual_seed(0)
     model = Stack()
-    return model, shard_model(model, create_partition_groups(topology, device_type="cpu"), **options)
+    return model, shard_model(model, create_partition_groups(topology, device_type="cpu"), communication=options)
 
 
 def _micro_step(model: Stack, schedule: AccumulationSchedule, *, boundary: bool) -> list[Collective]:
@@ -52,9 +49,9 @@ def _micro_step(model: Stack, schedule: AccumulationSchedule, *, boundary: bool)
     return recorded.seen
 
 
-def _record(topology: Topology, options: dict[str, Any]) -> list[list[Collective]]:
+def _record(topology: Topology, options: CommunicationOptions) -> list[list[Collective]]:
     """The collectives of three micro-steps, the last one the boundary, in the second window."""
-    model, schedule = _make(topology, **options)
+    model, schedule = _make(topology, options)
     _micro_step(model, schedule, boundary=True)
     steps = []
     for boundary in (False, False, True):
@@ -65,7 +62,7 @@ def _record(topology: Topology, options: dict[str, Any]) -> list[list[Collective
 
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
 def test_parameters_cross_in_the_first_micro_step_and_gradients_at_the_boundary_only(topology):
-    for rank, micro_steps in enumerate(run_ranks(topology.world_size, _record, topology, ONCE)):
+    for rank, micro_steps in enumerate(run_ranks(topology.world_size, _record, topology, NODE)):
         rail, node = topology.rail(rank), topology.node_group(rank)
         first, middle, boundary = (Counter((c.kind, c.ranks) for c in seen) for seen in micro_steps)
         inside: Counter[tuple[str, tuple[int, ...]]] = Counter()
@@ -81,7 +78,7 @@ def test_parameters_cross_in_the_first_micro_step_and_gradients_at_the_boundary_
 
 @pytest.mark.parametrize("topology", [*TOPOLOGIES, ON_A_NODE], ids=str)
 def test_nothing_travels_between_the_first_gather_and_the_boundary_where_ranks_keep_it(topology):
-    for rank, micro_steps in enumerate(run_ranks(topology.world_size, _record, topology, KEPT)):
+    for rank, micro_steps in enumerate(run_ranks(topology.world_size, _record, topology, RANK)):
         first, middle, boundary = (Counter((c.kind, c.ranks) for c in seen) for seen in micro_steps)
         rail, node = topology.rail(rank), topology.node_group(rank)
         legs = [leg for leg in (rail, node) if len(leg) > 1]
@@ -102,9 +99,9 @@ def test_a_node_sends_the_least_possible_between_nodes_whatever_the_number_of_mi
             assert sent_bytes * topology.ranks_per_node == 2 * MODEL_BYTES * (n - 1) / n
 
 
-def _between_nodes(topology: Topology, options: dict[str, Any]) -> list[float]:
+def _between_nodes(topology: Topology, options: CommunicationOptions) -> list[float]:
     """What this rank counts in a window of one micro-step, and of four."""
-    model, schedule = _make(topology, **options)
+    model, schedule = _make(topology, options)
     counted = []
     for micro_steps in (1, 4):
         before = schedule.traffic.by_technique()
@@ -123,9 +120,9 @@ def test_gradients_are_none_until_the_boundary_also_without_replicas(options):
         assert of_steps == [0, 0, UNITS, UNITS, UNITS]
 
 
-def _gradients_present(options: dict[str, Any]) -> list[int]:
+def _gradients_present(options: CommunicationOptions) -> list[int]:
     """How many parameters have a gradient after each micro-step; the last two keep the gradients they found."""
-    model, schedule = _make(OVER_TWO, **options)
+    model, schedule = _make(OVER_TWO, options)
     counts = []
     for boundary in (False, False, True, False, True):
         _micro_step(model, schedule, boundary=boundary)
@@ -140,10 +137,10 @@ def test_gradients_of_two_windows_add_up_if_nobody_clears_them(options):
         torch.testing.assert_close(once, plainly, rtol=1e-6, atol=1e-9)
 
 
-def _two_windows(kept: dict[str, Any]) -> list[torch.Tensor]:
+def _two_windows(kept: CommunicationOptions) -> list[torch.Tensor]:
     results = []
-    for options in (kept, {}):
-        model, schedule = _make(OVER_TWO, **options)
+    for options in (kept, CommunicationOptions.PAPER):
+        model, schedule = _make(OVER_TWO, options)
         torch.manual_seed(1)
         for boundary in (False, True, False, True):
             _micro_step(model, schedule, boundary=boundary)
@@ -158,10 +155,10 @@ def test_an_abandoned_window_leaves_nothing_behind(options):
         assert torch.equal(abandoned, fresh)
 
 
-def _abandon(options: dict[str, Any]) -> list[torch.Tensor]:
+def _abandon(options: CommunicationOptions) -> list[torch.Tensor]:
     results = []
     for unfinished in (2, 0):
-        model, schedule = _make(OVER_TWO, **options)
+        model, schedule = _make(OVER_TWO, options)
         for _ in range(unfinished):
             _micro_step(model, schedule, boundary=False)
         schedule.window.abandon()
@@ -180,8 +177,8 @@ def test_an_evaluation_with_fixed_weights_crosses_nodes_once(options):
         assert [sum(c.ranks == rail for c in seen) for seen in fixed] == [UNITS, 0, 0]
 
 
-def _evaluate(options: dict[str, Any]) -> tuple[list[list[Collective]], list[list[Collective]]]:
-    model, schedule = _make(OVER_TWO, **options)
+def _evaluate(options: CommunicationOptions) -> tuple[list[list[Collective]], list[list[Collective]]]:
+    model, schedule = _make(OVER_TWO, options)
 
     def passes() -> list[list[Collective]]:
         recorded = []
@@ -203,7 +200,7 @@ def test_copies_and_sums_on_nodes_take_the_memory_of_their_share_and_none_after_
 
 
 def _held_on_nodes() -> list[tuple[int, int]]:
-    model, schedule = _make(OVER_TWO, **ONCE)
+    model, schedule = _make(OVER_TWO, NODE)
     held = []
     for boundary in (False, True):
         _micro_step(model, schedule, boundary=boundary)
@@ -217,7 +214,7 @@ def test_copies_and_sums_on_ranks_take_the_memory_of_the_model_and_none_after_th
 
 
 def _held_on_ranks() -> list[tuple[int, int]]:
-    model, schedule = _make(OVER_TWO, **KEPT)
+    model, schedule = _make(OVER_TWO, RANK)
     held = []
     for boundary in (False, True):
         _micro_step(model, schedule, boundary=boundary)
@@ -254,14 +251,14 @@ def test_a_block_whose_gradients_wait_crosses_at_a_boundary_that_does_not_use_it
 
 
 def _skip_at_the_boundary(
-    options: dict[str, Any], reduce_dtype: torch.dtype | None
+    options: CommunicationOptions, reduce_dtype: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     model, alone = TakesTurns(), TakesTurns()
     alone.load_state_dict(model.state_dict())
     groups = create_partition_groups(OVER_TWO, device_type="cpu")
     mixed_precision = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
-    schedule = shard_model(model, groups, mixed_precision=mixed_precision, **options)
+    schedule = shard_model(model, groups, communication=options, mixed_precision=mixed_precision)
     x = torch.randn(2, DIM)  # the same on all ranks
     for turn, boundary in ((0, False), (1, True)):
         with schedule.micro_step(boundary=boundary):
@@ -274,7 +271,9 @@ WIRE_SHAPES = [(4, 2, 1), (4, 2, 2), (4, 2, 4), (8, 2, 4), (8, 2, 2)]
 
 
 @pytest.mark.parametrize("shape", WIRE_SHAPES, ids=str)
-@pytest.mark.parametrize("options", [{}, {"cross_node_reduce": "once_per_step"}, KEPT], ids=str)
+@pytest.mark.parametrize(
+    "options", [CommunicationOptions.PAPER, CommunicationOptions(accumulate_gradients="node"), RANK], ids=str
+)
 def test_bf16_on_the_wire_costs_its_rounding_and_sums_in_float32(shape, options):
     world, k, p = shape
     topology = Topology(world_size=world, ranks_per_node=k, partition_size=p)
@@ -285,11 +284,11 @@ def test_bf16_on_the_wire_costs_its_rounding_and_sums_in_float32(shape, options)
         assert equal
 
 
-def _wire(topology: Topology, options: dict[str, Any]) -> tuple[dict[str, float], bool, bool]:
+def _wire(topology: Topology, options: CommunicationOptions) -> tuple[dict[str, float], bool, bool]:
     """Relative errors of gradients by wire dtype; whether bf16 halves their bytes; whether replicas are bit-equal."""
     gradients, crossing = {}, {}
     for name, dtype in {"none": None, "float32": torch.float32, "bfloat16": torch.bfloat16}.items():
-        model, schedule = _make(topology, inter_node_reduce_dtype=dtype, **options)
+        model, schedule = _make(topology, replace(options, inter_node_reduce_dtype=dtype))
         torch.manual_seed(7 + torch.distributed.get_rank())
         for boundary in (False, False, True):
             _micro_step(model, schedule, boundary=boundary)
