@@ -35,7 +35,7 @@ def test_it_is_found_at_any_depth_and_from_a_compiled_model() -> None:
 
 def test_one_model_under_two_names_is_one() -> None:
     model, handle = with_handle()
-    assert lightning_mics.sharded(nn.ModuleDict({"forward": model, "original": model})) is handle
+    assert lightning_mics.sharded(nn.ModuleDict({"compiled": model, "original": model})) is handle
 
 
 def test_a_model_that_is_not_sharded_is_an_error_that_says_what_shards() -> None:
