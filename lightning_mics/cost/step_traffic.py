@@ -88,14 +88,14 @@ def step_traffic(
     gathered_dtype: torch.dtype = torch.float32,
     reduce_dtype: torch.dtype = torch.float32,
 ) -> list[ScheduledCollective]:
-    """What rank 0 runs on NCCL in one optimizer step of automatic optimization; clipping apart.
+    """List the collectives of rank 0 on NCCL in one optimizer step of automatic optimization, without clipping.
 
     Args:
-        units: From :func:`find_units`.
-        topology: Where every rank is.
-        communication: How the collectives run.
-        gathered_dtype: Of gathered parameters.
-        reduce_dtype: Of gradient sums.
+        units: Parameter groups of the model, from :func:`find_units`.
+        topology: Topology of the job.
+        communication: Options of the collectives, without "auto".
+        gathered_dtype: Dtype of unsharded parameters.
+        reduce_dtype: Dtype of gradient sums.
 
     Raises:
         ValueError: If ``communication`` leaves "auto" to a policy, or its ``hierarchical`` does not fit the topology.
