@@ -27,23 +27,28 @@ from lightning_mics.topology import Topology
 
 @dataclass(frozen=True)
 class Unit:
-    """What FSDP2 gathers and reduces at once.
+    """A parameter group of FSDP2: parameters that are gathered and reduced by one collective.
 
     Attributes:
-        parameters: Rows and elements per row of each.
-        is_root: Whether it is what no block holds.
+        parameters: Number of rows and number of elements per row, of each parameter.
+        is_root: Whether these are the parameters outside of all blocks.
     """
 
     parameters: tuple[tuple[int, int], ...]
     is_root: bool
 
     def elements(self, ranks: int) -> int:
-        """Of all parameters, padded so that ``ranks`` have equal parts."""
+        """Number of elements of all parameters, padded so that ``ranks`` have equal shards."""
         return sum(-(-rows // ranks) * ranks * width for rows, width in self.parameters)
 
 
 def find_units(model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:
-    """The units of ``model``, in the order of forward: the root, then its blocks. It may be on the meta device."""
+    """Find the parameter groups of a model, in the order of forward: the root, then its blocks.
+
+    Args:
+        model: The model, which may be on the meta device.
+        blocks: Blocks of the model, by FQN.
+    """
     modules = {model: True} | dict.fromkeys(reversed(list(blocks.values())), False)
     return [Unit(_shapes(unit, set(blocks.values())), is_root) for unit, is_root in modules.items()]
 
@@ -61,9 +66,9 @@ class ScheduledCollective:
     """A collective of an optimizer step.
 
     Attributes:
-        collective: What runs.
-        times: How often in a micro-step that it runs in.
-        when: In which micro-steps it runs: every one, the first, or the boundary.
+        collective: The collective.
+        times: Number of runs in each of these micro-steps.
+        when: Micro-steps in which it runs: "every", the "first", or the one at the "boundary".
     """
 
     collective: Collective
@@ -71,7 +76,7 @@ class ScheduledCollective:
     when: When
 
     def in_step(self, micro_steps: int) -> int:
-        """How often it runs in an optimizer step."""
+        """Number of runs in an optimizer step of ``micro_steps`` micro-steps."""
         return self.times * (micro_steps if self.when == "every" else 1)
 
 
@@ -83,14 +88,14 @@ def step_traffic(
     gathered_dtype: torch.dtype = torch.float32,
     reduce_dtype: torch.dtype = torch.float32,
 ) -> list[ScheduledCollective]:
-    """What rank 0 runs on NCCL in one optimizer step of automatic optimization; clipping apart.
+    """List the collectives of rank 0 on NCCL in one optimizer step of automatic optimization, without clipping.
 
     Args:
-        units: From :func:`find_units`.
-        topology: Where every rank is.
-        communication: How the collectives run.
-        gathered_dtype: Of gathered parameters.
-        reduce_dtype: Of gradient sums.
+        units: Parameter groups of the model, from :func:`find_units`.
+        topology: Topology of the job.
+        communication: Options of the collectives, without "auto".
+        gathered_dtype: Dtype of unsharded parameters.
+        reduce_dtype: Dtype of gradient sums.
 
     Raises:
         ValueError: If ``communication`` leaves "auto" to a policy, or its ``hierarchical`` does not fit the topology.
@@ -106,7 +111,12 @@ def step_traffic(
 
 
 def total_sent(traffic: Iterable[ScheduledCollective], *, micro_steps: int) -> Sent:
-    """What rank 0 sends in an optimizer step of ``traffic``."""
+    """Bytes that rank 0 sends in an optimizer step.
+
+    Args:
+        traffic: Collectives of the step, from :func:`step_traffic`.
+        micro_steps: Micro-steps per optimizer step.
+    """
     total = Sent()
     for repeated in traffic:
         sent, times = repeated.collective.sent, repeated.in_step(micro_steps)
