@@ -72,10 +72,8 @@ def write_plan_page(
 
 
 def draw_memory(planned: Plan) -> Figure:
-    """Memory of a rank by partition size: states, what is kept, activations; against capacity."""
-    candidates = sorted(
-        (candidate for candidate in planned.candidates), key=lambda candidate: candidate.topology.partition_size
-    )
+    """Memory of a rank by partition size: states, caches, activations; against capacity."""
+    candidates = sorted(planned.candidates, key=lambda candidate: candidate.topology.partition_size)
     parts = {
         "model states": [candidate.states_bytes for candidate in candidates],
         "cached until the boundary": [candidate.cached_bytes for candidate in candidates],
@@ -101,9 +99,7 @@ def draw_memory(planned: Plan) -> Figure:
 
 def draw_bytes(planned: Plan) -> Figure:
     """What a node sends per optimizer step, inside and to others, by partition size."""
-    candidates = sorted(
-        (candidate for candidate in planned.candidates), key=lambda candidate: candidate.topology.partition_size
-    )
+    candidates = sorted(planned.candidates, key=lambda candidate: candidate.topology.partition_size)
     figure, axes = _axes("Bytes that a node sends per optimizer step", "partition size, ranks", "GB, logarithmic")
     tiers = {"between nodes": (-0.2, ORANGE, "between_bytes"), "inside the node": (0.2, BLUE, "inside_bytes")}
     for name, (offset, color, attribute) in tiers.items():

@@ -86,8 +86,8 @@ def duration(planned: Plan, config: DictConfig) -> str:
     days = [steps * seconds / 86400 for seconds in (candidate.seconds.least, candidate.seconds.most)]
     tokens = steps * config.global_batch_size * config.data.sequence_length
     return (
-        f"With partition_size={size_label(candidate, planned)}, {steps:,} steps of {tokens / steps / 1e6:,.3g} M tokens "
-        f"({_short(tokens / 1e9)} B in all) take {_short(days[0])} to {_short(days[1])} days"
+        f"With partition_size={size_label(candidate, planned)}, {steps:,} steps of {tokens / steps / 1e6:,.3g} M "
+        f"tokens ({_short(tokens / 1e9)} B in all) take {_short(days[0])} to {_short(days[1])} days"
     )
 
 
