@@ -11,7 +11,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -75,6 +75,25 @@ def run_ranks(
     if failures:
         raise RankError(failures)
     return [results[rank][1] for rank in range(world_size)]
+
+
+def run_cases(world_size: int, cases: Mapping[Any, Callable[[], Any]], **options: Any) -> dict[Any, list[Any]]:
+    """Call several functions one after the other on the same ranks, which are forked once.
+
+    Args:
+        world_size: Ranks to fork.
+        cases: Functions by the names of their cases.
+        options: Options of :func:`run_ranks`.
+
+    Returns:
+        By case the results in the order of ranks.
+    """
+    of_ranks = run_ranks(world_size, _run_all, cases, **options)
+    return {case: [results[case] for results in of_ranks] for case in cases}
+
+
+def _run_all(cases: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
+    return {name: case() for name, case in cases.items()}
 
 
 def _collect(ends: dict[Connection, int], timeout: float) -> dict[int, tuple[bool, Any]]:
