@@ -49,6 +49,7 @@ def predicted(name: str, shape: tuple[int, int, int], options: dict[str, Any]) -
     return counts
 
 
+@pytest.mark.rehearsal
 @pytest.mark.parametrize("job", [*JOBS, *LARGE])
 def test_a_rehearsal_runs_what_is_predicted(job: str) -> None:
     shape, options = {**JOBS, **LARGE}[job]
