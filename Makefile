@@ -1,4 +1,4 @@
-# `make train` and `make test` do all the set-up they need; a second call starts at once.
+# All targets do the set-up that they need; a second call starts at once.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # Overrides for train.py: make train ARGS="trainer.max_steps=10"
 ARGS ?=
 
-.PHONY: train test campaign check format clean
+.PHONY: train test campaign check format docs dist clean
 
 train: $(VENV)/.installed-recipes
 	$(BIN)/python train.py $(ARGS)
@@ -33,8 +33,18 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site, from README.md and docs/; a broken link fails (--quiet would hide it from --strict).
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Wheel and sdist, and the wheel tried in an environment of its own.
+dist: $(VENV)/.installed-dist
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" .ci/try-wheel dist/*.whl
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and by itself: the package's wider range then finds it there and installs no other.
@@ -42,6 +52,11 @@ $(VENV)/.installed-torch:
 	@echo "Making $(VENV) with $(TORCH); once only, it takes a few minutes."
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed-%: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(shell sed -n '/^$* = \[$$/,/^\]$$/s/^ *"\(.*\)",.*/"\1"/p' pyproject.toml)
 	touch $@
 
 $(VENV)/.installed-%: pyproject.toml $(VENV)/.installed-torch

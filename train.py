@@ -99,7 +99,9 @@ def make_trainer(config: DictConfig, saved: SavedRun | None = None) -> L.Trainer
     """The Trainer of this run, whether it begins or goes on."""
     steps = steps_to_reach(config.trainer.max_steps, saved)
     loggers = list(instantiate(config.logger).values())
-    return instantiate(config.trainer, logger=loggers, strategy=instantiate(config.strategy), max_steps=steps)
+    trainer = instantiate(config.trainer, _partial_=True)
+    callbacks = [callback for callback in trainer.keywords["callbacks"].values() if callback is not None]
+    return trainer(logger=loggers, callbacks=callbacks, strategy=instantiate(config.strategy), max_steps=steps)
 
 
 def resume(

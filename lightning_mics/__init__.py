@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning_mics.techniques.partition_groups import PartitionGroups, create_partition_groups
     from lightning_mics.topology import Topology
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "AccumulationSchedule",

@@ -64,7 +64,6 @@ def test_neither_torch_nor_lightning_is_imported(statement: str, tmp_path: Path)
     "imports",
     [
         "import lightning_mics\nimport lightning as L",
-        "import lightning_mics\nfrom lightning.pytorch import Trainer",
         "from lightning.fabric import Fabric\nimport lightning_mics",
         "import lightning.pytorch\nfrom lightning_mics import MiCSStrategy",
     ],

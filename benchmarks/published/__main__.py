@@ -9,6 +9,7 @@ A100, Hopper) and the share of communication that is hidden are fitted to those 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -182,6 +183,7 @@ def _error(point: Point, kernel_share: float | None = None, hidden_share: float 
 
 
 def write_page(out: Path) -> None:
+    """Write the page, and its figures as ``results.json``."""
     points, said = read_points()
     shares, hidden = fit(points)
     by_name = {point.name: point for point in points}
@@ -220,6 +222,42 @@ def write_page(out: Path) -> None:
         assumed=said["assumed"],
     )
     (out / "README.md").write_text(page)
+    (out / "results.json").write_text(json.dumps(_figures(points), indent=1) + "\n")
+
+
+def _figures(points: list[Point]) -> dict[str, Any]:
+    return {
+        "errors": {name: _errors(chosen) for name, chosen in _parts(points).items()},
+        "points": [
+            {
+                "name": point.name,
+                "engine": point.engine,
+                "calibrates": point.calibrates,
+                "published_tokens_per_s": point.tokens_per_s,
+                "expected_tokens_per_s": point.speed(point.predict().expected),
+            }
+            for point in points
+        ],
+    }
+
+
+def _errors(points: list[Point]) -> dict[str, float]:
+    """Relative errors of the expected speed."""
+    errors = [abs(math.exp(_error(point)) - 1) for point in points]
+    return {
+        "points": len(errors),
+        "mean": sum(errors) / len(errors),
+        "largest": max(errors),
+        "within_a_quarter": sum(error <= 0.25 for error in errors),
+    }
+
+
+def _parts(points: list[Point]) -> dict[str, list[Point]]:
+    return {
+        "calibration": [p for p in points if p.calibrates],
+        "test, PyTorch's engine": [p for p in points if not p.calibrates and p.engine == "fsdp"],
+        "test, DeepSpeed's engine": [p for p in points if not p.calibrates and p.engine == "deepspeed"],
+    }
 
 
 def _ranking(points: list[Point]) -> str:
@@ -235,26 +273,23 @@ def _ranking(points: list[Point]) -> str:
 
 def _summary(points: list[Point]) -> str:
     rows = []
-    for name, chosen in {
-        "calibration": [p for p in points if p.calibrates],
-        "test, PyTorch's engine": [p for p in points if not p.calibrates and p.engine == "fsdp"],
-        "test, DeepSpeed's engine": [p for p in points if not p.calibrates and p.engine == "deepspeed"],
-    }.items():
-        errors = [abs(math.exp(_error(point)) - 1) for point in chosen]
-        within = sum(error <= 0.25 for error in errors)
-        mean, count = sum(errors) / len(errors), len(errors)
-        rows.append(f"| {name} | {count} | {mean:.0%} | {max(errors):.0%} | {within} of {count} |")
+    for name, chosen in _parts(points).items():
+        found = _errors(chosen)
+        rows.append(
+            f"| {name} | {found['points']} | {found['mean']:.0%} | {found['largest']:.0%} "
+            f"| {found['within_a_quarter']} of {found['points']} |"
+        )
     return "\n".join(rows)
 
 
 PAGE = """# Predicted and published
 
-How far off is the step-time model (`lightning_mics/planning/step_time.py`)? Published throughputs beside what it says
+How far off is the step-time model (`lightning_mics/cost/step_time.py`)? Published throughputs beside what it says
 of the same jobs. *Predicted; the measurements are their authors'.*
 
 Fitted to the calibration points, and to nothing else: the share of the peak that kernels reach ({shares})
 and the share of communication that is hidden behind arithmetic ({hidden:.2f}). Traffic is exact; rates and latencies
-are those of `lightning_mics/planning/hardware.py`.
+are those of `lightning_mics/cost/hardware.py`.
 
 | points | number | mean error | largest | within 25 % |
 |---|---|---|---|---|

@@ -21,14 +21,86 @@ from lightning_mics.checkpoint.storage.path import StoragePath
 MOST_UNFINISHED = 2  # as with ModelCheckpoint(save_last=True), which saves twice in a row; each takes memory for a copy
 
 
-@dataclass(frozen=True)
-class _Save:
-    name: str
-    done: Future[None]
+class ShardedSaving:
+    """Saves the sharded checkpoints of a run, asynchronously or synchronously.
+
+    Args:
+        asynchronous: Whether checkpoints are written while training continues, where the caller of :meth:`save` allows.
+        timeout: Timeout of the collectives of asynchronous saves; None is the backend's default.
+    """
+
+    def __init__(self, *, asynchronous: bool, timeout: timedelta | None) -> None:
+        self._asynchronous = asynchronous
+        self._timeout = timeout
+        self._background = BackgroundSaving()
+        self._group: dist.ProcessGroup | None = None
+
+    def save(
+        self,
+        path: StoragePath,
+        *,
+        model_state: dict[str, Any],
+        optimizer_states: Sequence[dict[str, Any]],
+        meta: dict[str, Any],
+        rank_state: Mapping[str, Tensor] | None = None,
+        synchronous: bool = False,
+        show_progress: bool = False,
+    ) -> None:
+        """Save a checkpoint; every rank calls it.
+
+        Args:
+            path: See :func:`~lightning_mics.checkpoint.saving.save_sharded`.
+            model_state: Tensors by FQN; sharded ones are DTensors.
+            optimizer_states: States of the optimizers, in their order.
+            meta: Entries that are not sharded.
+            rank_state: Tensors that belong to this rank alone.
+            synchronous: Whether the checkpoint must be complete on return.
+            show_progress: Whether this rank displays a progress bar while it waits.
+
+        Raises:
+            OSError: If storage fails during this call.
+            RuntimeError: If anything else fails, or if an earlier asynchronous save has failed.
+        """
+        prepare = partial(
+            prepare_sharded,
+            path,
+            model_state=model_state,
+            optimizer_states=optimizer_states,
+            meta=meta,
+            rank_state=rank_state,
+            group=self._group_of_all(),
+        )
+        if synchronous or not self._asynchronous:
+            self.wait()
+            prepare(buffers=None, show_progress=show_progress)()
+            return
+
+        def prepare_copies(buffers: HostBuffers) -> Callable[[], None]:
+            return all_ranks_answer(f"saving {path}", timeout=self._timeout)(prepare(buffers=buffers))
+
+        self._background.save(str(path), prepare_copies)
+
+    def after_saves(self, action: Callable[[], None]) -> None:
+        """Run ``action`` after all unfinished saves, immediately if there are none; never if one of them fails."""
+        self._background.after_saves(action)
+
+    def wait(self) -> None:
+        """Wait until all asynchronous saves have finished; every rank calls it.
+
+        Raises:
+            RuntimeError: If one failed. Earlier checkpoints are unchanged.
+        """
+        self._background.wait()
+
+    def _group_of_all(self) -> dist.ProcessGroup | None:
+        """The gloo group of all ranks for the collectives of asynchronous saves, made when it is first needed."""
+        if self._asynchronous and self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+        return self._group
 
 
 class BackgroundSaving:
-    """One thread that writes checkpoints, and what is to be done after them."""
+    """A thread that writes checkpoints one after the other, and runs actions that depend on them."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -37,14 +109,15 @@ class BackgroundSaving:
         self._free_buffers: list[HostBuffers] = []
 
     def save(self, name: str, prepare: Callable[[HostBuffers], Callable[[], None]]) -> None:
-        """Take copies now and write them later; waits while :data:`MOST_UNFINISHED` saves are.
+        """Copy a checkpoint now and write it later; blocks while :data:`MOST_UNFINISHED` saves are unfinished.
 
         Args:
-            name: Of the checkpoint, for errors.
-            prepare: Copies into the buffers it is given, and returns what writes them, on another thread.
+            name: Name of the checkpoint, for errors.
+            prepare: Function that copies into the buffers it is given and returns the function that writes them, which
+                another thread calls.
 
         Raises:
-            RuntimeError: If an earlier save that must end now has failed.
+            RuntimeError: If an earlier save that this one has waited for has failed.
         """
         while len(self._unfinished) >= MOST_UNFINISHED:
             self._finish(self._unfinished.popleft())
@@ -60,7 +133,7 @@ class BackgroundSaving:
         self._unfinished.append(_Save(name, self._thread.submit(write_and_free)))
 
     def after_saves(self, action: Callable[[], None]) -> None:
-        """Run ``action`` when what is being saved now is there, at once if nothing is; not at all if that fails."""
+        """Run ``action`` after all unfinished saves, immediately if there are none; never if one of them fails."""
         before = [save.done for save in self._unfinished]
         if not before:
             action()
@@ -73,7 +146,7 @@ class BackgroundSaving:
         self._later.append(self._thread.submit(run_unless_failed))
 
     def wait(self) -> None:
-        """Wait until all is written and done.
+        """Wait until all saves and all actions after them have finished.
 
         Raises:
             RuntimeError: If a save has failed.
@@ -94,83 +167,11 @@ class BackgroundSaving:
         error = save.done.exception()
         if error is not None:
             raise RuntimeError(
-                f"checkpoint {save.name}, written beside training, failed: {error}; earlier ones are as they were"
+                f"saving checkpoint {save.name} asynchronously failed: {error}; earlier ones are unchanged"
             ) from error
 
 
-class ShardedSaving:
-    """Saves the sharded checkpoints of a run.
-
-    Args:
-        beside_training: Whether they are written while training goes on, where the caller allows it.
-        timeout: For what the ranks tell each other meanwhile.
-    """
-
-    def __init__(self, *, beside_training: bool, timeout: timedelta | None) -> None:
-        self._beside_training = beside_training
-        self._timeout = timeout
-        self._background = BackgroundSaving()
-        self._group: dist.ProcessGroup | None = None
-
-    def save(
-        self,
-        path: StoragePath,
-        *,
-        model_state: dict[str, Any],
-        optimizer_states: Sequence[dict[str, Any]],
-        meta: dict[str, Any],
-        rank_state: Mapping[str, Tensor] | None = None,
-        at_once: bool = False,
-        show_progress: bool = False,
-    ) -> None:
-        """Save a checkpoint; every rank calls it.
-
-        Args:
-            path: As of :func:`~lightning_mics.checkpoint.saving.save_sharded`, and so are the following.
-            model_state: Tensors by parameter name.
-            optimizer_states: One per optimizer.
-            meta: What is not sharded.
-            rank_state: What is of this rank alone.
-            at_once: Whether it must be there on return.
-            show_progress: Whether this rank shows a progress bar while it waits.
-
-        Raises:
-            OSError: If storage fails, now or for an earlier checkpoint that was written beside training.
-            RuntimeError: Likewise if anything else fails.
-        """
-        prepare = partial(
-            prepare_sharded,
-            path,
-            model_state=model_state,
-            optimizer_states=optimizer_states,
-            meta=meta,
-            rank_state=rank_state,
-            group=self._group_of_all(),
-        )
-        if at_once or not self._beside_training:
-            self.wait()
-            prepare(buffers=None, show_progress=show_progress)()
-            return
-
-        def prepare_copies(buffers: HostBuffers) -> Callable[[], None]:
-            return all_ranks_answer(f"saving {path}", timeout=self._timeout)(prepare(buffers=buffers))
-
-        self._background.save(str(path), prepare_copies)
-
-    def after_saves(self, action: Callable[[], None]) -> None:
-        """Run ``action`` when what is being written now is there, at once if nothing is; not at all if that fails."""
-        self._background.after_saves(action)
-
-    def wait(self) -> None:
-        """Wait until all checkpoints are there that are being written beside training; every rank calls it.
-
-        Raises:
-            RuntimeError: If one failed. Those saved earlier are as they were.
-        """
-        self._background.wait()
-
-    def _group_of_all(self) -> dist.ProcessGroup | None:
-        """All ranks on the host, for what they say about checkpoints beside training; made when it is first needed."""
-        if self._beside_training and self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
-        return self._group
+@dataclass(frozen=True)
+class _Save:
+    name: str
+    done: Future[None]

@@ -11,17 +11,25 @@ from torch.optim import Optimizer
 
 from lightning_mics.checkpoint.optimizer_states import prefixes
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
 
+def check_model(model_state: Mapping[str, Any], stored: Mapping[str, Any], *, strict: bool) -> None:
+    """Check that a model can take the tensors of a checkpoint.
 
-def _check_model(model_state: Mapping[str, Any], stored: Mapping[str, Any], *, strict: bool) -> None:
+    Args:
+        model_state: Tensors of the model by FQN, sharded or not.
+        stored: Tensors of the checkpoint, or their metadata, by FQN.
+        strict: Whether both must have the same names.
+
+    Raises:
+        RuntimeError: If a shape differs, or if names differ and ``strict``.
+    """
     shared = [name for name in model_state.keys() & stored.keys() if not name.endswith("_extra_state")]
     other = [name for name in shared if _shape(model_state[name]) != _shape(stored[name])]
     if other:
         name = min(other)
         raise RuntimeError(
             f"{len(other)} tensors have another shape in the checkpoint than in the model, for instance {name!r} with "
-            f"{_shape(stored[name])} there and {_shape(model_state[name])} here"
+            f"{_shape(stored[name])} in the checkpoint and {_shape(model_state[name])} in the model"
         )
     missing = sorted(model_state.keys() - prefixes(stored))  # a dict in the state is stored entry by entry
     unexpected = sorted(name for name in stored if not prefixes([name]) & model_state.keys())
@@ -33,12 +41,21 @@ def _check_model(model_state: Mapping[str, Any], stored: Mapping[str, Any], *, s
         )
 
 
+def check_optimizer_count(optimizers: Sequence[Optimizer], saved: int) -> None:
+    """Check that a model has as many optimizers as its checkpoint, unless one of them has none.
+
+    Args:
+        optimizers: The model's optimizers.
+        saved: Number of optimizers whose states are in the checkpoint.
+
+    Raises:
+        RuntimeError: If the numbers differ.
+    """
+    if saved and optimizers and saved != len(optimizers):
+        raise RuntimeError(f"the checkpoint holds the states of {saved} optimizers, the model has {len(optimizers)}")
+
+
 def _shape(entry: Any) -> list[int] | None:
     if isinstance(entry, TensorStorageMetadata):
         return list(entry.size)
     return list(entry.shape) if isinstance(entry, Tensor) else None
-
-
-def _check_count(optimizers: Sequence[Optimizer], saved: int) -> None:
-    if saved and optimizers and saved != len(optimizers):
-        raise RuntimeError(f"the checkpoint holds the states of {saved} optimizers, the model has {len(optimizers)}")

@@ -2,10 +2,16 @@
 
 python -m lightning_mics export outputs/gpt/checkpoints/last.ckpt exported
 
-Writes the weights as safetensors files, with ``config.json`` and the tokenizer's files if there are any. Runs nothing
-that is in the checkpoint, needs neither its model nor a GPU, and holds one of the files in memory at a time. The exit
-status is 0 if the folder is there, 1 if the checkpoint is damaged or unsafe to read, 2 if it is none or the options do
-not fit it.
+Writes the weights as safetensors files, with ``config.json`` and the tokenizer's files if there are any. Runs no code
+of the checkpoint, needs neither its model nor a GPU, and holds one of the files in memory at a time. The exit status is
+0 if the folder is complete, 1 if the checkpoint is corrupted or unsafe to read, 2 if it is not a checkpoint or the
+options do not fit it.
+
+torch's ``HuggingFaceStorageWriter`` would hold each file twice, as tensors and as the bytes of ``safetensors.save``
+(``_write_files_from_queue`` in torch's ``filesystem.py``), and call a single file ``model-00001-of-00001.safetensors``
+(``_gen_file_name`` in ``_hf_utils.py``). ``consolidate_safetensors_files`` reads safetensors files, which a sharded
+checkpoint does not have, and converts no dtypes. So ``huggingface_hub`` splits the weights into files and
+``safetensors`` writes them.
 """
 
 from __future__ import annotations
@@ -27,23 +33,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lightning_mics.checkpoint.dcp.reader import SafeReader
-from lightning_mics.checkpoint.dcp.unpickling import load_value
 from lightning_mics.checkpoint.errors import DamagedCheckpointError, UnsafeCheckpointError
+from lightning_mics.checkpoint.opening import OpenCheckpoint, open_checkpoint
 from lightning_mics.checkpoint.origin import saved_network
 from lightning_mics.checkpoint.storage.folder import META_FILE, is_sharded
 from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
-from lightning_mics.checkpoint.whole_model import check_whole, model_tensors, read_tensors
+from lightning_mics.checkpoint.whole_model import model_tensors, read_tensors
 
 CONFIG_FILE = "config.json"
-
-
 GENERATION_FILE = "generation_config.json"
-
-
 INDEX_FILE = "model.safetensors.index.json"
-
-
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -58,23 +57,9 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-
-
-TOKENIZER_KEY = "tokenizer"
-
+TOKENIZER_KEY = "tokenizer"  # in a checkpoint: the folder of its tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-@dataclass(frozen=True)
-class _Network:
-    """How the network is configured, and what it is called in the checkpoint."""
-
-    prefix: str
-    left_out: frozenset[str]
-    config: dict[str, Any]
-    generation_config: str | None
-    tokenizer: Path | None
 
 
 def export(
@@ -90,36 +75,36 @@ def export(
     """Write the network in a sharded checkpoint to the folder ``out``, which appears when it is complete.
 
     Args:
-        checkpoint: Where a sharded checkpoint is.
-        out: A folder that is not there yet, or empty.
-        shard_size: The most bytes in one file, such as ``"5GB"``; a tensor that is larger has a file of its own.
-        dtype: What floating-point weights are converted to, as in :data:`DTYPES`; None keeps theirs.
-        config: A ``config.json``, or a folder with one, to take in place of what the checkpoint says.
-        prefix: What the network's names begin with in the checkpoint, where it does not say.
-        tokenizer: A folder with the tokenizer's files. None takes the folder that the checkpoint names, if it is there.
+        checkpoint: Directory of a sharded checkpoint.
+        out: Folder to make, which may exist if it is empty.
+        shard_size: Maximum size of a file, such as ``"5GB"``; a larger tensor has a file of its own.
+        dtype: One of :data:`DTYPES`, for floating-point weights; None converts nothing.
+        config: A ``config.json``, or a folder with one, in place of the checkpoint's configuration.
+        prefix: Prefix of the network's FQNs in the checkpoint, if the checkpoint does not record it.
+        tokenizer: Folder with the tokenizer's files; None takes the folder that the checkpoint names, if it exists.
 
     Returns:
-        The folder that the tokenizer's files were taken from, if any.
+        The folder that the tokenizer's files were copied from, if any.
 
     Raises:
-        ValueError: If ``checkpoint`` is no sharded checkpoint, or an option does not fit it.
+        ValueError: If ``checkpoint`` is not a sharded checkpoint, or an option does not fit it.
         FileExistsError: If ``out`` is not empty.
         FileNotFoundError: If a file that an option names is missing.
         DamagedCheckpointError: If files of the checkpoint are missing, cut short or altered.
         UnsafeCheckpointError: If reading it would run code.
     """
     _check_options(checkpoint, out, dtype)
-    content = check_whole(checkpoint)
-    reader = SafeReader(content)
-    stored = model_tensors(reader)
-    network = _network(content, sorted(stored), config=config, prefix=prefix, tokenizer=tokenizer)
+    opened = open_checkpoint(checkpoint)
+    opened.check()
+    stored = model_tensors(opened)
+    network = _network(opened, sorted(stored), config=config, prefix=prefix, tokenizer=tokenizer)
     weights = _weights(stored, network, dtype)
     split = split_torch_state_dict_into_shards(
         weights, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size
     )
-    with _appearing_whole(out) as folder:
+    with _complete_or_removed(out) as folder:
         for file, names in split.filename_to_tensors.items():
-            read = read_tensors(reader, {network.prefix + name: stored[network.prefix + name] for name in names})
+            read = read_tensors(opened, {network.prefix + name: stored[network.prefix + name] for name in names})
             converted = {name: read.pop(network.prefix + name).to(weights[name].dtype) for name in names}
             save_file(converted, folder / file, metadata={"format": "pt"})
         if split.is_sharded:
@@ -128,8 +113,27 @@ def export(
     return network.tokenizer
 
 
+@dataclass(frozen=True)
+class _Network:
+    """The configuration of the network, and its names in the checkpoint.
+
+    Attributes:
+        prefix: Prefix of the network's FQNs.
+        left_out: FQNs without the prefix that are not exported.
+        config: Content of ``config.json``.
+        generation_config: Content of ``generation_config.json``, as JSON, or None.
+        tokenizer: Folder with the tokenizer's files, or None.
+    """
+
+    prefix: str
+    left_out: frozenset[str]
+    config: dict[str, Any]
+    generation_config: str | None
+    tokenizer: Path | None
+
+
 def _weights(stored: Mapping[str, TensorStorageMetadata], network: _Network, dtype: str | None) -> dict[str, Tensor]:
-    """The tensors to write, by the network's own names, as they will be but on the meta device."""
+    """The tensors to write, by the network's own FQNs, with shapes and dtypes in the file but on the meta device."""
     weights = {}
     for name, entry in stored.items():
         own = name.removeprefix(network.prefix)
@@ -141,8 +145,8 @@ def _weights(stored: Mapping[str, TensorStorageMetadata], network: _Network, dty
 
 
 @contextmanager
-def _appearing_whole(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``out`` at the end, or is removed if that is not reached."""
+def _complete_or_removed(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``out`` at the end, or is removed after an error."""
     unfinished = out.absolute().with_name(f".{out.absolute().name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -170,18 +174,18 @@ def _write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-# -- what the checkpoint or the options say ---------------------------------------------------------------------------
+# -- the network, from the checkpoint or the options ------------------------------------------------------------------
 
 
 def _network(
-    checkpoint: StoragePath, names: list[str], *, config: Path | None, prefix: str | None, tokenizer: Path | None
+    checkpoint: OpenCheckpoint, names: list[str], *, config: Path | None, prefix: str | None, tokenizer: Path | None
 ) -> _Network:
     meta = _meta(checkpoint, needed=config is None)
     said = saved_network(meta)
     if said is None and config is None:
         raise ValueError(
-            f"{checkpoint} does not say how its network is configured, for it was not saved with exactly one model of "
-            "transformers in its LightningModule; pass --config with its config.json"
+            f"{checkpoint.path} does not record the configuration of its network, because it was not saved with "
+            "exactly one model of transformers in its LightningModule; pass --config with its config.json"
         )
     given = _given(config) if config is not None else {}
     architecture = {"architectures": [said.architecture]} if said else {}
@@ -194,21 +198,20 @@ def _network(
     )
 
 
-def _meta(checkpoint: StoragePath, *, needed: bool) -> dict[str, Any]:
+def _meta(checkpoint: OpenCheckpoint, *, needed: bool) -> dict[str, Any]:
     try:
-        meta: dict[str, Any] = load_value(checkpoint / META_FILE, name=str(checkpoint / META_FILE), weights_only=True)
-        return meta
+        return checkpoint.meta(weights_only=True)
     except UnsafeCheckpointError:
         if needed:
             raise
-        return {}  # the options stand in for it
+        return {}  # the options take its place
 
 
 def _given(config: Path) -> dict[str, Any]:
     file = config / CONFIG_FILE if config.is_dir() else config
     content = json.loads(file.read_text())
     if not isinstance(content, dict) or "model_type" not in content:
-        raise ValueError(f"{file} is no configuration of transformers: it names no model_type")
+        raise ValueError(f"{file} is not a configuration of transformers: it has no model_type")
     return content
 
 
@@ -222,9 +225,9 @@ def _prefix(names: list[str], given: str | None, said: str | None) -> str:
     first = list(dict.fromkeys(name.partition(".")[0] for name in names))
     chosen = given if given is not None else said
     if chosen is None and len(first) == 1:
-        chosen = f"{first[0]}."  # the only attribute of the LightningModule that has weights
+        chosen = f"{first[0]}."  # the only attribute of the LightningModule with weights
     if chosen is None:
-        raise ValueError(f"the model's names begin with {', '.join(first)}; pass --prefix with what the network's do")
+        raise ValueError(f"the model's names begin with {', '.join(first)}; pass --prefix with the network's")
     if not any(name.startswith(chosen) for name in names):
         raise ValueError(f"none of the model's names begins with {chosen!r}; they begin with {', '.join(first)}")
     return chosen
@@ -245,9 +248,9 @@ def _tokenizer_files(folder: Path | None) -> list[Path]:
 
 def _check_options(checkpoint: StoragePath, out: Path, dtype: str | None) -> None:
     if not is_sharded(checkpoint):
-        raise ValueError(f"{checkpoint} is no sharded checkpoint: no directory with {META_FILE} in it")
+        raise ValueError(f"{checkpoint} is not a sharded checkpoint: not a directory with {META_FILE} in it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is there already and is not an empty folder; choose another")
+        raise FileExistsError(f"{out} exists already and is not an empty folder; choose another")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
 
@@ -256,7 +259,7 @@ def _check_options(checkpoint: StoragePath, out: Path, dtype: str | None) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Export as the arguments say; returns the exit status."""
+    """Export a checkpoint as the command's ``arguments`` request; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lightning_mics export", description=__doc__.partition("\n")[0])
     parser.add_argument("checkpoint", help="the path or URL of a sharded checkpoint")
     parser.add_argument("out", type=Path, help="the folder to make")

@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from lightning_mics.checkpoint.compare import _check_count, _check_model
+from lightning_mics.checkpoint.compare import check_model, check_optimizer_count
 from lightning_mics.checkpoint.dcp.unpickling import load_value
 from lightning_mics.checkpoint.errors import saving
-from lightning_mics.checkpoint.keys import _numbered, _of_rank, _source_of_rank_state
+from lightning_mics.checkpoint.keys import optimizer_entries, rank_key, rank_key_to_load
 from lightning_mics.checkpoint.optimizer_states import copy_state, dotted, load_optimizer, named, prefixes
+from lightning_mics.checkpoint.storage.location import checkpoint_location
 from lightning_mics.checkpoint.storage.path import StoragePath
-from lightning_mics.checkpoint.storage.store import checkpoint_place
 from lightning_mics.collectives.agreement import on_rank_0
 
 NAMES_KEY = "mics_names"  # in a full file
@@ -30,61 +30,65 @@ NAMES_KEY = "mics_names"  # in a full file
 
 @dataclass(frozen=True, kw_only=True)
 class FullNames:
-    """What users call the model and its optimizers in a full file, where the Trainer has names of its own.
+    """The keys of the model and its optimizers in a full file whose keys are the user's and not the Trainer's.
 
     Attributes:
-        model: A key of the file.
-        optimizers: Likewise, in their order.
+        model: Key of the model's state.
+        optimizers: Keys of the optimizers' states, in the order of the optimizers.
     """
 
     model: str
     optimizers: Sequence[str]
 
     def plain(self) -> dict[str, Any]:
-        """What to add to the file, so that whoever loads it knows."""
+        """An entry for the file, by which it states its own keys when it is loaded."""
         return {NAMES_KEY: {"model": self.model, "optimizers": list(self.optimizers)}}
 
     @classmethod
     def said_by(cls, content: Mapping[str, Any]) -> FullNames | None:
-        """What a file says."""
+        """The keys that a file's ``content`` states; None if it states none."""
         return cls(**content[NAMES_KEY]) if NAMES_KEY in content else None
 
 
 def save_full(path: StoragePath, *, write: Callable[[Any], None]) -> None:
-    """Let rank 0 write a checkpoint to the one file ``path``, in place of one that is there; every rank calls it.
+    """Let rank 0 write a checkpoint to the file ``path``, in place of an earlier one; every rank calls it.
 
     Args:
-        path: Where to.
-        write: Writes the file; called on rank 0.
+        path: Path or URL of the file.
+        write: Function that writes the file, given its path; called on rank 0.
 
     Raises:
         OSError: If storage fails.
-        IsADirectoryError: If ``path`` is a directory with anything else in it than a sharded checkpoint.
+        IsADirectoryError: If ``path`` is a directory with other files than those of a sharded checkpoint.
     """
     with saving(path):
         # see [Note: How a checkpoint becomes visible]
-        on_rank_0(lambda: checkpoint_place(path).replace_by_file(write))
+        on_rank_0(lambda: checkpoint_location(path).replace_by_file(write))
 
 
 def gather_rank_states(rank_state: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
-    """What each rank has of its own, for a full file: all of it on rank 0, nothing on the others; all call it."""
+    """Gather the states that belong to single ranks, for a full file; every rank calls it.
+
+    Returns:
+        On rank 0 every rank's ``rank_state``, under the key of the rank; on the others nothing.
+    """
     states: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(rank_state, states)
-    return {_of_rank(rank): state for rank, state in enumerate(states or [])}
+    return {rank_key(rank): state for rank, state in enumerate(states or [])}
 
 
 def load_raw(path: StoragePath, model: nn.Module, *, strict: bool, weights_only: bool) -> None:
-    """Load a file with a plain ``state_dict``, or a checkpoint's, into a module, sharded or not; every rank calls it.
+    """Load a file with a bare ``state_dict``, or a checkpoint's, into a module, sharded or not; every rank calls it.
 
     Args:
-        path: The file.
-        model: Gets the weights, in place.
-        strict: Whether the names must be those of the module.
-        weights_only: As of :func:`load`.
+        path: Path or URL of the file.
+        model: The module that gets the weights, in place.
+        strict: Whether file and module must have the same names.
+        weights_only: Whether the file may hold only plain data and tensors. Otherwise loading may run code.
 
     Raises:
-        ValueError: If ``path`` is no file, or holds no dictionary.
-        RuntimeError: If ``strict`` and the names differ, or a shape does.
+        ValueError: If ``path`` is not a file, or holds no dictionary.
+        RuntimeError: If ``strict`` and the names differ, or if a shape differs.
     """
     if not path.is_file():
         raise ValueError(f"{str(path)!r} is neither a file with a state_dict nor a sharded checkpoint")
@@ -92,11 +96,11 @@ def load_raw(path: StoragePath, model: nn.Module, *, strict: bool, weights_only:
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds {type(content).__name__}, no state_dict")
     state = content.get("state_dict", content)
-    _check_model(get_model_state_dict(model), state, strict=strict)
+    check_model(get_model_state_dict(model), state, strict=strict)
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=strict))
 
 
-def _load_full(
+def load_full(
     path: StoragePath,
     *,
     model: nn.Module,
@@ -106,24 +110,29 @@ def _load_full(
     strict: bool,
     weights_only: bool,
 ) -> dict[str, Any]:
+    """Load a full file into a sharded model and its optimizers, in place; every rank calls it.
+
+    For the arguments, the result and the errors see :func:`~lightning_mics.checkpoint.loading.load`.
+    """
     content: Any = load_value(path, name=str(path), weights_only=weights_only, mapped=True)
     if isinstance(content, dict):
         content = _with_trainers_names(content, names)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{str(path)!r} does not point to a valid checkpoint: the file holds no 'state_dict'")
     model_state = content.pop("state_dict")
-    _check_model(get_model_state_dict(model), model_state, strict=strict)
+    check_model(get_model_state_dict(model), model_state, strict=strict)
     states = content.pop("optimizer_states", [])
-    _check_count(optimizers, len(states))
-    for (key, optimizer), state in zip(_numbered(optimizers).items(), states, strict=False):
-        whole = {key: named(model, optimizer, state)}
-        load_optimizer(model, optimizer, key, stored=prefixes(dotted(whole)), read=partial(copy_state, whole))
+    check_optimizer_count(optimizers, len(states))
+    for (key, optimizer), state in zip(optimizer_entries(optimizers).items(), states, strict=False):
+        unsharded = {key: named(model, optimizer, state)}
+        load_optimizer(model, optimizer, key, stored=prefixes(dotted(unsharded)), read=partial(copy_state, unsharded))
     set_model_state_dict(model, model_state, options=StateDictOptions(full_state_dict=True, strict=strict))
-    copy_state(content.get(_source_of_rank_state(content.keys()), {}), rank_state)
+    copy_state(content.get(rank_key_to_load(content.keys()), {}), rank_state)
     return content
 
 
 def _with_trainers_names(content: dict[str, Any], names: FullNames | None) -> dict[str, Any]:
+    """The content with the Trainer's keys for the model and the optimizers, if ``names`` or the file state others."""
     names = FullNames.said_by(content) or names
     if "state_dict" in content or names is None or names.model not in content:
         return content

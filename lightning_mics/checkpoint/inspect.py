@@ -1,9 +1,9 @@
-"""What is in a checkpoint, and whether it is whole, without loading it.
+"""The contents of a checkpoint, and whether it is complete, without loading it.
 
 python -m lightning_mics inspect outputs/gpt/checkpoints/last.ckpt
 
-Reads one sharded checkpoint, runs nothing that is in it, and needs neither its model nor a GPU. The exit status is 0 if
-the checkpoint is whole, 1 if it is damaged or unsafe to read, 2 if there is none.
+Reads one sharded checkpoint, runs no code of it, and needs neither its model nor a GPU. The exit status is 0 if the
+checkpoint is complete, 1 if it is corrupted or unsafe to read, 2 if there is none.
 """
 
 from __future__ import annotations
@@ -18,13 +18,38 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lightning_mics.checkpoint.dcp.unpickling import load_value, read_metadata
 from lightning_mics.checkpoint.errors import DamagedCheckpointError, UnsafeCheckpointError
+from lightning_mics.checkpoint.opening import OpenCheckpoint, open_checkpoint
 from lightning_mics.checkpoint.origin import saved_topology
-from lightning_mics.checkpoint.storage.folder import DCP_FILE, META_FILE, is_sharded
+from lightning_mics.checkpoint.storage.folder import META_FILE, is_sharded
 from lightning_mics.checkpoint.storage.manifest import Manifest
 from lightning_mics.checkpoint.storage.path import StoragePath, is_local, storage_path
 from lightning_mics.topology import Topology
+
+
+def describe(path: StoragePath) -> list[tuple[str, str]]:
+    """Describe the checkpoint in the directory ``path``, as rows of a name and a value.
+
+    Raises:
+        DamagedCheckpointError: If its manifest or its metadata is missing or cannot be read.
+        UnsafeCheckpointError: If reading them would run code.
+    """
+    manifest = Manifest.read(path)
+    checkpoint = OpenCheckpoint(path, manifest)
+    meta, unsafe = _meta(checkpoint)
+    written = datetime.fromisoformat(manifest.saved)
+    rows = [
+        ("step", str(meta.get("global_step", "not recorded"))),
+        ("epoch", str(meta.get("epoch", "not recorded"))),
+        ("saved", f"{manifest.saved}, {_age(datetime.now(timezone.utc) - written)} ago"),
+        ("written by", f"{manifest.world_size} {_plural('rank', manifest.world_size)}"),
+        *_topology(saved_topology(meta)),
+    ]
+    for name, part in parts(checkpoint).items():
+        dtypes = ", ".join(dtype for dtype, _ in part.dtypes.most_common())
+        rows.append((name, f"{part.tensors} tensors, {part.values:,} values, {_size(part.size_bytes)}, {dtypes}"))
+    on_disk = sum(facts.size_bytes for facts in manifest.files.values())
+    return [*rows, *unsafe, ("on disk", f"{len(manifest.files)} files, {_size(on_disk)}")]
 
 
 @dataclass
@@ -32,10 +57,10 @@ class Part:
     """The tensors of the model, or of one optimizer.
 
     Attributes:
-        tensors: How many.
-        values: How many numbers are in them.
-        size_bytes: What they take.
-        dtypes: Numbers of each dtype.
+        tensors: Number of tensors.
+        values: Number of values in them.
+        size_bytes: Bytes of the values.
+        dtypes: Number of values of each dtype.
     """
 
     tensors: int = 0
@@ -52,35 +77,10 @@ class Part:
         self.dtypes[str(dtype).removeprefix("torch.")] += entry.size.numel()
 
 
-def describe(path: StoragePath) -> list[tuple[str, str]]:
-    """What the checkpoint in the directory ``path`` says of itself, as rows of a name and a value.
-
-    Raises:
-        DamagedCheckpointError: If the files that say so cannot be read.
-        UnsafeCheckpointError: If reading them would run code.
-    """
-    manifest = Manifest.read(path)
-    content = manifest.content(path)
-    meta, unsafe = _meta(content)
-    written = datetime.fromisoformat(manifest.saved)
-    rows = [
-        ("step", str(meta.get("global_step", "not said"))),
-        ("epoch", str(meta.get("epoch", "not said"))),
-        ("saved", f"{manifest.saved}, {_age(datetime.now(timezone.utc) - written)} ago"),
-        ("written by", f"{manifest.world_size} {_plural('rank', manifest.world_size)}"),
-        *_topology(saved_topology(meta)),
-    ]
-    for name, part in parts(content).items():
-        dtypes = ", ".join(dtype for dtype, _ in part.dtypes.most_common())
-        rows.append((name, f"{part.tensors} tensors, {part.values:,} values, {_size(part.size_bytes)}, {dtypes}"))
-    on_disk = sum(facts.size_bytes for facts in manifest.files.values())
-    return [*rows, *unsafe, ("on disk", f"{len(manifest.files)} files, {_size(on_disk)}")]
-
-
-def parts(content: StoragePath) -> dict[str, Part]:
-    """The model, each optimizer and the states of single ranks in the checkpoint whose files are in ``content``."""
+def parts(checkpoint: OpenCheckpoint) -> dict[str, Part]:
+    """Count the tensors of the model, of each optimizer and of the states of single ranks, by name of the part."""
     found: dict[str, Part] = {}
-    for name, entry in sorted(read_metadata(content / DCP_FILE).state_dict_metadata.items()):
+    for name, entry in sorted(checkpoint.reader.read_metadata().state_dict_metadata.items()):
         if isinstance(entry, TensorStorageMetadata):
             part = name.partition(".")[0]
             found.setdefault("rank states" if part.startswith("rank_") else part, Part()).add(entry)
@@ -89,7 +89,7 @@ def parts(content: StoragePath) -> dict[str, Part]:
 
 def _topology(topology: Topology | None) -> list[tuple[str, str]]:
     if topology is None:
-        return [("nodes", "not said"), ("partition groups", "not said")]
+        return [("nodes", "not recorded"), ("partition groups", "not recorded")]
     t = topology
     replicas = f"{t.replicas} {_plural('replica', t.replicas)}"
     return [
@@ -98,28 +98,28 @@ def _topology(topology: Topology | None) -> list[tuple[str, str]]:
     ]
 
 
-def _meta(content: StoragePath) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """What is neither model nor optimizer, if it is plain data, or else a row that says that it is not."""
+def _meta(checkpoint: OpenCheckpoint) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The entries that are neither the model's nor an optimizer's, or a row that tells why they are unsafe to read."""
     try:
-        return load_value(content / META_FILE, name=META_FILE, weights_only=True), []
+        return checkpoint.meta(weights_only=True), []
     except UnsafeCheckpointError as error:
         return {}, [("not read", str(error))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print it; returns the exit status."""
+    """Describe and check a checkpoint as the command's ``arguments`` request; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lightning_mics inspect", description=__doc__.partition("\n")[0])
     parser.add_argument("checkpoint", type=storage_path, help="the directory of a sharded checkpoint, or its URL")
     path: StoragePath = parser.parse_args(arguments).checkpoint
     if not is_sharded(path):
-        print(f"{path} is no sharded checkpoint: no directory with {META_FILE} in it", file=sys.stderr)
+        print(f"{path} is not a sharded checkpoint: not a directory with {META_FILE} in it", file=sys.stderr)
         return 2
     try:
-        rows, problems = describe(path), Manifest.read(path).problems(path)
+        rows, problems = describe(path), open_checkpoint(path).problems()
     except (DamagedCheckpointError, UnsafeCheckpointError) as error:
         print(error, file=sys.stderr)
         return 1
-    rows.append(("whole", f"no: {', '.join(problems)}" if problems else _as_written(path)))
+    rows.append(("complete", f"no: {', '.join(problems)}" if problems else _as_written(path)))
     width = max(len(name) for name, _ in rows)
     print("\n".join([str(path), *(f"  {name:<{width}}  {value}" for name, value in rows)]))
     return 1 if problems else 0

@@ -1,7 +1,7 @@
-"""The state of an optimizer of a sharded model, as checkpoints keep it: by parameter name, or by number in full files.
+"""The state of an optimizer of a sharded model in checkpoints: by FQN if sharded, by parameter number in full files.
 
-torch's own setter takes the state as the optimizer of today would shape it; what follows reads the checkpoint's options
-first, leaves alone the parameters that had no state yet, and refuses the state of another kind of optimizer.
+torch's own setter expects a state of the shape that the optimizer has now. The functions here load the checkpoint's
+options first, leave parameters without a state alone, and reject the state of another kind of optimizer.
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ from torch.optim import Optimizer
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer, *, sharded: bool) -> dict[str, Any]:
-    """The state of ``optimizer`` of a sharded model; every rank calls it.
+    """Get the state of an optimizer of a sharded model; every rank calls it.
+
+    Args:
+        model: The sharded model.
+        optimizer: An optimizer of the model's parameters.
+        sharded: Whether each rank gets its own shards, or rank 0 the unsharded state.
 
     Returns:
-        If ``sharded`` each rank's part, by parameter name. Else the whole on rank 0, by number as in the
-        ``state_dict`` of a plain optimizer, and nothing on the other ranks.
+        If ``sharded`` this rank's shards (DTensors), by FQN. Otherwise the unsharded state on rank 0, by number as in
+        the ``state_dict`` of an optimizer of an unsharded model, and nothing on the other ranks.
     """
     untouched = not optimizer.state
     options = StateDictOptions(full_state_dict=not sharded, cpu_offload=not sharded)
     state = get_optimizer_state_dict(model, optimizer, options=options)
-    if untouched:  # torch filled it by a step with zero gradients, which is one step too many for Adam
+    if untouched:  # torch has run a step with zero gradients to make it, which Adam would count
         optimizer.state.clear()
         state = {**state, "state": {}} if state else {}
     return state if sharded or not state else _renamed(state, {name: i for i, name in enumerate(_names(state))})
@@ -35,14 +40,18 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, *, sharded: bool) ->
 def load_optimizer(
     model: nn.Module, optimizer: Optimizer, key: str, *, stored: Set[str], read: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Load the options first, since they decide what the state holds, then the state of those parameters that had one.
+    """Load an optimizer: first its options, which decide what a state holds, then the states of its parameters.
 
     Args:
         model: The sharded model.
-        optimizer: Of its parameters.
-        key: The optimizer's in the checkpoint.
-        stored: Every name in the checkpoint and every prefix of one.
-        read: Fills a nested dict of such names from the checkpoint, in place; what that lacks keeps its value.
+        optimizer: An optimizer of the model's parameters.
+        key: Key of the optimizer in the checkpoint.
+        stored: All FQNs in the checkpoint and all their prefixes.
+        read: Function that fills a nested dict of such names from the checkpoint, in place; entries that the checkpoint
+            lacks keep their values.
+
+    Raises:
+        RuntimeError: If parameter groups differ, or the checkpoint has the state of another kind of optimizer.
     """
     groups = _fresh_state(model, optimizer)["param_groups"]
     names = [group["params"] for group in groups]
@@ -58,17 +67,16 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _fresh_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """What the optimizer holds after a first step, by parameter name: the shapes to read into."""
-    optimizer.zero_grad()
-    optimizer.state.clear()
-    return get_optimizer_state_dict(model, optimizer)
+def copy_state(unsharded: Any, into: Any) -> None:
+    """Copy an unsharded state into a sharded one, this rank's shard of each tensor; without communication.
 
-
-def copy_state(whole: Any, into: Any) -> None:
-    """Copy what a whole state holds into a sharded one, this rank's part of each tensor; no communication."""
-    for key in into.keys() & whole.keys() if isinstance(into, dict) else range(min(len(into), len(whole))):
-        value, own = whole[key], into[key]
+    Args:
+        unsharded: Nested dicts and lists of unsharded tensors and other values.
+        into: Nested dicts and lists to fill, with DTensors where sharded; entries that ``unsharded`` lacks keep their
+            values.
+    """
+    for key in into.keys() & unsharded.keys() if isinstance(into, dict) else range(min(len(into), len(unsharded))):
+        value, own = unsharded[key], into[key]
         if isinstance(own, DTensor):
             own.copy_(distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None))
         elif isinstance(own, dict) or key == "param_groups":
@@ -77,10 +85,42 @@ def copy_state(whole: Any, into: Any) -> None:
             into[key] = value.clone() if isinstance(value, Tensor) else value  # never a view of the file
 
 
-def named(model: nn.Module, optimizer: Optimizer, whole: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole state by number, as plain optimizers have it, turned into one by parameter name."""
+def named(model: nn.Module, optimizer: Optimizer, unsharded: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn an unsharded state by parameter number into one by FQN.
+
+    Args:
+        model: The sharded model.
+        optimizer: An optimizer of the model's parameters, in the order of the numbers.
+        unsharded: State as in the ``state_dict`` of an optimizer of an unsharded model; or by FQN already.
+    """
     names = _names(get_optimizer_state_dict(model, optimizer))
-    return _renamed(whole, _new_names(whole, names))
+    return _renamed(unsharded, _new_names(unsharded, names))
+
+
+def dotted(state: Any, prefix: str = "") -> Iterable[str]:
+    """The FQNs of all values in a nested state, joined by dots.
+
+    Args:
+        state: Nested dicts, and lists of dicts; anything else is a value.
+        prefix: Beginning of each FQN, with its dot.
+    """
+    if isinstance(state, Mapping) or (isinstance(state, list) and any(isinstance(entry, Mapping) for entry in state)):
+        for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+            yield from dotted(value, f"{prefix}{key}.")
+    else:
+        yield prefix.removesuffix(".")
+
+
+def prefixes(names: Iterable[str]) -> set[str]:
+    """The names and their dotted prefixes: for "a.b.c" also "a" and "a.b"."""
+    return {prefix for name in names for prefix in accumulate(name.split("."), "{}.{}".format)}
+
+
+def _fresh_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """The state after a first step, by FQN: shapes to read into."""
+    optimizer.zero_grad()
+    optimizer.state.clear()
+    return get_optimizer_state_dict(model, optimizer)
 
 
 def _names(optimizer_state: Mapping[str, Any]) -> list[Any]:
@@ -88,7 +128,7 @@ def _names(optimizer_state: Mapping[str, Any]) -> list[Any]:
 
 
 def _new_names(optimizer_state: Mapping[str, Any], names: Sequence[str]) -> dict[Any, str]:
-    """Numbers become the names in that place; a consolidated checkpoint has names already."""
+    """The FQN for each number of a state; a consolidated checkpoint has FQNs already."""
     old = _names(optimizer_state)
     known = dict(enumerate(names))
     return {key: key if isinstance(key, str) else known.get(i, f"parameter {i}") for i, key in enumerate(old)}
@@ -104,19 +144,6 @@ def _renamed(optimizer_state: Mapping[str, Any], new_names: Mapping[Any, Any]) -
     }
 
 
-def dotted(state: Any, prefix: str = "") -> Iterable[str]:
-    if isinstance(state, Mapping) or (isinstance(state, list) and any(isinstance(entry, Mapping) for entry in state)):
-        for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
-            yield from dotted(value, f"{prefix}{key}.")
-    else:
-        yield prefix.removesuffix(".")
-
-
-def prefixes(names: Iterable[str]) -> set[str]:
-    """Each name with its beginnings: of "a.b.c" also "a" and "a.b"."""
-    return {prefix for name in names for prefix in accumulate(name.split("."), "{}.{}".format)}
-
-
 def _check_groups(
     key: str, names: Sequence[Sequence[str]], loaded: Sequence[Mapping[str, Any]], stored: Set[str]
 ) -> None:
@@ -124,7 +151,7 @@ def _check_groups(
         if f"{key}.param_groups.{index}" not in stored or set(own) != set(group["params"]):
             different = sorted(set(own) ^ set(group["params"]))
             raise RuntimeError(
-                f"parameter group {index} of {key} has {len(own)} parameters, that of the checkpoint "
+                f"parameter group {index} of {key} has {len(own)} parameters, in the checkpoint "
                 f"{len(group['params'])}; only one has {different[:3]}"
             )
     if f"{key}.param_groups.{len(names)}" in stored:
@@ -132,7 +159,9 @@ def _check_groups(
 
 
 def _check_kind(key: str, optimizer: Optimizer, wanted: Mapping[str, Any], stored: Set[str]) -> None:
-    """A parameter without gradients has no state, and torch adds options over time; what makes another kind is more."""
+    """Check that slots exist for parameters that have a state. A parameter without gradients has none, and an option
+    may be missing, since torch adds options over time; so single missing entries do not make another kind.
+    """
     missing = [
         f"{key}.state.{name}.{slot}"
         for name, slots in wanted.items()

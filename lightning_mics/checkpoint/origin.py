@@ -1,7 +1,7 @@
-"""Where a checkpoint comes from, as plain data inside it: the topology of the job, and the network if it is one of
+"""The origin of a checkpoint, as plain data inside it: the topology of the job, and the network if it is one of
 ``transformers``.
 
-A network is known by what it offers, its configuration and its names, so nothing here imports ``transformers``.
+A network of ``transformers`` is recognized by its attributes, so nothing here imports ``transformers``.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ NETWORK_KEY = "mics_network"
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What ``from_pretrained`` needs to know of a network beside its weights.
+    """The facts about a network that ``from_pretrained`` needs beside the weights.
 
     Attributes:
-        prefix: What the network's names begin with inside the model that was saved, such as ``"network."``.
-        architecture: Its class.
-        config: Its configuration, as JSON.
-        generation_config: How it generates text, as JSON, or None.
-        left_out: Names, without the prefix, that are another name's tensor or that the network does not save.
-        name_or_path: Where it was loaded from, or "".
+        prefix: Prefix of the network's FQNs inside the saved model, such as ``"network."``.
+        architecture: Name of the network's class.
+        config: Configuration of the network, as JSON.
+        generation_config: Configuration of text generation, as JSON, or None.
+        left_out: FQNs, without the prefix, of tensors that are tied to another name or that the network does not save.
+        name_or_path: Folder or hub name that the network was loaded from, or "".
     """
 
     prefix: str
@@ -46,22 +46,27 @@ class Network:
 
 
 def origin(model: nn.Module, topology: Topology) -> dict[str, Any]:
-    """What to add to a checkpoint of ``model``: entries of strings, integers, lists and dicts."""
+    """Entries to add to a checkpoint, of strings, integers, lists and dicts.
+
+    Args:
+        model: The model that is saved.
+        topology: Topology of the job.
+    """
     network = describe_network(model)
     return {TOPOLOGY_KEY: asdict(topology), **({NETWORK_KEY: asdict(network)} if network else {})}
 
 
 def describe_network(model: nn.Module) -> Network | None:
-    """The network of ``transformers`` in ``model``, or that is ``model``; None if there is none, or more than one."""
+    """Describe the network of ``transformers`` that ``model`` is or contains; None if there is none, or several."""
     found = list(_networks(model))
     if len(found) != 1:
         return None
     ((name, network),) = found
     try:
         return _describe(name, network)
-    except (TypeError, ValueError, AttributeError) as error:  # a checkpoint is worth more than what it says of itself
+    except (TypeError, ValueError, AttributeError) as error:  # saving matters more than the description
         warnings.warn(
-            f"the checkpoint will not say how {type(network).__name__} is configured, so exporting it needs --config: "
+            f"the configuration of {type(network).__name__} cannot be saved, so an export will need --config: "
             f"{error!r}",
             stacklevel=2,
         )
@@ -69,7 +74,7 @@ def describe_network(model: nn.Module) -> Network | None:
 
 
 def saved_topology(meta: Mapping[str, Any]) -> Topology | None:
-    """The topology of the job that wrote a checkpoint, if the checkpoint says so."""
+    """The topology of the job that wrote a checkpoint, from the checkpoint's ``meta``; None if it is not recorded."""
     try:
         return Topology(**meta[TOPOLOGY_KEY])
     except (KeyError, TypeError, ValueError):
@@ -77,10 +82,10 @@ def saved_topology(meta: Mapping[str, Any]) -> Topology | None:
 
 
 def saved_network(meta: Mapping[str, Any]) -> Network | None:
-    """The network in a checkpoint, if the checkpoint says so."""
+    """The description of the network in a checkpoint, from its ``meta``; None if it is missing or invalid."""
     try:
         network = Network(**meta[NETWORK_KEY])
-        json.loads(network.config)["model_type"]  # what whoever has written it may have got wrong
+        json.loads(network.config)["model_type"]  # may be anything: the file may come from anywhere
         texts = (network.prefix, network.architecture, network.name_or_path, *network.left_out)
         return network if all(isinstance(text, str) for text in texts) else None
     except (KeyError, TypeError, ValueError):
@@ -88,7 +93,7 @@ def saved_network(meta: Mapping[str, Any]) -> Network | None:
 
 
 def _networks(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The outermost ones, by name."""
+    """The outermost networks of ``transformers`` in ``module``, with their FQNs."""
     if not isinstance(module, OptimizedModule) and _is_network(module):
         yield name, module
         return
@@ -114,7 +119,7 @@ def _describe(name: str, network: Any) -> Network:
 
 
 def _second_names(network: nn.Module) -> Iterator[str]:
-    """Of tied parameters all names but the one that ``transformers`` saves them by."""
+    """The FQNs of tied parameters, without the one that ``transformers`` saves each by."""
     tied_to_others = getattr(network, "all_tied_weights_keys", None) or {}
     names_of: dict[int, list[str]] = {}  # by parameter
     for name, parameter in network.named_parameters(remove_duplicate=False):

@@ -1,6 +1,6 @@
-"""The states of a rank's random number generators: torch on the CPU and on the rank's GPU, Python's and NumPy's.
+"""The states of a rank's random number generators: torch's on the CPU and on the rank's GPU, Python's and NumPy's.
 
-They are tensors, one per generator, so that a checkpoint that holds them is read without running anything.
+They are captured as tensors, one per generator, so that a checkpoint with them is read without running code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def capture() -> dict[str, Tensor]:
-    """The states of this rank's generators; that of the GPU only where CUDA is in use."""
+    """The states of this rank's generators by name, each [values], uint8 or float64; "cuda" only if CUDA is in use."""
     _, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     states = {
@@ -28,7 +28,7 @@ def capture() -> dict[str, Tensor]:
 
 
 def restore(states: dict[str, Tensor]) -> None:
-    """Go on drawing what :func:`capture` would have been followed by."""
+    """Set this rank's generators to the states that :func:`capture` has returned."""
     torch.set_rng_state(states["torch"])
     *words, gauss = states["python"].tolist()
     random.setstate((random.getstate()[0], tuple(map(int, words)), None if gauss != gauss else gauss))
@@ -39,15 +39,20 @@ def restore(states: dict[str, Tensor]) -> None:
 
 
 def branch(states: dict[str, Tensor], *, rank: int, world_size: int) -> None:
-    """Seed this rank's generators from one rank's states, for a run that goes on with other ranks than it had.
+    """Seed this rank's generators from one rank's states, for a run that resumes on another number of ranks.
 
     The seed is the SHA-256 of the states, the rank and the number of ranks: the same whenever the same checkpoint
-    goes on at the same size, another on each rank.
+    resumes on the same number of ranks, and different on each rank.
+
+    Args:
+        states: States of one rank, from :func:`capture`.
+        rank: This rank.
+        world_size: Number of ranks that resume.
     """
     digest = hashlib.sha256(f"{rank} of {world_size}".encode())
-    for name in ("torch", "python", "numpy"):  # those that every machine has
+    for name in ("torch", "python", "numpy"):  # the generators that every machine has
         digest.update(states[name].numpy().tobytes())
     seed = digest.digest()
-    torch.manual_seed(int.from_bytes(seed[:7], "big"))  # the GPU's too
+    torch.manual_seed(int.from_bytes(seed[:7], "big"))  # on the GPU as well
     random.seed(seed)
     np.random.seed(np.frombuffer(seed, dtype=np.uint32))

@@ -1,13 +1,12 @@
-"""Checkpoints: a directory that every rank writes a part of, or one full file; both load on any number of ranks.
+"""Saving a sharded checkpoint: a directory that every rank writes a part of, and that loads on any number of ranks.
 
-``torch.distributed.checkpoint`` stores and reshards; here is what surrounds it. A directory holds the model under the
-key ``model``, optimizers under ``optimizer_0``, ``optimizer_1``, ..., and everything else in ``meta.pt``: the keys that
-Lightning's ``consolidate_checkpoint`` reads. What is of one rank alone is under ``rank_0``, ``rank_1``, .... Replicas
-do not write twice: they share each tensor's rows (``own_rows``). A full file is what Lightning writes on one device,
-optimizer states by parameter number.
+``torch.distributed.checkpoint`` stores and reshards tensors. The directory holds the model under the key ``model``,
+optimizers under ``optimizer_0``, ``optimizer_1``, ..., states of single ranks under ``rank_0``, ``rank_1``, ..., and
+everything else in ``meta.pt``; Lightning's ``consolidate_checkpoint`` reads these keys. Replicas do not write the same
+bytes twice: they divide each shard by rows (:mod:`~lightning_mics.checkpoint.dcp.rows`).
 
-A directory's files are listed in its manifest, which is checked before anything is loaded. For where they are written,
-and how they replace an earlier checkpoint, see [Note: How a checkpoint becomes visible].
+The directory's files are listed in its manifest, which is checked before anything is loaded. For their location, and
+how they replace an earlier checkpoint, see [Note: How a checkpoint becomes visible].
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from lightning_mics.checkpoint.dcp.save_planner import HostBuffers, OwnRowsSaveP
 from lightning_mics.checkpoint.dcp.unpickling import load_value
 from lightning_mics.checkpoint.dcp.writer import ShardWriter
 from lightning_mics.checkpoint.errors import UnsafeCheckpointError, saving
-from lightning_mics.checkpoint.keys import _numbered, _of_rank
-from lightning_mics.checkpoint.progress import progress_bar
+from lightning_mics.checkpoint.keys import MODEL_KEY, optimizer_entries, rank_key
 from lightning_mics.checkpoint.storage.folder import META_FILE
+from lightning_mics.checkpoint.storage.location import checkpoint_location
 from lightning_mics.checkpoint.storage.manifest import FileFacts, Manifest
 from lightning_mics.checkpoint.storage.path import StoragePath
-from lightning_mics.checkpoint.storage.store import checkpoint_place
+from lightning_mics.checkpoint.storage.progress import progress_bar
 from lightning_mics.collectives.agreement import on_all_ranks, on_rank_0
 
 
@@ -46,22 +45,22 @@ def save_sharded(
     rank_state: Mapping[str, Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write a checkpoint to the directory ``path``, in place of one that is there; every rank calls it.
+    """Write a checkpoint to the directory ``path``, in place of an earlier one; every rank calls it.
 
     Shards of an earlier checkpoint, perhaps of more ranks, never mix with the new ones: see
-    [Note: How a checkpoint becomes visible]. Files that are not a checkpoint's stay.
+    [Note: How a checkpoint becomes visible]. Other files in the directory are preserved.
 
     Args:
-        path: The same on all ranks, on storage that all ranks share.
-        model_state: Tensors by parameter name; DTensors for what is sharded.
-        optimizer_states: One per optimizer, from :func:`optimizer_state`.
-        meta: What is not sharded; rank 0's is written.
-        rank_state: What is of this rank alone; every rank's is written.
-        group: All ranks, for what they tell each other; None is the default group.
+        path: Directory on storage that all ranks share; the same on all ranks.
+        model_state: Tensors by FQN; sharded ones are DTensors.
+        optimizer_states: States of the optimizers, each from :func:`optimizer_state`.
+        meta: Entries that are not sharded; rank 0's are written.
+        rank_state: Tensors that belong to this rank alone; every rank's are written.
+        group: Process group of all ranks, for their communication; None is the default group.
 
     Raises:
-        OSError: On all ranks, if storage fails on one; what was at ``path`` before is still there.
-        RuntimeError: Likewise if anything else fails.
+        OSError: On all ranks, if storage fails on one; an earlier checkpoint at ``path`` is preserved.
+        RuntimeError: On all ranks, if anything else fails on one; an earlier checkpoint is preserved.
     """
     write = prepare_sharded(
         path,
@@ -86,33 +85,33 @@ def prepare_sharded(
     buffers: HostBuffers | None,
     show_progress: bool = False,
 ) -> Callable[[], None]:
-    """What :func:`save_sharded` does, in two parts, of which the second may run beside training.
+    """Prepare to write a checkpoint, which a thread may do while training continues; every rank calls it.
 
     Args:
-        path: As there.
-        model_state: As there.
-        optimizer_states: As there.
-        meta: As there.
-        rank_state: As there.
-        group: As there; while the second part runs beside training, nothing else may use it.
-        buffers: Where to copy the states to; None copies nothing.
-        show_progress: Whether this rank shows a progress bar where writing takes long.
+        path: See :func:`save_sharded`.
+        model_state: See :func:`save_sharded`.
+        optimizer_states: See :func:`save_sharded`.
+        meta: See :func:`save_sharded`.
+        rank_state: See :func:`save_sharded`.
+        group: See :func:`save_sharded`; while a thread writes, nothing else may use the group.
+        buffers: Host memory for copies of the tensors, which may then change; None writes the tensors themselves.
+        show_progress: Whether this rank displays a progress bar while it writes.
 
     Returns:
-        Writes the checkpoint; every rank calls it. Raises as there.
+        A function that writes the checkpoint, called on every rank; it raises the errors of :func:`save_sharded`.
 
     Raises:
         RuntimeError: On all ranks, if ``meta`` cannot be saved.
-        OSError: On all ranks, if the folder that ``path`` is in cannot be made.
+        OSError: On all ranks, if the parent folder of ``path`` cannot be made.
     """
-    own = {_of_rank(dist.get_rank()): rank_state} if rank_state else {}
-    states = {"model": model_state, **_numbered(optimizer_states), **own}
+    own = {rank_key(dist.get_rank()): rank_state} if rank_state else {}
+    states = {MODEL_KEY: model_state, **optimizer_entries(optimizer_states), **own}
     planner = OwnRowsSavePlanner(states, buffers=buffers)
-    content: list[bytes] = []  # on rank 0, which has something to write
+    content: list[bytes] = []  # filled on rank 0, which writes it
 
     def begin() -> None:
         content.append(_serialized(meta))
-        if isinstance(path, Path):  # at once: a link to the checkpoint may be made there before it is
+        if isinstance(path, Path):  # now: a link to the checkpoint may be made there before it exists
             path.parent.mkdir(parents=True, exist_ok=True)
 
     with saving(path):
@@ -128,36 +127,33 @@ def _write_sharded(
     group: dist.ProcessGroup | None,
     show_progress: bool,
 ) -> None:
-    place = checkpoint_place(path)
+    location = checkpoint_location(path)
     with (
         saving(path),
-        progress_bar(f"saving {path.name}", total_bytes=planner.own_bytes, shown=show_progress) as advance,
+        progress_bar(f"saving {path.name}", total_bytes=planner.own_bytes, enabled=show_progress) as advance,
     ):
-        draft: StoragePath = on_rank_0(place.begin, group=group)
+        draft: StoragePath = on_rank_0(location.begin, group=group)
         try:
             writer = ShardWriter(draft, advance=advance)
             save_shards({}, storage_writer=writer, planner=planner, process_group=group)
             written = on_all_ranks(lambda: _with_meta(writer, meta), group=group)
         except BaseException:
             if dist.get_rank() == 0:
-                place.abandon(draft)
+                location.abandon(draft)
             raise
         files = {name: facts for of_rank in written for name, facts in of_rank.items()}
-        on_rank_0(lambda: place.publish(draft, Manifest.now(files, world_size=len(written))), group=group)
-
-
-# -- what a directory is made of ---------------------------------------------------------------------------------------
+        on_rank_0(lambda: location.publish(draft, Manifest.now(files, world_size=len(written))), group=group)
 
 
 def _with_meta(writer: ShardWriter, meta: bytes) -> dict[str, FileFacts]:
-    """What this rank has written, by name; rank 0 adds what is not sharded."""
+    """Write the unsharded entries on rank 0; returns the facts of all files that this rank has written, by name."""
     if dist.get_rank() == 0:
         writer.write_bytes(meta, name=META_FILE)
     return writer.written
 
 
 def _serialized(meta: dict[str, Any]) -> bytes:
-    """``meta`` as its file has it; whoever saves should hear at once if loading will ask for trust."""
+    """The content of the file of ``meta``; warns now if loading will need ``weights_only=False``."""
     stream = io.BytesIO()
     torch.save(meta, stream)
     stream.seek(0)

@@ -66,7 +66,7 @@ class LightningStrategy:
         )
         self._policy = Policy(timeout=timeout, **policy)
         self._weights_only = weights_only
-        self._saving = ShardedSaving(beside_training=async_save, timeout=timeout)
+        self._saving = ShardedSaving(asynchronous=async_save, timeout=timeout)
         self._initialize()
 
     def _initialize(self) -> None:

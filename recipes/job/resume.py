@@ -1,4 +1,4 @@
-"""Where a run goes on from."""
+"""The checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from pathlib import Path
 
 from lightning_mics.checkpoint.dcp.unpickling import load_value
 from lightning_mics.checkpoint.errors import DamagedCheckpointError
+from lightning_mics.checkpoint.opening import open_checkpoint
 from lightning_mics.checkpoint.storage.folder import META_FILE, is_sharded
-from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, Manifest
+from lightning_mics.checkpoint.storage.manifest import refuse_corrupted
 from lightning_mics.checkpoint.storage.path import StoragePath, exists, is_local, storage_path
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A checkpoint and what it says about the run that wrote it."""
+    """A checkpoint and its facts about the run that wrote it.
+
+    Attributes:
+        path: Path or URL of the checkpoint.
+        step: Optimizer steps before it was saved.
+        val_loss: Validation loss that it was saved with, or None.
+    """
 
     path: StoragePath
     step: int
@@ -25,15 +32,19 @@ class SavedRun:
 def find_saved_runs(
     resume: str | None, *, checkpoint_dir: str | Path, say: Callable[[str], object] = print
 ) -> list[SavedRun]:
-    """The runs to continue, the best first: none for a fresh start, one for a path or a URL.
+    """Find the checkpoints to resume from, the best first: none for a fresh start, one for a path or a URL.
 
-    For ``"last"`` and ``"auto"`` it is the latest in ``checkpoint_dir``, followed by those before it, in case it turns
-    out to be damaged; where there is none ``"auto"`` starts afresh. Those whose own facts are damaged are left out, and
-    ``say`` is told.
+    For ``"last"`` and ``"auto"`` it is the latest in ``checkpoint_dir``, followed by earlier ones, in case it is
+    corrupted; without any, ``"auto"`` starts afresh. Checkpoints whose facts are corrupted are left out with a message.
+
+    Args:
+        resume: Path or URL of a checkpoint, "last", "auto", or None for a fresh start.
+        checkpoint_dir: Folder of the run's checkpoints.
+        say: Function to call with each message.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        DamagedCheckpointError: If there is none that is whole.
+        DamagedCheckpointError: If all are corrupted.
     """
     if resume is None:
         return []
@@ -43,15 +54,15 @@ def find_saved_runs(
                 f"resume={resume}: there is no such checkpoint; use resume=last for the latest of this run"
             )
         return [_read(storage_path(resume))]
-    runs, damages = [], []
+    runs, corrupted = [], []
     for path in filter(_is_checkpoint, storage_path(checkpoint_dir).glob("*.ckpt")):
         try:
             runs.append(_read(path))
-        except DamagedCheckpointError as damage:
-            damages.append(damage)
-            say(f"{damage}; it is left out")
-    if damages and not runs:
-        raise damages[0]
+        except DamagedCheckpointError as error:
+            corrupted.append(error)
+            say(f"{error}; it is left out")
+    if corrupted and not runs:
+        raise corrupted[0]
     if not runs and resume == "last":
         raise FileNotFoundError(
             f"resume=last: there is no checkpoint in {checkpoint_dir} yet; run once without resume, or use resume=PATH"
@@ -60,26 +71,28 @@ def find_saved_runs(
 
 
 def steps_to_reach(max_steps: int, saved: SavedRun | None) -> int:
-    """The step at which to stop: ``max_steps``; or, if the saved run was already there, as many steps again."""
+    """The optimizer step to stop at: ``max_steps``, or as many more if the saved run has reached that already.
+
+    Args:
+        max_steps: Optimizer steps of a run.
+        saved: The run to resume; None for a fresh start.
+    """
     if saved is None or saved.step < max_steps:
         return max_steps
     return saved.step + max_steps
 
 
 def _is_checkpoint(path: StoragePath) -> bool:
-    """A link may have lost what it points to; in a store, a name may stand for what a killed job has left."""
+    """Whether there is one: a link may be dangling, and a folder in a store may be the remains of a killed job."""
     return exists(path) and (is_local(path) or path.is_file() or is_sharded(path))
 
 
 def _read(path: StoragePath) -> SavedRun:
-    """A sharded checkpoint is a folder, of which one file has the facts; a full one is a file."""
-    content = path
-    if exists(path / MANIFEST_FILE):
-        manifest = Manifest.read(path)
-        content = manifest.content(path)
-        problems = manifest.problems(path, [META_FILE])
-        if problems:
-            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {problems[0]}")
-    facts = content / META_FILE if path.is_dir() else path
-    checkpoint = load_value(facts, name=str(facts), weights_only=True, mapped=facts is path)
-    return SavedRun(path=path, step=checkpoint["global_step"], val_loss=checkpoint.get("val_loss"))
+    """Read the facts in a checkpoint; of a sharded one only the file with the facts is read and checked."""
+    if path.is_dir():
+        opened = open_checkpoint(path)
+        refuse_corrupted(path, opened.problems([META_FILE]))
+        facts = opened.meta(weights_only=True)
+    else:
+        facts = load_value(path, name=str(path), weights_only=True, mapped=True)
+    return SavedRun(path=path, step=facts["global_step"], val_loss=facts.get("val_loss"))

@@ -29,6 +29,8 @@ def conclude(
 ) -> None:
     """Print the results next to what counting reaches on the same tokens, and write ``report.html``; for rank 0.
 
+    Without a ``History`` among the callbacks there is no report.
+
     Args:
         config: The run's, without "auto".
         trainer: That has trained.
@@ -40,21 +42,23 @@ def conclude(
     name, reached, baselines = MEASURED[trainer.lightning_module.objective]
     counted = baselines(trainer.datamodule)
     results = {key: f"{value:.3f}" for key, value in {reached: final[name], **counted}.items()}
-    (history,) = (callback for callback in trainer.callbacks if isinstance(callback, History))
-    write_report(
-        Path(config.run_dir, "report.html"),
-        title=config.name,
-        command=command,
-        facts=_facts(config, trainer),
-        results=results,
-        tables=[choices, trainer.strategy.start_report],
-        series=history.series,
-        references={name: counted},
-        sample=sample,
-    )
+    history = next((callback for callback in trainer.callbacks if isinstance(callback, History)), None)
+    if history is not None:
+        write_report(
+            Path(config.run_dir, "report.html"),
+            title=config.name,
+            command=command,
+            facts=_facts(config, trainer),
+            results=results,
+            tables=[choices, trainer.strategy.start_report],
+            series=history.series,
+            references={name: counted},
+            sample=sample,
+        )
     width = max(map(len, results))
     print(f"\nSample:\n\n{sample}\n\n" + "\n".join(f"  {key:<{width}}  {value}" for key, value in results.items()))
-    print(f"\n{config.run_dir}: report.html, csv/; {config.checkpoint_dir}: checkpoints (go on with resume=last)")
+    report = "report.html, " if history is not None else ""
+    print(f"\n{config.run_dir}: {report}csv/; {config.checkpoint_dir}: checkpoints (go on with resume=last)")
 
 
 def _facts(config: DictConfig, trainer: L.Trainer) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Saving beside training: what waits for what, and what a failure stops."""
+"""Asynchronous saving: what waits for what, and what a failure stops."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_failure_is_raised_by_name_and_nothing_is_removed_after_it() -> None:
     saving.save("step_3.ckpt", writes.prepare("", fails=True))
     saving.after_saves(lambda: writes.done.append("removed"))
     writes.may_end.set()
-    with pytest.raises(RuntimeError, match=r"checkpoint step_3.ckpt, written beside training, failed: .*No space left"):
+    with pytest.raises(RuntimeError, match=r"saving checkpoint step_3.ckpt asynchronously failed: .*No space left"):
         saving.wait()
     saving.wait()  # once is enough
     assert writes.done == []

@@ -242,11 +242,11 @@ def test_an_option_that_does_not_fit_is_refused_and_nothing_is_left(
 
 def test_a_folder_that_is_no_checkpoint_or_is_taken_is_refused(saved: Any, tmp_path: Path, capsys: Any) -> None:
     status, error = _refusal(capsys, tmp_path, tmp_path / "out")
-    assert status == 2 and f"{tmp_path} is no sharded checkpoint" in error
+    assert status == 2 and f"{tmp_path} is not a sharded checkpoint" in error
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     status, error = _refusal(capsys, saved["folder"] / "gpt.ckpt", tmp_path / "out")
-    assert status == 2 and "is there already and is not an empty folder" in error
+    assert status == 2 and "exists already and is not an empty folder" in error
     assert (tmp_path / "out" / "mine").read_text() == "mine"
     (tmp_path / "out" / "mine").unlink()
     exported(saved, tmp_path / "out")
@@ -256,10 +256,10 @@ def test_a_checkpoint_without_a_config_is_refused_unless_one_is_given(saved: Any
     for number, broken in enumerate([None, {"prefix": 5}, {}]):
         path = _copy(saved, tmp_path / f"{number}.ckpt", **{NETWORK_KEY: broken})
         status, error = _refusal(capsys, path, tmp_path / "out")
-        assert status == 2 and "does not say how its network is configured" in error and "pass --config" in error
+        assert status == 2 and "does not record the configuration of its network" in error and "pass --config" in error
     (tmp_path / "config.json").write_text("{}")
     status, error = _refusal(capsys, path, tmp_path / "out", "--config", tmp_path)
-    assert status == 2 and "names no model_type" in error
+    assert status == 2 and "has no model_type" in error
 
 
 def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(saved: Any, tmp_path: Path, capsys: Any) -> None:
@@ -270,9 +270,9 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(saved: Any, tmp
         file.seek(100)
         file.write(bytes([byte[0] ^ 1]))
     status, error = _refusal(capsys, path, tmp_path / "out")
-    assert status == 1 and "is damaged: __1_0.distcp was altered" in error
+    assert status == 1 and "is corrupted: __1_0.distcp was altered" in error
     (path / "manifest.json").unlink()
-    with pytest.warns(UserWarning, match="nobody can say whether it is whole"):
+    with pytest.warns(UserWarning, match="cannot be checked whether it is complete"):
         main([str(path), str(tmp_path / "out")])
 
 
@@ -317,7 +317,7 @@ def test_a_config_that_cannot_be_written_does_not_stop_a_run_from_saving(monkeyp
         raise TypeError("not JSON")
 
     monkeypatch.setattr(type(GPT), "to_json_string", fail)
-    with pytest.warns(UserWarning, match="so exporting it needs --config: TypeError"):
+    with pytest.warns(UserWarning, match="so an export will need --config: TypeError"):
         assert describe_network(make("gpt")) is None
     assert describe_network(make("bert")) is not None and BERT.model_type == "bert"
 
@@ -326,7 +326,8 @@ def test_the_command_runs(saved: Any, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "lightning_mics.checkpoint.export",
+        "lightning_mics",
+        "export",
         str(saved["folder"] / "gpt.ckpt"),
         str(tmp_path / "out"),
     ]

@@ -1,4 +1,4 @@
-"""`python -m lightning_mics.checkpoint.inspect` says what is in a checkpoint, and whether it is whole."""
+"""`python -m lightning_mics inspect` shows the contents of a checkpoint, and whether it is complete."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_it_says_step_age_ranks_sizes_dtypes_and_that_all_is_there(path: Path, c
     rows = dict(line.strip().split("  ", 1) for line in shown[1:])
     rows = {name: value.strip() for name, value in rows.items()}
     assert (rows["step"], rows["epoch"], rows["written by"]) == ("7", "1", "2 ranks")
-    assert (rows["nodes"], rows["partition groups"]) == ("not said", "not said")
+    assert (rows["nodes"], rows["partition groups"]) == ("not recorded", "not recorded")
     assert rows["saved"].endswith("less than a minute ago")
     assert rows["model"].startswith(f"{LAYERS + 1} tensors, {VALUES:,} values, ") and rows["model"].endswith(
         ", float32"
@@ -58,7 +58,7 @@ def test_it_says_step_age_ranks_sizes_dtypes_and_that_all_is_there(path: Path, c
     assert f"{2 * VALUES + LAYERS + 1:,} values" in rows["optimizer_0"]  # two moments, and a step for each parameter
     assert rows["rank states"].startswith("2 tensors, 6 values")
     assert rows["on disk"].startswith("4 files, ")
-    assert rows["whole"] == "yes: sizes and checksums are as written"
+    assert rows["complete"] == "yes: sizes and checksums are as written"
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_it_says_step_age_ranks_sizes_dtypes_and_that_all_is_there(path: Path, c
     [
         (Topology(world_size=8, ranks_per_node=4, partition_size=2), "2 of 4 ranks", "4 of 2 ranks: 4 replicas"),
         (Topology(world_size=1, ranks_per_node=1, partition_size=1), "1 of 1 rank", "1 of 1 rank: 1 replica"),
-        ({"world_size": 8}, "not said", "not said"),
-        ({"world_size": 8, "ranks_per_node": 3, "partition_size": 2}, "not said", "not said"),
+        ({"world_size": 8}, "not recorded", "not recorded"),
+        ({"world_size": 8, "ranks_per_node": 3, "partition_size": 2}, "not recorded", "not recorded"),
     ],
     ids=["eight ranks", "one rank", "a part of it", "one that cannot be"],
 )
@@ -96,10 +96,10 @@ def test_a_trainer_notes_the_topology(tmp_path: Path, capsys: Any) -> None:
 def test_damage_is_named_and_ends_with_an_error(path: Path, capsys: Any) -> None:
     os.truncate(path / "__1_0.distcp", 7)
     assert main([str(path)]) == 1
-    assert "whole             no: __1_0.distcp has 7 of " in capsys.readouterr().out
+    assert "complete          no: __1_0.distcp has 7 of " in capsys.readouterr().out
     (path / "manifest.json").write_text("{")
     assert main([str(path)]) == 1
-    assert "is damaged: manifest.json" in capsys.readouterr().err
+    assert "is corrupted: manifest.json" in capsys.readouterr().err
 
 
 def test_what_would_run_code_is_not_read(path: Path, capsys: Any) -> None:
@@ -109,9 +109,9 @@ def test_what_would_run_code_is_not_read(path: Path, capsys: Any) -> None:
     assert main([str(path)]) == 0
     shown = capsys.readouterr().out
     assert "meta.pt holds posix.getpid, which is neither plain data nor a tensor" in shown
-    assert "step              not said" in shown
+    assert "step              not recorded" in shown
 
 
 def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, capsys: Any) -> None:
     assert main([str(tmp_path / "nowhere")]) == 2
-    assert "nowhere is no sharded checkpoint" in capsys.readouterr().err
+    assert "nowhere is not a sharded checkpoint" in capsys.readouterr().err

@@ -92,5 +92,5 @@ def test_a_folder_outside_of_the_checkpoint_is_refused(tmp_path: Path, elsewhere
     manifest.write(tmp_path)
     assert Manifest.read(tmp_path).content(tmp_path) == tmp_path / "inside"
     replace(manifest, folder=elsewhere).write(tmp_path)
-    with pytest.raises(DamagedCheckpointError, match="is no folder of a checkpoint"):
+    with pytest.raises(DamagedCheckpointError, match="is not a folder of a checkpoint"):
         Manifest.read(tmp_path)

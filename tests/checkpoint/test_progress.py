@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from lightning_mics.checkpoint import progress
+from lightning_mics.checkpoint.storage import progress
 from tests.support.fits import AdamModule, fit
 from tests.support.trainers import on_ranks
 

@@ -13,10 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from lightning_mics import Topology, checkpoint, create_partition_groups
-from lightning_mics.checkpoint import loading
 from lightning_mics.checkpoint.dcp import reader
-from lightning_mics.checkpoint.dcp.reader import SafeReader
 from lightning_mics.checkpoint.dcp.rows import SMALLEST_BYTES, divide
+from lightning_mics.checkpoint.opening import open_checkpoint
 from tests.support.forked import run_ranks
 
 SHAPES = {
@@ -71,7 +70,7 @@ def _save_and_load(folder: Path, saved_with: int, loaded_with: int) -> dict[str,
     tensors, path = _tensors(saved_with), folder / "c.ckpt"
     checkpoint.save_sharded(path, model_state=dict(tensors), optimizer_states=[], meta={})
     into, read_bytes = _tensors(loaded_with, seed=None), _count_values_read()
-    loading._read(SafeReader(path), {"model": dict(into)}, weights_only=True)
+    open_checkpoint(path).read_into({"model": dict(into)}, weights_only=True)
     return {
         "equal": all(torch.equal(into[name].full_tensor(), tensors[name].full_tensor()) for name in tensors),
         "written": (path / f"__{dist.get_rank()}_0.distcp").stat().st_size,

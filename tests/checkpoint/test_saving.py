@@ -144,7 +144,7 @@ def test_all_ranks_raise_when_rank_zero_cannot_write(failures: Any) -> None:
     for facts in failures:
         assert facts["full file on a full disk"].startswith("OSError: [Errno 28] checkpoint /")
         assert facts["full file on a full disk"].endswith(
-            "/ckpt was not saved, and earlier ones are as they were; what failed: No space left on device"
+            "/ckpt was not saved, and earlier ones are unchanged; what failed: No space left on device"
         )
 
 

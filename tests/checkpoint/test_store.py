@@ -185,9 +185,9 @@ def _damaged(url: str) -> dict[str, Any]:
 
 def test_a_file_that_is_missing_or_other_than_it_was_is_named(s3: str) -> None:
     for facts in run_ranks(2, _damaged, s3):
-        assert "damaged.ckpt is damaged: __1_0.distcp is missing" in facts["missing"]
-        assert "damaged.ckpt is damaged: __1_0.distcp was altered" in facts["altered"]
-        assert "damaged.ckpt is damaged: __1_0.distcp has " in facts["cut short"]
+        assert "damaged.ckpt is corrupted: __1_0.distcp is missing" in facts["missing"]
+        assert "damaged.ckpt is corrupted: __1_0.distcp was altered" in facts["altered"]
+        assert "damaged.ckpt is corrupted: __1_0.distcp has " in facts["cut short"]
         assert facts["rewritten"] == "no error"
 
 

@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
+import lightning as L
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 import train
@@ -104,13 +105,43 @@ def test_default_run_ends_on_a_validation() -> None:
     assert trainer.max_steps * trainer.accumulate_grad_batches % trainer.val_check_interval == 0
 
 
+def built(folder: Path, *overrides: str) -> L.Trainer:
+    given = (f"run_dir={folder}", "cluster.accelerator=cpu", "cluster.devices=2")
+    return train.make_trainer(without_auto(composed(*given, *overrides)))
+
+
+def names(trainer: L.Trainer) -> list[str]:
+    return [type(callback).__name__ for callback in trainer.callbacks]
+
+
 def test_trainer_is_built_as_configured(tmp_path: Path) -> None:
-    config = without_auto(composed(f"run_dir={tmp_path}", "cluster.accelerator=cpu", "cluster.devices=2"))
-    trainer = instantiate(config.trainer)
-    assert trainer.max_steps == config.trainer.max_steps
-    names = [type(callback).__name__ for callback in trainer.callbacks]
-    assert {"StopIfDiverged", "Throughput", "GradientNorm", "PeakMemory", "StepProgressBar"} <= set(names)
-    assert names.index("History") > names.index("PeakMemory")  # it notes what those before it have logged
+    trainer = built(tmp_path, "trainer.max_steps=7")
+    assert trainer.max_steps == 7
+    made = names(trainer)
+    assert {"StopIfDiverged", "Throughput", "GradientNorm", "PeakMemory", "StepProgressBar"} <= set(made)
+    assert made.index("History") > made.index("PeakMemory")  # it notes what those before it have logged
+
+
+def test_one_value_of_a_callback_is_changed_by_its_name(tmp_path: Path) -> None:
+    """The command of docs/checkpoints.md, for stores, which have no links."""
+    trainer = built(tmp_path, "checkpoint_dir=s3://bucket/run", "trainer.callbacks.checkpoint.save_last=null")
+    assert trainer.checkpoint_callback.dirpath == "s3://bucket/run"
+    assert trainer.checkpoint_callback.save_last is None
+    assert built(tmp_path).checkpoint_callback.save_last == "link"
+
+
+@pytest.mark.parametrize("override", ["~trainer.callbacks.peak_memory", "trainer.callbacks.peak_memory=null"])
+def test_a_callback_is_removed_by_its_name(tmp_path: Path, override: str) -> None:
+    assert sorted([*names(built(tmp_path, override)), "PeakMemory"]) == sorted(names(built(tmp_path)))
+
+
+def test_a_callback_is_added_under_a_name(tmp_path: Path) -> None:
+    added = (
+        "+trainer.callbacks.mine._target_=lightning.pytorch.callbacks.Timer",
+        "+trainer.callbacks.mine.duration=00:01:00:00",
+    )
+    trainer = built(tmp_path, *added)
+    assert sorted(names(trainer)) == sorted([*names(built(tmp_path)), "Timer"])
 
 
 def test_models_compose_with_clusters() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 from torch import nn
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 import train
 from recipes.optimizers import AdamWWarmupCosine
@@ -56,6 +58,42 @@ def test_rate_warms_up_decays_and_then_stays() -> None:
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert rates[4:11] == sorted(rates[4:11], reverse=True)
     assert rates[10:] == pytest.approx([0.1] * 3)
+
+
+def rates(scheduled: dict[str, Any], *, steps: int) -> list[float]:
+    """The learning rate of each of the next ``steps``."""
+    optimizer, scheduler, taken = scheduled["optimizer"], scheduled["lr_scheduler"]["scheduler"], []
+    for _ in range(steps):
+        taken.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return taken
+
+
+def test_rates_are_the_closed_form() -> None:
+    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * progress / 6)) / 2 for progress in range(6)]
+    made = rates(AdamWWarmupCosine(**VALUES)(nn.Linear(1, 1)), steps=12)
+    assert made == pytest.approx([0.25, 0.5, 0.75, 1.0, *cosine, 0.1, 0.1], rel=1e-15)
+
+
+def test_while_it_decays_it_is_the_schedule_of_transformers() -> None:
+    """Which begins its warm-up with a step at rate 0, and rises again behind the last step."""
+    theirs = AdamWWarmupCosine(**VALUES)(nn.Linear(1, 1))
+    theirs["lr_scheduler"]["scheduler"] = get_cosine_with_min_lr_schedule_with_warmup(
+        theirs["optimizer"], num_warmup_steps=4, num_training_steps=10, min_lr_rate=0.1
+    )
+    ours = rates(AdamWWarmupCosine(**VALUES)(nn.Linear(1, 1)), steps=11)
+    assert ours[4:] == pytest.approx(rates(theirs, steps=11)[4:], rel=1e-15)
+
+
+def test_a_resumed_run_that_is_longer_decays_to_its_own_end() -> None:
+    first = AdamWWarmupCosine(**VALUES)(nn.Linear(1, 1))
+    rates(first, steps=10)
+    longer = AdamWWarmupCosine(**VALUES | {"total_steps": 20})(nn.Linear(1, 1))
+    longer["optimizer"].load_state_dict(first["optimizer"].state_dict())
+    longer["lr_scheduler"]["scheduler"].load_state_dict(first["lr_scheduler"]["scheduler"].state_dict())
+    expected = rates(AdamWWarmupCosine(**VALUES | {"total_steps": 20})(nn.Linear(1, 1)), steps=20)
+    assert rates(longer, steps=10)[1:] == expected[11:]
 
 
 @pytest.mark.parametrize(

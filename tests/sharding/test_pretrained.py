@@ -346,9 +346,24 @@ def test_what_cannot_be_read_is_refused_with_what_to_do(folders: Path, tmp_path:
     assert re.match(said, found), found
 
 
-def test_a_folder_without_weights_is_refused_before_anything_is_sharded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["gpt", "gpt on the meta device"])
+def test_a_folder_without_weights_is_refused_before_anything_is_sharded(tmp_path: Path, kind: str) -> None:
+    network = make("gpt").to("meta") if "meta" in kind else make("gpt")
     with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
-        load_pretrained(make("gpt"), tmp_path)
+        load_pretrained(network, tmp_path)
+
+
+def test_a_network_with_a_part_on_the_meta_device_is_left_for_later_and_another_is_loaded_at_once(
+    folders: Path,
+) -> None:
+    stored = load_file(folders / "gpt" / "model.safetensors")["transformer.wte.weight"]
+    network = make("gpt", seed=1)
+    network.transformer.h[0].to("meta")
+    assert load_pretrained(network, folders / "gpt") is None
+    assert not torch.equal(network.transformer.wte.weight, stored)
+    network = make("gpt", seed=1)
+    assert load_pretrained(network, folders / "gpt").missing == []
+    assert torch.equal(network.transformer.wte.weight, stored)
 
 
 def _one_rank_fails(folder: Path, own: Path) -> str:

@@ -1,4 +1,4 @@
-"""The load planner that DCP is given: what each rank reads."""
+"""The load planner for ``torch.distributed.checkpoint``: which bytes each rank reads."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lightning_mics.checkpoint.dcp.unpickling import load_value
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """Loads what the state asks for and the checkpoint has; what it lacks keeps its value.
+    """Loads the entries of a state that the checkpoint has; the others keep their values.
 
-    Of sharded tensors each rank asks for its own rows only; :meth:`exchange` brings the rest.
+    Each rank reads its own rows of sharded tensors only; :meth:`exchange` communicates them to the other replicas.
 
     Args:
-        weights_only: Whether values that are no tensors may be plain data only.
+        weights_only: Whether values other than tensors must be plain data.
     """
 
     def __init__(self, *, weights_only: bool) -> None:
@@ -32,7 +32,13 @@ class SafePlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """Take the state to load into."""
+        """Divide the sharded tensors of the state to load into.
+
+        Args:
+            state_dict: Nested dicts of tensors and other values, filled in place.
+            metadata: Metadata of the checkpoint.
+            is_coordinator: Whether this rank coordinates.
+        """
         super().set_up_planner(state_dict, metadata, is_coordinator)
         assert metadata is not None
         sharded = {name: value for name, value in self.state_dict.items() if isinstance(value, DTensor)}
@@ -43,7 +49,7 @@ class SafePlanner(DefaultLoadPlanner):
         }
 
     def create_local_plan(self) -> LoadPlan:
-        """This rank's rows of what is sharded, and all of what is not."""
+        """Plan to read this rank's rows of sharded tensors, and all values that are not sharded."""
         assert self.metadata is not None
         plan = create_default_local_load_plan(self.state_dict, self.metadata, strict=False)
         for name, shard in self._shards.items():
@@ -54,15 +60,19 @@ class SafePlanner(DefaultLoadPlanner):
         return plan
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        """Where to read to."""
+        """The tensor to read the entry ``index`` into: [rows, ...] of a shard, or an unsharded tensor of any shape."""
         own = self._rows.get(index)
         return super().lookup_tensor(index) if own is None else own.values
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put a value that is no tensor into its place.
+        """Load a value that is not a tensor into the state.
+
+        Args:
+            read_item: Entry of the state.
+            value: Pickled value.
 
         Raises:
-            UnsafeCheckpointError: If it is more than plain data and that was asked for.
+            UnsafeCheckpointError: If it is not plain data and ``weights_only``.
         """
         if self._weights_only:
             load_value(value, name=read_item.dest_index.fqn, weights_only=True)
@@ -70,6 +80,6 @@ class SafePlanner(DefaultLoadPlanner):
         super().load_bytes(read_item, value)
 
     def exchange(self) -> None:
-        """After reading: get from the other replicas what they have read; every rank calls it."""
+        """After reading, communicate the rows between replicas; every rank calls it."""
         for shard in self._shards.values():
             shard.exchange()

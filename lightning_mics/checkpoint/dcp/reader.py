@@ -1,8 +1,8 @@
-"""Reading the files of ``torch.distributed.checkpoint`` without running what may be in them.
+"""Reading the files of ``torch.distributed.checkpoint`` without running code in them.
 
-Its metadata is a pickle, and so is every value that is not a tensor; both are read by torch with an unpickler that
-imports and calls whatever they name. Here metadata may name the classes that describe tensors and nothing else, and
-values are plain data and tensors, unless the caller trusts the checkpoint.
+The metadata is a pickle, and so is every value that is not a tensor; torch reads both with an unpickler that imports
+and calls whatever they name. Here metadata may name only the classes that describe tensors, and values must be plain
+data and tensors, unless the caller passes ``weights_only=False``.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torch.futures import Future
 from lightning_mics._torch.checkpoint import locate_values
 from lightning_mics.checkpoint.dcp.unpickling import read_metadata
 from lightning_mics.checkpoint.dcp.writer import ShardFiles
-from lightning_mics.checkpoint.progress import progress_bar
 from lightning_mics.checkpoint.storage.path import StoragePath, is_local
+from lightning_mics.checkpoint.storage.progress import progress_bar
 
-AT_ONCE_BYTES = 2**23  # of a store: about what a connection carries in the time of a few requests
+AT_ONCE_BYTES = 2**23  # from a store: about the bytes that a connection carries in the time of a few requests
 
 
 class SafeReader(FileSystemReader):
-    """Reads a checkpoint's directory; its metadata is data or is refused. Of tensors it reads what is wanted.
+    """Reads a checkpoint's directory: its metadata if that is data only, and the requested parts of its tensors.
 
     Args:
-        folder: Where the shards are.
-        show_progress: Whether to show a progress bar where reading takes long.
+        folder: Folder of the shards.
+        show_progress: Whether this process displays a progress bar while it reads.
     """
 
     def __init__(self, folder: StoragePath, *, show_progress: bool = False) -> None:
@@ -44,20 +44,20 @@ class SafeReader(FileSystemReader):
         self._metadata: Metadata | None = None
 
     def _slice_file(self, file: Any, sinfo: Any) -> Any:
-        """The bytes of one value; from a store a small one at once, since each request takes long."""
+        """The bytes of one value, as a stream; small ones are fetched from a store by one request."""
         if self._local or sinfo.length > AT_ONCE_BYTES:
             return super()._slice_file(file, sinfo)
         file.seek(sinfo.offset)
         return io.BytesIO(file.read(sinfo.length))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata.
+        """Read the metadata, once.
 
         Raises:
-            UnsafeCheckpointError: If it names anything but the classes that describe tensors, or files elsewhere.
+            UnsafeCheckpointError: If it names other classes than those that describe tensors, or files elsewhere.
             DamagedCheckpointError: If it cannot be read.
         """
-        if self._metadata is None:  # of a large job it is large, and torch asks for it at each load
+        if self._metadata is None:  # it is large for a large job, and torch reads it at each load
             file: Any = self._get_metadata_path(kwargs.get("rank"))
             self._metadata = read_metadata(file)
         metadata = self._metadata
@@ -66,17 +66,29 @@ class SafeReader(FileSystemReader):
         return metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Take the metadata."""
+        """Prepare to read data.
+
+        Args:
+            metadata: Metadata of the checkpoint.
+            is_coordinator: Whether this rank coordinates.
+            args: Further arguments of newer versions of torch.
+            kwargs: Further arguments of newer versions of torch.
+        """
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
         self._described = metadata.state_dict_metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what ``plan`` lists; torch's own reads a stored tensor whole where a part of it is wanted."""
+        """Read the items of a plan. torch's own method reads all of a stored tensor where a part is requested.
+
+        Args:
+            plan: Items to read.
+            planner: Planner that provides the tensors to read into.
+        """
         by_file: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             by_file[self.storage_data[item.storage_index].relative_path].append(item)
         with progress_bar(
-            f"loading {self.path.name}", total_bytes=sum(map(self._bytes_of, plan.items)), shown=self._show_progress
+            f"loading {self.path.name}", total_bytes=sum(map(self._bytes_of, plan.items)), enabled=self._show_progress
         ) as advance:
             for name, items in by_file.items():
                 with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as file:
@@ -98,14 +110,14 @@ class SafeReader(FileSystemReader):
             planner.load_bytes(item, io.BytesIO(stored.read()))
             return
         target = planner.resolve_tensor(item).detach()
-        if self._is_whole(item):
+        if self._is_complete(item):
             target.copy_(torch.load(stored, map_location="cpu", weights_only=True))
         else:
             target.copy_(_read_part(stored, offsets=item.storage_offsets, lengths=item.lengths))
         planner.commit_tensor(item, target)
 
-    def _is_whole(self, item: ReadItem) -> bool:
-        """Whether all of a stored tensor is wanted."""
+    def _is_complete(self, item: ReadItem) -> bool:
+        """Whether all of a stored tensor is requested."""
         described = self._described[item.storage_index.fqn]
         number = item.storage_index.index
         assert isinstance(described, TensorStorageMetadata) and number is not None
@@ -113,14 +125,14 @@ class SafeReader(FileSystemReader):
 
 
 def _read_part(stored: IO[bytes], *, offsets: torch.Size, lengths: torch.Size) -> torch.Tensor:
-    """A part of a tensor that ``torch.save`` has written to ``stored``; whole rows of it are read alone."""
-    whole, first_byte = locate_values(stored)
-    if not whole.is_contiguous() or whole.shape[1:] != lengths[1:]:
+    """Read a part of a tensor that ``torch.save`` has written to ``stored``, and no other bytes if it is full rows."""
+    described, first_byte = locate_values(stored)
+    if not described.is_contiguous() or described.shape[1:] != lengths[1:]:
         stored.seek(0)
         tensor: torch.Tensor = torch.load(stored, map_location="cpu", weights_only=True)
         return narrow_tensor_by_index(tensor, offsets, lengths)
-    values = torch.empty(lengths, dtype=whole.dtype)
-    stored.seek(first_byte + offsets[0] * whole[0].nbytes)
+    values = torch.empty(lengths, dtype=described.dtype)
+    stored.seek(first_byte + offsets[0] * described[0].nbytes)
     count = stored.readinto(values.view(-1).view(torch.uint8).numpy())  # type: ignore[attr-defined]
     if count != values.nbytes:
         raise EOFError(f"{count} of {values.nbytes} bytes are there")

@@ -1,12 +1,15 @@
 """Which rows of a checkpoint's tensors each rank writes and reads, so that all replicas share the work.
 
 A partition group holds each tensor in shards, and every replica holds the same shards. Here the replicas divide each
-shard by rows, so that every byte of a checkpoint is one rank's to write and one rank's to read::
+shard by rows, so that every byte of a checkpoint is written by one rank and read by one rank::
 
     shard of 8 rows                    replica 0    replica 1    replica 2
     writes, and reads from storage     rows 0, 1    rows 2, 3    rows 4, 5
-    rows left over, small shards       whoever has least so far: 6, 7
-    after reading                      each gets the others' rows over the replication group
+    remaining rows, small shards       the replica with the fewest bytes so far: 6, 7
+    after reading                      each receives the others' rows over the replication group
+
+torch's ``dedup_save_plans`` divides by stored tensors and not by rows, and after planning, when an asynchronous save
+must have copied its rows already.
 """
 
 from __future__ import annotations
@@ -21,68 +24,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.tensor import DTensor
 
-SMALLEST_BYTES = 2**14  # of rows that are worth an entry of their own in a checkpoint, which takes about 1 kB
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a shard that are one replica's to write and to read.
-
-    Attributes:
-        values: They are views of the shard, [rows, ...]; a shard without dimensions is itself.
-        offsets: Of the first value in the whole tensor.
-        replica: Whose they are.
-    """
-
-    values: Tensor
-    offsets: torch.Size
-    replica: int
-
-    @property
-    def chunk(self) -> ChunkStorageMetadata:
-        """Where they are in the whole tensor."""
-        return ChunkStorageMetadata(offsets=self.offsets, sizes=self.values.size())
-
-
-@dataclass(frozen=True)
-class DividedShard:
-    """This rank's shard of one tensor, and how its replicas divide it.
-
-    Attributes:
-        rows: Of all replicas; first the equal parts, if the shard is large enough, in the order of replicas.
-        whole_size: Of the tensor that the shard is a part of.
-        replica: This rank's.
-        replication: The ranks that hold the same shard; None if there is one.
-    """
-
-    rows: tuple[Rows, ...]
-    whole_size: torch.Size
-    replica: int
-    replication: dist.ProcessGroup | None
-
-    def own(self) -> Iterator[Rows]:
-        """The rows that are this rank's."""
-        return (rows for rows in self.rows if rows.replica == self.replica)
-
-    def exchange(self) -> None:
-        """Give the other replicas this rank's rows, and get theirs; every rank of the replication group calls it."""
-        if self.replication is None:
-            return
-        equal = self.rows[: self.replication.size()] if len(self.rows) >= self.replication.size() else ()
-        if equal:
-            own = equal[self.replica].values.clone()  # not what is written to
-            dist.all_gather([rows.values for rows in equal], own, group=self.replication)
-        for rows in self.rows[len(equal) :]:
-            dist.broadcast(rows.values, group=self.replication, group_src=rows.replica)
+SMALLEST_BYTES = 2**14  # of rows with an entry of their own in a checkpoint, which takes about 1 kB
 
 
 def divide(tensors: Mapping[str, DTensor]) -> dict[str, DividedShard]:
-    """Divide the shards of ``tensors``; all ranks must name the same ones.
+    """Divide the shards of ``tensors``, by FQN; all ranks must pass the same names.
 
     Raises:
         ValueError: If a tensor is replicated over more than one axis of its mesh.
     """
-    taken_bytes: dict[int, list[int]] = {}  # by number of replicas, of each replica
+    taken_bytes: dict[int, list[int]] = {}  # bytes of each replica, by number of replicas
     divided = {}
     for name in sorted(tensors):
         replicas, replica, group = _replicas(name, tensors[name])
@@ -92,21 +43,73 @@ def divide(tensors: Mapping[str, DTensor]) -> dict[str, DividedShard]:
     return divided
 
 
+@dataclass(frozen=True)
+class DividedShard:
+    """This rank's shard of one tensor, divided among replicas.
+
+    Attributes:
+        rows: Rows of all replicas; first the equal parts, if the shard is large enough, in the order of replicas.
+        unsharded_size: Size of the unsharded tensor, one number per dimension.
+        replica: The replica that this rank belongs to.
+        replication: Process group of the ranks that hold the same shard; None if there is one replica.
+    """
+
+    rows: tuple[Rows, ...]
+    unsharded_size: torch.Size
+    replica: int
+    replication: dist.ProcessGroup | None
+
+    def own(self) -> Iterator[Rows]:
+        """The rows that this rank writes and reads."""
+        return (rows for rows in self.rows if rows.replica == self.replica)
+
+    def exchange(self) -> None:
+        """Send this rank's rows to the other replicas and receive theirs; every rank of the replication group calls."""
+        if self.replication is None:
+            return
+        equal = self.rows[: self.replication.size()] if len(self.rows) >= self.replication.size() else ()
+        if equal:
+            own = equal[self.replica].values.clone()  # a copy, since the collective writes to the rows
+            dist.all_gather([rows.values for rows in equal], own, group=self.replication)
+        for rows in self.rows[len(equal) :]:
+            dist.broadcast(rows.values, group=self.replication, group_src=rows.replica)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a shard that one replica writes and reads.
+
+    Attributes:
+        values: View of the rows in the shard, [rows, ...]; for a shard without dimensions the shard, [].
+        offsets: Position of the first value in the unsharded tensor, one number per dimension.
+        replica: The replica that writes and reads them.
+    """
+
+    values: Tensor
+    offsets: torch.Size
+    replica: int
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        """The place of the rows in the unsharded tensor."""
+        return ChunkStorageMetadata(offsets=self.offsets, sizes=self.values.size())
+
+
 def _replicas(name: str, tensor: DTensor) -> tuple[int, int, dist.ProcessGroup | None]:
-    """How many replicas there are, which one this rank belongs to, and the group of them."""
+    """The number of replicas, the replica that this rank belongs to, and their process group."""
     mesh = tensor.device_mesh
     axes = [
         axis for axis, placement in enumerate(tensor.placements) if placement.is_replicate() and mesh.size(axis) > 1
     ]
     if len(axes) > 1:
-        raise ValueError(f"{name} is replicated over {len(axes)} axes of {mesh}; checkpoints know one axis of replicas")
+        raise ValueError(f"{name} is replicated over {len(axes)} axes of {mesh}; checkpoints support one")
     if not axes:
         return 1, 0, None
     return mesh.size(axes[0]), mesh.get_local_rank(axes[0]), mesh.get_group(axes[0])
 
 
 def _rows(tensor: DTensor, loads: list[int]) -> Iterator[Rows]:
-    """Divide a shard, and count each replica's part into ``loads``."""
+    """Divide a shard, and add each replica's bytes to ``loads``."""
     shard, (chunk,) = tensor.to_local().detach(), _chunks(tensor)
     count = shard.size(0) if shard.ndim else 1
     equal = count // len(loads) if shard.nbytes >= SMALLEST_BYTES * len(loads) else 0
@@ -120,7 +123,7 @@ def _rows(tensor: DTensor, loads: list[int]) -> Iterator[Rows]:
 
 
 def _chunks(tensor: DTensor) -> list[Any]:
-    """Where this rank's shard is in the whole tensor: what DCP asks a tensor for."""
+    """The place of this rank's shard in the unsharded tensor, by the method that DCP calls."""
     chunks: list[Any] = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
     return chunks
 

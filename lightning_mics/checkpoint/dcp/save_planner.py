@@ -1,8 +1,7 @@
-"""What each rank writes: its own rows of every sharded tensor, taken when the planner is made.
+"""The save planner for ``torch.distributed.checkpoint``: which bytes each rank writes.
 
-``torch.distributed.checkpoint`` asks a planner what to write and for the values. This one has an answer of its own for
-sharded tensors, since torch's lets one replica write all of a shard, and can keep copies, so that training may go on
-while they are written.
+torch's planner lets one replica write all of a shard; this one lets each rank write its own rows. It takes the tensors
+when it is made, and can copy them, so that training may continue while they are written.
 """
 
 from __future__ import annotations
@@ -22,13 +21,21 @@ from lightning_mics.checkpoint.dcp.rows import divide
 
 
 class HostBuffers:
-    """Memory of the host for copies of tensors, used again from one checkpoint to the next."""
+    """Host memory for copies of tensors, reused from one checkpoint to the next; pinned for tensors on CUDA."""
 
     def __init__(self) -> None:
         self._buffers: dict[MetadataIndex, Tensor] = {}
 
     def copy(self, index: MetadataIndex, values: Tensor) -> Tensor:
-        """Begin to copy ``values``; on CUDA they are there after a synchronisation."""
+        """Begin a copy; from CUDA it is complete after a synchronization.
+
+        Args:
+            index: Entry of the checkpoint, by which the buffer is found again.
+            values: Tensor of any shape.
+
+        Returns:
+            The buffer, of the same shape.
+        """
         buffer = self._buffers.get(index)
         if buffer is None or buffer.shape != values.shape or buffer.dtype != values.dtype:
             buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
@@ -37,11 +44,11 @@ class HostBuffers:
 
 
 class OwnRowsSavePlanner(DefaultSavePlanner):
-    """Plans the writing of a state that it takes at once, and not of what it is given later.
+    """Plans to write a state that is taken when the planner is made.
 
     Args:
-        state: Nested dicts of tensors and plain values, the same names on all ranks.
-        buffers: Where to copy to; None writes the tensors themselves, which must not change meanwhile.
+        state: Nested dicts of tensors and plain values, with the same names on all ranks.
+        buffers: Host memory to copy to; None writes the tensors themselves, which must not change meanwhile.
     """
 
     def __init__(self, state: dict[str, Any], *, buffers: HostBuffers | None) -> None:
@@ -55,7 +62,9 @@ class OwnRowsSavePlanner(DefaultSavePlanner):
             for rows in shard.own():
                 index = MetadataIndex(name, rows.offsets)
                 self._values[index] = rows.values if buffers is None else buffers.copy(index, rows.values)
-                facts = TensorWriteData(rows.chunk, TensorProperties.create_from_tensor(rows.values), shard.whole_size)
+                facts = TensorWriteData(
+                    rows.chunk, TensorProperties.create_from_tensor(rows.values), shard.unsharded_size
+                )
                 self._items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=facts))
         if buffers is not None:
             self.state_dict = {name: _copied(value) for name, value in self.state_dict.items()}
@@ -65,22 +74,28 @@ class OwnRowsSavePlanner(DefaultSavePlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        """The state is there already; ``state_dict`` is not looked at."""
+        """Prepare to plan.
+
+        Args:
+            state_dict: Ignored; the state was taken when the planner was made.
+            storage_meta: Ignored.
+            is_coordinator: Whether this rank coordinates.
+        """
         self.is_coordinator = is_coordinator
 
     @property
     def own_bytes(self) -> int:
-        """What this rank's rows weigh."""
+        """Bytes of this rank's rows."""
         return sum(values.nbytes for values in self._values.values())
 
     def create_local_plan(self) -> SavePlan:
-        """This rank's rows, and what is not sharded, which torch gives to one rank each."""
+        """Plan to write this rank's rows, and unsharded values, each of which torch lets one rank write."""
         plan = create_default_local_save_plan(self.state_dict, self.is_coordinator)
         self.plan = replace(plan, items=[*plan.items, *self._items], planner_data=self.mappings)
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The value to write."""
+        """The value to write for the entry ``index``: [rows, ...] of a shard, or an unsharded value."""
         own = self._values.get(index)
         return super().lookup_object(index) if own is None else own
 

@@ -1,7 +1,7 @@
 """The files that ``torch.distributed.checkpoint`` writes and reads, on a file system or a store.
 
-Each file gets its checksum as it is written, so that nobody has to read it again for that. From a store a rank asks for
-the bytes of one tensor after the other, and for no others.
+A file's checksum is computed while it is written, so that it is not read again for that. A rank fetches from a store
+the bytes of one tensor after the other, and no others.
 """
 
 from __future__ import annotations
@@ -16,58 +16,70 @@ from typing import Any
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemWriter
 
 from lightning_mics.checkpoint.errors import os_error
-from lightning_mics.checkpoint.progress import unseen
 from lightning_mics.checkpoint.storage.manifest import FileFacts
 from lightning_mics.checkpoint.storage.path import StoragePath, has_folders, is_local, size_and_etag, storage_path
+from lightning_mics.checkpoint.storage.progress import no_progress
 
 
 class ShardWriter(FileSystemWriter):
     """Writes this rank's shards into a folder.
 
     Args:
-        folder: On storage that all ranks share.
-        advance: Is told of bytes as they are written.
+        folder: Folder on storage that all ranks share.
+        advance: Function to call with the number of bytes of each write.
     """
 
-    def __init__(self, folder: StoragePath, *, advance: Callable[[int], object] = unseen) -> None:
+    def __init__(self, folder: StoragePath, *, advance: Callable[[int], object] = no_progress) -> None:
         super().__init__(str(folder), sync_files=is_local(folder))
         self.fs: Any = ShardFiles(advance=advance)
         self.path: Any = folder
 
     @property
     def checkpoint_id(self) -> str:
-        """Becomes a part of the metadata, which is read as plain data."""
+        """The folder as a string: it becomes a part of the metadata, which must be plain data."""
         return str(self.path)
 
     def write_bytes(self, content: bytes | memoryview, *, name: str) -> None:
-        """Write one file more."""
+        """Write one more file.
+
+        Args:
+            content: Bytes of the file.
+            name: Name of the file in the folder.
+        """
         with self.fs.create_stream(self.path / name, "wb") as stream:
             stream.write(content)
 
     @property
     def written(self) -> dict[str, FileFacts]:
-        """What this rank has written so far, by name."""
+        """The facts of all files that this rank has written so far, by name."""
         written: dict[str, FileFacts] = self.fs.written
         return written
 
 
 class ShardFiles(FileSystemBase):
-    """What ``torch.distributed.checkpoint`` needs of a file system.
+    """The operations of a file system that ``torch.distributed.checkpoint`` needs.
+
+    Args:
+        advance: Function to call with the number of bytes of each write.
 
     Attributes:
-        written: By name, what was written through it and is complete.
+        written: Facts of the complete files that were written through it, by name.
     """
 
-    def __init__(self, *, advance: Callable[[int], object] = unseen) -> None:
+    def __init__(self, *, advance: Callable[[int], object] = no_progress) -> None:
         self.written: dict[str, FileFacts] = {}
         self._advance = advance
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        """The file at ``path``, opened.
+        """Open a file.
+
+        Args:
+            path: Path or URL of the file.
+            mode: "rb" to read, "wb" to write.
 
         Raises:
-            OSError: With the file's name, if it cannot be written.
+            OSError: If it cannot be written, with the file's name.
         """
         with _opened_to_read(path, mode) if "r" in mode else self._recorded(path, mode) as stream:
             yield stream
@@ -84,35 +96,35 @@ class ShardFiles(FileSystemBase):
                 stream.discard()
                 raise
             self.written[path.name] = stream.facts(path)
-        except Exception as error:  # drivers have errors of their own, which may not travel to other ranks
+        except Exception as error:  # drivers have errors of their own, which may not pickle for other ranks
             raise os_error(f"{path} could not be written", (stream and stream.failure) or error) from error
 
     def concat_path(self, path: Any, suffix: str) -> Any:
-        """A file in a folder."""
+        """The path of the file ``suffix`` in the folder ``path``."""
         return path / suffix
 
     def init_path(self, path: Any) -> Any:
-        """A folder."""
+        """The folder that ``path`` names."""
         return storage_path(path)
 
     def rename(self, path: Any, new_path: Any) -> None:
-        """Give a file that was written through it another name."""
+        """Rename a file that was written through this object from ``path`` to ``new_path``."""
         path.rename(new_path)
         _, etag = size_and_etag(new_path)
         self.written[new_path.name] = replace(self.written.pop(path.name), etag=etag)
 
     def mkdir(self, path: Any) -> None:
-        """Make a folder, if there are any."""
+        """Make a folder, on storage that has folders."""
         if has_folders(path):
             path.mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Whether it is a path."""
+        """Whether ``checkpoint_id`` is a path."""
         return isinstance(checkpoint_id, str | os.PathLike)
 
     def exists(self, path: Any) -> bool:
-        """Whether there is a file."""
+        """Whether the file exists."""
         found: bool = path.exists()
         return found
 
@@ -121,20 +133,18 @@ class ShardFiles(FileSystemBase):
         path.unlink()
 
 
-def _opened_to_read(path: Any, mode: str) -> AbstractContextManager[Any]:
-    """A driver's own guess of what will be read next would fetch much more than is needed."""
-    opened: AbstractContextManager[Any] = path.open(mode) if is_local(path) else path.open(mode, cache_type="none")
-    return opened
-
-
 class HashedStream:
     """A file that is written from its beginning to its end, and its checksum.
 
+    Args:
+        file: Stream to write to.
+        advance: Function to call with the number of bytes of each write.
+
     Attributes:
-        failure: The error that writing it has met.
+        failure: Error of a write, or None.
     """
 
-    def __init__(self, file: Any, *, advance: Callable[[int], object] = unseen) -> None:
+    def __init__(self, file: Any, *, advance: Callable[[int], object] = no_progress) -> None:
         self._file = file
         self._advance = advance
         self.failure: Exception | None = None
@@ -142,11 +152,11 @@ class HashedStream:
         self._size_bytes = 0
 
     def write(self, content: Any) -> int:
-        """Append ``content``."""
+        """Append ``content``; returns its bytes."""
         try:
             self._file.write(content)
         except Exception as failure:
-            self.failure = failure  # torch.save goes on to fail with an error of its own that says less
+            self.failure = failure  # torch.save then raises an error of its own that says less
             raise
         self._digest.update(content)
         count = memoryview(content).nbytes
@@ -155,17 +165,17 @@ class HashedStream:
         return count
 
     def tell(self) -> int:
-        """How much was written."""
+        """Bytes written so far."""
         return self._size_bytes
 
     def fileno(self) -> int:
-        """Of the file, if it is on a file system."""
+        """The file descriptor, on a file system."""
         self._file.flush()
         number: int = self._file.fileno()
         return number
 
     def flush(self) -> None:
-        """Hand on to the file; a store gets its parts when they are large enough."""
+        """Flush the file; parts are sent to a store when they are large enough."""
         if not self._file.closed:
             self._file.flush()
 
@@ -174,20 +184,26 @@ class HashedStream:
         self._file.close()
 
     def discard(self) -> None:
-        """Leave the file incomplete, which in a store means that it never comes to be."""
-        with suppress(Exception):  # it is on its way out because of another error
+        """Leave the file incomplete; in a store it will not exist."""
+        with suppress(Exception):  # another error is being raised
             if hasattr(self._file, "discard"):
                 self._file.discard()
-                self._file.closed = True  # or it would try again when it is forgotten
+                self._file.closed = True  # otherwise it tries again when it is deleted
             self._file.close()
 
     def facts(self, path: StoragePath) -> FileFacts:
-        """What was written, as it now is at ``path``.
+        """The facts of the written file, which is at ``path``.
 
         Raises:
-            OSError: If other than all of it is there.
+            OSError: If its size there is another than was written.
         """
         size_bytes, etag = size_and_etag(path)
         if size_bytes != self._size_bytes:
             raise OSError(f"{size_bytes} of {self._size_bytes} bytes have arrived")
         return FileFacts(size_bytes=size_bytes, sha256=self._digest.hexdigest(), etag=etag)
+
+
+def _opened_to_read(path: Any, mode: str) -> AbstractContextManager[Any]:
+    """The file, opened without the read-ahead of drivers, which fetches much more than is needed."""
+    opened: AbstractContextManager[Any] = path.open(mode) if is_local(path) else path.open(mode, cache_type="none")
+    return opened

@@ -1,4 +1,4 @@
-"""Where a checkpoint is stored on a file system, and how it replaces an earlier one.
+"""The location of a checkpoint on a file system, and how a checkpoint replaces an earlier one.
 
 [Note: How a checkpoint becomes visible]
 
@@ -14,7 +14,7 @@ the manifest, which lists all files, and makes them visible by one atomic operat
                          and removed after
     killed before        the earlier one is visible, and the next save removes the files
     killed in between    .NAME.former is renamed to NAME by       cannot be: one object is replaced
-                         `put_back`, in the next load or save
+                         `recover`, in the next load or save
     killed after         the new one is visible, and the next save, or on a file system load, removes the earlier one
 
 One full file is as atomic as the function that writes it; a directory at its place is renamed to .NAME.former until it
@@ -34,27 +34,24 @@ from pathlib import Path
 from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, Manifest
 from lightning_mics.checkpoint.storage.path import StoragePath, exists
 
-META_FILE = "meta.pt"
-
-
-DCP_FILE = ".metadata"
+META_FILE = "meta.pt"  # entries that are not sharded
+DCP_FILE = ".metadata"  # metadata of torch.distributed.checkpoint
 
 
 def is_sharded(path: StoragePath) -> bool:
-    """Whether ``path`` is a directory that :func:`~lightning_mics.checkpoint.saving.save_sharded` wrote."""
+    """Whether ``path`` is a directory that :func:`~lightning_mics.checkpoint.saving.save_sharded` has written."""
     return any(exists(path / name) for name in (META_FILE, MANIFEST_FILE))
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """The place of one checkpoint on a file system; one rank calls, the others wait for it.
+    """The location of one checkpoint on a file system; one rank calls, the others wait for it.
 
+    To save, call ``draft = begin()``, let every rank write its files into ``draft``, then ``publish(draft, manifest)``.
     See [Note: How a checkpoint becomes visible].
 
-    Saving is ``draft = begin()``, then every rank writes its files into ``draft``, then ``publish(draft, manifest)``.
-
     Attributes:
-        path: Where the checkpoint is seen.
+        path: Directory of the checkpoint.
     """
 
     path: Path
@@ -64,18 +61,23 @@ class CheckpointFolder:
         return self.path.with_name(f".{self.path.name}.former")
 
     def begin(self) -> Path:
-        """Make the empty folder that a new checkpoint is written into, and clear away what a killed job has left."""
+        """Make an empty draft for a new checkpoint, and remove the remains of killed jobs."""
         draft = self.path.with_name(f".{self.path.name}.unfinished")
-        self.put_back()
+        self.recover()
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         return draft
 
     def publish(self, draft: Path, manifest: Manifest) -> None:
-        """Let the files in ``draft``, which ``manifest`` lists, be the checkpoint; foreign files at its place stay."""
+        """Make the draft the checkpoint; other files at its path are preserved.
+
+        Args:
+            draft: Folder from :meth:`begin`, with all files written.
+            manifest: List of the files.
+        """
         try:
             manifest.write(draft)
-            for name in (META_FILE, MANIFEST_FILE, "."):  # DCP has seen to its own
+            for name in (META_FILE, MANIFEST_FILE, "."):  # DCP has synchronized its own
                 _sync(draft / name)
         except OSError:
             self.abandon(draft)
@@ -85,20 +87,20 @@ class CheckpointFolder:
         try:
             draft.rename(self.path)
         finally:
-            self.put_back()
+            self.recover()
         _sync(self.path.parent)
 
     def abandon(self, draft: Path) -> None:
-        """Remove ``draft``, which will not be published, as far as that is possible."""
+        """Remove ``draft``, which will not be published, if possible."""
         shutil.rmtree(draft, ignore_errors=True)
 
     def replace_by_file(self, write: Callable[[Path], None]) -> None:
-        """Let ``write`` put one file in the checkpoint's place.
+        """Let ``write`` write a file at the checkpoint's path.
 
         Raises:
-            IsADirectoryError: If anything else than a checkpoint is there.
+            IsADirectoryError: If it is a directory with other files than a checkpoint's.
         """
-        self.put_back()
+        self.recover()
         if self.path.is_dir():
             if not is_sharded(self.path) or any(map(_is_foreign, self.path.iterdir())):
                 what = f"{self.path} is a directory that holds other files than a checkpoint's"
@@ -107,10 +109,10 @@ class CheckpointFolder:
         try:
             write(self.path)
         finally:
-            self.put_back()
+            self.recover()
 
-    def put_back(self) -> None:
-        """Restore the earlier checkpoint if no new one has replaced it, else only the files that belong to none."""
+    def recover(self) -> None:
+        """Restore the earlier checkpoint if no successor came; otherwise move its other files to the successor."""
         path, former = self.path, self._former
         if not os.path.lexists(former):
             return
@@ -129,7 +131,7 @@ def _is_foreign(entry: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's names, are on disk."""
+    """Wait until a file's content, or a directory's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

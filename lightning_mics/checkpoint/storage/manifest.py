@@ -1,8 +1,8 @@
-"""What makes a checkpoint whole: the list of its files with their sizes and checksums.
+"""The manifest: the list of a checkpoint's files with their sizes and checksums, by which it is complete or corrupted.
 
-It is the last file that is written: see [Note: How a checkpoint becomes visible]. A checkpoint without a file of the
-list, or with one that is shorter or other than it was, is damaged, and the error says which file. Where a store names
-contents (its ETag), a file whose name is as it was is not read again; a copy elsewhere, which has another name, is.
+It is the last file that is written: see [Note: How a checkpoint becomes visible]. A checkpoint is corrupted if a file
+of the list is missing, shorter or altered, and the error names the file. A file in a store whose ETag is unchanged is
+not read again; a copy elsewhere, which has another ETag, is.
 """
 
 from __future__ import annotations
@@ -16,26 +16,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightning_mics.checkpoint.errors import DamagedCheckpointError
-from lightning_mics.checkpoint.progress import unseen
 from lightning_mics.checkpoint.storage.path import StoragePath, size_and_etag
+from lightning_mics.checkpoint.storage.progress import no_progress
 
 MANIFEST_FILE = "manifest.json"
-
-
 FORMAT = 1
-
 
 _CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileFacts:
-    """What a file was when it was written.
+    """The facts of a file when it was written.
 
     Attributes:
-        size_bytes: Its length.
-        sha256: Its checksum, as ``sha256sum`` prints it.
-        etag: What an object store called its content.
+        size_bytes: Length of the file.
+        sha256: Checksum of the file, as ``sha256sum`` prints it.
+        etag: ETag of the file in an object store, or None.
     """
 
     size_bytes: int
@@ -43,8 +40,13 @@ class FileFacts:
     etag: str | None = None
 
     @classmethod
-    def of(cls, file: StoragePath, *, advance: Callable[[int], object] = unseen) -> FileFacts:
-        """Read ``file``; ``advance`` is told of bytes as they are read."""
+    def of(cls, file: StoragePath, *, advance: Callable[[int], object] = no_progress) -> FileFacts:
+        """Read the facts of a file, without its ETag.
+
+        Args:
+            file: Path or URL of the file.
+            advance: Function to call with the number of bytes of each read.
+        """
         digest = hashlib.sha256()
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK_BYTES):
@@ -53,7 +55,7 @@ class FileFacts:
             return cls(size_bytes=stream.tell(), sha256=digest.hexdigest())
 
     def are_facts(self) -> bool:
-        """Whether they can be what was written: they may come from anywhere."""
+        """Whether the types are right: a manifest may come from anywhere."""
         strings = isinstance(self.sha256, str) and isinstance(self.etag, str | None)
         return isinstance(self.size_bytes, int) and strings
 
@@ -63,10 +65,10 @@ class Manifest:
     """The files of one checkpoint.
 
     Attributes:
-        files: By name inside the checkpoint's directory.
-        world_size: Ranks that wrote it.
-        saved: When, in UTC, as ISO 8601 has it.
-        folder: Where the files are, if not beside the manifest: the name of a folder beside it.
+        files: Facts of the files, by name inside their folder.
+        world_size: Number of ranks that wrote the checkpoint.
+        saved: Time of saving in UTC, in ISO 8601.
+        folder: Name of the folder of the files, beside the manifest; "" if they are beside the manifest themselves.
     """
 
     files: Mapping[str, FileFacts]
@@ -76,19 +78,24 @@ class Manifest:
 
     @classmethod
     def now(cls, files: Mapping[str, FileFacts], *, world_size: int) -> Manifest:
-        """The manifest of files that have just been written."""
+        """Make the manifest of files that have just been written.
+
+        Args:
+            files: Facts of the files, by name.
+            world_size: Number of ranks that have written them.
+        """
         return cls(files=files, world_size=world_size, saved=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     def write(self, path: Path) -> None:
-        """Write it into a checkpoint's directory."""
+        """Write the manifest into the directory ``path``."""
         (path / MANIFEST_FILE).write_text(self.text())
 
     @classmethod
     def read(cls, path: StoragePath) -> Manifest:
-        """The manifest in a checkpoint's directory.
+        """Read the manifest in a checkpoint's directory.
 
         Raises:
-            DamagedCheckpointError: If it is missing, or is no manifest.
+            DamagedCheckpointError: If it is missing, or is not a manifest.
         """
         try:
             text = (path / MANIFEST_FILE).read_text()
@@ -96,9 +103,9 @@ class Manifest:
             if text != manifest.text():
                 raise ValueError("it was altered")
         except FileNotFoundError:
-            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {MANIFEST_FILE} is missing") from None
+            raise DamagedCheckpointError(f"checkpoint {path} is corrupted: {MANIFEST_FILE} is missing") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {MANIFEST_FILE}: {error!r}") from None
+            raise DamagedCheckpointError(f"checkpoint {path} is corrupted: {MANIFEST_FILE}: {error!r}") from None
         return manifest
 
     def content(self, path: StoragePath) -> StoragePath:
@@ -106,9 +113,18 @@ class Manifest:
         return path / self.folder if self.folder else path
 
     def problems(
-        self, path: StoragePath, names: Iterable[str] | None = None, *, advance: Callable[[int], object] = unseen
+        self, path: StoragePath, names: Iterable[str] | None = None, *, advance: Callable[[int], object] = no_progress
     ) -> list[str]:
-        """What is wrong with these files of the checkpoint at ``path``, or all, in a few words each."""
+        """Compare files with the manifest.
+
+        Args:
+            path: Directory of the checkpoint.
+            names: Names of the files; None for all.
+            advance: Function to call with the number of bytes of each read.
+
+        Returns:
+            A few words for each file that is missing, cut short or altered.
+        """
         return [
             f"{name} {problem}"
             for name in (self.files if names is None else names)
@@ -116,43 +132,42 @@ class Manifest:
         ]
 
     def text(self) -> str:
-        """What is written."""
-        files = {name: _without_nothing(asdict(facts)) for name, facts in self.files.items()}
+        """The content of the manifest's file."""
+        files = {name: _without_none(asdict(facts)) for name, facts in self.files.items()}
         content = {"format": FORMAT, "saved": self.saved, "world_size": self.world_size, "files": files}
         if self.folder:
             content["folder"] = self.folder
-        checksum = hashlib.sha256(json.dumps(content).encode()).hexdigest()  # of what the others are checked with
+        checksum = hashlib.sha256(json.dumps(content).encode()).hexdigest()  # of the manifest itself
         return json.dumps({**content, "sha256": checksum}, indent=1) + "\n"
 
     @classmethod
     def _parse(cls, content: Any) -> Manifest:
         if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']!r} is not the one that this version reads, {FORMAT}")
+            raise ValueError(f"format {content['format']!r} is not supported; this version reads format {FORMAT}")
         files = {name: FileFacts(**facts) for name, facts in content["files"].items()}
         for name, facts in files.items():
             if not (_is_plain(name) and facts.are_facts()):
-                raise ValueError(f"{name!r} with {facts} is no file of a checkpoint")
+                raise ValueError(f"{name!r} with {facts} is not a file of a checkpoint")
         folder = content.get("folder", "")
         if folder and not _is_plain(folder):
-            raise ValueError(f"{folder!r} is no folder of a checkpoint")
+            raise ValueError(f"{folder!r} is not a folder of a checkpoint")
         world_size, saved = int(content["world_size"]), str(content["saved"])
         return cls(files=files, world_size=world_size, saved=saved, folder=folder)
 
 
-def _is_plain(name: Any) -> bool:
-    """Whether it names something inside of the checkpoint."""
-    return isinstance(name, str) and name == PurePosixPath(name).name and name not in ("", "..")
+def refuse_corrupted(path: StoragePath, problems: Sequence[str]) -> None:
+    """Raise an error if there are problems.
 
+    Args:
+        path: Directory of the checkpoint.
+        problems: Problems from :meth:`Manifest.problems`.
 
-def _without_nothing(facts: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in facts.items() if value is not None}
-
-
-def refuse_damaged(path: StoragePath, problems: Sequence[str]) -> None:
-    """Raise a DamagedCheckpointError that names the first of these :meth:`Manifest.problems`, if there are any."""
+    Raises:
+        DamagedCheckpointError: If there are any; the message names the first three.
+    """
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {', '.join(problems[:3])}{more}")
+        raise DamagedCheckpointError(f"checkpoint {path} is corrupted: {', '.join(problems[:3])}{more}")
 
 
 def _problem(file: StoragePath, written: FileFacts, advance: Callable[[int], object]) -> str | None:
@@ -168,3 +183,12 @@ def _problem(file: StoragePath, written: FileFacts, advance: Callable[[int], obj
         return "is missing"
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether ``name`` is a name inside the checkpoint's folder."""
+    return isinstance(name, str) and name == PurePosixPath(name).name and name not in ("", "..")
+
+
+def _without_none(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if value is not None}

@@ -1,6 +1,6 @@
-"""Paths to where checkpoints are: a path on a file system, or the URL of a store that fsspec has a driver for.
+"""Paths of checkpoints: paths on a file system, and URLs of stores that fsspec has a driver for.
 
-Both are used as ``pathlib`` paths. What only one of them can do is asked here.
+Both are used as ``pathlib`` paths; the functions here know the differences.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ StoragePath: TypeAlias = Path | UPath
 
 
 def storage_path(given: str | os.PathLike[str] | UPath) -> StoragePath:
-    """The path that a user means by ``given``.
+    """Parse a path or URL that a user has given.
 
     Args:
-        given: A path, or a URL such as ``s3://bucket/folder``. Where the store is and who may use it is for the driver
-            to find, in its environment variables and files.
+        given: A path, or a URL such as ``s3://bucket/folder``. The driver finds the store's endpoint and credentials
+            in its own environment variables and files.
 
     Raises:
-        ValueError: If fsspec knows no such kind of URL, or it has lost a slash.
-        ImportError: If the driver for it is not installed.
+        ValueError: If fsspec does not know the URL's protocol, or the URL has lost a slash.
+        ImportError: If the driver of the protocol is not installed.
     """
     if isinstance(given, Path):
         given = str(given)
     cut = re.match(r"(\w{2,}):/(?!/)", given) if isinstance(given, str) else None
     if cut:
-        raise ValueError(f"{given!r} has lost a slash, as a URL does that is made a Path; pass {cut[1]}://... as a str")
+        raise ValueError(
+            f"{given!r} has lost a slash, as URLs do that are converted to a Path; pass {cut[1]}://... as a str"
+        )
     if isinstance(given, str) and "://" not in given:
         return Path(given)
     path = UPath(given)
@@ -43,23 +45,23 @@ def storage_path(given: str | os.PathLike[str] | UPath) -> StoragePath:
 
 
 def is_local(path: StoragePath) -> bool:
-    """Whether ``path`` is on a file system, where a rename is all or nothing."""
+    """Whether ``path`` is on a file system, where a rename is atomic."""
     return isinstance(path, Path)
 
 
 def has_folders(path: StoragePath) -> bool:
-    """Whether folders must be made before files are; in a bucket they are the beginnings of names only."""
+    """Whether folders must be made before files; in a bucket they are only prefixes of names."""
     return not isinstance(path, CloudPath)
 
 
 def forget_listings(path: StoragePath) -> None:
-    """Look anew at what other ranks may have changed: drivers keep listings."""
+    """Drop the driver's cached listings, since other ranks may have changed files."""
     if isinstance(path, UPath):
         path.fs.invalidate_cache()
 
 
 def exists(path: StoragePath) -> bool:
-    """Whether there is anything. A store that does not answer is an error, where fsspec's own methods would say no."""
+    """Whether ``path`` exists. A store that does not answer is an error, where fsspec's own methods return False."""
     if isinstance(path, Path):
         return path.exists()
     try:
@@ -70,7 +72,7 @@ def exists(path: StoragePath) -> bool:
 
 
 def size_and_etag(file: StoragePath) -> tuple[int, str | None]:
-    """The length of ``file`` in bytes, and the name that its store gives to its content, if it gives one."""
+    """The length of ``file`` in bytes, and its ETag if its store has ETags."""
     if isinstance(file, Path):
         return file.stat().st_size, None
     facts: dict[str, Any] = file.fs.info(file.path)

@@ -1,4 +1,4 @@
-"""Where a checkpoint is stored in an object store, which cannot rename.
+"""The location of a checkpoint in an object store, which cannot rename.
 
 See [Note: How a checkpoint becomes visible]. Each save has a folder of its own, with a name that no other save has::
 
@@ -19,13 +19,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any, Protocol
 
 from upath import UPath
 
 from lightning_mics.checkpoint.errors import DamagedCheckpointError, os_error
-from lightning_mics.checkpoint.storage.folder import DCP_FILE, META_FILE, CheckpointFolder
+from lightning_mics.checkpoint.storage.folder import DCP_FILE, META_FILE
 from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, Manifest
 from lightning_mics.checkpoint.storage.path import StoragePath, exists, forget_listings
 
@@ -34,27 +32,32 @@ _FOLDER_OF_A_SAVE = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The place of one checkpoint in a store; used as
-    :class:`~lightning_mics.checkpoint.storage.folder.CheckpointFolder` is.
+    """The location of one checkpoint in a store, with the methods of
+    :class:`~lightning_mics.checkpoint.storage.folder.CheckpointFolder`.
 
-    A job has at most one save going on at one place.
+    A job has at most one unfinished save at one location.
 
     Attributes:
-        path: Where the checkpoint is seen.
+        path: URL of the checkpoint.
     """
 
     path: UPath
 
     def begin(self) -> UPath:
-        """Choose the folder that a new checkpoint is written into, and clear away what a killed job has left."""
+        """Choose the folder of a new checkpoint, and remove the remains of killed jobs."""
         forget_listings(self.path)
-        with suppress(DamagedCheckpointError):  # its files may be of use to somebody until the new ones are there
+        with suppress(DamagedCheckpointError):  # its files may be useful until the new ones are complete
             named = Manifest.read(self.path).folder if exists(self._manifest) else None
             self._remove(folder for folder in self._folders() if folder.name != named)
         return self.path / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
 
     def publish(self, draft: StoragePath, manifest: Manifest) -> None:
-        """Let the files in ``draft``, which ``manifest`` lists, be the checkpoint; foreign files at its place stay."""
+        """Make the draft the checkpoint; other files at its URL are preserved.
+
+        Args:
+            draft: Folder from :meth:`begin`, with all files written.
+            manifest: List of the files.
+        """
         self._write(replace(manifest, folder=draft.name).text())
         try:
             forget_listings(self.path)
@@ -66,16 +69,16 @@ class CheckpointStore:
             warnings.warn(f"files of an earlier checkpoint are left in {self.path}: {error!r}", stacklevel=2)
 
     def abandon(self, draft: StoragePath) -> None:
-        """Remove ``draft``, which will not be published, as far as that is possible."""
+        """Remove ``draft``, which will not be published, if possible."""
         with suppress(Exception):
             forget_listings(self.path)
             self.path.fs.rm((self.path / draft.name).path, recursive=True)
 
     def replace_by_file(self, write: Callable[[UPath], None]) -> None:
-        """Let ``write`` put one file in the checkpoint's place.
+        """Let ``write`` write a file at the checkpoint's URL.
 
         Raises:
-            IsADirectoryError: If anything else than a checkpoint is there.
+            IsADirectoryError: If it is a directory with other files than a checkpoint's.
         """
         forget_listings(self.path)
         foreign = set(self._children()) - {self._manifest, *self._folders(), *self._plain_files()}
@@ -83,15 +86,15 @@ class CheckpointStore:
             what = f"{self.path} is a directory that holds other files than a checkpoint's"
             raise IsADirectoryError(errno.EISDIR, what)
         write(self.path)
-        self._remove_manifest()  # from here on the file is what readers find
+        self._remove_manifest()  # from here on readers find the file
         self._remove([*self._folders(), *self._plain_files()])
 
-    def put_back(self) -> None:
-        """Nothing waits for its successor here; other ranks' files may be new to this one."""
+    def recover(self) -> None:
+        """Drop cached listings, since other ranks may have written; a store has nothing to restore."""
         forget_listings(self.path)
 
     def remove(self) -> None:
-        """Remove the checkpoint: first what makes it one, then the rest."""
+        """Remove the checkpoint: first the manifest, then the rest."""
         forget_listings(self.path)
         self._remove_manifest()
         if exists(self.path):
@@ -103,11 +106,11 @@ class CheckpointStore:
         return self.path / MANIFEST_FILE
 
     def _write(self, text: str) -> None:
-        """Write the manifest, whole or not at all."""
+        """Write the manifest, atomically."""
         try:
             self.path.fs.pipe_file(self._manifest.path, text.encode())
         except Exception as error:
-            if not self._is_written(text):  # it may have arrived, and only the answer been lost
+            if not self._is_written(text):  # it may have arrived, and only the answer may be lost
                 raise os_error(f"{self._manifest} could not be written", error) from error
 
     def _remove_manifest(self) -> None:
@@ -124,37 +127,13 @@ class CheckpointStore:
         return list(self.path.iterdir()) if self.path.is_dir() else []
 
     def _folders(self) -> list[UPath]:
-        """Those of saves."""
+        """Folders of saves."""
         return [child for child in self._children() if _FOLDER_OF_A_SAVE.fullmatch(child.name)]
 
     def _plain_files(self) -> list[UPath]:
-        """Those of a checkpoint that was copied here from a file system."""
+        """Files of a checkpoint that was copied here from a file system."""
         return [child for child in self._children() if child.suffix == ".distcp" or child.name in (META_FILE, DCP_FILE)]
 
     def _remove(self, children: Iterable[UPath]) -> None:
         for child in children:
             self.path.fs.rm(child.path, recursive=True)
-
-
-class CheckpointPlace(Protocol):
-    """Where one checkpoint lives; one rank calls, the others wait for it."""
-
-    def begin(self) -> StoragePath:
-        """Where to write a new checkpoint."""
-
-    def publish(self, draft: Any, manifest: Manifest) -> None:
-        """Make what was written there the checkpoint."""
-
-    def abandon(self, draft: Any) -> None:
-        """Give up what was written there."""
-
-    def replace_by_file(self, write: Callable[[Any], None]) -> None:
-        """Put one file in the checkpoint's place."""
-
-    def put_back(self) -> None:
-        """See to what a killed job has left, before the checkpoint is read."""
-
-
-def checkpoint_place(path: StoragePath) -> CheckpointPlace:
-    """The place of the checkpoint at ``path``."""
-    return CheckpointFolder(path) if isinstance(path, Path) else CheckpointStore(path)

@@ -287,7 +287,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             optimizer_states=state.pop("optimizer_states", []),
             meta=state,
             rank_state=random_state,
-            at_once=not self._in_fit(),
+            synchronous=not self._in_fit(),
             show_progress=self._shows_progress(),
         )
 

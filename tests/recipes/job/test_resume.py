@@ -37,10 +37,10 @@ def test_last_is_followed_by_those_before_it_and_damaged_ones_are_told_of(tmp_pa
     told: list[str] = []
     runs = find_saved_runs("last", checkpoint_dir=tmp_path, say=told.append)
     assert [run.path.name for run in runs] == ["last.ckpt", "step_7.ckpt", "step_5.ckpt"]
-    assert len(told) == 1 and "step_9.ckpt is damaged: meta.pt has 3 of" in told[0]
+    assert len(told) == 1 and "step_9.ckpt is corrupted: meta.pt has 3 of" in told[0]
     for name in ("step_5.ckpt", "last.ckpt", "step_7.ckpt"):
         (tmp_path / name / "meta.pt").unlink()
-    with pytest.raises(DamagedCheckpointError, match=r"is damaged: meta\.pt"):
+    with pytest.raises(DamagedCheckpointError, match=r"is corrupted: meta\.pt"):
         find_saved_runs("last", checkpoint_dir=tmp_path)
 
 

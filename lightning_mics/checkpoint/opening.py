@@ -1,0 +1,149 @@
+"""A sharded checkpoint, opened: its manifest, its entries and its tensors, for all who load, export or inspect one."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+
+from lightning_mics.checkpoint.dcp.load_planner import SafePlanner
+from lightning_mics.checkpoint.dcp.reader import SafeReader
+from lightning_mics.checkpoint.dcp.unpickling import load_value, plain_errors
+from lightning_mics.checkpoint.storage.folder import META_FILE
+from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, Manifest, refuse_corrupted
+from lightning_mics.checkpoint.storage.path import StoragePath, exists
+from lightning_mics.checkpoint.storage.progress import progress_bar
+from lightning_mics.collectives.agreement import on_all_ranks, on_rank_0
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A sharded checkpoint and its manifest; nothing else has been read or checked yet.
+
+    Attributes:
+        path: Directory of the checkpoint.
+        manifest: List of its files; None if it has none.
+        show_progress: Whether this process displays progress bars for long operations.
+    """
+
+    path: StoragePath
+    manifest: Manifest | None
+    show_progress: bool = False
+
+    @property
+    def content(self) -> StoragePath:
+        """Folder that holds the files: the checkpoint's directory, or a folder in it that the manifest names."""
+        return self.path if self.manifest is None else self.manifest.content(self.path)
+
+    def problems(self, names: Iterable[str] | None = None) -> list[str]:
+        """Compare files with the manifest, by this process alone.
+
+        Args:
+            names: Names of the files; None for all.
+
+        Returns:
+            A few words for each file that is missing, cut short or altered.
+        """
+        return [] if self.manifest is None else self.manifest.problems(self.path, names)
+
+    def check(self) -> None:
+        """Compare all files with the manifest, by this process alone; without a manifest, warn.
+
+        Raises:
+            DamagedCheckpointError: If files are missing, cut short or altered; the message names them.
+        """
+        if self.manifest is None:
+            self._warn_of_no_manifest()
+        refuse_corrupted(self.path, self.problems())
+
+    def check_on_all_ranks(self) -> None:
+        """The same, with each file read by one of the ranks; every rank calls it, and every rank raises."""
+        manifest = self.manifest
+        if manifest is None:
+            if dist.get_rank() == 0:
+                self._warn_of_no_manifest()
+            return
+        names = sorted(manifest.files)
+        own = [name for number, name in enumerate(names) if _checking_rank(name, number) == dist.get_rank()]
+        own_bytes = sum(manifest.files[name].size_bytes for name in own)
+        with progress_bar(f"checking {self.path.name}", total_bytes=own_bytes, enabled=self.show_progress) as advance:
+            found = on_all_ranks(lambda: manifest.problems(self.path, own, advance=advance))
+        refuse_corrupted(self.path, sorted(chain(*found)))
+
+    def meta(self, *, weights_only: bool) -> dict[str, Any]:
+        """Read the entries that are neither the model's nor an optimizer's.
+
+        Args:
+            weights_only: Whether only plain data and tensors are allowed. Otherwise loading may run code.
+
+        Raises:
+            UnsafeCheckpointError: If there is something else and ``weights_only``.
+            DamagedCheckpointError: If the file cannot be read.
+        """
+        file = self.content / META_FILE
+        meta: dict[str, Any] = load_value(file, name=str(file), weights_only=weights_only)
+        return meta
+
+    @cached_property
+    def reader(self) -> SafeReader:
+        """Reader of the tensors and their metadata."""
+        return SafeReader(self.content, show_progress=self.show_progress)
+
+    def read_into(self, state: dict[str, Any], *, weights_only: bool, alone: bool = False) -> None:
+        """Fill ``state`` from the checkpoint, in place; entries that the checkpoint lacks keep their values.
+
+        Args:
+            state: Nested dicts with the checkpoint's names; of a sharded tensor (DTensor) this rank's shard is read.
+            weights_only: Whether entries other than tensors must be plain data. Otherwise loading may run code.
+            alone: Whether one process reads, without others. Otherwise every rank calls it.
+
+        Raises:
+            UnsafeCheckpointError: If an entry is not plain data and ``weights_only``.
+            DamagedCheckpointError: If files cannot be read.
+        """
+        planner = SafePlanner(weights_only=weights_only)
+        with plain_errors(self.content), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # the request of no_dist
+            load_shards(state, storage_reader=self.reader, planner=planner, no_dist=alone)
+        planner.exchange()
+
+    def _warn_of_no_manifest(self) -> None:
+        warnings.warn(f"{self.path} has no {MANIFEST_FILE}: it cannot be checked whether it is complete", stacklevel=3)
+
+
+def open_checkpoint(path: StoragePath) -> OpenCheckpoint:
+    """Open the sharded checkpoint in the directory ``path``, by this process alone.
+
+    Raises:
+        DamagedCheckpointError: If its manifest cannot be read.
+    """
+    return OpenCheckpoint(path, _manifest(path))
+
+
+def open_on_all_ranks(path: StoragePath, *, show_progress: bool = False) -> OpenCheckpoint:
+    """The same on every rank, by one read of the manifest; every rank calls it.
+
+    Args:
+        path: Directory of a sharded checkpoint.
+        show_progress: Whether this rank displays progress bars for long operations.
+    """
+    return OpenCheckpoint(path, on_rank_0(lambda: _manifest(path)), show_progress)
+
+
+def _manifest(path: StoragePath) -> Manifest | None:
+    return Manifest.read(path) if exists(path / MANIFEST_FILE) else None
+
+
+def _checking_rank(name: str, number: int) -> int:
+    """The rank that reads a file for its checksum: the rank of the same number as its writer, if there is one, since it
+    will load most of the file.
+    """
+    writer = re.match(r"__(\d+)_", name)
+    return (int(writer[1]) if writer else number) % dist.get_world_size()
