@@ -18,17 +18,18 @@ EVERY_TIME = {"in_node_gather": "every_use", "in_node_reduce": "every_micro_step
 
 def on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 4, timeout: float = 180) -> list[Any]:
     """Run ``function`` on forked ranks that look to Lightning as if torchrun had started them."""
-    return run_ranks(world_size, function, *args, timeout=timeout, env=partial(_as_torchrun, world_size))
+    return run_ranks(world_size, function, *args, timeout=timeout, env=partial(as_torchrun, world_size))
 
 
 def cases_on_ranks(
     cases: Mapping[Any, Callable[[], Any]], *, world_size: int = 4, timeout: float = 180
 ) -> dict[Any, list[Any]]:
     """Run several functions one after the other on the same such ranks; by case the results in the order of ranks."""
-    return run_cases(world_size, cases, timeout=timeout, env=partial(_as_torchrun, world_size))
+    return run_cases(world_size, cases, timeout=timeout, env=partial(as_torchrun, world_size))
 
 
-def _as_torchrun(world_size: int, rank: int) -> dict[str, str]:
+def as_torchrun(world_size: int, rank: int) -> dict[str, str]:
+    """The environment of a rank that torchrun has started."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.support.models import TinyLM, TinyModule, tokens
-from tests.support.trainers import EVERY_TIME, make_trainer, mics, on_ranks
+from tests.support.trainers import EVERY_TIME, make_trainer, mics
 
 RANKS, WINDOW = 4, 4
 
@@ -107,18 +107,18 @@ def in_one_process() -> tuple[list[float], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, EVERY_TIME], ids=str)
-def test_an_evaluation_in_mid_window_sees_the_weights_that_a_callback_has_put_there(tmp_path, options):
+def test_an_evaluation_in_mid_window_sees_the_weights_that_a_callback_has_put_there(tmp_path, options, on_shared_ranks):
     losses, weights = in_one_process()
-    for seen, _, ours in on_ranks(fit, str(tmp_path), True, options):
+    for seen, _, ours in on_shared_ranks(fit, str(tmp_path), True, options):
         assert seen == pytest.approx(losses, rel=1e-5)
         assert losses[0] != pytest.approx(losses[3], rel=1e-3)
         for name, weight in weights.items():
             torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6)
 
 
-def test_the_batches_of_an_evaluation_cross_nodes_once(tmp_path):
+def test_the_batches_of_an_evaluation_cross_nodes_once(tmp_path, on_shared_ranks):
     schedules = [{}, EVERY_TIME, {"cross_node_gather": "every_use"}]
-    by_ranks, by_nodes, always = (on_ranks(fit, str(tmp_path), False, options) for options in schedules)
+    by_ranks, by_nodes, always = (on_shared_ranks(fit, str(tmp_path), False, options) for options in schedules)
     for (_, few, _), (_, as_few, _), (_, many, _) in zip(by_ranks, by_nodes, always, strict=True):
         assert len(few) == len(many) == 2
         assert [3 * sent for sent in few] == [3 * sent for sent in as_few] == many  # three batches
@@ -134,8 +134,8 @@ def test_the_batches_of_an_evaluation_cross_nodes_once(tmp_path):
     ],
     ids=str,
 )
-def test_the_table_at_start_says_when_parameters_travel(tmp_path, options, between, inside):
-    table = on_ranks(start, str(tmp_path), options)[0]
+def test_the_table_at_start_says_when_parameters_travel(tmp_path, options, between, inside, on_shared_ranks):
+    table = on_shared_ranks(start, str(tmp_path), options)[0]
     assert f"parameters cross nodes  {between}" in table
     assert f"parameters in nodes     {inside}" in table
 
