@@ -54,11 +54,6 @@ $(VENV)/.installed-torch:
 	$(BIN)/python -m pip install --disable-pip-version-check -q "$(TORCH)"
 	touch $@
 
-$(VENV)/.installed-%: pyproject.toml
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q $(shell sed -n '/^$* = \[$$/,/^\]$$/s/^ *"\(.*\)",.*/"\1"/p' pyproject.toml)
-	touch $@
-
 $(VENV)/.installed-%: pyproject.toml $(VENV)/.installed-torch
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[$*]"
 	touch $@

@@ -30,24 +30,16 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 
 import train
-from lightning_mics import MiCSStrategy
+from lightning_mics import CommunicationOptions, MiCSStrategy
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
 
 CONF = Path(train.__file__).parent / "conf"
 RANKS, RANKS_PER_NODE = 4, 2
-PAPER = {
-    "cross_node_gather": "every_use",
-    "cross_node_reduce": "every_micro_step",
-    "in_node_gather": "every_use",
-    "in_node_reduce": "every_micro_step",
-}
-ONCE = {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step"}
-IN_NODES = {"in_node_gather": "every_use", "in_node_reduce": "every_micro_step"}
-SYSTEMS: dict[str, dict[str, Any] | None] = {
+SYSTEMS: dict[str, tuple[int, CommunicationOptions] | None] = {  # partition size, and how collectives run
     "DDP": None,
-    "MiCS, p = 2": {"partition_size": 2, **PAPER},
-    "MiCS, p = 4, hierarchical": {"partition_size": 4, **PAPER},
-    "MiCS, p = 4, once per step": {"partition_size": 4, **ONCE, **IN_NODES},
+    "MiCS, p = 2": (2, CommunicationOptions.PAPER),
+    "MiCS, p = 4, hierarchical": (4, CommunicationOptions.PAPER),
+    "MiCS, p = 4, once per step": (4, CommunicationOptions.NODE),
 }
 MODELS = {"GPT": "gpt-tiny", "BERT": "bert-tiny"}
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -81,21 +73,21 @@ def work(system: str, model: str, precision: str, *, weights: Path, out: Path) -
     config = configuration(model, f"cluster.precision={precision}")
     L.seed_everything(config.seed, verbose=False)
     config, _ = train.choose_automatically(config, train.make_model(config))
-    options = SYSTEMS[system]
-    config.model.pretrained = str(weights) if options is not None else None
+    sharding = SYSTEMS[system]
+    config.model.pretrained = str(weights) if sharding is not None else None
     module = train.make_model(config)
-    if options is None:  # the strategy of Lightning shards nothing, so the module brings its weights
+    if sharding is None:  # the strategy of Lightning shards nothing, so the module brings its weights
         module.network = module.head.from_pretrained(weights, attn_implementation="sdpa")
         strategy: Any = DDPStrategy(process_group_backend="gloo")
     else:
-        strategy = MiCSStrategy(ranks_per_node=RANKS_PER_NODE, **options)
+        strategy = MiCSStrategy(ranks_per_node=RANKS_PER_NODE, partition_size=sharding[0], **sharding[1].keywords())
     losses = Losses()
     trainer = L.Trainer(
         accelerator="cpu",
         devices=RANKS,
         strategy=strategy,
-        precision=precision if options is not None else None,
-        plugins=[precision_plugin(precision)] if options is None else None,
+        precision=precision if sharding is not None else None,
+        plugins=[precision_plugin(precision)] if sharding is None else None,
         max_steps=config.trainer.max_steps,
         accumulate_grad_batches=config.trainer.accumulate_grad_batches,
         gradient_clip_val=config.trainer.gradient_clip_val,

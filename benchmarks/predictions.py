@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.comparison.workload import Workload, build_model, micro_batch
 from benchmarks.emulated_cluster import EmulatedCluster
+from lightning_mics import CommunicationOptions
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.cost.hardware import Hardware
@@ -37,19 +38,14 @@ from lightning_mics.topology import Topology
 
 NODES, RANKS_PER_NODE, MICRO_STEPS = 2, 4, 4
 WORKLOAD = Workload(layers=8, width=256)
-ONCE = {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step"}
-SCHEDULES: dict[str, tuple[int, bool | str, dict[str, Any]]] = {  # partition size, hierarchical, options
-    "full sharding, flat": (8, False, {}),
-    "hierarchical": (8, "auto", {}),
-    "hierarchical, parameters once per step": (8, "auto", {"cross_node_gather": "once_per_step"}),
-    "hierarchical, once per step": (8, "auto", ONCE),
-    "partition = node, every micro-step": (4, "auto", {"two_hop": False}),
-    "partition = node, two hops": (4, "auto", {}),
-    "everything once per step": (
-        8,
-        "auto",
-        {**ONCE, "in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"},
-    ),
+SCHEDULES = {  # partition size, and how collectives run
+    "full sharding, flat": (8, CommunicationOptions(hierarchical=False)),
+    "hierarchical": (8, CommunicationOptions.PAPER),
+    "hierarchical, parameters once per step": (8, CommunicationOptions(cache_parameters="node")),
+    "hierarchical, once per step": (8, CommunicationOptions.NODE),
+    "partition = node, every micro-step": (4, CommunicationOptions(two_hop=False)),
+    "partition = node, two hops": (4, CommunicationOptions.PAPER),
+    "everything once per step": (8, CommunicationOptions.RANK),
 }
 SIZES = (2**12, 12 * WORKLOAD.width**2)  # elements of what is gathered, float32; the larger is a block
 IN_A_ROW = 6  # as in training; a link that was idle begins slowly
@@ -107,10 +103,11 @@ def measure_micro_step() -> float:
 
 def measure_schedule(name: str) -> float:
     """Seconds of an optimizer step."""
-    partition_size, hierarchical, options = SCHEDULES[name]
+    partition_size, communication = SCHEDULES[name]
+    hierarchical = communication.hierarchical
     groups = create_partition_groups(topology(partition_size), device_type="cpu", hierarchical=hierarchical)
     model = build_model(WORKLOAD)
-    schedule = shard_model(model, groups, **options)
+    schedule = shard_model(model, groups, communication=communication)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:
@@ -173,7 +170,7 @@ def calibrated(collectives: list[dict[str, dict[str, float]]]) -> Hardware:
 
 def predict(name: str, hardware: Hardware, micro_step_seconds: float) -> float:
     """The planner's expected seconds of an optimizer step: what is rehearsed of it, priced, beside what it computes."""
-    partition_size, hierarchical, options = SCHEDULES[name]
+    partition_size, communication = SCHEDULES[name]
     rehearsal = rehearse(
         lambda: build_model(WORKLOAD),
         micro_batch(WORKLOAD, step=0, micro_step=0, rank=0),
@@ -181,8 +178,7 @@ def predict(name: str, hardware: Hardware, micro_step_seconds: float) -> float:
         topology=topology(partition_size),
         micro_steps=MICRO_STEPS,
         backend="gloo",
-        hierarchical=hierarchical,
-        **options,
+        communication=communication,
     )
     total = 0.0
     for micro_step in range(1, MICRO_STEPS + 1):

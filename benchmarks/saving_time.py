@@ -97,7 +97,7 @@ def strategy_of(system: str) -> Any:
         return ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1, process_group_backend="gloo")
     return MiCSStrategy(
         partition_size=RANKS // 2, ranks_per_node=RANKS // 2, async_save=system.endswith("async"),
-        in_node_gather="every_use", in_node_reduce="every_micro_step",
+        cache_parameters="never", accumulate_gradients="shard",
     )  # fmt: skip
 
 

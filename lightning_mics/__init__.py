@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_mics.integrations.trainer.strategy import MiCSStrategy
     from lightning_mics.integrations.trainer.traffic_monitor import TrafficMonitor
     from lightning_mics.sampler import ResumableSampler
+    from lightning_mics.sharding.options import CommunicationOptions
     from lightning_mics.sharding.pretrained import load_pretrained
     from lightning_mics.sharding.schedule import AccumulationSchedule
     from lightning_mics.sharding.shard_model import shard_model
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccumulationSchedule",
+    "CommunicationOptions",
     "MiCSFabricStrategy",
     "MiCSStrategy",
     "PartitionGroups",
@@ -41,6 +43,7 @@ __all__ = [
 
 _HOMES = {
     "AccumulationSchedule": "sharding.schedule",
+    "CommunicationOptions": "sharding.options",
     "MiCSFabricStrategy": "integrations.fabric",
     "MiCSPlugin": "integrations.accelerate",  # not in __all__: a star import must not need the extra `accelerate`
     "MiCSStrategy": "integrations.trainer.strategy",

@@ -1,7 +1,7 @@
-"""Which samples a rank takes in an epoch, in a way that another number of ranks can go on from.
+"""A sampler whose position in an epoch can be resumed on another number of ranks.
 
-Rank r of W takes ``order[r::W]``. So whenever all ranks have taken equally many samples, together they have taken the
-first ones of ``order``, whatever W is, and the position in an epoch is one number, which every rank knows::
+Rank r of W takes ``order[r::W]``. Whenever all ranks have taken equally many samples, together they have taken the
+first ones of ``order``, for any W, so the position in an epoch is one number, which every rank knows::
 
     order      0 1 2 3 4 5 6 7 | 8 9 10 11 12 13 14 15
     4 ranks    0 1 2 3 0 1 2 3 | saved after 8 samples
@@ -20,16 +20,16 @@ from torch.utils.data import Dataset, DistributedSampler
 class ResumableSampler(DistributedSampler[Any]):
     """A ``DistributedSampler`` for torchdata's ``StatefulDataLoader``, whose position counts the samples of all ranks.
 
-    Each epoch has another order, and leaves out what does not fill an optimizer step at the end of its order.
+    Each epoch has another order, and leaves out the samples at its end that do not fill an optimizer step.
 
     Args:
-        dataset: With a length.
-        global_batch_size: Of all ranks in all micro-steps of an optimizer step. An epoch then has as many steps on any
-            number of ranks that keeps this number.
-        num_replicas: Ranks; None takes those of the default process group.
-        rank: None is the rank in that group.
+        dataset: Dataset with a length.
+        global_batch_size: Samples of all ranks in all micro-steps of an optimizer step. With the same number, an epoch
+            has the same number of steps on any number of ranks.
+        num_replicas: Number of ranks; None takes the default process group's.
+        rank: This rank; None takes the rank in the default process group.
         shuffle: Whether the order is random.
-        seed: Of the order, the same on all ranks.
+        seed: Seed of the order, the same on all ranks.
 
     Raises:
         ValueError: If the ranks cannot share a step equally, or the dataset is smaller than a step.
@@ -60,12 +60,12 @@ class ResumableSampler(DistributedSampler[Any]):
         return _Epoch(self)
 
     def own_order(self) -> Iterator[int]:
-        """This rank's samples of a whole epoch."""
+        """Indices of this rank's samples in a full epoch."""
         return super().__iter__()
 
 
 class _Epoch(Iterator[int]):
-    """A rank's way through an epoch; ``StatefulDataLoader`` saves its state with the batch that it hands out."""
+    """A rank's position in an epoch; ``StatefulDataLoader`` saves its state with each batch."""
 
     def __init__(self, sampler: ResumableSampler) -> None:
         self._sampler = sampler
@@ -73,7 +73,7 @@ class _Epoch(Iterator[int]):
         self._left: Iterator[int] | None = None
 
     def __next__(self) -> int:
-        if self._left is None:  # only now: Lightning tells the sampler its epoch after it has made the iterator
+        if self._left is None:  # here, since Lightning sets the sampler's epoch after making the iterator
             self._left = islice(self._sampler.own_order(), self._taken, None)
         index = next(self._left)
         self._taken += 1
@@ -86,8 +86,9 @@ class _Epoch(Iterator[int]):
         self._taken, rest = divmod(state["samples_of_all_ranks"], self._sampler.num_replicas)
         if rest:
             raise ValueError(
-                f"the epoch was left after {state['samples_of_all_ranks']} samples, which {self._sampler.num_replicas} "
-                "ranks cannot have taken equally; resume on a number of ranks that divides it"
+                f"the epoch was interrupted after {state['samples_of_all_ranks']} samples, which "
+                f"{self._sampler.num_replicas} ranks cannot have taken equally; resume on a number of ranks that "
+                "divides it"
             )
         self._sampler.set_epoch(state["epoch"])  # workers begin before Lightning sets it
         self._left = None

@@ -1,4 +1,4 @@
-"""Which rank is where: nodes, partition groups, replication groups and rails, as plain integers.
+"""The places of ranks: nodes, partition groups, replication groups and rails, as plain integers.
 
 The paper (MiCS, section 3.1) cuts the ranks of a cluster into *partition groups* of ``partition_size`` consecutive
 ranks; each holds one replica of the model states. Two partition groups of four ranks over nodes of two ranks::
@@ -10,8 +10,8 @@ ranks; each holds one replica of the model states. Two partition groups of four 
     rail              (0, 2), (1, 3), ...      same local rank, one per node, inside a partition group
     replication group (0, 4), (1, 5), ...      the ranks that hold the same part
 
-A partition group is listed *rail by rail*: its position is ``(local rank, node)``, so what a rail gathers is one
-contiguous slice of the gathered whole. ``hierarchical`` builds on that order.
+A partition group is listed *rail by rail*: positions are ordered by ``(local rank, node)``, so the shards that a rail
+gathers are one contiguous slice of the unsharded tensor. ``hierarchical`` builds on that order.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Topology:
     """The ranks of a job, cut into partition groups.
 
     Args:
-        world_size: Ranks in the job.
-        ranks_per_node: Ranks on each node; every node has the same number.
-        partition_size: Ranks in each partition group: a divisor of ``ranks_per_node``, or a whole number of nodes.
+        world_size: Number of ranks in the job.
+        ranks_per_node: Number of ranks on each node; every node has the same number.
+        partition_size: Number of ranks in each partition group: a divisor of ``ranks_per_node``, or a multiple of it.
 
     Raises:
         TypeError: If a size is not an integer.
@@ -47,22 +47,22 @@ class Topology:
 
     @property
     def nodes(self) -> int:
-        """Nodes in the job."""
+        """Number of nodes in the job."""
         return self.world_size // self.ranks_per_node
 
     @property
     def replicas(self) -> int:
-        """Partition groups in the job; as many ranks are in each replication group."""
+        """Number of partition groups in the job, and of ranks in each replication group."""
         return self.world_size // self.partition_size
 
     @property
     def nodes_per_partition_group(self) -> int:
-        """Nodes that one partition group touches; as many ranks are in each rail."""
+        """Number of nodes that one partition group spans, and of ranks in each rail."""
         return max(1, self.partition_size // self.ranks_per_node)
 
     @property
     def local_ranks_per_partition_group(self) -> int:
-        """Ranks that one partition group has on each of its nodes."""
+        """Number of ranks of one partition group on each of its nodes."""
         return self.partition_size // self.nodes_per_partition_group
 
     @property
@@ -103,9 +103,13 @@ class Topology:
 
 
 def partition_sizes(*, world_size: int, ranks_per_node: int) -> list[int]:
-    """All partition sizes that fit, smallest first.
+    """List all valid partition sizes, smallest first.
 
-    A partition group is either inside one node and divides it evenly, or a whole number of nodes that divides the job.
+    A partition group is either inside one node and divides it evenly, or a number of full nodes that divides the job.
+
+    Args:
+        world_size: Number of ranks in the job.
+        ranks_per_node: Number of ranks on each node.
     """
     return [
         size

@@ -64,7 +64,7 @@ class AdamWWarmupCosine:
 def _decayed_or_not(module: nn.Module, *, weight_decay: float) -> list[dict]:
     """Two parameter groups: what multiplies activations is decayed, and nothing else.
 
-    Shrinking biases and norms regularises nothing, and an embedding would shrink most where a token is rare. One that
+    Shrinking biases and norms regularizes nothing, and an embedding would shrink most where a token is rare. One that
     is tied to the output head multiplies activations there.
     """
     decayed = {

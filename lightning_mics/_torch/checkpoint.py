@@ -14,9 +14,13 @@ __all__ = ["locate_values", "unflatten_state_dict"]
 
 
 def locate_values(stored: IO[bytes]) -> tuple[Tensor, int]:
-    """A tensor that ``torch.save`` has written, without its values, and the byte at which they begin."""
+    """Find the values of a tensor in a stream that ``torch.save`` has written, without reading them.
+
+    Returns:
+        A fake tensor of the stored shape, strides and dtype; and the byte of the stream at which its values begin.
+    """
     with FakeTensorMode():
         tensor: Tensor = torch.load(stored, weights_only=True)
     begin = tensor.untyped_storage()._checkpoint_offset
-    assert begin is not None  # which it is for what comes from a file
+    assert begin is not None  # it is set for tensors that come from a file
     return tensor, int(begin + tensor.storage_offset() * tensor.itemsize)

@@ -23,7 +23,7 @@ __all__ = ["FakeTensorMode", "TorchDispatchMode", "tree_leaves", "tree_map_only"
 
 
 class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-call]
-    """The same, of one kind with copies: a model may be made of deep copies of a block, as `nn.Transformer` is."""
+    """torch's mode, deep copies of which are itself: `nn.Transformer` makes deep copies of a block."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FakeTensorMode:
         return self
@@ -55,30 +55,13 @@ def rehearsed_job(*, world_size: int, rank: int) -> Iterator[None]:
         _forget_meshes()
 
 
-class _Chunks:
-    """The parts of a parameter, made when they are asked for. FSDP2 makes those of all ranks and takes its own, which
-    on fake tensors takes longer than all else where there are hundreds.
-    """
-
-    def __init__(self, tensor: Tensor, num_chunks: int, dim: int) -> None:
-        self._tensor, self._dim = tensor, dim
-        self._size = -(-tensor.shape[dim] // num_chunks)
-
-    def __getitem__(self, index: int) -> Tensor:
-        start = index * self._size
-        left = self._tensor.shape[self._dim] - start
-        return self._tensor.narrow(self._dim, start, min(self._size, left)) if left > 0 else self._tensor.new_empty(0)
-
-
-def _forget_meshes() -> None:
-    """DTensor's caches hold meshes, and find those of another job that has equal ones, with groups that are gone."""
-    forget = getattr(dist.tensor.debug, "_clear_sharding_prop_cache", None)  # torch >= 2.13
-    if forget is not None:
-        forget()
-
-
 def group_of(operation: Any, args: tuple[Any, ...]) -> dist.ProcessGroup | None:
-    """The process group of an operation of torch.distributed that a dispatch mode has seen; None for any other."""
+    """The process group of an operation that a dispatch mode has seen; None for one that is not of torch.distributed.
+
+    Args:
+        operation: Operation of ``torch.ops``.
+        args: Positional arguments of the operation.
+    """
     if operation.namespace == "_c10d_functional":
         names = [argument for argument in args if isinstance(argument, str)]
         return _resolve_process_group(names[-1]) if names else None  # type: ignore[arg-type]
@@ -90,7 +73,7 @@ def group_of(operation: Any, args: tuple[Any, ...]) -> dist.ProcessGroup | None:
 
 @contextmanager
 def watched_resizes(resized: Callable[[torch.UntypedStorage, int], None]) -> Iterator[None]:
-    """Call ``resized(storage, bytes before)`` after each change of a storage's size, by which FSDP2 frees memory."""
+    """Call ``resized(storage, bytes_before)`` after each change of a storage's size; FSDP2 frees memory so."""
     resize = torch.UntypedStorage.resize_
 
     def watched(storage: Any, size: int) -> Any:
@@ -104,3 +87,25 @@ def watched_resizes(resized: Callable[[torch.UntypedStorage, int], None]) -> Ite
         yield
     finally:
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+class _Chunks:
+    """The shards of a parameter along ``dim``, each made when it is indexed. FSDP2 makes the shards of all ranks and
+    takes its own, which dominates a rehearsal of hundreds of ranks.
+    """
+
+    def __init__(self, tensor: Tensor, num_chunks: int, dim: int) -> None:
+        self._tensor, self._dim = tensor, dim
+        self._size = -(-tensor.shape[dim] // num_chunks)
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = index * self._size
+        left = self._tensor.shape[self._dim] - start
+        return self._tensor.narrow(self._dim, start, min(self._size, left)) if left > 0 else self._tensor.new_empty(0)
+
+
+def _forget_meshes() -> None:
+    """Clear DTensor's caches, which hold meshes of this job, whose groups are gone, and find them for equal ones."""
+    forget = getattr(dist.tensor.debug, "_clear_sharding_prop_cache", None)  # torch >= 2.13
+    if forget is not None:
+        forget()

@@ -17,7 +17,7 @@ from lightning_mics.checkpoint.dcp.load_planner import SafePlanner
 from lightning_mics.checkpoint.dcp.reader import SafeReader
 from lightning_mics.checkpoint.dcp.unpickling import load_value, plain_errors
 from lightning_mics.checkpoint.storage.folder import META_FILE
-from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, Manifest, refuse_corrupted
+from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, Manifest, raise_if_corrupted
 from lightning_mics.checkpoint.storage.path import StoragePath, exists
 from lightning_mics.checkpoint.storage.progress import progress_bar
 from lightning_mics.collectives.agreement import on_all_ranks, on_rank_0
@@ -61,7 +61,7 @@ class OpenCheckpoint:
         """
         if self.manifest is None:
             self._warn_of_no_manifest()
-        refuse_corrupted(self.path, self.problems())
+        raise_if_corrupted(self.path, self.problems())
 
     def check_on_all_ranks(self) -> None:
         """The same, with each file read by one of the ranks; every rank calls it, and every rank raises."""
@@ -75,7 +75,7 @@ class OpenCheckpoint:
         own_bytes = sum(manifest.files[name].size_bytes for name in own)
         with progress_bar(f"checking {self.path.name}", total_bytes=own_bytes, enabled=self.show_progress) as advance:
             found = on_all_ranks(lambda: manifest.problems(self.path, own, advance=advance))
-        refuse_corrupted(self.path, sorted(chain(*found)))
+        raise_if_corrupted(self.path, sorted(chain(*found)))
 
     def meta(self, *, weights_only: bool) -> dict[str, Any]:
         """Read the entries that are neither the model's nor an optimizer's.

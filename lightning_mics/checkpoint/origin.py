@@ -19,8 +19,6 @@ from lightning_mics._torch.fsdp import OptimizedModule
 from lightning_mics.topology import Topology
 
 TOPOLOGY_KEY = "mics_topology"
-
-
 NETWORK_KEY = "mics_network"
 
 

@@ -1,6 +1,6 @@
-"""What one rank or each does, and all ranks learn: its result, or its error.
+"""Agreement of all ranks on the result or the error of an action that one of them or each of them runs.
 
-Without it a rank whose disk is full raises, and the others wait for it until a timeout.
+Otherwise a rank whose disk is full raises, and the others wait for it until a timeout.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ _Result = TypeVar("_Result")
 
 
 def on_rank_0(action: Callable[[], _Result], *, group: dist.ProcessGroup | None = None) -> _Result:
-    """Run ``action`` on rank 0; all ranks get what it returns, or raise if it fails.
+    """Run ``action`` on rank 0; every rank calls this, and returns the result or raises the error.
 
     Args:
-        action: What to do; the result must pickle.
-        group: Of all ranks; None is the default group.
+        action: Function to run, whose result must pickle.
+        group: Process group of all ranks; None is the default group.
+
+    Raises:
+        OSError: On all ranks, if the action raises it.
+        RuntimeError: On the other ranks, for any other error that is not marked by ``raised_by_all_ranks = True``.
     """
     outcome: list[Any] = [_outcome_of(action) if dist.get_rank() == 0 else None]
     error = outcome[0].error if outcome[0] else None
@@ -29,7 +33,19 @@ def on_rank_0(action: Callable[[], _Result], *, group: dist.ProcessGroup | None 
 
 
 def on_all_ranks(action: Callable[[], _Result], *, group: dist.ProcessGroup | None = None) -> list[_Result]:
-    """Run ``action`` on every rank; all get what each returns, or raise if one fails; for the arguments see above."""
+    """Run ``action`` on every rank; every rank returns all results, or raises if one of the actions fails.
+
+    Args:
+        action: Function to run, whose result must pickle.
+        group: Process group of all ranks; None is the default group.
+
+    Returns:
+        The results in the order of ranks.
+
+    Raises:
+        OSError: On all ranks, if one of the actions raises it.
+        RuntimeError: On the other ranks, for any other error that is not marked by ``raised_by_all_ranks = True``.
+    """
     own, outcomes = _outcome_of(action), [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, own, group=group)
     return _results(outcomes, own_error=own.error)
@@ -40,7 +56,7 @@ class _Outcome:
     value: Any = None
     error: Exception | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:  # what other ranks get: an error that pickles
+    def __reduce__(self) -> tuple[Any, ...]:  # other ranks get an error that pickles
         raised_by_all = isinstance(self.error, OSError) or getattr(self.error, "raised_by_all_ranks", False)
         error = (
             self.error

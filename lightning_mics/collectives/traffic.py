@@ -1,8 +1,8 @@
-"""Collectives over one group, and the count of what they send: bytes inside nodes and between nodes, by technique.
+"""The bytes that collectives send inside nodes and between nodes, by technique.
 
-The counts follow from the sizes of buffers and the algorithms that backends use: a ring for all-gather, reduce-scatter
-and all-reduce, pairs for all-to-all. In a ring over several nodes a few ranks send to other nodes for all; a rank
-counts the average of the ranks on its node, so a node sends ``ranks_per_node`` times what one of its ranks counts.
+The counts follow from the sizes of buffers and the algorithms of backends: a ring for all-gather, reduce-scatter and
+all-reduce, pairs for all-to-all. In a ring over several nodes a few ranks send to other nodes for all; a rank counts
+the average of the ranks on its node, so a node sends ``ranks_per_node`` times the count of one of its ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
 @dataclass(frozen=True)
 class Sent:
-    """Bytes that a rank has sent to ranks on its own node and to ranks on other nodes."""
+    """Bytes that a rank has sent.
+
+    Attributes:
+        inside_bytes: Bytes to ranks on its own node.
+        between_bytes: Bytes to ranks on other nodes.
+    """
 
     inside_bytes: float = 0.0
     between_bytes: float = 0.0
@@ -29,14 +34,14 @@ class Sent:
 
 
 def sent_by(kind: Kind, whole_bytes: float, *, nodes: Sequence[int], position: int, gloo: bool = False) -> Sent:
-    """What one rank sends in a collective.
+    """Bytes that one rank sends in a collective.
 
     Args:
-        kind: Of the collective.
-        whole_bytes: What is gathered, reduced or exchanged, of all ranks together.
-        nodes: The node of each rank, in the order of the group.
-        position: Of the rank in the group.
-        gloo: Whether gloo runs it, whose reduce-scatter is an all-reduce.
+        kind: Kind of the collective.
+        whole_bytes: Bytes that are gathered, reduced or exchanged, over all ranks.
+        nodes: Node of each rank, in the order of the group: [ranks].
+        position: Position of the rank in the group.
+        gloo: Whether the backend is gloo, whose reduce-scatter is an all-reduce.
     """
     n = len(nodes)
     twice = kind == "all_reduce" or (kind == "reduce_scatter" and gloo)
@@ -49,20 +54,30 @@ def sent_by(kind: Kind, whole_bytes: float, *, nodes: Sequence[int], position: i
 
 
 def pair_share(nodes: Sequence[int], position: int) -> float:
-    """The share of the other ranks, 0 to 1, that are on other nodes than the rank at ``position``."""
+    """The share of the other ranks, 0 to 1, that are on other nodes than one rank.
+
+    Args:
+        nodes: Node of each rank, in the order of the group: [ranks].
+        position: Position of the rank in the group.
+    """
     return sum(node != nodes[position] for node in nodes) / max(1, len(nodes) - 1)
 
 
 class Traffic:
-    """What the collectives of sharded training have sent since they were made."""
+    """The bytes that this rank has sent in the collectives of sharded training, by technique."""
 
     def __init__(self) -> None:
         self._sent: dict[str, Sent] = {}
 
     def record(self, technique: str, sent: Sent) -> None:
-        """Add what was ``sent``."""
+        """Add a collective.
+
+        Args:
+            technique: Name of the technique that the collective belongs to.
+            sent: Bytes of this rank.
+        """
         self._sent[technique] = self._sent.get(technique, Sent()) + sent
 
     def by_technique(self) -> dict[str, Sent]:
-        """What was sent so far, for each technique that has sent anything."""
+        """Bytes sent so far, for each technique that has sent any."""
         return dict(self._sent)

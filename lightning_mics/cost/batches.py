@@ -1,4 +1,4 @@
-"""How the global batch is cut: global batch = micro-batch x ranks x accumulation, in sequences."""
+"""The division of the global batch: global batch = micro-batch x ranks x accumulation, in sequences."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Batches:
-    """Attributes:
-    micro: Sequences per rank and micro-step.
-    accumulation: Micro-steps per optimizer step.
+    """The batches of a rank.
+
+    Attributes:
+        micro: Sequences per rank and micro-step.
+        accumulation: Micro-steps per optimizer step.
     """
 
     micro: int
@@ -24,17 +26,18 @@ def split_global_batch(
     accumulation: int | None = None,
     largest_micro: int = 1,
 ) -> Batches:
-    """The largest micro-batch, and so the fewest micro-steps, that make up ``global_batch_size`` exactly.
+    """Find the largest micro-batch, and so the fewest micro-steps, that make up ``global_batch_size`` exactly.
 
     Args:
         global_batch_size: Sequences per optimizer step, over all ranks.
         ranks: Ranks in the job.
-        micro: Sequences per rank and micro-step, if they are given.
-        accumulation: Micro-steps per optimizer step, if they are given.
-        largest_micro: What memory allows, where ``micro`` is not given.
+        micro: Sequences per rank and micro-step; None to choose.
+        accumulation: Micro-steps per optimizer step; None to choose.
+        largest_micro: Most sequences per rank and micro-step that memory allows, if ``micro`` is None.
 
     Raises:
-        ValueError: If a number is not positive, or nothing makes up ``global_batch_size``; with the nearest that work.
+        ValueError: If a number is not positive, or no batches make up ``global_batch_size``; the message names the
+            nearest sizes that work.
     """
     given = {
         "global_batch_size": global_batch_size,

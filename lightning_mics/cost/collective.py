@@ -24,13 +24,13 @@ class Collective:
     """One collective, as one of its ranks sees it.
 
     Attributes:
-        kind: What it does.
-        group: Which of this rank's groups: "partition", "replication", "rail", "node", or another's description.
-        ranks: In the group.
-        nodes: That the group spans.
-        dtype: On the wire.
-        elements: Of what is gathered, reduced or exchanged, all ranks together.
-        sent: By this rank.
+        kind: Kind of the collective.
+        group: Name of this rank's group: "partition", "replication", "rail", "node", or the description of another one.
+        ranks: Number of ranks in the group.
+        nodes: Number of nodes that the group spans.
+        dtype: Dtype of messages.
+        elements: Number of elements that are gathered, reduced or exchanged, over all ranks.
+        sent: Bytes that this rank sends.
     """
 
     kind: Kind
@@ -43,5 +43,5 @@ class Collective:
 
     @property
     def whole_bytes(self) -> int:
-        """Bytes of what is gathered, reduced or exchanged."""
+        """Bytes that are gathered, reduced or exchanged, over all ranks."""
         return self.elements * self.dtype.itemsize

@@ -1,4 +1,4 @@
-"""What predictions need to know of a cluster's machines: capacity, peak, rates and latencies, each with its source.
+"""The machines of clusters, for predictions: capacity, peak, rates and latencies, each with its source.
 
 Sources: memory and peaks are those of the vendors' data sheets; rates between nodes those of AWS's pages of the
 instances; latencies between nodes those of the platform table of aws-ofi-nccl. For the others see each entry. Your own
@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 
-IN_NODE_LATENCY_US = 3.4  # of NVLink, per hop of a ring with protocol Simple: NCCL's src/graph/tuning.cc
+IN_NODE_LATENCY_US = 3.4  # NVLink, per hop of a ring with protocol Simple: NCCL's src/graph/tuning.cc
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,17 +18,17 @@ class Hardware:
     """One kind of node.
 
     Attributes:
-        gpu: For people.
-        gpus_per_node: On each node, and so ranks.
-        memory_gib: Of one GPU, as its vendor names it.
-        peak_tflops: Of one GPU, dense, in the dtype that matrices are multiplied in.
-        kernel_share: Share of the peak that transformers reach where nothing has to be waited for. It is fitted to
-            published runs: benchmarks/results/published.
-        in_node_rate_gbytes_per_s: Bus bandwidth of rings inside a node.
-        network_rate_gbits_per_s: Of one node.
-        network_achieved: Share of it that collectives reach.
-        network_latency_us: Per hop between nodes.
-        in_node_latency_us: Per hop inside a node.
+        gpu: Name of the GPU, for display.
+        gpus_per_node: GPUs on each node, and so ranks.
+        memory_gib: Memory of one GPU in GiB, the size in its vendor's name of it.
+        peak_tflops: Peak of one GPU in TFLOP/s, dense, in the dtype of matrix products.
+        kernel_share: Share of the peak, 0 to 1, that transformers reach without waiting for communication. It is fitted
+            to published runs: benchmarks/results/published.
+        in_node_rate_gbytes_per_s: Bus bandwidth of rings inside a node, in GB/s.
+        network_rate_gbits_per_s: Network rate of one node, in Gbit/s.
+        network_achieved: Share of the network rate, 0 to 1, that collectives reach.
+        network_latency_us: Latency per hop between nodes, in microseconds.
+        in_node_latency_us: Latency per hop inside a node, in microseconds.
     """
 
     gpu: str
@@ -52,12 +52,12 @@ class Hardware:
 
     @property
     def memory_bytes(self) -> int:
-        """Of one GPU."""
+        """Memory of one GPU, in bytes."""
         return int(self.memory_gib * 2**30)
 
     @property
     def network_bytes_per_s(self) -> float:
-        """What collectives bring from one node to others."""
+        """Bytes per second that collectives send from one node to others."""
         return self.network_rate_gbits_per_s * self.network_achieved * 1e9 / 8
 
 
@@ -117,7 +117,7 @@ INSTANCES = {
         gpus_per_node=8,
         memory_gib=180,
         peak_tflops=2250,
-        kernel_share=HOPPER_SHARE,  # of Hopper: no published run of a B200 was found
+        kernel_share=HOPPER_SHARE,  # Hopper's: no published run of a B200 was found
         in_node_rate_gbytes_per_s=840,  # nccl-tests in aws-samples/awsome-distributed-training
         network_rate_gbits_per_s=3200,
         network_achieved=0.95,  # the same
@@ -127,10 +127,10 @@ INSTANCES = {
 
 
 def find_instance(name: str) -> Hardware:
-    """The hardware of an instance by its name, as in "p4d.24xlarge".
+    """Find the hardware of an instance by its name, as in "p4d.24xlarge".
 
     Raises:
-        ValueError: If it is not known; the message names those that are.
+        ValueError: If the name is unknown; the message lists the known ones.
     """
     if name in INSTANCES:
         return INSTANCES[name]

@@ -1,6 +1,6 @@
 """Rates and latencies of your own machines, from the output of ``nccl-tests`` (github.com/NVIDIA/nccl-tests).
 
-Run ``all_gather_perf -b 1M -e 4G -f 2`` on one node, and on all nodes, and keep what it prints.
+Run ``all_gather_perf -b 1M -e 4G -f 2`` on one node, and on all nodes, and save the output to files.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class Run:
     """One line of the output, out of place.
 
     Attributes:
-        size_bytes: Of what is gathered or reduced.
-        seconds: That it took.
-        bus_bytes_per_s: Bus bandwidth: what leaves each rank of a ring per second.
+        size_bytes: Bytes that are gathered or reduced, over all ranks.
+        seconds: Duration of the collective.
+        bus_bytes_per_s: Bus bandwidth: bytes that leave each rank of a ring per second.
     """
 
     size_bytes: int
@@ -27,7 +27,7 @@ class Run:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """The lines with numbers of a file that nccl-tests has printed.
+    """Read the results in a file with the output of nccl-tests.
 
     Raises:
         ValueError: If there are none.
@@ -43,15 +43,15 @@ def read_runs(path: Path) -> list[Run]:
 def with_measured(
     hardware: Hardware, *, in_node: Path | None = None, between_nodes: Path | None = None, nodes: int = 2
 ) -> Hardware:
-    """``hardware`` with what was measured in place of what the table says.
+    """Replace rates and latencies by measured ones.
 
-    The rate is the best bus bandwidth of any size, the latency what the smallest size took per hop.
+    The rate is the best bus bandwidth of any size; the latency is the time per hop of the smallest size.
 
     Args:
-        hardware: From the table, or your own.
-        in_node: Output of a run on one node.
-        between_nodes: Output of a run on several, all their GPUs.
-        nodes: How many that were.
+        hardware: Hardware from the table, or your own.
+        in_node: File with the output of a run on one node; None keeps the rate and latency.
+        between_nodes: File with the output of a run on all GPUs of several nodes; None keeps the rate and latency.
+        nodes: Number of nodes of that run.
 
     Raises:
         ValueError: If a file has no results.
@@ -88,6 +88,6 @@ def _best(runs: list[Run]) -> float:
 
 
 def _latency_us(runs: list[Run], *, hops: int) -> float:
-    """What the smallest size took beyond its bytes at the best rate."""
+    """Microseconds per hop of the smallest size, without the time of its bytes at the best rate."""
     smallest = min((run for run in runs if run.size_bytes), key=lambda run: run.size_bytes)
     return max(0.1, 1e6 * (smallest.seconds - smallest.size_bytes / _best(runs)) / hops)

@@ -1,14 +1,14 @@
-"""How long an optimizer step takes: its exact traffic, priced by rates and latencies of links, beside its arithmetic.
+"""The time of an optimizer step, predicted from its exact traffic, the rates and latencies of links, and its FLOPs.
 
-A collective over n ranks is a ring (or exchanges of all pairs): what a rank sends leaves at the rate of its links
-inside the node, what a node sends to others at the rate of the network, both at once; and the first bytes pass all
-hops. Arithmetic takes its FLOPs at the share of the peak that kernels reach.
+A collective over n ranks is a ring (or exchanges of all pairs): a rank's bytes leave at the rate of its links inside
+the node, a node's bytes to other nodes at the rate of the network, both concurrently; and the first bytes pass all
+hops. Arithmetic runs at the share of the peak that kernels reach.
 
-Communication runs beside arithmetic, so a micro-step takes at least the longer of both and at most their sum. That is
-the range; between its ends, ``HIDDEN_SHARE`` of what can be hidden is expected to be. What travels once per step can
-hide behind one micro-step only. Not counted: the optimizer's own arithmetic, data, and what starts kernels.
+Communication overlaps with arithmetic, so a micro-step takes at least the longer of both and at most their sum. Between
+these ends, ``HIDDEN_SHARE`` of the communication that could overlap is expected to. Bytes sent once per step can
+overlap with one micro-step only. Not counted: the optimizer's own arithmetic, data, and kernel launches.
 
-These are predictions. What they were fitted to, and how far off they are where they were not:
+These are predictions. For the runs that they were fitted to, and the errors on others, see
 benchmarks/results/published.
 """
 
@@ -22,20 +22,20 @@ from lightning_mics.cost.collective import Collective
 from lightning_mics.cost.hardware import Hardware
 from lightning_mics.cost.step_traffic import ScheduledCollective, When
 
-HIDDEN_SHARE = 0.5  # of the communication that arithmetic could hide; fitted by benchmarks.published
+HIDDEN_SHARE = 0.5  # of the communication that could overlap; fitted by benchmarks.published
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """Of one optimizer step, or of one micro-step.
+    """The seconds of one optimizer step, or of one micro-step.
 
     Attributes:
-        compute: Of arithmetic.
-        inside: Of collectives that stay inside nodes.
-        between: Of collectives that cross nodes.
-        least: If all is hidden that can be.
-        expected: If the usual share is.
-        most: If nothing is.
+        compute: Seconds of arithmetic.
+        inside: Seconds of collectives inside nodes.
+        between: Seconds of inter-node collectives.
+        least: Total if arithmetic and communication overlap fully.
+        expected: Total if the usual share overlaps.
+        most: Total without overlap.
     """
 
     compute: float
@@ -47,7 +47,7 @@ class Seconds:
 
     @property
     def limit(self) -> str:
-        """What takes longest."""
+        """Name of the longest of the three: "arithmetic", "links in nodes" or "network"."""
         parts = {"arithmetic": self.compute, "links in nodes": self.inside, "network": self.between}
         return max(parts, key=parts.__getitem__)
 
@@ -56,9 +56,9 @@ def collective_seconds(collective: Collective, hardware: Hardware, *, ranks_per_
     """Seconds of one collective that all ranks of a node run at once, each in a group of its kind.
 
     Args:
-        collective: What runs.
-        hardware: Where.
-        ranks_per_node: That share the node's network; None is one per GPU.
+        collective: The collective.
+        hardware: Hardware of each node.
+        ranks_per_node: Number of ranks that share the node's network; None is one per GPU.
     """
     sent = collective.sent
     network = sent.between_bytes * (ranks_per_node or hardware.gpus_per_node) / hardware.network_bytes_per_s
@@ -82,12 +82,12 @@ def step_seconds(
     """Seconds of an optimizer step.
 
     Args:
-        traffic: From :func:`~lightning_mics.cost.step_traffic.step_traffic`.
-        hardware: Of each node.
-        micro_steps: Per optimizer step.
-        micro_step_flops: Of one rank, with what is recomputed.
-        ranks_per_node: That share the node's network; None is one per GPU.
-        hidden_share: Of the communication that arithmetic could hide, what is expected to be.
+        traffic: Collectives of the step, from :func:`~lightning_mics.cost.step_traffic.step_traffic`.
+        hardware: Hardware of each node.
+        micro_steps: Micro-steps per optimizer step.
+        micro_step_flops: FLOPs of one rank in a micro-step, with recomputation.
+        ranks_per_node: Number of ranks that share the node's network; None is one per GPU.
+        hidden_share: Share of the communication, 0 to 1, that is expected to overlap where it could.
     """
     compute = micro_step_flops / (hardware.peak_tflops * 1e12 * hardware.kernel_share)
     totals: Counter[tuple[When, str]] = Counter()

@@ -20,29 +20,35 @@ from torch import nn
 from lightning_mics.collectives.traffic import Kind, Sent, sent_by
 from lightning_mics.cost.collective import Collective
 from lightning_mics.sharding.blocks import unit_modules
-from lightning_mics.sharding.options import EVERY_TIME, OncePerStepOptions
+from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.topology import Topology
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What FSDP2 gathers and reduces at once.
+    """A parameter group of FSDP2: parameters that are gathered and reduced by one collective.
 
     Attributes:
-        parameters: Rows and elements per row of each.
-        is_root: Whether it is what no block holds.
+        parameters: Number of rows and number of elements per row, of each parameter.
+        is_root: Whether these are the parameters outside of all blocks.
     """
 
     parameters: tuple[tuple[int, int], ...]
     is_root: bool
 
     def elements(self, ranks: int) -> int:
-        """Of all parameters, padded so that ``ranks`` have equal parts."""
+        """Number of elements of all parameters, padded so that ``ranks`` have equal shards."""
         return sum(-(-rows // ranks) * ranks * width for rows, width in self.parameters)
 
 
 def find_units(model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:
-    """The units of ``model``, in the order of forward: the root, then its blocks. It may be on the meta device."""
+    """Find the parameter groups of a model, in the order of forward: the root, then its blocks.
+
+    Args:
+        model: The model, which may be on the meta device.
+        blocks: Blocks of the model, by FQN.
+    """
     modules = {model: True} | dict.fromkeys(reversed(list(blocks.values())), False)
     return [Unit(_shapes(unit, set(blocks.values())), is_root) for unit, is_root in modules.items()]
 
@@ -60,9 +66,9 @@ class ScheduledCollective:
     """A collective of an optimizer step.
 
     Attributes:
-        collective: What runs.
-        times: How often in a micro-step that it runs in.
-        when: In which micro-steps it runs: every one, the first, or the boundary.
+        collective: The collective.
+        times: Number of runs in each of these micro-steps.
+        when: Micro-steps in which it runs: "every", the "first", or the one at the "boundary".
     """
 
     collective: Collective
@@ -70,7 +76,7 @@ class ScheduledCollective:
     when: When
 
     def in_step(self, micro_steps: int) -> int:
-        """How often it runs in an optimizer step."""
+        """Number of runs in an optimizer step of ``micro_steps`` micro-steps."""
         return self.times * (micro_steps if self.when == "every" else 1)
 
 
@@ -78,26 +84,24 @@ def step_traffic(
     units: Sequence[Unit],
     topology: Topology,
     *,
-    hierarchical: bool,
-    once_per_step: OncePerStepOptions = EVERY_TIME,
-    two_hop: bool = True,
+    communication: CommunicationOptions = CommunicationOptions.PAPER,
     gathered_dtype: torch.dtype = torch.float32,
     reduce_dtype: torch.dtype = torch.float32,
-    inter_node_reduce_dtype: torch.dtype | None = None,
 ) -> list[ScheduledCollective]:
     """What rank 0 runs on NCCL in one optimizer step of automatic optimization; clipping apart.
 
     Args:
         units: From :func:`find_units`.
         topology: Where every rank is.
-        hierarchical: Whether collectives of the partition group run in two stages.
-        once_per_step: What travels once per step.
-        two_hop: Whether the second hop waits for the boundary.
+        communication: How the collectives run.
         gathered_dtype: Of gathered parameters.
         reduce_dtype: Of gradient sums.
-        inter_node_reduce_dtype: What gradients travel in between nodes; None is ``reduce_dtype``.
+
+    Raises:
+        ValueError: If ``communication`` leaves "auto" to a policy, or its ``hierarchical`` does not fit the topology.
     """
-    step = _Step(topology, hierarchical, once_per_step, two_hop, inter_node_reduce_dtype)
+    communication.check_chosen()
+    step = _Step(topology, communication, choose_hierarchical(communication.hierarchical, topology))
     return [
         repeated
         for unit in units
@@ -107,7 +111,12 @@ def step_traffic(
 
 
 def total_sent(traffic: Iterable[ScheduledCollective], *, micro_steps: int) -> Sent:
-    """What rank 0 sends in an optimizer step of ``traffic``."""
+    """Bytes that rank 0 sends in an optimizer step.
+
+    Args:
+        traffic: Collectives of the step, from :func:`step_traffic`.
+        micro_steps: Micro-steps per optimizer step.
+    """
     total = Sent()
     for repeated in traffic:
         sent, times = repeated.collective.sent, repeated.in_step(micro_steps)
@@ -124,10 +133,8 @@ class _Uses:
 @dataclass(frozen=True)
 class _Step:
     topology: Topology
+    options: CommunicationOptions
     hierarchical: bool
-    once_per_step: OncePerStepOptions
-    two_hop: bool
-    inter_node_reduce_dtype: torch.dtype | None
 
     @property
     def _in_stages(self) -> bool:
@@ -136,32 +143,32 @@ class _Step:
     def gathers(self, unit: Unit, dtype: torch.dtype) -> list[ScheduledCollective]:
         elements = unit.elements(self.topology.partition_size)
         once, always = _Uses(1, "first"), _Uses(1 if unit.is_root else 2, "every")
-        every = once if self.once_per_step["in_node_gather"] == "once_per_step" else always
+        every = once if self.options.cache_parameters == "rank" else always
         if not self._in_stages:
             return [self._run("all_gather", "partition", elements, dtype, times=every.times, when=every.when)]
         k = self.topology.local_ranks_per_partition_group
-        crossing = once if self.once_per_step["cross_node_gather"] == "once_per_step" else every
+        crossing = always if self.options.cache_parameters == "never" else once
         rail = self._run("all_gather", "rail", elements // k, dtype, times=crossing.times, when=crossing.when)
         return [rail, self._run("all_gather", "node", elements, dtype, times=every.times, when=every.when)]
 
     def reductions(self, unit: Unit, dtype: torch.dtype) -> list[ScheduledCollective]:
         p, k = self.topology.partition_size, self.topology.local_ranks_per_partition_group
         elements = unit.elements(p)
-        every = _when(self.once_per_step["in_node_reduce"] == "once_per_step")
+        every = _when(self.options.accumulate_gradients == "rank")
         if self._in_stages:
-            wire = self.inter_node_reduce_dtype
+            wire = self.options.inter_node_reduce_dtype
             rail: Kind = "reduce_scatter" if wire is None else "all_to_all"
-            crossing = _when(self.once_per_step["cross_node_reduce"] == "once_per_step" or every == "boundary")
+            crossing = _when(self.options.accumulate_gradients != "shard")
             first = [
                 self._run("reduce_scatter", "node", elements, dtype, when=every),
                 self._run(rail, "rail", elements // k, wire or dtype, when=crossing),
             ]
         else:
             first = [self._run("reduce_scatter", "partition", elements, dtype, when=every)]
-        return [*first, *self._second_hop(elements // p, dtype, _when(self.two_hop))]
+        return [*first, *self._second_hop(elements // p, dtype, _when(self.options.two_hop))]
 
     def _second_hop(self, shard: int, dtype: torch.dtype, when: When) -> list[ScheduledCollective]:
-        wire, replicas = self.inter_node_reduce_dtype, self.topology.replicas
+        wire, replicas = self.options.inter_node_reduce_dtype, self.topology.replicas
         if wire is None:
             return [self._run("all_reduce", "replication", shard, dtype, when=when)]
         whole = -(-shard // replicas) * replicas

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
+from typing_extensions import Unpack
 
 from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.async_save import ShardedSaving
 from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
+from lightning_mics.policy.options import PolicyOptions, check_names, documented
 from lightning_mics.policy.policy import Policy
 
 StateDictType = Literal["sharded", "full"]
@@ -27,6 +29,7 @@ class LightningStrategy:
     Methods take an untyped ``self``: Lightning's two classes have these attributes, but no common base.
     """
 
+    @documented
     def __init__(
         self,
         *,
@@ -35,7 +38,7 @@ class LightningStrategy:
         weights_only: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
-        **policy: Any,
+        **policy: Unpack[PolicyOptions],
     ) -> None:
         """Choose how to shard, to communicate and to save; nothing is communicated yet.
 
@@ -48,16 +51,13 @@ class LightningStrategy:
                 which may run code. An explicit ``weights_only`` of a call that loads overrides it.
             process_group_backend: Backend of the process groups; None is nccl for CUDA, gloo for CPU.
             timeout: Timeout of the collectives of all groups; None is torch's default.
-            policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``,
-                ``hierarchical``,
-                ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``,
-                ``inter_node_reduce_dtype``, ``two_hop``, ``reduce_dtype``, ``block_classes``,
-                ``activation_checkpointing``.
+            policy: Options of sharding, as in :class:`~lightning_mics.policy.options.PolicyOptions`.
 
         Raises:
             TypeError: If an option has the wrong type, or the model cannot be sharded.
             ValueError: If an option's value does not fit the job or the model.
         """
+        check_names(type(self), policy)
         check_saving(state_dict_type=state_dict_type, async_save=async_save)
         super().__init__(  # type: ignore[call-arg]  # Lightning's
             save_distributed_checkpoint=state_dict_type == "sharded",

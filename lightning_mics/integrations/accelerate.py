@@ -13,6 +13,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 from types import MethodType
@@ -32,15 +33,17 @@ from accelerate.utils import (
 )
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_mics import checkpoint
 from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin
 from lightning_mics.checkpoint.storage.path import storage_path
+from lightning_mics.policy.options import PolicyOptions, check_names, documented
 from lightning_mics.policy.policy import Policy
 from lightning_mics.sharding.evaluation import allow_evaluation
 from lightning_mics.sharding.initialization import verify_replicas
@@ -63,6 +66,7 @@ if tuple(int(part) for part in accelerate.__version__.split(".")[:2]) < OLDEST:
     )
 
 
+@documented
 class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
     """MiCS for Accelerate: sharded training whose constant traffic stays inside partition groups.
 
@@ -70,25 +74,28 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
         state_dict_type: Kind of model file that ``save_state`` writes, ``"sharded"`` or ``"full"``. None takes
             ``fsdp_state_dict_type`` of the config file of ``accelerate launch``, as ``activation_checkpointing`` takes
             its own entry there, and is sharded without one.
-        policy: As of :class:`~lightning_mics.policy.policy.Policy`: ``partition_size``, ``ranks_per_node``,
-            ``hierarchical``,
-            ``cross_node_gather``, ``cross_node_reduce``, ``in_node_gather``, ``in_node_reduce``,
-            ``inter_node_reduce_dtype``,
-            ``two_hop``, ``reduce_dtype``, ``block_classes``, ``activation_checkpointing``, ``timeout``.
+        timeout: Longest duration of a collective of any group; None is the backend's default.
+        policy: Options of sharding, as in :class:`~lightning_mics.policy.options.PolicyOptions`.
 
     Raises:
         TypeError: If an option has the wrong type.
         ValueError: If an option's value cannot be.
     """
 
-    def __init__(self, *, state_dict_type: Literal["sharded", "full"] | None = None, **policy: Any) -> None:
+    def __init__(
+        self,
+        *,
+        state_dict_type: Literal["sharded", "full"] | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        **policy: Unpack[PolicyOptions],
+    ) -> None:
+        check_names(type(self), policy)
         if state_dict_type not in ("sharded", "full", None):
             raise ValueError(f'state_dict_type={state_dict_type!r} is neither "sharded" nor "full", nor None')
         if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
             raise ValueError("MiCSPlugin keeps shards on the devices: set fsdp_offload_params to false")
-        self.policy = Policy(
-            **{"activation_checkpointing": parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"), **policy}
-        )
+        policy.setdefault("activation_checkpointing", bool(parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")))
+        self.policy = Policy(timeout=timeout, **policy)
         super().__init__(
             fsdp_version=2,
             state_dict_type=f"{state_dict_type}_state_dict".upper() if state_dict_type else None,

@@ -1,15 +1,14 @@
 """The planner: all partition sizes of a job, ranked. What fits, what crosses the network, how long a step takes.
 
-The choice itself, ``partition_size="auto"``, is the smallest whole number of nodes that holds the model states
-(:mod:`lightning_mics.policy.policy.memory`), and what travels once per step is chosen as the strategy chooses it
-(:mod:`lightning_mics.policy.policy.once_per_step`); the same functions, so that they never disagree.
+What "auto" stands for is chosen by the function that the strategy uses (:mod:`lightning_mics.policy.choice`), so that
+they never disagree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from lightning_mics.collectives.traffic import Sent
 from lightning_mics.cost.batches import Batches, split_global_batch
@@ -17,10 +16,9 @@ from lightning_mics.cost.hardware import Hardware
 from lightning_mics.cost.step_time import Seconds, step_seconds
 from lightning_mics.cost.step_traffic import step_traffic, total_sent
 from lightning_mics.planning.rehearsal.workload import Workload
-from lightning_mics.policy.memory import in_gib, smallest_partition_size
-from lightning_mics.policy.once_per_step import Auto, OncePerStep, choose_once_per_step
-from lightning_mics.sharding.options import EVERY_TIME, Gather, Reduce
-from lightning_mics.techniques.partition_groups import choose_hierarchical
+from lightning_mics.policy.choice import Choice, choose
+from lightning_mics.policy.memory import in_gib
+from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology, partition_sizes
 
 LEFT_FREE = 0.06  # share of a device for what nobody counts: the CUDA context, NCCL, fragmentation
@@ -30,17 +28,16 @@ FULL_SHARDING = "FSDP, ZeRO-3"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Candidate:
     """One way to run the job.
 
     Attributes:
         system: "MiCS", or the baseline that is priced by the same model.
         topology: Where every rank is.
         batches: How the global batch is cut.
-        hierarchical: Whether collectives of the partition group run in two stages.
-        once_per_step: What travels once per step.
-        states_bytes: Model states of a rank, with what is gathered and reduced at the peak.
-        kept_bytes: What a rank keeps to travel once per step.
+        communication: How collectives run.
+        states_bytes: Model states of a rank, with what is unsharded at the peak, in bytes.
+        cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
         memory_bytes: What a rank needs with the activations of a micro-batch.
         fits: Whether that leaves enough of the device free.
         node_sent: What a node sends per optimizer step.
@@ -52,10 +49,9 @@ class Row:
     system: str
     topology: Topology
     batches: Batches
-    hierarchical: bool
-    once_per_step: OncePerStep | None
+    communication: CommunicationOptions
     states_bytes: int
-    kept_bytes: int
+    cached_bytes: int
     memory_bytes: int
     fits: bool
     node_sent: Sent
@@ -69,7 +65,7 @@ class Plan:
     """All ways to run a job, the best first.
 
     Attributes:
-        rows: Those that fit before those that do not, faster before slower.
+        candidates: Those that fit before those that do not, faster before slower.
         recommended: The one that ``partition_size="auto"`` takes.
         chosen: The one of the partition size that was given; without one, what is recommended.
         baseline: Full sharding over all ranks, flat, every time.
@@ -78,10 +74,10 @@ class Plan:
         warnings: What one should know before paying.
     """
 
-    rows: tuple[Row, ...]
-    recommended: Row
-    chosen: Row
-    baseline: Row
+    candidates: tuple[Candidate, ...]
+    recommended: Candidate
+    chosen: Candidate
+    baseline: Candidate
     global_batch_size: int
     capacity_bytes: int
     warnings: tuple[str, ...]
@@ -96,13 +92,8 @@ def plan(
     ranks_per_node: int | None = None,
     micro_batch: int | None = None,
     accumulation: int | None = None,
-    partition_size: int | Auto = "auto",
-    hierarchical: bool | Auto = "auto",
-    cross_node_gather: Gather | Auto = "auto",
-    cross_node_reduce: Reduce | Auto = "auto",
-    in_node_gather: Gather | Auto = "auto",
-    in_node_reduce: Reduce | Auto = "auto",
-    two_hop: bool = True,
+    partition_size: int | Literal["auto"] = "auto",
+    communication: CommunicationOptions = CommunicationOptions.AUTO,
 ) -> Plan:
     """Compare all partition sizes.
 
@@ -114,13 +105,8 @@ def plan(
         ranks_per_node: None is one per GPU.
         micro_batch: Samples per rank and micro-step; None is as many as fit.
         accumulation: Micro-steps per optimizer step; None follows.
-        partition_size: As of the strategy, and so are the following. All others are compared anyway.
-        hierarchical: Whether groups of several nodes are crossed in two stages.
-        cross_node_gather: When parameters cross nodes.
-        cross_node_reduce: When gradients cross nodes.
-        in_node_gather: When parameters travel inside nodes.
-        in_node_reduce: When gradients travel inside nodes.
-        two_hop: Whether the second hop waits for the boundary.
+        partition_size: Ranks per partition group of the job; all others are compared anyway.
+        communication: How collectives run; ``hierarchical`` counts where a partition group spans nodes.
 
     Raises:
         ValueError: If there is no node, nothing divides the global batch, a device is smaller than one block, or
@@ -132,37 +118,30 @@ def plan(
     world_size = nodes * ranks_per_node
     _check_block_fits(workload, hardware)
     price = _Price(workload, hardware, global_batch_size, micro_batch, accumulation)
-    rows = []
-    for size in partition_sizes(world_size=world_size, ranks_per_node=ranks_per_node):
-        topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=size)
-        in_stages = choose_hierarchical(hierarchical if topology.spans_nodes else "auto", topology)
-        once = choose_once_per_step(
+
+    def choice(size: int | Literal["auto"], *, spans_nodes: bool) -> Choice:
+        return choose(
             workload.size,
-            topology,
-            cross_node_gather=cross_node_gather,
-            cross_node_reduce=cross_node_reduce,
-            in_node_gather=in_node_gather,
-            in_node_reduce=in_node_reduce,
-            two_hop=two_hop,
-            hierarchical=in_stages,
+            world_size=world_size,
+            ranks_per_node=ranks_per_node,
             capacity_bytes=hardware.memory_bytes,
+            partition_size=size,
+            communication=communication if spans_nodes else replace(communication, hierarchical="auto"),
         )
-        rows.append(price.row("MiCS", topology, hierarchical=in_stages, once=once, two_hop=two_hop))
-    auto = smallest_partition_size(
-        workload.size, world_size=world_size, ranks_per_node=ranks_per_node, capacity_bytes=hardware.memory_bytes
-    )
-    whole = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=world_size)
-    ranked = sorted(rows, key=lambda row: (not row.fits, row.seconds.expected))
-    by_size = {row.topology.partition_size: row for row in rows}
-    recommended = by_size[auto]
+
+    sizes = partition_sizes(world_size=world_size, ranks_per_node=ranks_per_node)
+    choices = [choice(size, spans_nodes=size > ranks_per_node) for size in sizes]
+    by_size = {each.topology.partition_size: price.candidate(each) for each in choices}
+    ranked = sorted(by_size.values(), key=lambda candidate: (not candidate.fits, candidate.seconds.expected))
+    recommended = by_size[choice("auto", spans_nodes=False).topology.partition_size]
     chosen = recommended if partition_size == "auto" else by_size.get(partition_size)
     if chosen is None:
         raise ValueError(
             f"partition_size={partition_size} is none of {', '.join(map(str, by_size))}, which are possible"
         )
-    baseline = price.row(FULL_SHARDING, whole, hierarchical=False, once=None, two_hop=True)
+    baseline = price.full_sharding(world_size=world_size, ranks_per_node=ranks_per_node)
     return Plan(
-        rows=tuple(ranked),
+        candidates=tuple(ranked),
         recommended=recommended,
         chosen=chosen,
         baseline=baseline,
@@ -199,11 +178,18 @@ class _Price:
     micro_batch: int | None
     accumulation: int | None
 
-    def row(
-        self, system: str, topology: Topology, *, hierarchical: bool, once: OncePerStep | None, two_hop: bool
-    ) -> Row:
-        work, capacity = self.workload, self.hardware.memory_bytes
-        kept, usable = once.kept_bytes if once else 0, int((1 - LEFT_FREE) * capacity)
+    def full_sharding(self, *, world_size: int, ranks_per_node: int) -> Candidate:
+        """The baseline: all ranks in one partition group, flat collectives, nothing cached."""
+        topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=world_size)
+        return self._priced(FULL_SHARDING, topology, replace(CommunicationOptions.PAPER, hierarchical=False))
+
+    def candidate(self, choice: Choice) -> Candidate:
+        return self._priced("MiCS", choice.topology, choice.communication, cached_bytes=choice.cached_bytes)
+
+    def _priced(
+        self, system: str, topology: Topology, communication: CommunicationOptions, *, cached_bytes: int = 0
+    ) -> Candidate:
+        work, usable = self.workload, int((1 - LEFT_FREE) * self.hardware.memory_bytes)
         batches = split_global_batch(
             self.global_batch_size,
             ranks=topology.world_size,
@@ -211,16 +197,16 @@ class _Price:
             accumulation=self.accumulation,
             largest_micro=max(
                 1,
-                work.size.largest_micro_batch(topology.partition_size, work.sample, free_bytes=usable, kept_bytes=kept),
+                work.size.largest_micro_batch(
+                    topology.partition_size, work.sample, free_bytes=usable, cached_bytes=cached_bytes
+                ),
             ),
         )
-        memory = work.size.rank_bytes(topology.partition_size, work.sample * batches.micro, kept_bytes=kept)
+        memory = work.size.rank_bytes(topology.partition_size, work.sample * batches.micro, cached_bytes=cached_bytes)
         traffic = step_traffic(
             work.units,
             topology,
-            hierarchical=hierarchical,
-            once_per_step=once.options() if once else EVERY_TIME,
-            two_hop=two_hop,
+            communication=communication,
             gathered_dtype=work.gathered_dtype,
             reduce_dtype=work.reduce_dtype,
         )
@@ -233,14 +219,13 @@ class _Price:
         )
         of_rank = total_sent(traffic, micro_steps=batches.accumulation)
         samples = batches.micro * batches.accumulation
-        return Row(
+        return Candidate(
             system=system,
             topology=topology,
             batches=batches,
-            hierarchical=hierarchical,
-            once_per_step=once,
+            communication=communication,
             states_bytes=work.size.per_rank_bytes(topology.partition_size),
-            kept_bytes=kept,
+            cached_bytes=cached_bytes,
             memory_bytes=memory,
             fits=memory <= usable,
             node_sent=Sent(
@@ -271,7 +256,7 @@ def _check_block_fits(workload: Workload, hardware: Hardware) -> None:
     )
 
 
-def _warnings(chosen: Row, ranked: Sequence[Row], baseline: Row, hardware: Hardware) -> list[str]:
+def _warnings(chosen: Candidate, ranked: Sequence[Candidate], baseline: Candidate, hardware: Hardware) -> list[str]:
     warnings = []
     topology = chosen.topology
     if not chosen.fits:
@@ -279,7 +264,7 @@ def _warnings(chosen: Row, ranked: Sequence[Row], baseline: Row, hardware: Hardw
             f"{in_gib(chosen.memory_bytes)} of {in_gib(hardware.memory_bytes)} per GPU, of which "
             f"{LEFT_FREE:.0%} should stay free"
         )
-        others = sorted(row.topology.partition_size for row in ranked if row.fits)
+        others = sorted(each.topology.partition_size for each in ranked if each.fits)
         if others:
             warnings.append(
                 f"with micro-batches of {chosen.batches.micro} partition_size={topology.partition_size} needs "

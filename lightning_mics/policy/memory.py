@@ -61,18 +61,18 @@ class ModelSize:
         """Bytes on each rank when the backward begins, without activations: no block has gradients yet."""
         return -(-self.states_bytes // partition_size) + 2 * self.root_bytes + self.block_bytes
 
-    def rank_bytes(self, partition_size: int, activations: Activations, *, kept_bytes: int = 0) -> int:
-        """Bytes on each rank at the peak of a step, with ``activations`` and what is kept to travel once per step."""
+    def rank_bytes(self, partition_size: int, activations: Activations, *, cached_bytes: int = 0) -> int:
+        """Bytes on each rank at the peak of a step, with ``activations`` and what is cached until the boundary."""
         at_head = self.at_head_bytes(partition_size) + activations.at_head
         in_blocks = self.per_rank_bytes(partition_size) + activations.in_blocks
-        return kept_bytes + math.ceil(max(at_head, in_blocks))
+        return cached_bytes + math.ceil(max(at_head, in_blocks))
 
     def largest_micro_batch(
-        self, partition_size: int, sample: Activations, *, free_bytes: int, kept_bytes: int = 0
+        self, partition_size: int, sample: Activations, *, free_bytes: int, cached_bytes: int = 0
     ) -> int:
         """How many samples fit into ``free_bytes`` beside the model states; 0 if not even one does."""
-        at_head = (free_bytes - kept_bytes - self.at_head_bytes(partition_size)) // sample.at_head
-        in_blocks = (free_bytes - kept_bytes - self.per_rank_bytes(partition_size)) // sample.in_blocks
+        at_head = (free_bytes - cached_bytes - self.at_head_bytes(partition_size)) // sample.at_head
+        in_blocks = (free_bytes - cached_bytes - self.per_rank_bytes(partition_size)) // sample.in_blocks
         return max(0, int(min(at_head, in_blocks)))
 
 
@@ -123,9 +123,9 @@ def smallest_partition_size(size: ModelSize, *, world_size: int, ranks_per_node:
     return next((p for p in whole_nodes if fits(size, p, capacity_bytes)), world_size)
 
 
-def fits(size: ModelSize, partition_size: int, capacity_bytes: int, *, kept_bytes: int = 0) -> bool:
-    """Whether model states, and what is kept beside them, leave enough of a device for activations."""
-    return size.per_rank_bytes(partition_size) + kept_bytes <= USABLE_SHARE * capacity_bytes
+def fits(size: ModelSize, partition_size: int, capacity_bytes: int, *, cached_bytes: int = 0) -> bool:
+    """Whether model states, and what is cached beside them, leave enough of a device for activations."""
+    return size.per_rank_bytes(partition_size) + cached_bytes <= USABLE_SHARE * capacity_bytes
 
 
 def device_memory_bytes(device: torch.device, *, processes: int) -> int:

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from typing_extensions import Unpack
 
 from lightning_mics._torch.process_groups import check_order
-from lightning_mics.policy.memory import ModelSize, device_memory_bytes, fits, measure_model, smallest_partition_size
-from lightning_mics.policy.once_per_step import Auto, OncePerStep, choose_once_per_step
+from lightning_mics.policy.choice import Choice, choose
+from lightning_mics.policy.memory import ModelSize, device_memory_bytes, measure_model
+from lightning_mics.policy.options import PolicyOptions, check_names
 from lightning_mics.policy.start_report import start_report
 from lightning_mics.sharding.activation_checkpointing import find_recomputed
-from lightning_mics.sharding.blocks import ModuleClasses, find_blocks
-from lightning_mics.sharding.options import (
-    WIRE_DTYPES,
-    Gather,
-    Reduce,
-    check_choice,
-    check_traffic_options,
-    check_two_hop,
-)
+from lightning_mics.sharding.blocks import find_blocks
+from lightning_mics.sharding.options import CommunicationOptions, floating_dtype
 from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
 from lightning_mics.sharding.sharded import Sharded
-from lightning_mics.techniques.partition_groups import (
-    check_hierarchical,
-    choose_hierarchical,
-    create_partition_groups,
-)
+from lightning_mics.techniques.partition_groups import choose_hierarchical, create_partition_groups
 from lightning_mics.topology import Topology
 
 
@@ -40,74 +29,31 @@ class Policy:
     """MiCS: which ranks share the model states, and when parameters and gradients travel where.
 
     Args:
-        partition_size: Ranks per partition group; ``"auto"`` is the smallest whole number of nodes whose memory holds
-            the model states.
-        ranks_per_node: None takes it from the launcher. An integer pretends that nodes are smaller, for tests and for
-            runs on one machine.
-        hierarchical: Two-stage collectives; ``"auto"`` uses them where a partition group spans nodes.
-        cross_node_gather: Where a partition group spans nodes: parameters cross nodes ``"once_per_step"``, for a copy
-            on each node, or at ``"every_use"``; ``"auto"`` keeps the copy if memory allows.
-        cross_node_reduce: Likewise gradients: ``"once_per_step"``, for sums on each node, or ``"every_micro_step"``.
-        in_node_gather: Inside nodes: parameters travel ``"once_per_step"``, and so no more often between nodes, for a
-            whole copy on each rank, or at ``"every_use"``; ``"auto"`` keeps the copy if a rank's memory would hold the
-            whole model states.
-        in_node_reduce: Likewise gradients: ``"once_per_step"``, for whole sums on each rank, or ``"every_micro_step"``.
-        inter_node_reduce_dtype: What gradients travel in between nodes, a dtype or its name; None is ``reduce_dtype``,
-            in which they are summed in any case.
-        two_hop: Gradients are reduced over replicas at the boundary only; False does so in every micro-step, as hybrid
-            sharding by itself does, to see what two hops save.
-        reduce_dtype: What gradients are reduced and summed in, a dtype or its name; None follows the precision:
-            float32 for float32 and mixed precision, bfloat16 for a model in bfloat16.
-        block_classes: The blocks to shard, classes or class names; None takes the model's ``_no_split_modules``, else
-            the longest list of equal modules.
-        activation_checkpointing: True recomputes each block in backward; classes or names choose other modules,
-            patterns some of the blocks by their names: ``"network.transformer.h.*[02468]"``.
-        timeout: For the collectives of all groups.
+        timeout: Longest duration of a collective of any group; None is the backend's default.
+        policy: Options of sharding, as in :class:`~lightning_mics.policy.options.PolicyOptions`.
 
     Raises:
-        TypeError: If an option has the wrong type.
+        TypeError: If there is no such option.
         ValueError: If an option's value cannot be.
     """
 
-    def __init__(
-        self,
-        *,
-        partition_size: int | Literal["auto"] = "auto",
-        ranks_per_node: int | None = None,
-        hierarchical: bool | Literal["auto"] = "auto",
-        cross_node_gather: Gather | Auto = "auto",
-        cross_node_reduce: Reduce | Auto = "auto",
-        in_node_gather: Gather | Auto = "auto",
-        in_node_reduce: Reduce | Auto = "auto",
-        inter_node_reduce_dtype: torch.dtype | str | None = None,
-        two_hop: bool = True,
-        reduce_dtype: torch.dtype | str | None = None,
-        block_classes: ModuleClasses | None = None,
-        activation_checkpointing: bool | ModuleClasses = False,
-        timeout: timedelta | None = default_pg_timeout,
-    ) -> None:
+    def __init__(self, *, timeout: timedelta | None = default_pg_timeout, **policy: Unpack[PolicyOptions]) -> None:
+        check_names(type(self), policy)
+        partition_size = policy.get("partition_size", "auto")
         if isinstance(partition_size, str) and partition_size != "auto":
             raise ValueError(f'partition_size={partition_size!r} is neither "auto" nor a number of ranks')
-        check_hierarchical(hierarchical)
-        check_choice("cross_node_gather", cross_node_gather, ("auto", *get_args(Gather)))
-        check_choice("cross_node_reduce", cross_node_reduce, ("auto", *get_args(Reduce)))
-        check_choice("in_node_gather", in_node_gather, ("auto", *get_args(Gather)))
-        check_choice("in_node_reduce", in_node_reduce, ("auto", *get_args(Reduce)))
-        _check_agreement("gather", cross_node=cross_node_gather, in_node=in_node_gather)
-        _check_agreement("reduce", cross_node=cross_node_reduce, in_node=in_node_reduce)
-        check_two_hop(two_hop, cross_node_reduce=cross_node_reduce, in_node_reduce=in_node_reduce)
-        self._partition_size = partition_size
-        self._ranks_per_node = ranks_per_node
-        self._hierarchical = hierarchical
-        self._cross_node_gather = cross_node_gather
-        self._cross_node_reduce = cross_node_reduce
-        self._in_node_gather = in_node_gather
-        self._in_node_reduce = in_node_reduce
-        self._cross_node_dtype = _floating_dtype("inter_node_reduce_dtype", inter_node_reduce_dtype)
-        self._two_hop = two_hop
-        self._reduce_dtype = _floating_dtype("reduce_dtype", reduce_dtype)
-        self._shard_modules = block_classes
-        self._activation_checkpointing = activation_checkpointing
+        self.partition_size = partition_size
+        self.communication = CommunicationOptions(
+            hierarchical=policy.get("hierarchical", "auto"),
+            cache_parameters=policy.get("cache_parameters", "auto"),
+            accumulate_gradients=policy.get("accumulate_gradients", "auto"),
+            inter_node_reduce_dtype=floating_dtype("inter_node_reduce_dtype", policy.get("inter_node_reduce_dtype")),
+            two_hop=policy.get("two_hop", True),
+        )
+        self._ranks_per_node = policy.get("ranks_per_node")
+        self._reduce_dtype = floating_dtype("reduce_dtype", policy.get("reduce_dtype"))
+        self._block_classes = policy.get("block_classes")
+        self._activation_checkpointing = policy.get("activation_checkpointing", False)
         self._timeout = timeout
 
     def check(self, *, world_size: int, local_size: int) -> None:
@@ -121,9 +67,10 @@ class Policy:
             ValueError: If the options do not fit the job.
             RuntimeError: If they need a newer torch.
         """
-        size = self._node_size(local_size) if self._partition_size == "auto" else self._partition_size
-        topology = self._topology(size, world_size=world_size, local_size=local_size)
-        if self._partition_size != "auto":
+        node_size = self._node_size(local_size)
+        size = node_size if self.partition_size == "auto" else self.partition_size
+        topology = Topology(world_size=world_size, ranks_per_node=node_size, partition_size=size)
+        if self.partition_size != "auto":
             self._check_collectives(topology)
 
     def shard(self, model: nn.Module, *, precision: str, device: torch.device, local_size: int) -> Sharded:
@@ -140,7 +87,7 @@ class Policy:
             ValueError: If an option does not fit the job or the model.
         """
         mixed_precision = mixed_precision_policy(precision, reduce_dtype=self._reduce_dtype)
-        blocks = find_blocks(model, self._shard_modules)
+        blocks = find_blocks(model, self._block_classes)
         find_recomputed(model, blocks, self._activation_checkpointing)  # refuses before ranks wait for each other
         size = measure_model(
             model,
@@ -148,37 +95,52 @@ class Policy:
             gathered_dtype=mixed_precision.param_dtype,
             reduce_dtype=mixed_precision.reduce_dtype,
         )
-        capacity_bytes = _capacity_bytes(device, local_size=local_size)
-        topology = self.choose_topology(size, capacity_bytes, world_size=dist.get_world_size(), local_size=local_size)
-        self._check_collectives(topology)
-        groups = create_partition_groups(
-            topology, device_type=device.type, hierarchical=self._hierarchical, timeout=self._timeout
+        choice = self.choose(
+            size,
+            world_size=dist.get_world_size(),
+            local_size=local_size,
+            capacity_bytes=_capacity_bytes(device, local_size=local_size),
         )
-        once_per_step = self._choose_once_per_step(topology, size, capacity_bytes)
+        self._check_collectives(choice.topology)
+        groups = create_partition_groups(
+            choice.topology,
+            device_type=device.type,
+            hierarchical=choice.communication.hierarchical,
+            timeout=self._timeout,
+        )
         schedule = shard_model(
             model,
             groups,
-            block_classes=self._shard_modules,
-            **once_per_step.options(),
-            inter_node_reduce_dtype=self._cross_node_dtype,
-            two_hop=self._two_hop,
+            communication=choice.communication,
+            block_classes=self._block_classes,
             activation_checkpointing=self._activation_checkpointing,
             mixed_precision=mixed_precision,
         )
-        report = self._report(topology, once_per_step, size, capacity_bytes, mixed_precision, precision)
-        return Sharded(groups, schedule, report, tuple(blocks.values()))
+        half = precision == "bf16-true"
+        reduce_dtype = mixed_precision.reduce_dtype or (torch.bfloat16 if half else torch.float32)
+        return Sharded(groups, schedule, start_report(choice, reduce_dtype=reduce_dtype), tuple(blocks.values()))
 
-    def choose_topology(self, size: ModelSize, capacity_bytes: int, *, world_size: int, local_size: int) -> Topology:
-        """Where every rank is, with partition groups as small as a model of that ``size`` allows, or as asked."""
-        partition_size = self._partition_size
-        if partition_size == "auto":
-            partition_size = smallest_partition_size(
-                size,
-                world_size=world_size,
-                ranks_per_node=self._node_size(local_size),
-                capacity_bytes=capacity_bytes,
-            )
-        return self._topology(partition_size, world_size=world_size, local_size=local_size)
+    def choose(self, size: ModelSize, *, world_size: int, local_size: int, capacity_bytes: int) -> Choice:
+        """How a model is to be sharded: these options, with "auto" replaced by what memory allows.
+
+        Args:
+            size: The model's, from :func:`~lightning_mics.policy.memory.measure_model`.
+            world_size: Ranks in the job.
+            local_size: Ranks that the launcher starts on each machine.
+            capacity_bytes: Memory of one rank's device.
+
+        Raises:
+            TypeError: If the partition size is no integer.
+            ValueError: If an option does not fit the job.
+        """
+        return choose(
+            size,
+            world_size=world_size,
+            ranks_per_node=self._node_size(local_size),
+            capacity_bytes=capacity_bytes,
+            partition_size=self.partition_size,
+            communication=self.communication,
+        )
 
     def check_kept(self, model: nn.Module, sharded: Sharded) -> None:
         """Refuse a model that is sharded already and no longer, or not in this way.
@@ -194,70 +156,19 @@ class Policy:
                     "the model is there already"
                 )
         topology = sharded.groups.topology
-        if self._partition_size not in ("auto", topology.partition_size):
+        if self.partition_size not in ("auto", topology.partition_size):
             raise ValueError(
                 f"the model is already sharded with partition_size={topology.partition_size} by another strategy; "
-                f"partition_size={self._partition_size} needs a new instance of the model"
+                f"partition_size={self.partition_size} needs a new instance of the model"
             )
-
-    def _topology(self, partition_size: int, *, world_size: int, local_size: int) -> Topology:
-        return Topology(
-            world_size=world_size, ranks_per_node=self._node_size(local_size), partition_size=partition_size
-        )
 
     def _node_size(self, local_size: int) -> int:
         return self._ranks_per_node or local_size
 
-    def _choose_once_per_step(self, topology: Topology, size: ModelSize, capacity_bytes: int) -> OncePerStep:
-        return choose_once_per_step(
-            size,
-            topology,
-            cross_node_gather=self._cross_node_gather,
-            cross_node_reduce=self._cross_node_reduce,
-            in_node_gather=self._in_node_gather,
-            in_node_reduce=self._in_node_reduce,
-            two_hop=self._two_hop,
-            hierarchical=choose_hierarchical(self._hierarchical, topology),
-            capacity_bytes=capacity_bytes,
-        )
-
     def _check_collectives(self, topology: Topology) -> None:
-        hierarchical = choose_hierarchical(self._hierarchical, topology)
-        if hierarchical:
+        if choose_hierarchical(self.communication.hierarchical, topology):
             check_order(topology.partition_group(0))
-        check_traffic_options(
-            topology,
-            hierarchical=hierarchical,
-            cross_node_gather="every_use" if self._cross_node_gather == "auto" else self._cross_node_gather,
-            cross_node_reduce="every_micro_step" if self._cross_node_reduce == "auto" else self._cross_node_reduce,
-            in_node_gather="every_use" if self._in_node_gather == "auto" else self._in_node_gather,
-            in_node_reduce="every_micro_step" if self._in_node_reduce == "auto" else self._in_node_reduce,
-            inter_node_reduce_dtype=self._cross_node_dtype,
-            two_hop=self._two_hop,
-        )
-
-    def _report(
-        self,
-        topology: Topology,
-        once_per_step: OncePerStep,
-        size: ModelSize,
-        capacity_bytes: int,
-        mixed_precision: MixedPrecisionPolicy,
-        precision: str,
-    ) -> str:
-        half = precision == "bf16-true"
-        return start_report(
-            topology,
-            chosen_automatically=self._partition_size == "auto",
-            hierarchical=choose_hierarchical(self._hierarchical, topology),
-            once_per_step=once_per_step,
-            two_hop=self._two_hop,
-            inter_node_reduce_dtype=self._cross_node_dtype,
-            reduce_dtype=mixed_precision.reduce_dtype or (torch.bfloat16 if half else torch.float32),
-            states_bytes=size.per_rank_bytes(topology.partition_size) + once_per_step.kept_bytes,
-            capacity_bytes=capacity_bytes,
-            fits=fits(size, topology.partition_size, capacity_bytes, kept_bytes=once_per_step.kept_bytes),
-        )
+        self.communication.check(topology)
 
 
 def _capacity_bytes(device: torch.device, *, local_size: int) -> int:
@@ -265,18 +176,3 @@ def _capacity_bytes(device: torch.device, *, local_size: int) -> int:
     smallest = torch.tensor(device_memory_bytes(device, processes=local_size), device=device)
     dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
     return int(smallest)
-
-
-def _check_agreement(verb: str, *, cross_node: str, in_node: str) -> None:
-    if in_node == "once_per_step" and cross_node not in ("auto", "once_per_step"):
-        raise ValueError(
-            f"in_node_{verb}='once_per_step' leaves nothing to cross nodes more often, but cross_node_{verb}="
-            f"{cross_node!r}; use 'once_per_step' or 'auto'"
-        )
-
-
-def _floating_dtype(option: str, value: torch.dtype | str | None) -> torch.dtype | None:
-    dtype = getattr(torch, value, None) if isinstance(value, str) else value
-    if value is not None and not (isinstance(dtype, torch.dtype) and dtype in WIRE_DTYPES):
-        raise ValueError(f"{option}={value!r} is not one of {', '.join(map(str, WIRE_DTYPES))}")
-    return dtype

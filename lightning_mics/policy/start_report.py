@@ -4,77 +4,44 @@ from __future__ import annotations
 
 import torch
 
+from lightning_mics.policy.choice import Choice
 from lightning_mics.policy.memory import in_gib
-from lightning_mics.policy.once_per_step import Choice, OncePerStep
+from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology
 
 
-def start_report(
-    topology: Topology,
-    *,
-    chosen_automatically: bool,
-    hierarchical: bool,
-    once_per_step: OncePerStep,
-    two_hop: bool,
-    inter_node_reduce_dtype: torch.dtype | None,
-    reduce_dtype: torch.dtype,
-    states_bytes: int,
-    capacity_bytes: int,
-    fits: bool,
-) -> str:
+def start_report(choice: Choice, *, reduce_dtype: torch.dtype) -> str:
     """A few lines on a job's groups, techniques and estimated memory.
 
     Args:
-        topology: Where every rank is.
-        chosen_automatically: Whether the partition size came from ``"auto"``.
-        hierarchical: Whether collectives are.
-        once_per_step: When parameters and gradients travel.
-        two_hop: Whether gradients are reduced over replicas at the boundary only.
-        inter_node_reduce_dtype: What gradients travel in between nodes; None is ``reduce_dtype``.
-        reduce_dtype: What gradients are reduced and summed in.
-        states_bytes: Estimated bytes of model states on each rank, and of what is kept to travel once per step.
-        capacity_bytes: Memory of one rank's device.
-        fits: Whether that leaves enough of it for activations.
+        choice: How the model is sharded, and why.
+        reduce_dtype: Dtype in which gradients are reduced and added up.
     """
-    t = topology
+    t, options, why = choice.topology, choice.communication, choice.reasons
+    chosen = "" if why["partition_size"] == "given" else f" ({why['partition_size']})"
     rows = {
         "ranks": f"{t.world_size} on {t.nodes} {_plural('node', t.nodes)}",
-        "partition groups": f"{t.replicas} of {t.partition_size} {_plural('rank', t.partition_size)}"
-        + (f' ("auto": {_why_size(fits)})' if chosen_automatically else ""),
+        "partition groups": f"{t.replicas} of {t.partition_size} {_plural('rank', t.partition_size)}{chosen}",
         "replication groups": f"{t.partition_size} of {t.replicas} {_plural('rank', t.replicas)}",
-        "hierarchical": _why_hierarchical(t, hierarchical),
-        "two-hop": _why_two_hop(t, two_hop),
+        "hierarchical": f"{'on' if options.hierarchical else 'off'}: {why['hierarchical']}",
+        "two-hop": _why_two_hop(t, options.two_hop),
         "gradients": f"reduced, and summed over micro-steps, in {_name(reduce_dtype)}",
     }
     if t.partition_size > 1:
-        rows["parameters in nodes"] = _when(once_per_step.in_node_gather, else_="at every use")
-        rows["gradients in nodes"] = _when(once_per_step.in_node_reduce, else_="in every micro-step")
+        for option in ("cache_parameters", "accumulate_gradients"):
+            rows[option.replace("_", " ")] = f"{getattr(options, option)} ({why[option]})"
     if t.nodes > 1:
-        rows["parameters cross nodes"] = _parameters_cross(t, once_per_step.cross_node_gather)
-        rows["gradients cross nodes"] = _gradients_cross(t, once_per_step.cross_node_reduce, two_hop) + (
-            f", as {_name(inter_node_reduce_dtype)}" if inter_node_reduce_dtype else ""
-        )
-    rows["model states"] = f"about {in_gib(states_bytes)} of {in_gib(capacity_bytes)} per rank (Adam; no activations)"
-    if states_bytes > capacity_bytes:
+        rows["inter-node gathers"] = _inter_node_gathers(t, options)
+        rows["inter-node reductions"] = _inter_node_reductions(t, options)
+    needed_bytes = choice.states_bytes + choice.cached_bytes
+    capacity = in_gib(choice.capacity_bytes)
+    rows["model states"] = f"about {in_gib(needed_bytes)} of {capacity} per rank (Adam; no activations)"
+    if needed_bytes > choice.capacity_bytes:
         rows["warning"] = "the model states alone exceed the device: use more ranks, or a smaller model"
-    elif not fits:
+    elif not choice.fits:
         rows["warning"] = "the model states leave little of the device for activations: use more ranks if you can"
     width = max(map(len, rows))
     return "\n".join(["MiCS", *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
-
-
-def _why_size(fits: bool) -> str:
-    return "the fewest whole nodes that hold the model states" if fits else "all, and they hardly hold the model states"
-
-
-def _why_hierarchical(topology: Topology, hierarchical: bool) -> str:
-    if hierarchical:
-        return f"on: a partition group spans {topology.nodes_per_partition_group} nodes"
-    if not topology.spans_nodes:
-        return "off: a partition group is inside one node"
-    if topology.local_ranks_per_partition_group == 1:
-        return "off: one rank per node, so there is no second stage"
-    return "off: hierarchical=False"
 
 
 def _why_two_hop(topology: Topology, two_hop: bool) -> str:
@@ -85,18 +52,19 @@ def _why_two_hop(topology: Topology, two_hop: bool) -> str:
     return "on: gradients cross replicas at the boundary only"
 
 
-def _parameters_cross(topology: Topology, choice: Choice) -> str:
-    return _when(choice, else_="at every use") if topology.spans_nodes else f"never: {choice.why}"
+def _inter_node_gathers(topology: Topology, options: CommunicationOptions) -> str:
+    if not topology.spans_nodes:
+        return "none: a partition group is inside one node"
+    return "at every use" if options.cache_parameters == "never" else "once per step"
 
 
-def _gradients_cross(topology: Topology, choice: Choice, two_hop: bool) -> str:
+def _inter_node_reductions(topology: Topology, options: CommunicationOptions) -> str:
+    every, once = "in every micro-step", "once per step"
     if topology.spans_nodes:
-        return _when(choice, else_="in every micro-step")
-    return f"{'once per step' if two_hop else 'in every micro-step'}: by the second hop"
-
-
-def _when(choice: Choice, *, else_: str) -> str:
-    return f"{'once per step' if choice.once else else_} ({choice.why})"
+        when = every if options.accumulate_gradients == "shard" else once
+    else:
+        when = f"{once if options.two_hop else every}, by the second hop"
+    return when + (f", as {_name(options.inter_node_reduce_dtype)}" if options.inter_node_reduce_dtype else "")
 
 
 def _plural(noun: str, count: int) -> str:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, replace_all_reduce, sharded_parameters
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
-from lightning_mics.sharding.options import Gather, Reduce
+from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.flat import FlatAllGather, FlatReduceScatter
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
@@ -35,38 +35,18 @@ class Communication:
 
     Args:
         groups: The groups of this rank.
-        cross_node_gather: When parameters cross nodes.
-        cross_node_reduce: When gradients cross nodes inside a partition group.
-        in_node_gather: When parameters travel at all; once per step includes ``cross_node_gather``.
-        in_node_reduce: When gradients travel at all; likewise.
-        inter_node_reduce_dtype: What gradients travel in between nodes.
-        two_hop: Whether the second hop waits for the boundary.
+        options: How often collectives run and in which dtype; ``hierarchical`` is as the groups were made.
     """
 
-    def __init__(
-        self,
-        groups: PartitionGroups,
-        *,
-        cross_node_gather: Gather,
-        cross_node_reduce: Reduce,
-        in_node_gather: Gather,
-        in_node_reduce: Reduce,
-        inter_node_reduce_dtype: torch.dtype | None,
-        two_hop: bool,
-    ) -> None:
+    def __init__(self, groups: PartitionGroups, options: CommunicationOptions) -> None:
         self._topology = groups.topology
+        self._options = options
         self._backend = groups.backend
         self._traffic = Traffic()
         self._partition = self._counted(groups.partition)
         self._replication = self._counted(groups.replication) if groups.replication else None
         self._rail = self._counted(groups.rail) if groups.rail else None
         self._node = self._counted(groups.node) if groups.node else None
-        self._rank_keeps_copy = in_node_gather == "once_per_step"
-        self._rank_keeps_sums = in_node_reduce == "once_per_step"
-        self._node_keeps_copy = cross_node_gather == "once_per_step"
-        self._node_keeps_sums = cross_node_reduce == "once_per_step"
-        self._wire_dtype = inter_node_reduce_dtype
-        self._two_hop = two_hop
         self._pending_gradients: dict[str, PendingGradients] = {}
         self._caches: list[ParameterCache] = []
 
@@ -75,7 +55,7 @@ class Communication:
         for name, module in fsdp_modules(root).items():
             if self._topology.partition_size > 1:
                 module.set_custom_all_gather(self._all_gather(module))
-                if self._rank_keeps_copy:
+                if self._options.cache_parameters == "rank":
                     self._caches.append(RankCache(module))
                 module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
             if self._replication is not None:
@@ -86,14 +66,14 @@ class Communication:
             traffic=self._traffic,
             pending_gradients=self._pending_gradients,
             caches=self._caches,
-            unsharded_gradients=self._rank_keeps_sums and self._topology.partition_size > 1,
-            two_hop=self._two_hop,
+            unsharded_gradients=self._options.accumulate_gradients == "rank" and self._topology.partition_size > 1,
+            two_hop=self._options.two_hop,
         )
 
     def _all_gather(self, module: FSDPModule) -> AllGather:
         if self._rail is None:
             return FlatAllGather(self._partition)
-        if self._rank_keeps_copy or not self._node_keeps_copy:
+        if self._options.cache_parameters != "node":
             return HierarchicalAllGather(rail=self._rail, node=self._node)
         cache = NodeCache(rail=self._rail, node=self._node, module=module)
         self._caches.append(cache)
@@ -102,15 +82,17 @@ class Communication:
     def _reduce_scatter(self, name: str, module: FSDPModule) -> ReduceScatter:
         if self._rail is None:
             return FlatReduceScatter(self._partition)
-        if self._rank_keeps_sums or not self._node_keeps_sums:
-            return HierarchicalReduceScatter(rail=self._rail, node=self._node, wire_dtype=self._wire_dtype)
+        wire_dtype = self._options.inter_node_reduce_dtype
+        if self._options.accumulate_gradients != "node":
+            return HierarchicalReduceScatter(rail=self._rail, node=self._node, wire_dtype=wire_dtype)
         pending_gradients = self._pending_gradients_of(name, module)
         return NodeReduceScatter(
-            rail=self._rail, node=self._node, pending_gradients=pending_gradients, wire_dtype=self._wire_dtype
+            rail=self._rail, node=self._node, pending_gradients=pending_gradients, wire_dtype=wire_dtype
         )
 
     def _set_second_hop(self, name: str, module: FSDPModule, replication: CountedGroup) -> None:
-        if self._wire_dtype is None:
+        wire_dtype = self._options.inter_node_reduce_dtype
+        if wire_dtype is None:
 
             def count(shard: torch.Tensor) -> None:
                 replication.count_all_reduce(shard, technique="all-reduce over replicas")
@@ -121,7 +103,7 @@ class Communication:
         pending_gradients = self._pending_gradients_of(name, module)
         hop = SecondHop(
             replication=replication,
-            wire_dtype=self._wire_dtype,
+            wire_dtype=wire_dtype,
             pending_gradients=pending_gradients,
             after_sums=after_sums,
         )

@@ -1,105 +1,167 @@
-"""The options of communication: what they may be, and which of them fit a topology."""
+"""The options of communication: what they may be, which of them fit a topology, and how they are handed on together."""
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, get_args
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
+from lightning_mics.techniques.partition_groups import PartitionGroups, check_hierarchical, choose_hierarchical
 from lightning_mics.topology import Topology
 
-Gather = Literal["every_use", "once_per_step"]
+Hierarchical = bool | Literal["auto"]
 
 
-Reduce = Literal["every_micro_step", "once_per_step"]
+CacheParameters = Literal["auto", "never", "node", "rank"]
+
+
+AccumulateGradients = Literal["auto", "shard", "node", "rank"]
 
 
 WIRE_DTYPES = (torch.float32, torch.bfloat16)
 
 
-class OncePerStepOptions(TypedDict):
-    """How often each kind of traffic runs."""
-
-    cross_node_gather: Gather
-    cross_node_reduce: Reduce
-    in_node_gather: Gather
-    in_node_reduce: Reduce
+_CHOICES = {"cache_parameters": get_args(CacheParameters), "accumulate_gradients": get_args(AccumulateGradients)}
 
 
-EVERY_TIME: OncePerStepOptions = {
-    "cross_node_gather": "every_use",
-    "cross_node_reduce": "every_micro_step",
-    "in_node_gather": "every_use",
-    "in_node_reduce": "every_micro_step",
-}
+@dataclass(frozen=True, kw_only=True)
+class CommunicationOptions:
+    """In how many stages collectives run, how often, and in which dtype.
 
+    ``cache_parameters="auto"`` and ``accumulate_gradients="auto"`` stand for what memory allows: a policy replaces
+    them (:mod:`lightning_mics.policy.choice`) before a model is sharded.
 
-def check_traffic_options(
-    topology: Topology,
-    *,
-    hierarchical: bool,
-    cross_node_gather: str,
-    cross_node_reduce: str,
-    in_node_gather: str,
-    in_node_reduce: str,
-    inter_node_reduce_dtype: torch.dtype | None,
-    two_hop: bool,
-) -> None:
-    """Refuse options that are unknown, or that flat collectives cannot serve.
-
-    Args:
-        topology: Where every rank is.
-        hierarchical: Whether collectives are.
-        cross_node_gather: When parameters cross nodes.
-        cross_node_reduce: When gradients cross nodes.
-        in_node_gather: When parameters travel inside nodes.
-        in_node_reduce: When gradients travel inside nodes.
-        inter_node_reduce_dtype: What gradients travel in between nodes.
-        two_hop: Whether the second hop waits for the boundary.
+    Attributes:
+        hierarchical: Whether collectives of a partition group that spans nodes run in two stages, along rails and
+            inside nodes; ``"auto"`` does so where it has several ranks on each node.
+        cache_parameters: Where unsharded parameters are cached until the gradient accumulation boundary. ``"never"``:
+            they are gathered at every use. ``"node"``: each node holds one copy, spread over its ranks, so they are
+            gathered between nodes once per step; takes their bytes / k on each rank, with k ranks of a partition group
+            on a node, and changes nothing where a partition group is inside one node. ``"rank"``: each rank holds all
+            of them, so they are gathered once per step; takes their bytes on each rank.
+        accumulate_gradients: Where gradients are accumulated until the boundary. ``"shard"``: reduced over the
+            partition group in every micro-step, each rank accumulates its shard. ``"node"``: reduced inside nodes in
+            every micro-step, between nodes once per step; takes their bytes / k on each rank, and changes nothing where
+            a partition group is inside one node. ``"rank"``: reduced once per step; takes their bytes on each rank.
+        inter_node_reduce_dtype: Dtype in which gradients are sent between nodes, float32 or bfloat16; None is the
+            dtype in which they are reduced.
+        two_hop: Whether gradients are reduced over replicas at the boundary only; False does so in every micro-step,
+            as hybrid sharding by itself does. For measurements.
 
     Raises:
-        ValueError: If a value is unknown, needs hierarchical collectives where they are flat, or leaves the second hop
-            nothing to reduce before the boundary.
+        ValueError: If a value is unknown, or ``two_hop=False`` leaves no gradients to accumulate until the boundary.
     """
-    check_choice("cross_node_gather", cross_node_gather, get_args(Gather))
-    check_choice("cross_node_reduce", cross_node_reduce, get_args(Reduce))
-    check_choice("in_node_gather", in_node_gather, get_args(Gather))
-    check_choice("in_node_reduce", in_node_reduce, get_args(Reduce))
-    if inter_node_reduce_dtype not in (None, *WIRE_DTYPES):
-        raise ValueError(
-            f"inter_node_reduce_dtype={inter_node_reduce_dtype!r} is not one of None, torch.float32, torch.bfloat16"
-        )
-    check_two_hop(two_hop, cross_node_reduce=cross_node_reduce, in_node_reduce=in_node_reduce)
-    if not topology.spans_nodes or hierarchical or topology.local_ranks_per_partition_group == 1:
-        return
-    once = "once_per_step"
-    in_stages = {
-        "cross_node_gather='once_per_step'": cross_node_gather == once and in_node_gather != once,
-        "cross_node_reduce='once_per_step'": cross_node_reduce == once and in_node_reduce != once,
-        f"inter_node_reduce_dtype={inter_node_reduce_dtype}": inter_node_reduce_dtype is not None,
-    }
-    for option, is_wanted in in_stages.items():
-        if is_wanted:
+
+    hierarchical: Hierarchical = "auto"
+    cache_parameters: CacheParameters = "never"
+    accumulate_gradients: AccumulateGradients = "shard"
+    inter_node_reduce_dtype: torch.dtype | None = None
+    two_hop: bool = True
+
+    PAPER: ClassVar[CommunicationOptions]  # each collective as often as in the paper
+    NODE: ClassVar[CommunicationOptions]  # inter-node traffic once per step
+    RANK: ClassVar[CommunicationOptions]  # all traffic once per step
+    AUTO: ClassVar[CommunicationOptions]  # what memory allows
+
+    def __post_init__(self) -> None:
+        check_hierarchical(self.hierarchical)
+        for option, choices in _CHOICES.items():
+            if getattr(self, option) not in choices:
+                raise ValueError(f"{option}={getattr(self, option)!r} is not one of {_listed(choices)}")
+        if self.inter_node_reduce_dtype not in (None, *WIRE_DTYPES):
             raise ValueError(
-                f"{option} needs collectives that cross nodes in a stage of their own, but hierarchical=False and "
-                f"partition_size={topology.partition_size} spans {topology.nodes_per_partition_group} nodes; use "
-                'hierarchical="auto"'
+                f"inter_node_reduce_dtype={self.inter_node_reduce_dtype!r} is not one of None, "
+                f"{', '.join(map(str, WIRE_DTYPES))}"
+            )
+        if not isinstance(self.two_hop, bool):
+            raise ValueError(f"two_hop={self.two_hop!r} is neither True nor False")
+        if not self.two_hop and self.accumulate_gradients in ("node", "rank"):
+            raise ValueError(
+                f"two_hop=False reduces over replicas in every micro-step, but accumulate_gradients="
+                f"{self.accumulate_gradients!r} keeps gradients back until the boundary; use "
+                "accumulate_gradients='shard', or two_hop=True"
             )
 
+    def check(self, topology: Topology) -> None:
+        """Check that collectives of ``topology`` can serve these options.
 
-def check_two_hop(two_hop: bool, *, cross_node_reduce: str, in_node_reduce: str) -> None:
-    """Refuse a second hop in every micro-step where sums are kept back until the boundary, with a ValueError."""
-    if not isinstance(two_hop, bool):
-        raise ValueError(f"two_hop={two_hop!r} is neither True nor False")
-    for option, value in (("cross_node_reduce", cross_node_reduce), ("in_node_reduce", in_node_reduce)):
-        if not two_hop and value == "once_per_step":
+        Raises:
+            ValueError: If an option needs two stages where collectives are flat, or two stages need several nodes.
+        """
+        if choose_hierarchical(self.hierarchical, topology) or not topology.spans_nodes:
+            return
+        if topology.local_ranks_per_partition_group == 1:
+            return
+        in_stages = {
+            "cache_parameters='node'": self.cache_parameters == "node",
+            "accumulate_gradients='node'": self.accumulate_gradients == "node",
+            f"inter_node_reduce_dtype={self.inter_node_reduce_dtype}": self.inter_node_reduce_dtype is not None,
+        }
+        for option, is_wanted in in_stages.items():
+            if is_wanted:
+                raise ValueError(
+                    f"{option} needs collectives that cross nodes in a stage of their own, but hierarchical=False and "
+                    f"partition_size={topology.partition_size} spans {topology.nodes_per_partition_group} nodes; use "
+                    'hierarchical="auto"'
+                )
+
+    def fitted_to(self, groups: PartitionGroups) -> CommunicationOptions:
+        """These options with ``hierarchical`` as ``groups`` were made.
+
+        Raises:
+            ValueError: If the groups were made for the other value, cannot serve an option, or "auto" is left in one.
+        """
+        self.check_chosen()
+        wanted, in_stages = choose_hierarchical(self.hierarchical, groups.topology), groups.node is not None
+        both_possible = groups.topology.spans_nodes and groups.topology.local_ranks_per_partition_group > 1
+        if both_possible and wanted != in_stages and self.hierarchical != "auto":
             raise ValueError(
-                f"two_hop=False reduces over replicas in every micro-step, but {option}='once_per_step' keeps "
-                "gradients back until the boundary; use 'every_micro_step', or two_hop=True"
+                f"hierarchical={self.hierarchical}, but the partition groups were made with hierarchical={in_stages}; "
+                "give both the same value"
             )
+        fitted = replace(self, hierarchical=in_stages)
+        fitted.check(groups.topology)
+        return fitted
+
+    def check_chosen(self) -> None:
+        """Check that no option is left to a policy.
+
+        Raises:
+            ValueError: If ``cache_parameters`` or ``accumulate_gradients`` is ``"auto"``.
+        """
+        for option, choices in _CHOICES.items():
+            if getattr(self, option) == "auto":
+                allowed = _listed(choice for choice in choices if choice != "auto")
+                raise ValueError(f"{option}='auto' is for policies, which know the model's size; use one of {allowed}")
+
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments of these options, as a strategy takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not one of ``choices``, with a ValueError."""
-    if value not in choices:
-        raise ValueError(f"{option}={value!r} is not one of {', '.join(map(repr, choices))}")
+CommunicationOptions.PAPER = CommunicationOptions()
+CommunicationOptions.NODE = CommunicationOptions(cache_parameters="node", accumulate_gradients="node")
+CommunicationOptions.RANK = CommunicationOptions(cache_parameters="rank", accumulate_gradients="rank")
+CommunicationOptions.AUTO = CommunicationOptions(cache_parameters="auto", accumulate_gradients="auto")
+
+
+def floating_dtype(option: str, value: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that ``value`` names.
+
+    Args:
+        option: Name of the option, for the message.
+        value: A dtype or its name, as in ``"bfloat16"``; None stays None.
+
+    Raises:
+        ValueError: If it is neither float32 nor bfloat16.
+    """
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if value is not None and not (isinstance(dtype, torch.dtype) and dtype in WIRE_DTYPES):
+        raise ValueError(f"{option}={value!r} is not one of {', '.join(map(str, WIRE_DTYPES))}")
+    return dtype
+
+
+def _listed(choices: Iterable[str]) -> str:
+    return ", ".join(map(repr, choices))

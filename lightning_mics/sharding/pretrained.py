@@ -1,15 +1,15 @@
-"""Starting from the weights that ``transformers`` has saved: each rank reads its own part of them, and no more.
+"""Loading weights that ``transformers`` has saved: each rank reads its own shards of them, and no more.
 
 ::
 
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config)
-    load_pretrained(network, folder)        # read when the network, or what it is inside of, is sharded
+    load_pretrained(network, folder)        # read when the network, or a model around it, is sharded
     shard_model(network, groups)            # or Trainer(strategy="mics")
 
-Files are read by torch's ``HuggingFaceStorageReader``: of each tensor, only the rows that this rank holds. One reader
-has one file, because torch's reader of a folder reads every safetensors file in it, listed in the index or not, and its
-errors do not name the file that they are about.
+Files are read by torch's ``HuggingFaceStorageReader``, one reader per file: the reader of a folder reads every
+safetensors file in it, listed in the index or not (``read_metadata`` in torch's ``hf_storage.py``), and its errors do
+not name the file. What stays our own is the matching of names and shapes, before anything is written to a parameter.
 """
 
 from __future__ import annotations
@@ -34,24 +34,18 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from lightning_mics.collectives.agreement import on_all_ranks
 
 ONE_FILE = "model.safetensors"
-
-
 INDEX_FILE = "model.safetensors.index.json"
-
-
-OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # of the first BERTs
-
-
+OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # names of the first BERTs
 _SOURCE = "_starts_from"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What did not meet its counterpart.
+    """The names without a counterpart after loading.
 
     Attributes:
-        missing: Names of the model that the folder lacks; they keep the values they had.
-        unused: Names of the folder that the model lacks.
+        missing: FQNs of the network that the folder lacks; these tensors keep their values.
+        unused: FQNs of the folder that the network lacks.
     """
 
     missing: list[str]
@@ -65,27 +59,26 @@ class _Source:
 
 
 def load_pretrained(network: nn.Module, folder: str | Path, *, strict: bool = True) -> Loaded | None:
-    """Load weights of ``transformers`` into ``network``: at once, or on the meta device when it is sharded.
+    """Load weights of ``transformers`` into ``network``: now, or when it is sharded if it is on the meta device.
 
-    Every rank calls it, before the first forward. Each rank reads its own part of what is sharded. A checkpoint that is
-    loaded later, as by ``ckpt_path``, replaces the weights. Names with and without the network's ``base_model_prefix``
-    are the same, so a network with a head starts from one without, and the other way round.
+    Every rank calls it, before the first forward. Each rank reads its own shards of sharded parameters. A checkpoint
+    that is loaded later, as by ``ckpt_path``, replaces the weights. FQNs with and without the network's
+    ``base_model_prefix`` are the same, so a network with a head can load one without, and the other way round.
 
     Args:
-        network: The whole network, sharded or not. If any of its parameters is on the meta device, the weights are read
-            when it, or a model that it is inside of, is sharded.
-        folder: What ``save_pretrained`` writes: ``model.safetensors``, or several files and their index. Or one such
-            file.
-        strict: Whether the folder must have all the network's parameters. Off, those that it lacks keep their values,
-            and rank 0 warns.
+        network: The complete network, sharded or not. If any of its parameters is on the meta device, the weights are
+            read when it, or a model around it, is sharded.
+        folder: Folder of ``save_pretrained``, with ``model.safetensors`` or several files and their index; or one file.
+        strict: Whether the folder must have all the network's parameters. Otherwise those that it lacks keep their
+            values, and rank 0 warns.
 
     Returns:
-        The names that had no counterpart; None if the weights are to be read later.
+        The names without a counterpart; None if the weights are read later.
 
     Raises:
         FileNotFoundError: If ``folder`` holds no weights in safetensors files.
         ValueError: If the weights are quantized, or have other shapes than the network's.
-        RuntimeError: If names are missing and ``strict``, if none fits, or if a file cannot be read. Where weights are
+        RuntimeError: If names are missing and ``strict``, if none fits, or if a file cannot be read. If weights are
             read later, errors about their content are raised then.
     """
     source = _Source(Path(folder), strict)
@@ -97,7 +90,7 @@ def load_pretrained(network: nn.Module, folder: str | Path, *, strict: bool = Tr
 
 
 def load_sources(model: nn.Module) -> None:
-    """Load what :func:`load_pretrained` has left for when ``model`` is sharded, as it now is; every rank calls it."""
+    """Load the weights that :func:`load_pretrained` has deferred until ``model`` is sharded; every rank calls it."""
     for module in list(model.modules()):
         source = vars(module).pop(_SOURCE, None)
         if source is not None:
@@ -167,14 +160,14 @@ def _check_not_quantized(folder: Path) -> None:
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    """What checkpoints hold of the network, by name; tied tensors by one name only, followed by their others."""
+    """The network's tensors that checkpoints hold, by FQN; tied tensors under each of their FQNs."""
     kept = network.state_dict().keys()
     every = chain(network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in every if name in kept}
 
 
 def _match(tensors: Mapping[str, Tensor], stored: Iterable[str], *, base: str) -> tuple[dict[str, str], list[str]]:
-    """For each name of the network the folder's name, and the folder's names that nobody wants."""
+    """The folder's FQN for each FQN of the network, and the folder's FQNs that the network does not have."""
     source_of: dict[str, str] = {}
     unused = []
     for source in stored:
@@ -214,8 +207,8 @@ def _check_shapes(
         name = min(other)
         raise ValueError(
             f"{len(other)} tensors have another shape in {folder} than in the network, for instance {name!r} with "
-            f"{shapes[source_of[name]]} there and {list(tensors[name].shape)} here; make the network from the "
-            "folder's config.json"
+            f"{shapes[source_of[name]]} in the folder and {list(tensors[name].shape)} in the network; make the network "
+            "from the folder's config.json"
         )
 
 

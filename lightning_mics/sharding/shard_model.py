@@ -24,7 +24,7 @@ from lightning_mics.sharding.activation_checkpointing import find_recomputed, re
 from lightning_mics.sharding.blocks import ModuleClasses, find_blocks
 from lightning_mics.sharding.communication import Communication
 from lightning_mics.sharding.initialization import FirstWeights, seeded_by_rank_0, verify_replicas
-from lightning_mics.sharding.options import Gather, Reduce, check_traffic_options
+from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.pretrained import load_sources
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.partition_groups import PartitionGroups
@@ -34,13 +34,8 @@ def shard_model(
     model: nn.Module,
     groups: PartitionGroups,
     *,
+    communication: CommunicationOptions = CommunicationOptions.PAPER,
     block_classes: ModuleClasses | None = None,
-    cross_node_gather: Gather = "every_use",
-    cross_node_reduce: Reduce = "every_micro_step",
-    in_node_gather: Gather = "every_use",
-    in_node_reduce: Reduce = "every_micro_step",
-    inter_node_reduce_dtype: torch.dtype | None = None,
-    two_hop: bool = True,
     activation_checkpointing: bool | ModuleClasses = False,
     mixed_precision: MixedPrecisionPolicy | None = None,
 ) -> AccumulationSchedule:
@@ -54,17 +49,8 @@ def shard_model(
     Args:
         model: A plain module, built, on the meta device, or some of each.
         groups: From :func:`~lightning_mics.techniques.partition_groups.create_partition_groups`.
+        communication: How the collectives run; ``hierarchical`` follows the groups unless it is given.
         block_classes: The blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
-        cross_node_gather: Whether parameters cross nodes at every use, or once per step, for a copy on each node that
-            takes their size divided by the ranks of a node on each rank.
-        cross_node_reduce: Whether gradients cross nodes in every micro-step, or once per step, for sums on each node
-            that take as much, in the dtype of reductions. Both say nothing where partition groups are inside one node.
-        in_node_gather: Whether parameters travel inside nodes at every use, or once per step and so nowhere else more
-            often, for a whole copy on each rank.
-        in_node_reduce: Whether gradients travel inside nodes in every micro-step, or once per step and so nowhere else
-            more often, for whole sums on each rank, in the dtype of reductions.
-        inter_node_reduce_dtype: What gradients travel in between nodes; None is the dtype they are summed in.
-        two_hop: Whether gradients are reduced over replicas at the boundary only; False does in every micro-step.
         activation_checkpointing: True recomputes each block in backward; classes or class names choose other modules,
             patterns some of the blocks by their names: ``"network.transformer.h.*[02468]"``.
         mixed_precision: FSDP2's policy: dtypes of gathered parameters and of gradient reductions.
@@ -76,16 +62,7 @@ def shard_model(
         TypeError: If the model cannot be sharded: already wrapped, no blocks, tensors that nothing initialises.
         ValueError: If an option does not fit the model or the groups.
     """
-    check_traffic_options(
-        groups.topology,
-        hierarchical=groups.node is not None,
-        cross_node_gather=cross_node_gather,
-        cross_node_reduce=cross_node_reduce,
-        in_node_gather=in_node_gather,
-        in_node_reduce=in_node_reduce,
-        inter_node_reduce_dtype=inter_node_reduce_dtype,
-        two_hop=two_hop,
-    )
+    communication = communication.fitted_to(groups)
     blocks = find_blocks(model, block_classes)
     recomputed = find_recomputed(model, blocks, activation_checkpointing)
     first_weights = FirstWeights(model, blocks.values(), groups.device)
@@ -97,16 +74,7 @@ def shard_model(
     load_sources(model)
     verify_replicas(model, groups)
     assert isinstance(model, FSDPModule)
-    communication = Communication(
-        groups,
-        cross_node_gather=cross_node_gather,
-        cross_node_reduce=cross_node_reduce,
-        in_node_gather=in_node_gather,
-        in_node_reduce=in_node_reduce,
-        inter_node_reduce_dtype=inter_node_reduce_dtype,
-        two_hop=two_hop,
-    )
-    return communication.install(model)
+    return Communication(groups, communication).install(model)
 
 
 def mixed_precision_policy(precision: str, *, reduce_dtype: torch.dtype | None = None) -> MixedPrecisionPolicy:

@@ -1,8 +1,7 @@
 """What "auto" stands for in a configuration: it follows from the model, the cluster and the global batch.
 
-In this order: devices, precision, partition size, once per step, micro-batch, accumulation. Partition size and once
-per step are chosen by the functions that the strategy uses. Nothing here depends on what a rank sees alone, so all
-ranks come to the same.
+In this order: devices, precision, partition size, caches, micro-batch, accumulation. The strategy's own options are
+chosen by the strategy's own policy. Nothing here depends on what a rank sees alone, so all ranks come to the same.
 """
 
 from __future__ import annotations
@@ -20,19 +19,12 @@ from torch import nn
 from lightning_mics.cost.batches import split_global_batch
 from lightning_mics.planning.planner import LEFT_FREE
 from lightning_mics.planning.rehearsal.activations import peak_activations
-from lightning_mics.policy.memory import (
-    Activations,
-    ModelSize,
-    device_memory_bytes,
-    in_gib,
-    measure_model,
-    smallest_partition_size,
-)
-from lightning_mics.policy.once_per_step import OncePerStep, choose_once_per_step
+from lightning_mics.policy.choice import Choice
+from lightning_mics.policy.memory import Activations, ModelSize, device_memory_bytes, in_gib, measure_model
+from lightning_mics.policy.options import PolicyOptions
+from lightning_mics.policy.policy import Policy
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
 from lightning_mics.sharding.blocks import find_blocks
-from lightning_mics.techniques.partition_groups import choose_hierarchical
-from lightning_mics.topology import Topology
 from recipes.job.machine import Launched
 from recipes.models.flops import measure_shape
 from recipes.models.language_model import LanguageModel
@@ -73,12 +65,10 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> tuple[Dict
     cluster.precision = choices.take("precision", cluster.precision, *_precision(cluster))
     ranks = cluster.num_nodes * cluster.devices
     memory = _Memory.of(config, model, ranks=ranks)
-    config.strategy.partition_size = choices.take(
-        "partition size", config.strategy.partition_size, memory.topology.partition_size, memory.why_partition_size
-    )
-    for option, chosen in memory.once_per_step.options().items():
-        why = memory.once_per_step.why(option).removeprefix('"auto": ')
-        config.strategy[option] = choices.take(option.replace("_", " "), config.strategy[option], chosen, why)
+    chosen = {"partition_size": memory.choice.topology.partition_size, **memory.choice.communication.keywords()}
+    for option in ("partition_size", "cache_parameters", "accumulate_gradients"):
+        why = memory.choice.reasons[option].removeprefix('"auto": ')
+        config.strategy[option] = choices.take(option.replace("_", " "), config.strategy[option], chosen[option], why)
     _choose_batches(config, choices, memory, ranks=ranks)
     _choose_validation(config)
     choices.rows["memory per rank"] = memory.report(config.data.batch_size)
@@ -111,10 +101,7 @@ def _cpu_has_bfloat16() -> bool:
 class _Memory:
     """What takes memory on a rank."""
 
-    topology: Topology
-    why_partition_size: str
-    once_per_step: OncePerStep
-    capacity: int  # bytes
+    choice: Choice
     size: ModelSize
     sequence: Activations  # of one
 
@@ -130,40 +117,27 @@ class _Memory:
             gathered_dtype=torch.bfloat16 if mixed else None,
             reduce_dtype=torch.float32 if mixed else None,
         )
-        capacity, per_node = _capacity_bytes(cluster), cluster.ranks_per_node or cluster.devices
-        partition_size, why = config.strategy.partition_size, "given"
-        if partition_size == "auto":
-            partition_size = smallest_partition_size(
-                size, world_size=ranks, ranks_per_node=per_node, capacity_bytes=capacity
-            )
-            why = "the fewest whole nodes that hold the model states"
-        topology = Topology(world_size=ranks, ranks_per_node=per_node, partition_size=partition_size)
-        once_per_step = _once_per_step(config, size, topology, capacity)
-        return cls(
-            topology=topology,
-            why_partition_size=why,
-            once_per_step=once_per_step,
-            capacity=capacity,
-            size=size,
-            sequence=sequence_activations(config, model),
+        choice = policy_of(config).choose(
+            size, world_size=ranks, local_size=cluster.devices, capacity_bytes=_capacity_bytes(cluster)
         )
+        return cls(choice=choice, size=size, sequence=sequence_activations(config, model))
 
     @property
     def largest_micro(self) -> int:
         """Sequences whose activations fit beside the model states; 0 if not even one does."""
         return self.size.largest_micro_batch(
-            self.topology.partition_size,
+            self.choice.topology.partition_size,
             self.sequence,
-            free_bytes=int((1 - LEFT_FREE) * self.capacity),
-            kept_bytes=self.once_per_step.kept_bytes,
+            free_bytes=int((1 - LEFT_FREE) * self.choice.capacity_bytes),
+            cached_bytes=self.choice.cached_bytes,
         )
 
     def report(self, micro: int) -> str:
         total = self.size.rank_bytes(
-            self.topology.partition_size, self.sequence * micro, kept_bytes=self.once_per_step.kept_bytes
+            self.choice.topology.partition_size, self.sequence * micro, cached_bytes=self.choice.cached_bytes
         )
-        text = f"about {in_gib(total)} of {in_gib(self.capacity)}"
-        return text if total <= (1 - LEFT_FREE) * self.capacity else f"{text}: this may not fit"
+        text = f"about {in_gib(total)} of {in_gib(self.choice.capacity_bytes)}"
+        return text if total <= (1 - LEFT_FREE) * self.choice.capacity_bytes else f"{text}: this may not fit"
 
 
 def _capacity_bytes(cluster: DictConfig) -> int:
@@ -174,19 +148,10 @@ def _capacity_bytes(cluster: DictConfig) -> int:
     )
 
 
-def _once_per_step(config: DictConfig, size: ModelSize, topology: Topology, capacity: int) -> OncePerStep:
-    options = config.strategy
-    return choose_once_per_step(
-        size,
-        topology,
-        cross_node_gather=options.cross_node_gather,
-        cross_node_reduce=options.cross_node_reduce,
-        in_node_gather=options.in_node_gather,
-        in_node_reduce=options.in_node_reduce,
-        two_hop=options.two_hop,
-        hierarchical=choose_hierarchical(options.hierarchical, topology),
-        capacity_bytes=capacity,
-    )
+def policy_of(config: DictConfig) -> Policy:
+    """The policy that the strategy of ``config`` makes of its options."""
+    strategy = OmegaConf.to_container(config.strategy, resolve=True)
+    return Policy(**{name: strategy[name] for name in PolicyOptions.__annotations__ if name in strategy})
 
 
 def sequence_activations(config: DictConfig, model: LanguageModel) -> Activations:

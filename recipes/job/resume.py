@@ -10,7 +10,7 @@ from lightning_mics.checkpoint.dcp.unpickling import load_value
 from lightning_mics.checkpoint.errors import DamagedCheckpointError
 from lightning_mics.checkpoint.opening import open_checkpoint
 from lightning_mics.checkpoint.storage.folder import META_FILE, is_sharded
-from lightning_mics.checkpoint.storage.manifest import refuse_corrupted
+from lightning_mics.checkpoint.storage.manifest import raise_if_corrupted
 from lightning_mics.checkpoint.storage.path import StoragePath, exists, is_local, storage_path
 
 
@@ -91,7 +91,7 @@ def _read(path: StoragePath) -> SavedRun:
     """Read the facts in a checkpoint; of a sharded one only the file with the facts is read and checked."""
     if path.is_dir():
         opened = open_checkpoint(path)
-        refuse_corrupted(path, opened.problems([META_FILE]))
+        raise_if_corrupted(path, opened.problems([META_FILE]))
         facts = opened.meta(weights_only=True)
     else:
         facts = load_value(path, name=str(path), weights_only=True, mapped=True)

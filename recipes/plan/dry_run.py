@@ -21,39 +21,13 @@ from lightning_mics.policy.memory import measure_model
 from lightning_mics.sharding.blocks import find_blocks
 from lightning_mics.sharding.shard_model import mixed_precision_policy
 from lightning_mics.topology import Topology
-from recipes.job.auto import choose_automatically, sequence_activations
+from recipes.job.auto import choose_automatically, policy_of, sequence_activations
 from recipes.models.flops import measure_shape
 from recipes.models.language_model import LanguageModel
 from recipes.plan.page import write_plan_page
 from recipes.plan.tables import plan_table, rehearsal_tables
 
-SHARDING = (
-    "hierarchical",
-    "block_classes",
-    "cross_node_gather",
-    "cross_node_reduce",
-    "in_node_gather",
-    "in_node_reduce",
-    "two_hop",
-    "activation_checkpointing",
-)
-
-
 WIDTH = 140  # of the tables, on narrow terminals too: whole numbers in broken lines, not broken numbers
-
-
-DTYPES = ("inter_node_reduce_dtype", "reduce_dtype")
-
-
-PLANNED = (
-    "partition_size",
-    "hierarchical",
-    "cross_node_gather",
-    "cross_node_reduce",
-    "in_node_gather",
-    "in_node_reduce",
-    "two_hop",
-)
 
 
 class Training(nn.Module):
@@ -126,7 +100,7 @@ def plan_run(config: DictConfig, workload: Workload, hardware: Hardware) -> Plan
         global_batch_size=config.global_batch_size,
         micro_batch=None if data.batch_size == "auto" else data.batch_size,
         accumulation=None if trainer.accumulate_grad_batches == "auto" else trainer.accumulate_grad_batches,
-        **_planned(config),
+        **_asked(config),
     )
 
 
@@ -143,12 +117,13 @@ def scaling_of(config: DictConfig, chosen: DictConfig, workload: Workload, hardw
         samples_per_rank=chosen.global_batch_size // (cluster.num_nodes * cluster.devices),
         ranks_per_node=per_node,
         micro_batch=chosen.data.batch_size,
-        **_planned(config),
+        **_asked(config),
     )
 
 
-def _planned(config: DictConfig) -> dict[str, Any]:
-    return {name: config.strategy[name] for name in PLANNED}
+def _asked(config: DictConfig) -> dict[str, Any]:
+    policy = policy_of(config)
+    return {"partition_size": policy.partition_size, "communication": policy.communication}
 
 
 def hardware_of(cluster: DictConfig) -> Hardware:
@@ -204,8 +179,6 @@ def rehearse_run(config: DictConfig, model: LanguageModel, *, rank: int = 0) -> 
         ranks_per_node=cluster.ranks_per_node or cluster.devices,
         partition_size=config.strategy.partition_size,
     )
-    options = {name: strategy[name] for name in SHARDING}
-    options |= {name: strategy[name] and getattr(torch, strategy[name]) for name in DTYPES}
     return rehearse(
         lambda: Training(model),
         model.example_batch(config.data.batch_size, config.data.sequence_length),
@@ -217,7 +190,10 @@ def rehearse_run(config: DictConfig, model: LanguageModel, *, rank: int = 0) -> 
         gradient_clip_val=config.trainer.gradient_clip_val,
         precision=cluster.precision,
         backend="nccl" if cluster.accelerator == "gpu" else "gloo",
-        **options,
+        communication=policy_of(config).communication,
+        block_classes=strategy["block_classes"],
+        activation_checkpointing=strategy["activation_checkpointing"],
+        reduce_dtype=strategy["reduce_dtype"] and getattr(torch, strategy["reduce_dtype"]),
     )
 
 

@@ -73,11 +73,11 @@ def write_plan_page(
 
 def draw_memory(planned: Plan) -> Figure:
     """Memory of a rank by partition size: states, what is kept, activations; against capacity."""
-    rows = sorted((row for row in planned.rows), key=lambda row: row.topology.partition_size)
+    rows = sorted((row for row in planned.candidates), key=lambda row: row.topology.partition_size)
     parts = {
         "model states": [row.states_bytes for row in rows],
-        "kept to travel once per step": [row.kept_bytes for row in rows],
-        "activations": [max(0, row.memory_bytes - row.states_bytes - row.kept_bytes) for row in rows],
+        "cached until the boundary": [row.cached_bytes for row in rows],
+        "activations": [max(0, row.memory_bytes - row.states_bytes - row.cached_bytes) for row in rows],
     }
     figure, axes = _axes("Memory of a rank", "partition size, ranks", "GiB")
     places, bottom = range(len(rows)), [0.0] * len(rows)
@@ -97,7 +97,7 @@ def draw_memory(planned: Plan) -> Figure:
 
 def draw_bytes(planned: Plan) -> Figure:
     """What a node sends per optimizer step, inside and to others, by partition size."""
-    rows = sorted((row for row in planned.rows), key=lambda row: row.topology.partition_size)
+    rows = sorted((row for row in planned.candidates), key=lambda row: row.topology.partition_size)
     figure, axes = _axes("Bytes that a node sends per optimizer step", "partition size, ranks", "GB, logarithmic")
     tiers = {"between nodes": (-0.2, ORANGE, "between_bytes"), "inside the node": (0.2, BLUE, "inside_bytes")}
     for name, (offset, color, attribute) in tiers.items():

@@ -11,14 +11,14 @@ from rich.console import JustifyMethod
 from rich.table import Table
 
 from lightning_mics.planning import Plan, Rehearsal
-from lightning_mics.planning.planner import Row
+from lightning_mics.planning.planner import Candidate
 from lightning_mics.policy.memory import in_gib
 
 COLUMNS: tuple[tuple[str, str, JustifyMethod], ...] = (  # and the unit, and the side that values are on
     ("partition", "ranks", "right"),
     ("micro-batch", "x steps", "right"),
     ("memory", "GiB", "right"),
-    ("once per step", "", "left"),
+    ("cached,", "accumulated", "left"),
     ("in nodes", "GB/step", "right"),
     ("between", "GB/step", "right"),
     ("step", "s", "right"),
@@ -40,14 +40,14 @@ def plan_table(planned: Plan, *, config: DictConfig) -> Table:
     )
     for name, unit, side in COLUMNS:
         table.add_column(f"{name}\n{unit}", justify=side, no_wrap=True)
-    for row in planned.rows:
+    for row in planned.candidates:
         table.add_row(*cells(row, planned), style="bold" if row is planned.chosen else None)
     table.add_section()
     table.add_row(*cells(planned.baseline, planned))
     return table
 
 
-def cells(row: Row, planned: Plan) -> list[str]:
+def cells(row: Candidate, planned: Plan) -> list[str]:
     """What is said of one way to run the job."""
     seconds, sent = row.seconds, row.node_sent
     over = row.memory_bytes - planned.capacity_bytes
@@ -56,7 +56,7 @@ def cells(row: Row, planned: Plan) -> list[str]:
         f"{row.batches.micro} x {row.batches.accumulation}",
         _short(row.memory_bytes / 2**30)
         + ("" if row.fits else f" (+{_short(over / 2**30)})" if over > 0 else " (tight)"),
-        once_per_step(row),
+        places(row),
         _short(sent.inside_bytes / 1e9),
         _short(sent.between_bytes / 1e9),
         f"{_short(seconds.expected)} ({_short(seconds.least)} to {_short(seconds.most)})",
@@ -70,20 +70,12 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def once_per_step(row: Row) -> str:
-    """What travels once per step, in words."""
-    once = row.once_per_step
-    if once is None:
-        return "-"
-    parts = {
-        "gather": once.cross_node_gather.once or once.in_node_gather.once,
-        "reduce": once.cross_node_reduce.once or once.in_node_reduce.once,
-    }
-    where = " in nodes too" if once.in_node_gather.once else ""
-    return ", ".join(name for name, is_once in parts.items() if is_once) + where or "-"
+def places(row: Candidate) -> str:
+    """Where parameters are cached, and where gradients are accumulated."""
+    return f"{row.communication.cache_parameters}, {row.communication.accumulate_gradients}"
 
 
-def size_label(row: Row, planned: Plan) -> str:
+def size_label(row: Candidate, planned: Plan) -> str:
     """The partition size, and whether "auto" takes it."""
     return f"{row.topology.partition_size}" + (' "auto"' if row is planned.recommended else "")
 

@@ -3,45 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
 
+from lightning_mics import CommunicationOptions
 from lightning_mics.cost.collective import Collective
 from lightning_mics.cost.step_traffic import Unit, find_units, step_traffic
 from lightning_mics.sharding.blocks import find_blocks
-from lightning_mics.sharding.options import EVERY_TIME, OncePerStepOptions
-from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.topology import Topology
 from recipes.plan.dry_run import Training
-from tests.support.jobs import JOBS, MODELS, language_model, rehearsed
+from tests.support.jobs import JOBS, MODELS, Job, language_model, rehearsed
 
 MICRO_STEPS = 5
 
 
 LARGE = {  # jobs that no test could run
-    "512 ranks": ((512, 8, 128), {}),
-    "512 ranks, once per step": ((512, 8, 128), JOBS["once per step"][1]),
-    "4096 ranks": ((4096, 8, 64), {"precision": "bf16-mixed"}),
+    "512 ranks": Job((512, 8, 128)),
+    "512 ranks, once per step": Job((512, 8, 128), CommunicationOptions.NODE),
+    "4096 ranks": Job((4096, 8, 64), precision="bf16-mixed"),
 }
 
 
-def predicted(name: str, shape: tuple[int, int, int], options: dict[str, Any]) -> Counter[Collective]:
-    world_size, ranks_per_node, partition_size = shape
-    topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
+def predicted(name: str, job: Job) -> Counter[Collective]:
     with torch.device("meta"):
         model = Training(language_model(name))
-    precision = options.get("precision", "32-true")
-    once: OncePerStepOptions = {**EVERY_TIME, **{key: options[key] for key in EVERY_TIME if key in options}}
     traffic = step_traffic(
         find_units(model, find_blocks(model)),
-        topology,
-        hierarchical=choose_hierarchical(options.get("hierarchical", "auto"), topology),
-        once_per_step=once,
-        two_hop=options.get("two_hop", True),
-        gathered_dtype=torch.float32 if precision == "32-true" else torch.bfloat16,
-        inter_node_reduce_dtype=options.get("inter_node_reduce_dtype"),
+        job.topology,
+        communication=job.communication,
+        gathered_dtype=torch.float32 if job.precision == "32-true" else torch.bfloat16,
     )
     counts: Counter[Collective] = Counter()
     for repeated in traffic:
@@ -52,12 +43,12 @@ def predicted(name: str, shape: tuple[int, int, int], options: dict[str, Any]) -
 @pytest.mark.rehearsal
 @pytest.mark.parametrize("job", [*JOBS, *LARGE])
 def test_a_rehearsal_runs_what_is_predicted(job: str) -> None:
-    shape, options = {**JOBS, **LARGE}[job]
+    facts = {**JOBS, **LARGE}[job]
     name = list(MODELS)[len(job) % 2]
     played: Counter[Collective] = Counter()
-    for ran in rehearsed(name, shape, options, backend="nccl", micro_steps=MICRO_STEPS, gradient_clip_val=None).ran:
+    for ran in rehearsed(name, facts, backend="nccl", micro_steps=MICRO_STEPS, gradient_clip_val=None).ran:
         played[ran.collective] += ran.times
-    assert played == predicted(name, shape, options)
+    assert played == predicted(name, facts)
 
 
 @pytest.mark.parametrize(("n", "k", "p", "s"), [(512, 8, 128, 4), (64, 8, 16, 8), (32, 8, 8, 2), (16, 8, 4, 3)])
@@ -68,7 +59,6 @@ def test_bytes_are_those_of_the_paper(n: int, k: int, p: int, s: int) -> None:
     traffic = step_traffic(
         [Unit(((elements, 1),), is_root=True)],
         topology,
-        hierarchical=choose_hierarchical("auto", topology),
         gathered_dtype=torch.bfloat16,
     )
     sent = {(r.collective.kind, r.collective.group): r.collective.sent for r in traffic}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lightning_mics import MiCSFabricStrategy, Topology, create_partition_groups, shard_model
+from lightning_mics import CommunicationOptions, MiCSFabricStrategy, Topology, create_partition_groups, shard_model
 from lightning_mics.integrations.accelerate import MiCSPlugin
 from tests.support.campaign import campaign
 from tests.support.models import TinyModule, tokens
@@ -27,26 +27,22 @@ from tests.support.trainers import cases_on_ranks, make_trainer, mics
 STEPS, LR = 3, 0.1
 
 
-EVERY_TIME = {"in_node_gather": "every_use", "in_node_reduce": "every_micro_step"}
+Policy = tuple[int, CommunicationOptions]  # partition size, and how collectives run
 
 
-ONCE = {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step", **EVERY_TIME}
-
-
-NEVER_ONCE = {"cross_node_gather": "every_use", "cross_node_reduce": "every_micro_step", **EVERY_TIME}
-
-
-POLICIES: dict[str, dict[str, Any]] = {
-    "2 of 4": {"partition_size": 2, **EVERY_TIME},
-    "4 of 4, flat": {"partition_size": 4, "hierarchical": False, **EVERY_TIME},
-    "4 of 4, hierarchical": {"partition_size": 4, **NEVER_ONCE},
-    "4 of 4, once per step": {"partition_size": 4, **ONCE},
-    "4 of 4, once per step everywhere": {
-        "partition_size": 4,
-        "in_node_gather": "once_per_step",
-        "in_node_reduce": "once_per_step",
-    },
+POLICIES: dict[str, Policy] = {
+    "2 of 4": (2, CommunicationOptions.PAPER),
+    "4 of 4, flat": (4, replace(CommunicationOptions.PAPER, hierarchical=False)),
+    "4 of 4, hierarchical": (4, CommunicationOptions.PAPER),
+    "4 of 4, once per step": (4, CommunicationOptions.NODE),
+    "4 of 4, once per step everywhere": (4, CommunicationOptions.RANK),
 }
+
+
+def keywords(policy: Policy) -> dict[str, Any]:
+    """The options of a strategy or a plugin."""
+    partition_size, communication = policy
+    return {"ranks_per_node": 2, "partition_size": partition_size, **communication.keywords()}
 
 
 def batches(rank: int, micro_steps: int) -> list[Tensor]:
@@ -58,14 +54,12 @@ def model() -> TinyModule:
     return TinyModule(lr=LR)
 
 
-def plain(policy: dict[str, Any], micro_steps: int, _folder: Path) -> list[float]:
-    options = copy.copy(policy)
-    topology = Topology(world_size=4, ranks_per_node=2, partition_size=options.pop("partition_size"))
-    groups = create_partition_groups(topology, device_type="cpu", hierarchical=options.pop("hierarchical", "auto"))
+def plain(policy: Policy, micro_steps: int, _folder: Path) -> list[float]:
+    partition_size, communication = policy
+    topology = Topology(world_size=4, ranks_per_node=2, partition_size=partition_size)
+    groups = create_partition_groups(topology, device_type="cpu", hierarchical=communication.hierarchical)
     net = model()
-    if options.get("in_node_gather") == "once_per_step":
-        options |= {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step"}
-    schedule = shard_model(net, groups, **options)
+    schedule = shard_model(net, groups, communication=communication)
     optimizer = torch.optim.SGD(net.parameters(), lr=LR)
     losses = []
     for index, batch in enumerate(batches(dist.get_rank(), micro_steps), start=1):
@@ -80,8 +74,8 @@ def plain(policy: dict[str, Any], micro_steps: int, _folder: Path) -> list[float
     return losses
 
 
-def fabric(policy: dict[str, Any], micro_steps: int, _folder: Path) -> list[float]:
-    host = Fabric(accelerator="cpu", devices=4, strategy=MiCSFabricStrategy(ranks_per_node=2, **policy))
+def fabric(policy: Policy, micro_steps: int, _folder: Path) -> list[float]:
+    host = Fabric(accelerator="cpu", devices=4, strategy=MiCSFabricStrategy(**keywords(policy)))
     host.launch()
     net = model()
     net, optimizer = host.setup(net, torch.optim.SGD(net.parameters(), lr=LR))
@@ -98,9 +92,9 @@ def fabric(policy: dict[str, Any], micro_steps: int, _folder: Path) -> list[floa
     return losses
 
 
-def hf_accelerate(policy: dict[str, Any], micro_steps: int, _folder: Path) -> list[float]:
+def hf_accelerate(policy: Policy, micro_steps: int, _folder: Path) -> list[float]:
     AcceleratorState._reset_state(reset_partial_state=True)
-    plugin = MiCSPlugin(ranks_per_node=2, **policy)
+    plugin = MiCSPlugin(**keywords(policy))
     host = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=micro_steps)
     net = model()
     net, optimizer = host.prepare(net, torch.optim.SGD(net.parameters(), lr=LR))
@@ -127,12 +121,12 @@ class Recorded(TinyModule):
         return loss
 
 
-def trainer(policy: dict[str, Any], micro_steps: int, folder: Path) -> list[float]:
+def trainer(policy: Policy, micro_steps: int, folder: Path) -> list[float]:
     torch.manual_seed(1)
     net = Recorded(lr=LR)
     make_trainer(
         folder,
-        strategy=mics(**policy),
+        strategy=mics(**keywords(policy)),
         accumulate_grad_batches=micro_steps,
         use_distributed_sampler=False,
         enable_model_summary=False,
@@ -155,7 +149,7 @@ def of_training(seen: list[Any]) -> list[Any]:
     return [one for one in seen[first_gather:] if one.kind in kinds and one.nbytes > 64]
 
 
-def run_under_all(policy: dict[str, Any], micro_steps: int, folder: Path) -> dict[str, Any]:
+def run_under_all(policy: Policy, micro_steps: int, folder: Path) -> dict[str, Any]:
     results = {}
     for name, run in HOSTS.items():
         with RecordCollectives() as recorded:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import train
+from lightning_mics import CommunicationOptions
 from lightning_mics.collectives.traffic import Sent
 from lightning_mics.cost.collective import Collective
 from lightning_mics.cost.nccl_tests import read_runs
@@ -67,18 +68,18 @@ def test_a_workload_is_what_the_module_has_and_does() -> None:
 
 def test_all_partition_sizes_are_ranked_and_the_strategys_is_recommended() -> None:
     plan_ = planned()
-    assert {row.topology.partition_size for row in plan_.rows} == {1, 2, 4, 8, 16, 32}
-    times = [row.seconds.expected for row in plan_.rows]
-    assert times == sorted(times) and all(row.fits for row in plan_.rows)
+    assert {row.topology.partition_size for row in plan_.candidates} == {1, 2, 4, 8, 16, 32}
+    times = [row.seconds.expected for row in plan_.candidates]
+    assert times == sorted(times) and all(row.fits for row in plan_.candidates)
     assert plan_.recommended.topology.partition_size == 8  # a node, which holds it
-    assert all(row.batches.micro * row.batches.accumulation * 32 == 1024 for row in plan_.rows)
+    assert all(row.batches.micro * row.batches.accumulation * 32 == 1024 for row in plan_.candidates)
 
 
 def test_once_per_step_partition_groups_of_whole_nodes_send_the_same_between_them() -> None:
     """2M(N-1)/N, in the dtypes of parameters and gradients: design.md, section 5.4."""
     workload = work(width=1024)  # which all sizes divide
     states = 4 * workload.parameters
-    for row in plan(workload, P4D, nodes=4, global_batch_size=1024, micro_batch=8).rows:
+    for row in plan(workload, P4D, nodes=4, global_batch_size=1024, micro_batch=8).candidates:
         if row.topology.partition_size >= 8:  # whole nodes
             assert row.node_sent.between_bytes == pytest.approx(2 * states * 3 / 4, rel=0.02)
 
@@ -112,32 +113,34 @@ def test_partition_sizes_of_berts_are_those_of_the_paper(model: str, partition_s
     ],
 )
 def test_memory_of_a_plan_is_a_little_more_than_what_a_rehearsal_takes(job: str, name: str) -> None:
-    shape, options = JOBS[job]
+    facts = JOBS[job]
     model = language_model(name)
     workload = measure_workload(
         lambda: Training(model),
         model.example_batch(SEQUENCES, LENGTH),
         samples=SEQUENCES,
         loss=loss,
-        precision=options.get("precision", "32-true"),
-        activation_checkpointing=options.get("activation_checkpointing", False),
+        precision=facts.precision,
+        activation_checkpointing=facts.activation_checkpointing,
     )
-    once = {key: value for key, value in options.items() if key.startswith(("cross_node", "in_node"))}
-    hardware = replace(P4D, gpus_per_node=shape[1])
-    every = {"in_node_gather": "every_use", "in_node_reduce": "every_micro_step"}
-    every |= {"cross_node_gather": "every_use", "cross_node_reduce": "every_micro_step"}
     plan_ = plan(
-        workload, hardware, nodes=2, global_batch_size=4 * 3 * SEQUENCES, micro_batch=SEQUENCES, **{**every, **once}
+        workload,
+        replace(P4D, gpus_per_node=facts.topology.ranks_per_node),
+        nodes=2,
+        global_batch_size=4 * 3 * SEQUENCES,
+        micro_batch=SEQUENCES,
+        communication=facts.communication,
     )
-    (row,) = (row for row in plan_.rows if row.topology.partition_size == shape[2])
-    real = rehearsed(name, shape, options, backend="nccl").peak_bytes
+    (row,) = (row for row in plan_.candidates if row.topology == facts.topology)
+    real = rehearsed(name, facts, backend="nccl").peak_bytes
     assert real <= row.memory_bytes <= 1.3 * real
 
 
 def test_a_given_partition_size_is_planned_beside_the_recommended() -> None:
-    plan_ = plan(work(), P4D, nodes=4, global_batch_size=256, partition_size=16, two_hop=False)
+    one_hop = replace(CommunicationOptions.AUTO, two_hop=False)
+    plan_ = plan(work(), P4D, nodes=4, global_batch_size=256, partition_size=16, communication=one_hop)
     assert plan_.chosen.topology.partition_size == 16 and plan_.recommended.topology.partition_size == 8
-    scaling = weak_scaling(work(), P4D, nodes=[2, 4], samples_per_rank=8, partition_size=16, two_hop=False)
+    scaling = weak_scaling(work(), P4D, nodes=[2, 4], samples_per_rank=8, partition_size=16, communication=one_hop)
     assert scaling[-1].chosen.node_sent == plan_.chosen.node_sent
     with pytest.raises(ValueError, match="partition_size=12 is none of 1, 2, 4, 8, 16, 32, which are possible"):
         plan(work(), P4D, nodes=4, global_batch_size=256, partition_size=12)
@@ -183,7 +186,7 @@ def test_a_block_that_no_device_holds_is_refused_with_what_is_missing() -> None:
 def test_what_does_not_fit_is_said_by_how_much() -> None:
     large = replace(work(), sample=Activations(50 * 2**30, 1.0))
     plan_ = plan(large, P4D, nodes=2, global_batch_size=64)
-    assert not any(row.fits for row in plan_.rows)
+    assert not any(row.fits for row in plan_.candidates)
     assert any("no partition size fits: the best needs 50" in warning for warning in plan_.warnings)
 
 

@@ -4,76 +4,76 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 
-from lightning_mics.policy.once_per_step import Choice, OncePerStep
+from lightning_mics import CommunicationOptions
+from lightning_mics.policy.choice import choose
+from lightning_mics.policy.memory import ModelSize
 from lightning_mics.policy.start_report import start_report
-from lightning_mics.topology import Topology
 
 GIB = 2**30
 
 
-EVERY = Choice(once=False, why='"auto": a rank does not hold the whole model states')
-
-
-ONCE = OncePerStep(
-    cross_node_gather=Choice(once=True, why="for 1 GiB per rank", kept_bytes=GIB),
-    cross_node_reduce=Choice(once=True, why='"auto": 2 GiB of 3 GiB', kept_bytes=2 * GIB),
-    in_node_gather=EVERY,
-    in_node_reduce=EVERY,
-)
-
-
-ALWAYS = replace(
-    ONCE,
-    cross_node_gather=Choice(once=False, why="would take 1 GiB per rank"),
-    cross_node_reduce=Choice(once=False, why="collectives are flat"),
+SIZE = ModelSize(  # on 8 ranks 1 GiB of states each; over nodes of 4 ranks 0.25 GiB of parameters and 0.5 of gradients
+    states_bytes=8 * GIB,
+    root_bytes=0,
+    root_reduced_bytes=0,
+    block_bytes=0,
+    block_reduced_bytes=0,
+    gathered_bytes=1 * GIB,
+    reduced_bytes=2 * GIB,
 )
 
 
 def report(
     world: int,
     k: int,
-    p: int,
+    p: int | Literal["auto"],
     *,
-    staged: bool = False,
-    automatic: bool = False,
     states: int = GIB,
-    once_per_step: OncePerStep = ONCE,
-    two_hop: bool = True,
-    wire: torch.dtype | None = None,
+    communication: CommunicationOptions = CommunicationOptions.AUTO,
 ) -> str:
-    topology = Topology(world_size=world, ranks_per_node=k, partition_size=p)
-    return start_report(
-        topology,
-        chosen_automatically=automatic,
-        hierarchical=staged,
-        once_per_step=once_per_step,
-        two_hop=two_hop,
-        inter_node_reduce_dtype=wire,
-        reduce_dtype=torch.bfloat16,
-        states_bytes=states,
+    ranks = 8 if p == "auto" else p
+    choice = choose(
+        replace(SIZE, states_bytes=states * ranks),
+        world_size=world,
+        ranks_per_node=k,
         capacity_bytes=4 * GIB,
-        fits=states <= 3 * GIB,
+        partition_size=p,
+        communication=communication,
     )
+    return start_report(choice, reduce_dtype=torch.bfloat16)
 
 
 def test_the_table_names_groups_techniques_and_memory():
-    assert report(16, 4, 8, staged=True, automatic=True).splitlines() == [
+    assert report(16, 4, "auto").splitlines() == [
         "MiCS",
-        "  ranks                   16 on 4 nodes",
-        '  partition groups        2 of 8 ranks ("auto": the fewest whole nodes that hold the model states)',
-        "  replication groups      8 of 2 ranks",
-        "  hierarchical            on: a partition group spans 2 nodes",
-        "  two-hop                 on: gradients cross replicas at the boundary only",
-        "  gradients               reduced, and summed over micro-steps, in bfloat16",
-        '  parameters in nodes     at every use ("auto": a rank does not hold the whole model states)',
-        '  gradients in nodes      in every micro-step ("auto": a rank does not hold the whole model states)',
-        "  parameters cross nodes  once per step (for 1 GiB per rank)",
-        '  gradients cross nodes   once per step ("auto": 2 GiB of 3 GiB)',
-        "  model states            about 1 GiB of 4 GiB per rank (Adam; no activations)",
+        "  ranks                  16 on 4 nodes",
+        '  partition groups       4 of 4 ranks ("auto": the fewest whole nodes that hold the model states)',
+        "  replication groups     4 of 4 ranks",
+        "  hierarchical           off: a partition group is inside one node",
+        "  two-hop                on: gradients cross replicas at the boundary only",
+        "  gradients              reduced, and summed over micro-steps, in bfloat16",
+        '  cache parameters       never ("auto": a rank does not hold the whole model states; '
+        "a partition group is inside one node)",
+        '  accumulate gradients   shard ("auto": a rank does not hold the whole model states; '
+        "a partition group is inside one node)",
+        "  inter-node gathers     none: a partition group is inside one node",
+        "  inter-node reductions  once per step, by the second hop",
+        "  model states           about 2 GiB of 4 GiB per rank (Adam; no activations)",
+    ]
+    assert report(16, 4, 8).splitlines()[4:] == [
+        "  hierarchical           on: a partition group spans 2 nodes",
+        "  two-hop                on: gradients cross replicas at the boundary only",
+        "  gradients              reduced, and summed over micro-steps, in bfloat16",
+        '  cache parameters       node ("auto": 0.25 GiB per rank of 2 GiB that model states leave)',
+        '  accumulate gradients   node ("auto": 0.5 GiB per rank of 1.75 GiB that model states leave)',
+        "  inter-node gathers     once per step",
+        "  inter-node reductions  once per step",
+        "  model states           about 1.75 GiB of 4 GiB per rank (Adam; no activations)",
     ]
 
 
@@ -86,28 +86,24 @@ def test_the_table_names_groups_techniques_and_memory():
     ],
 )
 def test_flat_collectives_have_a_reason(shape, reason):
-    assert re.search(rf"hierarchical +{re.escape(reason)}\n", report(*shape))
+    flat = replace(CommunicationOptions.AUTO, hierarchical=False)
+    assert re.search(rf"hierarchical +{re.escape(reason)}\n", report(*shape, communication=flat))
 
 
-def test_crossing_nodes_more_often_has_a_reason():
-    rows = report(8, 4, 8, once_per_step=ALWAYS, wire=torch.float16)
-    assert "parameters cross nodes  at every use (would take 1 GiB per rank)\n" in rows
-    assert "gradients cross nodes   in every micro-step (collectives are flat), as float16\n" in rows
-
-
-def test_partition_groups_inside_nodes_leave_the_second_hop_to_cross():
-    inside = replace(ALWAYS, cross_node_gather=Choice(once=False, why="a partition group is inside one node"))
-    rows = report(8, 4, 4, once_per_step=inside)
-    assert "parameters cross nodes  never: a partition group is inside one node\n" in rows
-    assert "gradients cross nodes   once per step: by the second hop\n" in rows
+def test_traffic_between_nodes_follows_from_where_parameters_and_gradients_are_held():
+    rows = report(8, 4, 8, communication=CommunicationOptions(inter_node_reduce_dtype=torch.bfloat16))
+    assert '  cache parameters       never ("node" would take 0.25 GiB per rank)\n' in rows
+    assert "  inter-node gathers     at every use\n" in rows
+    assert "  inter-node reductions  in every micro-step, as bfloat16\n" in rows
 
 
 def test_on_one_node_nothing_crosses():
-    assert "cross nodes" not in report(4, 4, 2)
+    assert "inter-node" not in report(4, 4, 2)
 
 
 def test_a_partition_group_of_one_rank_has_no_traffic_of_its_own():
-    assert "in nodes" not in report(8, 4, 1)
+    rows = report(8, 4, 1)
+    assert "cache parameters" not in rows and "accumulate gradients" not in rows
 
 
 def test_without_replicas_there_is_no_second_hop():
@@ -117,11 +113,12 @@ def test_without_replicas_there_is_no_second_hop():
 def test_states_that_exceed_the_device_or_fill_it_are_warned_of():
     assert "the model states alone exceed the device" in report(8, 4, 8, states=5 * GIB)
     assert "leave little of the device" in report(8, 4, 8, states=4 * GIB)
-    assert '("auto": all, and they hardly hold the model states)' in report(8, 4, 8, states=4 * GIB, automatic=True)
+    assert '("auto": all, and they hardly hold the model states)' in report(8, 4, "auto", states=4 * GIB)
     assert "warning" not in report(8, 4, 8)
 
 
 def test_hops_that_are_not_two_are_named():
-    rows = report(8, 4, 4, once_per_step=ALWAYS, two_hop=False)
-    assert "two-hop                 off: two_hop=False, so gradients cross replicas in every micro-step\n" in rows
-    assert "gradients cross nodes   in every micro-step: by the second hop\n" in rows
+    rows = report(8, 4, 4, communication=replace(CommunicationOptions.AUTO, two_hop=False))
+    assert "two-hop                off: two_hop=False, so gradients cross replicas in every micro-step\n" in rows
+    assert "inter-node reductions  in every micro-step, by the second hop\n" in rows
+    assert "accumulate gradients   shard (two_hop=False reduces in every micro-step)\n" in rows

@@ -13,7 +13,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 import train
-from lightning_mics.policy.policy import Policy
+from lightning_mics.policy.options import PolicyOptions
 from recipes.job.auto import _devices, choose_automatically
 from tests.support.configs import CONF, composed
 
@@ -80,7 +80,7 @@ def test_what_an_experiment_says_is_what_is_run(path: Path) -> None:
 
 def test_strategy_config_is_the_constructor_of_the_strategy() -> None:
     config = composed().strategy
-    options = {*inspect.signature(get_object(config._target_)).parameters, *inspect.signature(Policy).parameters}
+    options = {*inspect.signature(get_object(config._target_)).parameters, *PolicyOptions.__annotations__}
     assert set(config) - SPECIAL_KEYS <= options - {"policy"}
     assert {"partition_size", "ranks_per_node", "hierarchical", "state_dict_type"} <= set(config)
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from lightning.pytorch import Callback
 from torch import nn
 
-from lightning_mics import Topology, create_partition_groups, shard_model
+from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
 from lightning_mics.integrations.accelerate import MiCSPlugin
 from lightning_mics.sharding import schedule
 from tests.support.forked import run_ranks
@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound=nn.Module)
 TOPOLOGY = Topology(world_size=2, ranks_per_node=2, partition_size=2)
 
 
-CACHED = {"in_node_gather": "once_per_step"}
+PAPER, CACHED = CommunicationOptions.PAPER, CommunicationOptions(cache_parameters="rank")
 
 
 def table() -> list[str]:
@@ -51,9 +51,9 @@ def hooked_by_the_user(model: Model) -> Model:
 
 def on_a_plain_model() -> dict[str, list[str]]:
     found = {}
-    for name, options in (("not cached", {}), ("cached", CACHED)):
+    for name, options in (("not cached", PAPER), ("cached", CACHED)):
         model = hooked_by_the_user(Stack())
-        shard_model(model, create_partition_groups(TOPOLOGY, device_type="cpu"), **options)
+        shard_model(model, create_partition_groups(TOPOLOGY, device_type="cpu"), communication=options)
         found[name] = hooks(hooked_by_the_user(model))
         found["block"] = hooks(model.layers[0])
     return found
@@ -61,13 +61,13 @@ def on_a_plain_model() -> dict[str, list[str]]:
 
 def under_fabric() -> list[str]:
     model = hooked_by_the_user(network())
-    start(devices=2, **CACHED).setup_module(model)
+    start(devices=2, **CACHED.keywords()).setup_module(model)
     return hooks(hooked_by_the_user(model))
 
 
 def under_accelerate() -> list[str]:
     model = hooked_by_the_user(network())
-    accelerator = Accelerator(cpu=True, fsdp_plugin=MiCSPlugin(partition_size=2, ranks_per_node=2, **CACHED))
+    accelerator = Accelerator(cpu=True, fsdp_plugin=MiCSPlugin(partition_size=2, ranks_per_node=2, **CACHED.keywords()))
     accelerator.prepare(model, sgd(model))
     return hooks(hooked_by_the_user(model))
 
@@ -79,7 +79,7 @@ class NoteHooks(Callback):
 
 def under_the_trainer(folder: Path) -> list[str]:
     note = NoteHooks()
-    strategy = mics(partition_size=2, **CACHED)
+    strategy = mics(partition_size=2, **CACHED.keywords())
     trainer = make_trainer(folder, strategy=strategy, devices=2, callbacks=[note], max_steps=1, max_epochs=-1)
     trainer.fit(hooked_by_the_user(TinyModule()), loader_of_tokens())
     return note.found

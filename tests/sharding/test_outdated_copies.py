@@ -17,16 +17,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
-from lightning_mics import AccumulationSchedule, Topology, create_partition_groups, shard_model
+from lightning_mics import AccumulationSchedule, CommunicationOptions, Topology, create_partition_groups, shard_model
 from tests.support.models import DIM, LAYERS, Stack
 
 TOPOLOGY = Topology(world_size=4, ranks_per_node=2, partition_size=4)
-
-
-NODES = {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step"}
-
-
-RANKS = {"in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"}
 
 
 FACTOR = 1.5
@@ -35,7 +29,11 @@ FACTOR = 1.5
 REFUSED = "weights changed, in a way that torch does not notice"
 
 
-@pytest.fixture(scope="module", params=[NODES, RANKS], ids=["kept by nodes", "kept by ranks"])
+@pytest.fixture(
+    scope="module",
+    params=[CommunicationOptions.NODE, CommunicationOptions.RANK],
+    ids=["cached by nodes", "cached by ranks"],
+)
 def options(request):
     return request.param
 
@@ -147,7 +145,7 @@ def seen(options, run_shared):
     return run_shared(4, _change_by_every_route, options)
 
 
-def _change_by_every_route(options: dict[str, str]) -> dict[tuple[str, str], tuple[float, float, float]]:
+def _change_by_every_route(options: CommunicationOptions) -> dict[tuple[str, str], tuple[float, float, float]]:
     results = {("inside", route): _loss_after(KNOWN[route], options, inside=True) for route in INSIDE}
     for route, change in {**KNOWN, **UNKNOWN}.items():
         results["between", route] = _loss_after(change, options, inside=False)
@@ -155,7 +153,7 @@ def _change_by_every_route(options: dict[str, str]) -> dict[tuple[str, str], tup
 
 
 def _loss_after(
-    change: Callable[[Stack], None], options: dict[str, str], *, inside: bool
+    change: Callable[[Stack], None], options: CommunicationOptions, *, inside: bool
 ) -> tuple[float, float, float]:
     """The loss before a change, after it, and after it with weights that were gathered anew."""
     model, schedule = _make(options)
@@ -188,10 +186,10 @@ def _train_around(
     return before, after
 
 
-def _make(options: dict[str, str]) -> tuple[Stack, AccumulationSchedule]:
+def _make(options: CommunicationOptions) -> tuple[Stack, AccumulationSchedule]:
     torch.manual_seed(0)
     model = Stack()
-    return model, shard_model(model, create_partition_groups(TOPOLOGY, device_type="cpu"), **options)
+    return model, shard_model(model, create_partition_groups(TOPOLOGY, device_type="cpu"), communication=options)
 
 
 @pytest.mark.parametrize(("where", "route"), [("inside", r) for r in INSIDE] + [("between", r) for r in BETWEEN])
@@ -223,7 +221,7 @@ def _refusal(function: Callable[..., Any], *args: Any) -> str:
     return str(caught.value)
 
 
-def _change_unnoticed(options: dict[str, str], route: str, tell: bool) -> tuple[float, float, float]:
+def _change_unnoticed(options: CommunicationOptions, route: str, tell: bool) -> tuple[float, float, float]:
     model, schedule = _make(options)
 
     def change() -> None:
@@ -243,7 +241,7 @@ def test_a_change_that_is_taken_back_before_the_boundary_is_refused_too(options,
         assert message.startswith(REFUSED)
 
 
-def _perturb_for_one_micro_step(options: dict[str, str]) -> None:
+def _perturb_for_one_micro_step(options: CommunicationOptions) -> None:
     model, schedule = _make(options)
     for factor, boundary in ((1, False), (2, False), (0.5, True)):
         for weight in _weights(model):
@@ -257,7 +255,7 @@ def test_weights_that_change_during_an_evaluation_unnoticed_are_refused_at_its_e
         assert message.startswith(REFUSED)
 
 
-def _change_during_evaluation(options: dict[str, str]) -> None:
+def _change_during_evaluation(options: CommunicationOptions) -> None:
     model, schedule = _make(options)
     with torch.no_grad(), schedule.cached_weights():
         model(torch.randn(2, DIM))
@@ -269,7 +267,7 @@ def test_weights_that_are_not_numbers_are_no_change(options, run_shared):
     run_shared(4, _train_with_nan, options)
 
 
-def _train_with_nan(options: dict[str, str]) -> None:
+def _train_with_nan(options: CommunicationOptions) -> None:
     model, schedule = _make(options)
     with torch.no_grad():
         model.first.weight.fill_(torch.nan)
@@ -282,7 +280,7 @@ def test_an_optimizer_of_another_model_keeps_the_copy(options, run_shared):
     assert run_shared(4, _step_another_model, options) == [LAYERS + 1] * 4
 
 
-def _step_another_model(options: dict[str, str]) -> int:
+def _step_another_model(options: CommunicationOptions) -> int:
     model, schedule = _make(options)
     other = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)

@@ -338,7 +338,8 @@ def _broken(folders: Path, path: Path, problem: str) -> str:
         "quantized": "ValueError: .* are quantized .*config.json.; training needs the original",
         "other names": "RuntimeError: .* has 0 of the network's 41 tensors: 41 are missing .* 1 are unknown .*'x'.* "
         "if transformers renames them .* save_original_format=False",
-        "another width": r"ValueError: .* another shape .* with \[\d+.*\] there and \[\d+.*\] here; make the network",
+        "another width": r"ValueError: .* another shape .* with \[\d+.*\] in the folder and \[\d+.*\] in the network; "
+        "make the network from",
     }.items(),
 )
 def test_what_cannot_be_read_is_refused_with_what_to_do(folders: Path, tmp_path: Path, problem: str, said: str) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_mics import Topology, create_partition_groups, shard_model
+from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.techniques.partition_groups import PartitionGroups
 from tests.support.campaign import campaign
@@ -71,28 +71,18 @@ class HardCases(TinyLM):
 BLOCKS = [Block, Fork]
 
 
-FLAT: dict[str, Any] = {"hierarchical": False}
+FLAT = CommunicationOptions(hierarchical=False)
 
 
-HIERARCHICAL: dict[str, Any] = {"hierarchical": True}
-
-
-ONCE_PER_STEP = {
-    "hierarchical": True,
-    "cross_node_gather": "once_per_step",
-    "cross_node_reduce": "once_per_step",
-}
-
-
-KEPT: dict[str, Any] = {"hierarchical": "auto", "in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"}
+PAPER, NODE, RANK = CommunicationOptions.PAPER, CommunicationOptions.NODE, CommunicationOptions.RANK
 
 
 @pytest.mark.parametrize(("world", "ranks_per_node", "partition"), SHAPES)
 def test_gradients_weights_and_clipping_are_those_of_one_process(world, ranks_per_node, partition, in_campaign):
     topology = Topology(world_size=world, ranks_per_node=ranks_per_node, partition_size=partition)
-    modes = [FLAT, HIERARCHICAL, ONCE_PER_STEP, KEPT] if topology.spans_nodes else [FLAT, KEPT]
+    modes = [FLAT, PAPER, NODE, RANK] if topology.spans_nodes else [FLAT, RANK]
     if partition == 8:  # takes long, and four ranks know nothing less of the other modes
-        modes = [HIERARCHICAL, ONCE_PER_STEP]
+        modes = [PAPER, NODE]
     windows = MICRO_STEPS if world < 8 or in_campaign else (1, 4)
     of_ranks = run_ranks(world, _train_beside_reference, topology, modes, windows)
     assert len(of_ranks[0]) == len(modes) * len(windows)
@@ -107,16 +97,17 @@ def test_gradients_weights_and_clipping_are_those_of_one_process(world, ranks_pe
         assert facts[0]["sometimes_gradient"] > 1e-4  # a block that no boundary used got its gradient
 
 
-ONE_OF_THEM = ["cross_node_gather", "cross_node_reduce"]
+ONE_OF_THEM = {
+    "parameters": CommunicationOptions(cache_parameters="node"),
+    "gradients": CommunicationOptions(accumulate_gradients="node"),
+}
 
 
 @pytest.fixture(scope="module")
 def with_one_of_them():
     topology = Topology(world_size=8, ranks_per_node=2, partition_size=4)
-    modes = {once: {"hierarchical": True, once: "once_per_step"} for once in ONE_OF_THEM}
-    return run_cases(
-        8, {once: partial(_train_beside_reference, topology, [mode], (1, 4)) for once, mode in modes.items()}
-    )
+    train = partial(_train_beside_reference, topology)
+    return run_cases(8, {once: partial(train, [mode], (1, 4)) for once, mode in ONE_OF_THEM.items()})
 
 
 @pytest.mark.parametrize("once", ONE_OF_THEM)
@@ -128,22 +119,21 @@ def test_gathering_and_reducing_once_per_step_do_not_need_each_other(with_one_of
 
 
 def _train_beside_reference(
-    topology: Topology, modes: list[dict[str, Any]], windows: tuple[int, ...]
+    topology: Topology, modes: list[CommunicationOptions], windows: tuple[int, ...]
 ) -> list[dict[str, Any]]:
     facts = []
     for mode in modes:
-        options = dict(mode)
-        groups = create_partition_groups(topology, device_type="cpu", hierarchical=options.pop("hierarchical"))
-        facts += [_compare(groups, options, micro_steps) for micro_steps in windows]
+        groups = create_partition_groups(topology, device_type="cpu", hierarchical=mode.hierarchical)
+        facts += [_compare(groups, mode, micro_steps) for micro_steps in windows]
     return facts
 
 
-def _compare(groups: PartitionGroups, options: dict[str, Any], micro_steps: int) -> dict[str, Any]:
+def _compare(groups: PartitionGroups, options: CommunicationOptions, micro_steps: int) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rank)  # each rank starts from weights of its own
     model = HardCases()
     reference = copy.deepcopy(model)
-    schedule = shard_model(model, groups, block_classes=BLOCKS, **options)
+    schedule = shard_model(model, groups, communication=options, block_classes=BLOCKS)
     for name, parameter in model.named_parameters():
         reference.get_parameter(name).data.copy_(parameter.full_tensor())
     initial = _vector(reference.named_parameters())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mics import AccumulationSchedule, Topology, create_partition_groups, shard_model
+from lightning_mics import AccumulationSchedule, CommunicationOptions, Topology, create_partition_groups, shard_model
 from tests.support.forked import RankError
 from tests.support.models import BLOCK_NUMEL, BYTES, DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
@@ -156,7 +156,9 @@ def _with_and_without_two_hops(wire_dtype: torch.dtype | None) -> list[dict]:
         torch.manual_seed(0)
         model = Stack()
         groups = create_partition_groups(IN_TWO_GROUPS, device_type="cpu")
-        schedule = shard_model(model, groups, two_hop=two_hop, inter_node_reduce_dtype=wire_dtype)
+        schedule = shard_model(
+            model, groups, communication=CommunicationOptions(two_hop=two_hop, inter_node_reduce_dtype=wire_dtype)
+        )
         torch.manual_seed(1 + torch.distributed.get_rank())
         second_hops = []
         for boundary in (False, False, True):

@@ -9,15 +9,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from lightning_mics import CommunicationOptions
 from lightning_mics.integrations.accelerate import MiCSPlugin
 from tests.support.loops import network, sgd
 from tests.support.models import tokens
-from tests.support.trainers import EVERY_TIME
 
 
 def start(*, plugin: dict[str, Any] | None = None, **options: Any) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
-    policy = {"ranks_per_node": 2, "partition_size": 2, **EVERY_TIME, **(plugin or {})}
+    communication = CommunicationOptions.NODE.keywords()
+    policy = {"ranks_per_node": 2, "partition_size": 2, **communication, **(plugin or {})}
     return Accelerator(**{"cpu": True, "fsdp_plugin": MiCSPlugin(**policy), **options})
 
 

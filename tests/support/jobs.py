@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import train
+from lightning_mics import CommunicationOptions
 from lightning_mics.planning.rehearsal.rehearse import Rehearsal, rehearse
 from lightning_mics.topology import Topology
 from recipes.plan.dry_run import Training
@@ -20,33 +22,51 @@ MODELS = {"gpt": "gpt-tiny", "bert": "bert-tiny"}
 SEQUENCES, LENGTH = 2, 48
 
 
-ONCE = {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step"}
+@dataclass(frozen=True)
+class Job:
+    """What is rehearsed, and run.
+
+    Attributes:
+        shape: Ranks, ranks per node, partition size.
+        communication: How collectives run.
+        precision: As Lightning names it.
+        reduce_dtype: Dtype in which gradients are reduced; None follows the precision.
+        activation_checkpointing: Whether blocks are recomputed in backward.
+    """
+
+    shape: tuple[int, int, int]
+    communication: CommunicationOptions = CommunicationOptions.PAPER
+    precision: str = "32-true"
+    reduce_dtype: torch.dtype | None = None
+    activation_checkpointing: bool = False
+
+    @property
+    def topology(self) -> Topology:
+        world_size, ranks_per_node, partition_size = self.shape
+        return Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
 
 
-NOWHERE_MORE = ONCE | {"in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"}
+NODE, RANK = CommunicationOptions.NODE, CommunicationOptions.RANK
 
 
-JOBS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {  # (ranks, ranks per node, partition size), options
-    "one rank a group": ((4, 2, 1), {}),
-    "a node a group": ((4, 2, 2), {}),
-    "without two hops": ((4, 2, 2), {"two_hop": False}),
-    "a node a group, once per step": (
-        (4, 2, 2),
-        {"in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"},
-    ),
-    "flat over nodes": ((4, 2, 4), {"hierarchical": False}),
-    "hierarchical": ((4, 2, 4), {}),
-    "parameters once per step": ((4, 2, 4), {"cross_node_gather": "once_per_step"}),
-    "gradients once per step": ((4, 2, 4), {"cross_node_reduce": "once_per_step"}),
-    "once per step": ((4, 2, 4), ONCE),
-    "once per step everywhere": ((4, 2, 4), NOWHERE_MORE),
-    "a rank a node": ((4, 1, 4), ONCE),
-    "half of the bytes between nodes": ((4, 2, 4), {**ONCE, "inter_node_reduce_dtype": torch.bfloat16}),
-    "replicas over nodes": ((8, 2, 4), ONCE),
-    "replicas, half of the bytes": ((8, 2, 4), {"inter_node_reduce_dtype": torch.bfloat16}),
-    "recomputed": ((4, 2, 2), {"activation_checkpointing": True}),
-    "mixed precision": ((4, 2, 4), {**ONCE, "precision": "bf16-mixed"}),
-    "half precision": ((4, 2, 2), {"precision": "bf16-true", "reduce_dtype": torch.float32}),
+JOBS = {
+    "one rank a group": Job((4, 2, 1)),
+    "a node a group": Job((4, 2, 2)),
+    "without two hops": Job((4, 2, 2), CommunicationOptions(two_hop=False)),
+    "a node a group, once per step": Job((4, 2, 2), RANK),
+    "flat over nodes": Job((4, 2, 4), CommunicationOptions(hierarchical=False)),
+    "hierarchical": Job((4, 2, 4)),
+    "parameters once per step": Job((4, 2, 4), CommunicationOptions(cache_parameters="node")),
+    "gradients once per step": Job((4, 2, 4), CommunicationOptions(accumulate_gradients="node")),
+    "once per step": Job((4, 2, 4), NODE),
+    "once per step everywhere": Job((4, 2, 4), RANK),
+    "a rank a node": Job((4, 1, 4), NODE),
+    "half of the bytes between nodes": Job((4, 2, 4), replace(NODE, inter_node_reduce_dtype=torch.bfloat16)),
+    "replicas over nodes": Job((8, 2, 4), NODE),
+    "replicas, half of the bytes": Job((8, 2, 4), CommunicationOptions(inter_node_reduce_dtype=torch.bfloat16)),
+    "recomputed": Job((4, 2, 2), activation_checkpointing=True),
+    "mixed precision": Job((4, 2, 4), NODE, precision="bf16-mixed"),
+    "half precision": Job((4, 2, 2), precision="bf16-true", reduce_dtype=torch.float32),
 }
 
 
@@ -65,20 +85,22 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
     return value
 
 
-def rehearsed(name: str, shape: tuple[int, int, int], options: dict[str, Any], **job: Any) -> Rehearsal:
+def rehearsed(name: str, job: Job, **options: Any) -> Rehearsal:
     model = language_model(name)
-    world_size, ranks_per_node, partition_size = shape
     return rehearse(
         lambda: Training(model),
         model.example_batch(SEQUENCES, LENGTH),
         loss=loss,
-        topology=Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size),
-        **{"backend": "gloo", "gradient_clip_val": 1.0, "micro_steps": 3, **options, **job},
+        topology=job.topology,
+        communication=job.communication,
+        precision=job.precision,
+        reduce_dtype=job.reduce_dtype,
+        activation_checkpointing=job.activation_checkpointing,
+        **{"backend": "gloo", "gradient_clip_val": 1.0, "micro_steps": 3, **options},
     )
 
 
 @cache
 def rehearsed_job(name: str, job: str, rank: int = 0) -> Rehearsal:
     """One of the jobs above; rehearsed once for all who ask."""
-    shape, options = JOBS[job]
-    return rehearsed(name, shape, options, rank=rank)
+    return rehearsed(name, JOBS[job], rank=rank)

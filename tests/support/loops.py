@@ -10,15 +10,15 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_mics import MiCSFabricStrategy
+from lightning_mics import CommunicationOptions, MiCSFabricStrategy
 from tests.support.models import TinyLM, tokens
-from tests.support.trainers import EVERY_TIME
 
 LR = 0.1
 
 
 def start(*, precision: Any = "32-true", devices: int = 4, **options: Any) -> Fabric:
-    strategy = MiCSFabricStrategy(**{"ranks_per_node": 2, "partition_size": 2, **EVERY_TIME, **options})
+    communication = CommunicationOptions.NODE.keywords()
+    strategy = MiCSFabricStrategy(**{"ranks_per_node": 2, "partition_size": 2, **communication, **options})
     fabric = Fabric(accelerator="cpu", devices=devices, strategy=strategy, precision=precision)
     fabric.launch()
     return fabric

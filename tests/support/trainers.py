@@ -13,8 +13,6 @@ from lightning_mics import MiCSStrategy
 from tests.support.forked import run_cases, run_ranks
 from tests.support.models import loader_of_tokens as loader
 
-EVERY_TIME = {"in_node_gather": "every_use", "in_node_reduce": "every_micro_step"}  # what "auto" avoids in tiny models
-
 
 def on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 4, timeout: float = 180) -> list[Any]:
     """Run ``function`` on forked ranks that look to Lightning as if torchrun had started them."""
@@ -65,4 +63,4 @@ def make_trainer(folder: Path | str, *, strategy: Any = None, devices: int = 4, 
     )
 
 
-__all__ = ["EVERY_TIME", "cases_on_ranks", "loader", "make_trainer", "mics", "on_ranks"]
+__all__ = ["cases_on_ranks", "loader", "make_trainer", "mics", "on_ranks"]

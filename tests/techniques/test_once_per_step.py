@@ -6,6 +6,7 @@ All runs on as many ranks share one set of processes.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -16,18 +17,15 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from lightning_mics import AccumulationSchedule, Topology, create_partition_groups, shard_model
+from lightning_mics import AccumulationSchedule, CommunicationOptions, Topology, create_partition_groups, shard_model
 from tests.support.forked import run_cases
 from tests.support.models import DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
 
-ONCE: dict[str, Any] = {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step"}
+NODE, RANK = CommunicationOptions.NODE, CommunicationOptions.RANK
 
 
-KEPT: dict[str, Any] = {"in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"}
-
-
-LEVELS = {"cached by nodes": ONCE, "cached by ranks": KEPT}
+LEVELS = {"cached by nodes": NODE, "cached by ranks": RANK}
 
 
 SPANNING = [(4, 2, 4), (8, 2, 4), (8, 2, 8), (8, 4, 8), (4, 1, 2), (4, 1, 4)]
@@ -48,10 +46,10 @@ REDUCE_DTYPES = [None, torch.float64]
 UNITS = LAYERS + 1  # the blocks and the root
 
 
-def make(topology: Topology, **options: Any) -> tuple[Stack, AccumulationSchedule]:
+def make(topology: Topology, options: CommunicationOptions) -> tuple[Stack, AccumulationSchedule]:
     torch.manual_seed(0)
     model = Stack()
-    return model, shard_model(model, create_partition_groups(topology, device_type="cpu"), **options)
+    return model, shard_model(model, create_partition_groups(topology, device_type="cpu"), communication=options)
 
 
 def micro_step(model: Stack, schedule: AccumulationSchedule, *, boundary: bool) -> list[Collective]:
@@ -60,9 +58,9 @@ def micro_step(model: Stack, schedule: AccumulationSchedule, *, boundary: bool) 
     return recorded.seen
 
 
-def record(topology: Topology, options: dict[str, Any]) -> list[list[Collective]]:
+def record(topology: Topology, options: CommunicationOptions) -> list[list[Collective]]:
     """The collectives of three micro-steps, the last one the boundary, in the second window."""
-    model, schedule = make(topology, **options)
+    model, schedule = make(topology, options)
     micro_step(model, schedule, boundary=True)
     steps = []
     for boundary in (False, False, True):
@@ -133,9 +131,9 @@ def test_a_node_sends_the_least_possible_between_nodes_whatever_the_number_of_mi
             assert sent_bytes * topology.ranks_per_node == 2 * MODEL_BYTES * (n - 1) / n
 
 
-def between_nodes(topology: Topology, options: dict[str, Any]) -> list[float]:
+def between_nodes(topology: Topology, options: CommunicationOptions) -> list[float]:
     """What this rank counts in a window of one micro-step, and of four."""
-    model, schedule = make(topology, **options)
+    model, schedule = make(topology, options)
     counted = []
     for micro_steps in (1, 4):
         before = schedule.traffic.by_technique()
@@ -168,9 +166,9 @@ def test_gradients_are_none_until_the_boundary_also_without_replicas(level: str,
         assert of_steps == [0, 0, UNITS, UNITS, UNITS]
 
 
-def gradients_present(options: dict[str, Any]) -> list[int]:
+def gradients_present(options: CommunicationOptions) -> list[int]:
     """How many parameters have a gradient after each micro-step; the last two keep the gradients they found."""
-    model, schedule = make(OVER_TWO, **options)
+    model, schedule = make(OVER_TWO, options)
     counts = []
     for boundary in (False, False, True, False, True):
         micro_step(model, schedule, boundary=boundary)
@@ -185,10 +183,10 @@ def test_gradients_of_two_windows_add_up_if_nobody_clears_them(level: str, over_
         torch.testing.assert_close(once, plainly, rtol=1e-6, atol=1e-9)
 
 
-def two_windows(kept: dict[str, Any]) -> list[torch.Tensor]:
+def two_windows(kept: CommunicationOptions) -> list[torch.Tensor]:
     results = []
-    for options in (kept, {}):
-        model, schedule = make(OVER_TWO, **options)
+    for options in (kept, CommunicationOptions.PAPER):
+        model, schedule = make(OVER_TWO, options)
         torch.manual_seed(1)
         for boundary in (False, True, False, True):
             micro_step(model, schedule, boundary=boundary)
@@ -203,10 +201,10 @@ def test_an_abandoned_window_leaves_nothing_behind(level: str, over_two: Runs) -
         assert torch.equal(abandoned, fresh)
 
 
-def abandon(options: dict[str, Any]) -> list[torch.Tensor]:
+def abandon(options: CommunicationOptions) -> list[torch.Tensor]:
     results = []
     for unfinished in (2, 0):
-        model, schedule = make(OVER_TWO, **options)
+        model, schedule = make(OVER_TWO, options)
         for _ in range(unfinished):
             micro_step(model, schedule, boundary=False)
         schedule.window.abandon()
@@ -225,8 +223,8 @@ def test_an_evaluation_with_cached_weights_crosses_nodes_once(level: str, over_t
         assert [sum(c.ranks == rail for c in seen) for seen in fixed] == [UNITS, 0, 0]
 
 
-def evaluate(options: dict[str, Any]) -> tuple[list[list[Collective]], list[list[Collective]]]:
-    model, schedule = make(OVER_TWO, **options)
+def evaluate(options: CommunicationOptions) -> tuple[list[list[Collective]], list[list[Collective]]]:
+    model, schedule = make(OVER_TWO, options)
 
     def passes() -> list[list[Collective]]:
         recorded = []
@@ -250,7 +248,7 @@ def test_copies_and_sums_on_nodes_take_the_memory_of_their_share_and_none_after_
 
 
 def held_on_nodes() -> list[tuple[int, int]]:
-    model, schedule = make(OVER_TWO, **ONCE)
+    model, schedule = make(OVER_TWO, NODE)
     held = []
     for boundary in (False, True):
         micro_step(model, schedule, boundary=boundary)
@@ -266,7 +264,7 @@ def test_copies_and_sums_on_ranks_take_the_memory_of_the_model_and_none_after_th
 
 
 def held_on_ranks() -> list[tuple[int, int]]:
-    model, schedule = make(OVER_TWO, **KEPT)
+    model, schedule = make(OVER_TWO, RANK)
     held = []
     for boundary in (False, True):
         micro_step(model, schedule, boundary=boundary)
@@ -305,14 +303,14 @@ def test_a_block_with_pending_gradients_is_reduced_at_a_boundary_that_does_not_u
 
 
 def skip_at_the_boundary(
-    options: dict[str, Any], reduce_dtype: torch.dtype | None
+    options: CommunicationOptions, reduce_dtype: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     model, alone = TakesTurns(), TakesTurns()
     alone.load_state_dict(model.state_dict())
     groups = create_partition_groups(OVER_TWO, device_type="cpu")
     mixed_precision = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
-    schedule = shard_model(model, groups, mixed_precision=mixed_precision, **options)
+    schedule = shard_model(model, groups, communication=options, mixed_precision=mixed_precision)
     x = torch.randn(2, DIM)  # the same on all ranks
     for turn, boundary in ((0, False), (1, True)):
         with schedule.micro_step(boundary=boundary):
@@ -324,10 +322,10 @@ def skip_at_the_boundary(
 WIRE_SHAPES = [(4, 2, 1), (4, 2, 2), (4, 2, 4), (8, 2, 4), (8, 2, 2)]
 
 
-WIRE_OPTIONS: dict[str, dict[str, Any]] = {
-    "every micro-step": {},
-    "gradients once per step": {"cross_node_reduce": "once_per_step"},
-    "cached by ranks": KEPT,
+WIRE_OPTIONS = {
+    "every micro-step": CommunicationOptions.PAPER,
+    "gradients once per step": CommunicationOptions(accumulate_gradients="node"),
+    "cached by ranks": RANK,
 }
 
 
@@ -353,13 +351,13 @@ def test_bf16_on_the_wire_costs_its_rounding_and_sums_in_float32(
         assert equal
 
 
-def send_in_dtypes(shape: tuple[int, int, int], options: dict[str, Any]) -> tuple[dict[str, float], bool, bool]:
+def send_in_dtypes(shape: tuple[int, int, int], options: CommunicationOptions) -> tuple[dict[str, float], bool, bool]:
     """Relative errors of gradients by wire dtype; whether bf16 halves their bytes; whether replicas are bit-equal."""
     world_size, ranks_per_node, partition_size = shape
     topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
     gradients, crossing = {}, {}
     for name, dtype in {"none": None, "float32": torch.float32, "bfloat16": torch.bfloat16}.items():
-        model, schedule = make(topology, inter_node_reduce_dtype=dtype, **options)
+        model, schedule = make(topology, replace(options, inter_node_reduce_dtype=dtype))
         torch.manual_seed(7 + torch.distributed.get_rank())
         for boundary in (False, False, True):
             micro_step(model, schedule, boundary=boundary)

@@ -100,7 +100,12 @@ class ShardFiles(FileSystemBase):
             raise os_error(f"{path} could not be written", (stream and stream.failure) or error) from error
 
     def concat_path(self, path: Any, suffix: str) -> Any:
-        """The path of the file ``suffix`` in the folder ``path``."""
+        """The path of a file in a folder.
+
+        Args:
+            path: Path or URL of the folder.
+            suffix: Name of the file.
+        """
         return path / suffix
 
     def init_path(self, path: Any) -> Any:
@@ -108,7 +113,12 @@ class ShardFiles(FileSystemBase):
         return storage_path(path)
 
     def rename(self, path: Any, new_path: Any) -> None:
-        """Rename a file that was written through this object from ``path`` to ``new_path``."""
+        """Rename a file that was written through this object.
+
+        Args:
+            path: Path or URL of the file.
+            new_path: New path or URL.
+        """
         path.rename(new_path)
         _, etag = size_and_etag(new_path)
         self.written[new_path.name] = replace(self.written.pop(path.name), etag=etag)

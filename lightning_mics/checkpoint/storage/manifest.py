@@ -155,7 +155,7 @@ class Manifest:
         return cls(files=files, world_size=world_size, saved=saved, folder=folder)
 
 
-def refuse_corrupted(path: StoragePath, problems: Sequence[str]) -> None:
+def raise_if_corrupted(path: StoragePath, problems: Sequence[str]) -> None:
     """Raise an error if there are problems.
 
     Args:

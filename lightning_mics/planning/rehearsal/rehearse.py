@@ -29,7 +29,7 @@ from lightning_mics.planning.rehearsal.allocations import GATHERED, UNKNOWN, All
 from lightning_mics.planning.rehearsal.collectives import Collectives
 from lightning_mics.planning.rehearsal.observed import Observed
 from lightning_mics.sharding.blocks import ModuleClasses
-from lightning_mics.sharding.options import Gather, Reduce
+from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
 from lightning_mics.techniques.partition_groups import create_partition_groups
@@ -38,7 +38,7 @@ from lightning_mics.topology import Topology
 PARAMETERS, GRADIENTS, STATES = "parameters", "gradients", "optimizer states"
 
 
-KEPT, REDUCING = "kept to travel once per step", "gradients being reduced"
+KEPT, REDUCING = "cached until the boundary", "gradients being reduced"
 
 
 CATEGORIES = (PARAMETERS, GRADIENTS, STATES, KEPT, GATHERED, REDUCING, UNKNOWN)
@@ -107,14 +107,8 @@ def rehearse(
     gradient_clip_val: float | None = None,
     precision: str = "32-true",
     backend: Literal["nccl", "gloo"] = "nccl",
-    hierarchical: bool | Literal["auto"] = "auto",
+    communication: CommunicationOptions = CommunicationOptions.PAPER,
     block_classes: ModuleClasses | None = None,
-    cross_node_gather: Gather = "every_use",
-    cross_node_reduce: Reduce = "every_micro_step",
-    in_node_gather: Gather = "every_use",
-    in_node_reduce: Reduce = "every_micro_step",
-    inter_node_reduce_dtype: torch.dtype | None = None,
-    two_hop: bool = True,
     reduce_dtype: torch.dtype | None = None,
     activation_checkpointing: bool | ModuleClasses = False,
 ) -> Rehearsal:
@@ -134,14 +128,8 @@ def rehearse(
         gradient_clip_val: The largest norm of all gradients; None clips nothing.
         precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
         backend: What runs collectives. gloo takes others than nccl for some.
-        hierarchical: As of :func:`~lightning_mics.techniques.partition_groups.create_partition_groups`.
-        block_classes: As of :func:`~lightning_mics.sharding.shard_model.shard_model`; and so are the following.
-        cross_node_gather: When parameters cross nodes.
-        cross_node_reduce: When gradients cross nodes.
-        in_node_gather: When parameters travel inside nodes.
-        in_node_reduce: When gradients travel inside nodes.
-        inter_node_reduce_dtype: What gradients travel in between nodes.
-        two_hop: Whether the second hop waits for the boundary.
+        communication: How the collectives run.
+        block_classes: The blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
         reduce_dtype: What gradients are reduced in; None follows the precision.
         activation_checkpointing: What is recomputed in backward.
 
@@ -155,7 +143,7 @@ def rehearse(
     if not 0 <= rank < topology.world_size:
         raise ValueError(f"rank={rank} is not one of the {topology.world_size} ranks of the job")
     with rehearsed_job(world_size=topology.world_size, rank=rank):
-        groups = create_partition_groups(topology, device_type="cpu", hierarchical=hierarchical)
+        groups = create_partition_groups(topology, device_type="cpu", hierarchical=communication.hierarchical)
         groups = replace(groups, backend=backend)  # the job's; this process has torch's fake one
         watch = _Watch(topology, gloo=backend == "gloo")
         with watch.entered() as fake:
@@ -164,13 +152,8 @@ def rehearse(
             schedule = shard_model(
                 model,
                 groups,
+                communication=communication,
                 block_classes=block_classes,
-                cross_node_gather=cross_node_gather,
-                cross_node_reduce=cross_node_reduce,
-                in_node_gather=in_node_gather,
-                in_node_reduce=in_node_reduce,
-                inter_node_reduce_dtype=inter_node_reduce_dtype,
-                two_hop=two_hop,
                 activation_checkpointing=activation_checkpointing,
                 mixed_precision=mixed_precision_policy(precision, reduce_dtype=reduce_dtype),
             )

@@ -129,7 +129,7 @@ def test_a_window_starts_over_and_may_be_saved_in(how: str, seen: Seen) -> None:
 
 POLICIES: dict[str, dict[str, Any]] = {
     "a node a group": {},
-    "gradients once per step": {"partition_size": 4, "cross_node_reduce": "once_per_step"},
+    "parameters at every use": {"partition_size": 4, "cache_parameters": "never"},
 }
 
 

@@ -85,7 +85,7 @@ def test_no_backward_sync_waits_for_the_boundary_and_is_over_after_it(seen: Seen
 
 POLICIES: dict[str, dict[str, Any]] = {
     "a node a group": {},
-    "parameters once per step": {"partition_size": 4, "cross_node_gather": "once_per_step"},
+    "gradients in every micro-step": {"partition_size": 4, "accumulate_gradients": "shard"},
 }
 
 

@@ -13,7 +13,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from lightning_mics import MiCSStrategy, Topology, create_partition_groups, shard_model
+from lightning_mics import (
+    CommunicationOptions,
+    MiCSFabricStrategy,
+    MiCSStrategy,
+    Topology,
+    create_partition_groups,
+    shard_model,
+)
 from tests.support.models import TinyLM, TinyModule
 from tests.support.recorded import RecordCollectives
 from tests.support.trainers import loader, make_trainer, mics, on_ranks
@@ -74,13 +81,13 @@ CASES: dict[str, tuple[type[TinyModule], dict[str, Any], dict[str, Any], type[Ex
         "use hierarchical='auto'",
     ),
     "once per step with flat collectives": (
-        TinyModule, {"partition_size": 4, "hierarchical": False, "cross_node_gather": "once_per_step"}, {}, ValueError,
-        "cross_node_gather='once_per_step' needs collectives that cross nodes in a stage of their own, but "
+        TinyModule, {"partition_size": 4, "hierarchical": False, "cache_parameters": "node"}, {}, ValueError,
+        "cache_parameters='node' needs collectives that cross nodes in a stage of their own, but "
         'hierarchical=False and partition_size=4 spans 2 nodes; use hierarchical="auto"',
     ),
     "sums once per step with flat collectives": (
-        TinyModule, {"partition_size": 4, "hierarchical": False, "cross_node_reduce": "once_per_step"}, {}, ValueError,
-        "cross_node_reduce='once_per_step' needs collectives that cross nodes in a stage of their own",
+        TinyModule, {"partition_size": 4, "hierarchical": False, "accumulate_gradients": "node"}, {}, ValueError,
+        "accumulate_gradients='node' needs collectives that cross nodes in a stage of their own",
     ),
     "a dtype on the wire with flat collectives": (
         TinyModule, {"partition_size": 4, "hierarchical": False, "inter_node_reduce_dtype": "bfloat16"}, {}, ValueError,
@@ -177,29 +184,20 @@ def _fit_not_initialisable(folder: Any) -> tuple[str, str]:
         ({"partition_size": "two"}, "partition_size='two' is neither \"auto\" nor a number of ranks"),
         ({"hierarchical": "yes"}, "hierarchical='yes' is not one of \"auto\", True, False"),
         (
-            {"cross_node_gather": "never"},
-            "cross_node_gather='never' is not one of 'auto', 'every_use', 'once_per_step'",
+            {"cache_parameters": "shard"},
+            "cache_parameters='shard' is not one of 'auto', 'never', 'node', 'rank'",
         ),
         (
-            {"cross_node_reduce": True},
-            "cross_node_reduce=True is not one of 'auto', 'every_micro_step', 'once_per_step'",
+            {"accumulate_gradients": True},
+            "accumulate_gradients=True is not one of 'auto', 'shard', 'node', 'rank'",
         ),
-        ({"in_node_gather": "never"}, "in_node_gather='never' is not one of 'auto', 'every_use', 'once_per_step'"),
         ({"two_hop": "no"}, "two_hop='no' is neither True nor False"),
         (
-            {"two_hop": False, "cross_node_reduce": "once_per_step"},
-            "two_hop=False reduces over replicas in every micro-step, but cross_node_reduce='once_per_step' keeps "
-            "gradients back until the boundary; use 'every_micro_step', or two_hop=True",
+            {"two_hop": False, "accumulate_gradients": "node"},
+            "two_hop=False reduces over replicas in every micro-step, but accumulate_gradients='node' keeps gradients "
+            "back until the boundary; use accumulate_gradients='shard', or two_hop=True",
         ),
-        ({"in_node_reduce": 1}, "in_node_reduce=1 is not one of 'auto', 'every_micro_step', 'once_per_step'"),
-        (
-            {"in_node_gather": "once_per_step", "cross_node_gather": "every_use"},
-            "in_node_gather='once_per_step' leaves nothing to cross nodes more often, but cross_node_gather=",
-        ),
-        (
-            {"in_node_reduce": "once_per_step", "cross_node_reduce": "every_micro_step"},
-            "in_node_reduce='once_per_step' leaves nothing to cross nodes more often, but cross_node_reduce=",
-        ),
+        ({"two_hop": False, "accumulate_gradients": "rank"}, "but accumulate_gradients='rank' keeps gradients back"),
         (
             {"inter_node_reduce_dtype": "int8"},
             "inter_node_reduce_dtype='int8' is not one of torch.float32, torch.bfloat16",
@@ -214,8 +212,46 @@ def test_unknown_values_are_refused_when_the_strategy_is_made(options, message):
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(TypeError, match="shard_size"):
-        MiCSStrategy(shard_size=8)
+    with pytest.raises(TypeError, match=r"MiCSStrategy has no option 'colour'; it takes .*partition_size.*two_hop"):
+        MiCSStrategy(colour="blue")
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "right"),
+    [("partiton_size", "partition_size"), ("accumulate_gradient", "accumulate_gradients"), ("time_out", "timeout")],
+)
+@pytest.mark.parametrize("strategy", [MiCSStrategy, MiCSFabricStrategy])
+def test_a_misspelt_option_is_refused_with_the_right_spelling(strategy, misspelt, right):
+    message = f"{strategy.__name__} has no option {misspelt!r}; did you mean {right!r}?"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        strategy(**{misspelt: 8})
+
+
+@pytest.mark.parametrize("communication", [CommunicationOptions.AUTO, CommunicationOptions(cache_parameters="auto")])
+def test_a_model_is_not_sharded_by_options_that_are_left_to_a_policy(communication):
+    for message in on_ranks(_shard_with, communication, "auto", world_size=2):
+        assert message == (
+            "cache_parameters='auto' is for policies, which know the model's size; use one of 'never', 'node', 'rank'"
+        )
+
+
+@pytest.mark.parametrize("hierarchical", [False, True])
+def test_groups_and_options_that_contradict_each_other_are_refused(hierarchical):
+    communication = CommunicationOptions(hierarchical=not hierarchical)
+    for message in on_ranks(_shard_with, communication, hierarchical):
+        assert message == (
+            f"hierarchical={not hierarchical}, but the partition groups were made with hierarchical={hierarchical}; "
+            "give both the same value"
+        )
+
+
+def _shard_with(communication: CommunicationOptions, hierarchical: Any) -> str:
+    world_size = dist.get_world_size()
+    topology = Topology(world_size=world_size, ranks_per_node=world_size // 2, partition_size=world_size)
+    groups = create_partition_groups(topology, device_type="cpu", hierarchical=hierarchical)
+    with pytest.raises(ValueError, match="=") as caught:
+        shard_model(TinyLM(), groups, communication=communication)
+    return str(caught.value)
 
 
 def test_positional_options_are_refused():

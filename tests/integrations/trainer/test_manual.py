@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_mics import CommunicationOptions
 from tests.support.models import TinyLM, TinyModule, tokens
 from tests.support.recorded import RecordCollectives
-from tests.support.trainers import EVERY_TIME, make_trainer, mics, on_ranks
+from tests.support.trainers import make_trainer, mics, on_ranks
 
 LR = 0.5
 
@@ -154,12 +155,12 @@ class ByHand(TinyModule):
             self.net(batch)  # gathers the weights that the optimizer is about to change
 
 
-def fit_each_loop(folder: str, partition_size: int, options: dict[str, str]) -> dict[str, Any]:
+def fit_each_loop(folder: str, partition_size: int, communication: CommunicationOptions) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for loop in LOOPS:
         torch.manual_seed(0)
         module = ByHand(loop())
-        strategy = mics(partition_size=partition_size, **options, **loop.strategy)
+        strategy = mics(partition_size=partition_size, **communication.keywords(), **loop.strategy)
         trainer = make_trainer(folder, strategy=strategy, use_distributed_sampler=False)
         with module.collectives:
             trainer.fit(module, DataLoader(SAMPLES[dist.get_rank() :: RANKS], batch_size=2))
@@ -195,18 +196,18 @@ def train_in_one_process(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Tenso
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Nothing is kept."""
-    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 2, EVERY_TIME)
+    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 2, CommunicationOptions.PAPER)
 
 
 @pytest.fixture(scope="module")
 def ranks_that_keep(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 2, {})
+    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 2, CommunicationOptions.RANK)
 
 
 @pytest.fixture(scope="module")
 def nodes_that_keep(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Parameters and gradients cross nodes once per step."""
-    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 4, EVERY_TIME)
+    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 4, CommunicationOptions.NODE)
 
 
 @pytest.mark.parametrize("groups", ["ranks", "ranks_that_keep", "nodes_that_keep"])
@@ -252,7 +253,7 @@ class TogglesInMidWindow(TinyModule):
 
 @pytest.mark.parametrize(
     "options",
-    [{"partition_size": 1}, {"partition_size": 2, "ranks_per_node": 1, "in_node_reduce": "every_micro_step"}],
+    [{"partition_size": 1}, {"partition_size": 2, "ranks_per_node": 1, "accumulate_gradients": "node"}],
     ids=str,
 )
 def test_toggling_in_mid_window_is_refused_rather_than_summed_wrongly(tmp_path: Path, options: dict[str, Any]) -> None:

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_mics import CommunicationOptions
 from tests.support.models import TinyLM, TinyModule, tokens
-from tests.support.trainers import EVERY_TIME, make_trainer, mics
+from tests.support.trainers import make_trainer, mics
 
 RANKS, WINDOW = 4, 4
 
@@ -21,6 +22,9 @@ TRAINING = tokens(8 * WINDOW, seed=8)  # two per rank and micro-step
 
 
 VALIDATION = tokens(8 * 3, seed=9)
+
+
+NODE = CommunicationOptions.NODE.keywords()
 
 
 FACTOR = 1.5
@@ -106,7 +110,7 @@ def in_one_process() -> tuple[list[float], dict[str, Tensor]]:
     return losses + evaluate(), {f"net.{name}": p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, EVERY_TIME], ids=str)
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, NODE], ids=str)
 def test_an_evaluation_in_mid_window_sees_the_weights_that_a_callback_has_put_there(tmp_path, options, on_shared_ranks):
     losses, weights = in_one_process()
     for seen, _, ours in on_shared_ranks(fit, str(tmp_path), True, options):
@@ -117,7 +121,7 @@ def test_an_evaluation_in_mid_window_sees_the_weights_that_a_callback_has_put_th
 
 
 def test_the_batches_of_an_evaluation_cross_nodes_once(tmp_path, on_shared_ranks):
-    schedules = [{}, EVERY_TIME, {"cross_node_gather": "every_use"}]
+    schedules = [{}, {"cache_parameters": "node"}, {"cache_parameters": "never"}]
     by_ranks, by_nodes, always = (on_shared_ranks(fit, str(tmp_path), False, options) for options in schedules)
     for (_, few, _), (_, as_few, _), (_, many, _) in zip(by_ranks, by_nodes, always, strict=True):
         assert len(few) == len(many) == 2
@@ -126,18 +130,18 @@ def test_the_batches_of_an_evaluation_cross_nodes_once(tmp_path, on_shared_ranks
 
 
 @pytest.mark.parametrize(
-    ("options", "between", "inside"),
+    ("options", "cached", "gathered"),
     [
-        ({}, "once per step (as inside nodes)", 'once per step ("auto": '),
-        (EVERY_TIME, 'once per step ("auto": ', "at every use (would take "),
-        ({"cross_node_gather": "every_use"}, "at every use (would take ", 'at every use ("auto": as between nodes)'),
+        ({}, 'rank ("auto": ', "once per step"),
+        ({"cache_parameters": "node"}, "node (for ", "once per step"),
+        ({"cache_parameters": "never"}, 'never ("node" would take ', "at every use"),
     ],
     ids=str,
 )
-def test_the_table_at_start_says_when_parameters_travel(tmp_path, options, between, inside, on_shared_ranks):
+def test_the_table_at_start_says_where_parameters_are_cached(tmp_path, options, cached, gathered, on_shared_ranks):
     table = on_shared_ranks(start, str(tmp_path), options)[0]
-    assert f"parameters cross nodes  {between}" in table
-    assert f"parameters in nodes     {inside}" in table
+    assert f"cache parameters       {cached}" in table
+    assert f"inter-node gathers     {gathered}\n" in table
 
 
 def start(folder: str, options: dict[str, str]) -> str:

@@ -18,9 +18,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from lightning_mics import MiCSStrategy
+from lightning_mics import CommunicationOptions, MiCSStrategy
 from tests.support.models import TinyModule, tokens
-from tests.support.trainers import EVERY_TIME, cases_on_ranks, make_trainer, mics, on_ranks
+from tests.support.trainers import cases_on_ranks, make_trainer, mics, on_ranks
 
 RANKS = 4
 
@@ -180,7 +180,11 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], int]] = {
     "to rank 0": ([("micro-step", 2, 0, (0,))], {}, 3),
     "to all at once": (everyone("micro-step", 2), {}, 3),
     "to all from one, wherever they wait": ([("backward", 2, 2, (0, 1, 2, 3))], {}, 3),
-    "to another, where sharding always communicates": ([("micro-step", 2, 0, (3,))], {"strategy": EVERY_TIME}, 3),
+    "to another, where sharding always communicates": (
+        [("micro-step", 2, 0, (3,))],
+        {"strategy": CommunicationOptions.PAPER.keywords()},
+        3,
+    ),
     "in the first micro-step of a window": ([("micro-step", 3, 3, (3,))], WINDOW, 6),
     "in the middle of a window, to all": (everyone("micro-step's end", 1), WINDOW, 3),
     "in the last micro-step of an epoch": ([("micro-step", 5, 1, (1,))], {}, 6),

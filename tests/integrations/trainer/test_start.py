@@ -84,8 +84,8 @@ def test_a_registered_variant_keeps_its_options(tmp_path: Path) -> None:
 def topology_of(strategy: MiCSStrategy) -> Topology:
     """Of a model that one node holds."""
     size = measure_model(TinyModule(), [])
-    job = {"world_size": strategy.world_size, "local_size": strategy.num_processes}
-    return strategy._policy.choose_topology(size, 2**30, **job)
+    job = {"world_size": strategy.world_size, "local_size": strategy.num_processes, "capacity_bytes": 2**30}
+    return strategy._policy.choose(size, **job).topology
 
 
 @pytest.mark.parametrize("strategy", ["mics", MiCSStrategy(partition_size=2)], ids=["by name", "instance"])

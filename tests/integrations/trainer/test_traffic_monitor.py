@@ -15,11 +15,12 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_mics import CommunicationOptions
 from lightning_mics.integrations.trainer.traffic_monitor import TrafficMonitor
 from tests.support.forked import RankError, Run
 from tests.support.models import BLOCK_NUMEL, BYTES, DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
-from tests.support.trainers import EVERY_TIME, make_trainer, mics, on_ranks
+from tests.support.trainers import make_trainer, mics, on_ranks
 
 GATHERED = MODEL_BYTES + LAYERS * BLOCK_NUMEL * BYTES  # forward all, backward all but the root
 
@@ -33,13 +34,7 @@ BETWEEN, INSIDE = "traffic/between_nodes_mb_per_step", "traffic/inside_nodes_mb_
 SECONDS, RATE = "traffic/seconds_per_step", "traffic/between_nodes_mbit_per_s"
 
 
-ONCE = {"cross_node_gather": "once_per_step", "cross_node_reduce": "once_per_step", **EVERY_TIME}
-
-
-EVERY = {"cross_node_gather": "every_use", "cross_node_reduce": "every_micro_step", **EVERY_TIME}
-
-
-KEPT = {"in_node_gather": "once_per_step", "in_node_reduce": "once_per_step"}
+PAPER, NODE, RANK = CommunicationOptions.PAPER, CommunicationOptions.NODE, CommunicationOptions.RANK
 
 
 class StackModule(pl.LightningModule):
@@ -104,7 +99,7 @@ def fit(folder: Path, micro_steps: int, *, module: Any = None, strategy: Any = N
     """Rows logged, MB per step between nodes that all traffic would make, and the table if rank 0 has shown one."""
     rows, ranks = Rows(), options.get("devices", 4)
     options = {"log_every_n_steps": 1, "num_sanity_val_steps": 0, **options}
-    strategy = strategy or mics(**EVERY_TIME)
+    strategy = strategy or mics(**NODE.keywords())
     trainer = make_trainer(folder, logger=rows, strategy=strategy, callbacks=[TrafficMonitor()], **options)
     messages = _messages()
     trainer.fit(module or StackModule(), batches(micro_steps, ranks=ranks), batches(2, ranks=ranks))
@@ -131,12 +126,12 @@ def _fit_shape(folder: Path, options: dict[str, Any], world: int) -> Any:
     return rows
 
 
-def expected_mb(p: int, *, world: int, k: int, schedule: dict[str, str]) -> dict[str, tuple[float, float]]:
+def expected_mb(p: int, *, world: int, k: int, schedule: CommunicationOptions) -> dict[str, tuple[float, float]]:
     """Bytes that a node sends in a step of S micro-steps, inside and between, in MB: facts of the paper's section 3."""
     gathered_inside, reduced_inside = (
-        (MODEL_BYTES, MODEL_BYTES) if schedule is KEPT else (S * GATHERED, S * MODEL_BYTES)
+        (MODEL_BYTES, MODEL_BYTES) if schedule == RANK else (S * GATHERED, S * MODEL_BYTES)
     )
-    gathered, reduced = (S * GATHERED, S * MODEL_BYTES) if schedule is EVERY else (MODEL_BYTES, MODEL_BYTES)
+    gathered, reduced = (S * GATHERED, S * MODEL_BYTES) if schedule == PAPER else (MODEL_BYTES, MODEL_BYTES)
     if p <= k:
         rows = {
             "gather_in_partition_groups": (gathered_inside * (p - 1) / p, 0),
@@ -156,7 +151,7 @@ def expected_mb(p: int, *, world: int, k: int, schedule: dict[str, str]) -> dict
 
 @pytest.mark.parametrize(
     ("world", "p", "schedule"),
-    [(4, 2, ONCE), (4, 4, EVERY), (4, 4, ONCE), (8, 4, ONCE), (4, 2, KEPT), (8, 4, KEPT)],
+    [(4, 2, NODE), (4, 4, PAPER), (4, 4, NODE), (8, 4, NODE), (4, 2, RANK), (8, 4, RANK)],
     ids=[
         "p is a node",
         "p spans nodes, every use",
@@ -167,9 +162,9 @@ def expected_mb(p: int, *, world: int, k: int, schedule: dict[str, str]) -> dict
     ],
 )
 def test_a_step_sends_what_the_design_says(
-    tmp_path: Path, world: int, p: int, schedule: dict[str, str], on_shared_ranks: Run
+    tmp_path: Path, world: int, p: int, schedule: CommunicationOptions, on_shared_ranks: Run
 ) -> None:
-    options = {"partition_size": p, **schedule}
+    options = {"partition_size": p, **schedule.keywords()}
     expected = expected_mb(p, world=world, k=2, schedule=schedule)
     least = 2 * MODEL_BYTES * (world // 2 - 1) / (world // 2) / 1e6
     for rows in on_shared_ranks(_fit_shape, tmp_path, options, world, world_size=world):
@@ -177,7 +172,7 @@ def test_a_step_sends_what_the_design_says(
         for _, metrics in rows:
             measured = {name: value for name, value in metrics.items() if name not in (SECONDS, RATE)}
             assert measured == pytest.approx(_flat(expected), rel=1e-12)
-            assert (measured[BETWEEN] == pytest.approx(least, rel=1e-12)) == (schedule is not EVERY)
+            assert (measured[BETWEEN] == pytest.approx(least, rel=1e-12)) == (schedule != PAPER)
             assert metrics[RATE] == pytest.approx(8 * metrics[BETWEEN] / metrics[SECONDS])
 
 
@@ -304,7 +299,13 @@ def test_the_table_lists_techniques_with_their_share(tmp_path: Path, on_shared_r
 
 
 def _fit_spanning(folder: Path) -> Any:
-    return fit(folder, 2 * S, strategy=mics(partition_size=4, **ONCE), accumulate_grad_batches=S, limit_val_batches=0)
+    return fit(
+        folder,
+        2 * S,
+        strategy=mics(partition_size=4, **NODE.keywords()),
+        accumulate_grad_batches=S,
+        limit_val_batches=0,
+    )
 
 
 def test_without_a_step_there_is_no_table_and_no_row(tmp_path: Path, on_shared_ranks: Run) -> None:
@@ -332,7 +333,7 @@ def _fit_twice(folder: Path) -> Any:
         rows = Rows()
         trainer = make_trainer(
             folder,
-            strategy=mics(**EVERY_TIME),
+            strategy=mics(**NODE.keywords()),
             logger=rows,
             callbacks=[monitor],
             max_steps=max_steps,

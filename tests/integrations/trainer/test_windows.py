@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_mics import CommunicationOptions
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from tests.support.models import TinyLM, TinyModule, tokens
-from tests.support.trainers import EVERY_TIME, make_trainer, mics, on_ranks
+from tests.support.trainers import make_trainer, mics, on_ranks
 
 RANKS = 4
 
@@ -113,12 +114,12 @@ def loader_of(samples: Tensor) -> DataLoader[Any]:
 
 @pytest.fixture(
     scope="module",
-    params=[(2, EVERY_TIME), (4, EVERY_TIME), (2, {})],
+    params=[(2, CommunicationOptions.PAPER), (4, CommunicationOptions.NODE), (2, CommunicationOptions.RANK)],
     ids=["nothing kept", "kept by nodes", "kept by ranks"],
 )
 def strategy(request: pytest.FixtureRequest) -> dict[str, Any]:
-    partition_size, options = request.param
-    return {"partition_size": partition_size, **options}
+    partition_size, communication = request.param
+    return {"partition_size": partition_size, **communication.keywords()}
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,11 @@ from lightning_mics.planning.rehearsal.collectives import Collectives
 from lightning_mics.planning.rehearsal.observed import Observed
 from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
 from lightning_mics.techniques.partition_groups import create_partition_groups
-from lightning_mics.topology import Topology
 from recipes.plan.dry_run import Training
 from tests.support.campaign import campaign
 from tests.support.forked import run_ranks
-from tests.support.jobs import JOBS, LENGTH, MODELS, SEQUENCES, language_model, rehearsed_job
-from tests.support.trainers import EVERY_TIME, make_trainer, on_ranks
+from tests.support.jobs import JOBS, LENGTH, MODELS, SEQUENCES, Job, language_model, rehearsed_job
+from tests.support.trainers import make_trainer, on_ranks
 
 pytestmark = [pytest.mark.rehearsal, pytest.mark.timeout(900)]  # a fixture runs all real jobs of as many ranks
 
@@ -56,20 +55,21 @@ def marked(cases: list[Case]) -> list[Any]:
 class RealJob:
     """The same job with ranks that exist."""
 
-    def __init__(self, name: str, shape: tuple[int, int, int], options: dict[str, Any], *, micro_steps: int) -> None:
-        options = dict(options)
-        precision, reduce_dtype = options.pop("precision", "32-true"), options.pop("reduce_dtype", None)
-        world_size, ranks_per_node, partition_size = shape
-        self.topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
-        hierarchical = options.pop("hierarchical", "auto")
-        groups = create_partition_groups(self.topology, device_type="cpu", hierarchical=hierarchical)
+    def __init__(self, name: str, job: Job, *, micro_steps: int) -> None:
+        self.topology, communication = job.topology, job.communication
+        groups = create_partition_groups(self.topology, device_type="cpu", hierarchical=communication.hierarchical)
         language = language_model(name)
-        model = Training(language).to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
-        policy = mixed_precision_policy(precision, reduce_dtype=reduce_dtype)
-        self.schedule = shard_model(model, groups, mixed_precision=policy, **options)
+        model = Training(language).to(torch.bfloat16 if job.precision == "bf16-true" else torch.float32)
+        self.schedule = shard_model(
+            model,
+            groups,
+            communication=communication,
+            mixed_precision=mixed_precision_policy(job.precision, reduce_dtype=job.reduce_dtype),
+            activation_checkpointing=job.activation_checkpointing,
+        )
         self.optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         self.model, self.batch = model, language.example_batch(SEQUENCES, LENGTH)
-        self.micro_steps, self.mixed = micro_steps, precision == "bf16-mixed"
+        self.micro_steps, self.mixed = micro_steps, job.precision == "bf16-mixed"
 
     def optimizer_step(self) -> None:
         for micro_step in range(self.micro_steps):
@@ -84,8 +84,8 @@ class RealJob:
         self.optimizer.step()
 
 
-def real_collectives(name: str, shape: tuple[int, int, int], options: dict[str, Any]) -> list[Collective]:
-    job = RealJob(name, shape, options, micro_steps=3)
+def real_collectives(name: str, facts: Job) -> list[Collective]:
+    job = RealJob(name, facts, micro_steps=3)
     job.optimizer_step()
     seen: list[Collective] = []
     with Observed(Collectives(job.topology, gloo=True, seen=lambda collective, _: seen.append(collective))):
@@ -95,12 +95,12 @@ def real_collectives(name: str, shape: tuple[int, int, int], options: dict[str, 
 
 def rank_to_rehearse(job: str) -> int:
     """The first of the job or the last."""
-    world_size = JOBS[job][0][0]
+    world_size = JOBS[job].topology.world_size
     return (world_size - 1) * (list(JOBS).index(job) % 2)
 
 
 def all_real_collectives(cases: list[Case]) -> dict[Case, list[Collective]]:
-    return {(name, job): real_collectives(name, *JOBS[job]) for name, job in cases}
+    return {(name, job): real_collectives(name, JOBS[job]) for name, job in cases}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def real(in_campaign: bool) -> dict[Case, list[list[Collective]]]:
     """What each rank has run in each job; one set of processes for all jobs of as many ranks."""
     of_ranks: dict[Case, list[list[Collective]]] = {}
     for world_size in (4, 8):
-        cases = [case for case in cases_of(in_campaign) if JOBS[case[1]][0][0] == world_size]
+        cases = [case for case in cases_of(in_campaign) if JOBS[case[1]].topology.world_size == world_size]
         by_rank = run_ranks(world_size, all_real_collectives, cases, timeout=400)
         of_ranks |= {case: [seen[case] for seen in by_rank] for case in cases}
     return of_ranks
@@ -139,11 +139,11 @@ class Patience:
         pass
 
 
-def real_peak_bytes(name: str, shape: tuple[int, int, int], options: dict[str, Any]) -> int:
+def real_peak_bytes(name: str, facts: Job) -> int:
     """The most that the allocator has given out in the second step, without the buffers that gloo makes for itself."""
     gc.collect()  # what an earlier job has left
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, Observed(Patience()):
-        job = RealJob(name, shape, options, micro_steps=3)
+        job = RealJob(name, facts, micro_steps=3)
         job.optimizer_step()
         with record_function("second step"):
             job.optimizer_step()
@@ -183,7 +183,7 @@ MEASURED = [case for case in CASES if case[1] in (*OF_BERT, "one rank a group", 
 
 
 def all_real_peaks(cases: list[Case]) -> dict[Case, int]:
-    return {(name, job): real_peak_bytes(name, *JOBS[job]) for name, job in cases}
+    return {(name, job): real_peak_bytes(name, JOBS[job]) for name, job in cases}
 
 
 @pytest.fixture(scope="module")
@@ -216,11 +216,16 @@ class Watched(pl.Callback):
         self._watch.__exit__(None, None, None)
 
 
-def under_the_trainer(name: str, partition_size: int, options: dict[str, Any], folder: Path) -> list[Collective]:
+def under_the_trainer(name: str, job: Job, folder: Path) -> list[Collective]:
     model, watched = language_model(name), Watched()
     trainer = make_trainer(
         folder,
-        strategy=MiCSStrategy(ranks_per_node=2, partition_size=partition_size, **options),
+        strategy=MiCSStrategy(
+            ranks_per_node=2,
+            partition_size=job.topology.partition_size,
+            activation_checkpointing=job.activation_checkpointing,
+            **job.communication.keywords(),
+        ),
         max_steps=2,
         accumulate_grad_batches=3,
         gradient_clip_val=1.0,
@@ -236,12 +241,7 @@ UNDER_THE_TRAINER: list[Case] = [("bert", "a node a group"), ("gpt", "once per s
 
 
 def all_under_the_trainer(folder: Path) -> dict[Case, list[Collective]]:
-    seen = {}
-    for name, job in UNDER_THE_TRAINER:
-        shape, options = JOBS[job]
-        options = {**EVERY_TIME, "cross_node_gather": "every_use", "cross_node_reduce": "every_micro_step", **options}
-        seen[name, job] = under_the_trainer(name, shape[2], options, folder)
-    return seen
+    return {(name, job): under_the_trainer(name, JOBS[job], folder) for name, job in UNDER_THE_TRAINER}
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,8 @@ def test_without_a_gpu_four_processes_share_the_batch() -> None:
     assert config.trainer.precision == "32-true"
     assert config.trainer.devices == 4
     assert re.search(r'  micro-batch +8 \("auto": up to ', table)
-    assert re.search(r'  cross node gather +once_per_step \("auto": as inside nodes\)', table)
-    assert config.strategy.cross_node_gather == config.strategy.in_node_gather == "once_per_step"
+    assert re.search(r'  cache parameters +rank \("auto": .* per rank of .* that model states leave\)', table)
+    assert config.strategy.cache_parameters == config.strategy.accumulate_gradients == "rank"
     assert config.trainer.val_check_interval == config.validate_every_n_steps
 
 
@@ -113,5 +113,7 @@ def test_a_partition_size_that_does_not_divide_is_refused() -> None:
 )
 def test_the_strategy_takes_what_was_chosen(overrides: list[str]) -> None:
     config, _ = choose_automatically(composed(*overrides), train.make_model(composed(*overrides)))
-    assert "auto" not in {config.strategy[name] for name in config.strategy if "node" in name}
+    assert "auto" not in {
+        config.strategy[name] for name in ("partition_size", "cache_parameters", "accumulate_gradients")
+    }
     assert instantiate(config.strategy)

@@ -29,7 +29,7 @@ def test_it_writes_a_page_with_pictures_and_json(written: Path) -> None:
     assert "Rehearsal: rank 9 of 16" in page
     both: dict[str, Any] = json.loads((written / "plan.json").read_text())
     assert both["rehearsal"]["rank"] == 9
-    sizes = {row["topology"]["partition_size"] for row in both["plan"]["rows"]}
+    sizes = {row["topology"]["partition_size"] for row in both["plan"]["candidates"]}
     assert sizes == {1, 2, 4, 8, 16}
     assert both["plan"]["recommended"]["topology"]["partition_size"] == 8
 
@@ -44,8 +44,8 @@ def test_the_plan_recommends_what_the_run_takes() -> None:
         chosen.data.batch_size,
         chosen.trainer.accumulate_grad_batches,
     )
-    assert row.once_per_step is not None
-    assert row.once_per_step.options() == {key: chosen.strategy[key] for key in row.once_per_step.options()}
+    for option in ("cache_parameters", "accumulate_gradients", "two_hop"):
+        assert getattr(row.communication, option) == chosen.strategy[option] != "auto"
 
 
 def test_bytes_of_the_plan_are_those_of_the_rehearsal() -> None:

@@ -1,0 +1,178 @@
+"""What "auto" stands for: the partition size, and where parameters are cached and gradients accumulated.
+
+The partition group is the smallest whole number of nodes that holds the model states (MiCS, section 3.1).
+
+Caching and accumulating is bytes sent against memory; it never sends more. On nodes it takes memory on each rank: of M
+bytes of parameters M/k, with k ranks of a partition group on a node, and the gradients' size / k. Where memory is left
+for one of them only, parameters come first: over s micro-steps their cache saves 2s-1 times M bytes between nodes,
+accumulated gradients s-1 times.
+
+On ranks it takes the whole M, and the gradients' whole size. Links inside a node are fast, and who shards does so to
+save memory, so "auto" does it only where nothing would have to be sharded: where the model states of the whole model
+fit a rank, as DDP has them. Optimizer states stay sharded, so it takes less than DDP then.
+
+Strategies, plans and recipes all choose by :func:`choose`, so that they never disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lightning_mics.policy.memory import USABLE_SHARE, ModelSize, fits, in_gib, smallest_partition_size
+from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics.techniques.partition_groups import choose_hierarchical
+from lightning_mics.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How a model is to be sharded over a job, and why so.
+
+    Attributes:
+        topology: Ranks, nodes and partition groups.
+        communication: The options of :func:`~lightning_mics.sharding.shard_model.shard_model`, none of them "auto".
+        reasons: The reason for each value that may be "auto", in a few words, by the option's name.
+        states_bytes: Model states of a rank, with what is unsharded at the peak, in bytes.
+        cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
+        capacity_bytes: Memory of a rank's device, in bytes.
+    """
+
+    topology: Topology
+    communication: CommunicationOptions
+    reasons: Mapping[str, str]
+    states_bytes: int
+    cached_bytes: int
+    capacity_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether all of it leaves enough of the device for activations."""
+        return self.states_bytes + self.cached_bytes <= USABLE_SHARE * self.capacity_bytes
+
+
+def choose(
+    size: ModelSize,
+    *,
+    world_size: int,
+    ranks_per_node: int,
+    capacity_bytes: int,
+    partition_size: int | Literal["auto"] = "auto",
+    communication: CommunicationOptions = CommunicationOptions.AUTO,
+) -> Choice:
+    """Replace "auto" by what memory allows.
+
+    Args:
+        size: The model's, from :func:`~lightning_mics.policy.memory.measure_model`.
+        world_size: Ranks in the job.
+        ranks_per_node: Ranks on each node.
+        capacity_bytes: Memory of one rank's device, of which ``USABLE_SHARE`` is for model states and caches.
+        partition_size: Ranks per partition group, or "auto".
+        communication: What the user has asked for.
+
+    Raises:
+        TypeError: If the partition size is no integer.
+        ValueError: If it does not fit the job, or ``hierarchical=True`` does not fit it.
+    """
+    reasons = {"partition_size": "given"}
+    if partition_size == "auto":
+        partition_size = smallest_partition_size(
+            size, world_size=world_size, ranks_per_node=ranks_per_node, capacity_bytes=capacity_bytes
+        )
+        hold = fits(size, partition_size, capacity_bytes)
+        why = (
+            "the fewest whole nodes that hold the model states"
+            if hold
+            else "all, and they hardly hold the model states"
+        )
+        reasons["partition_size"] = f'"auto": {why}'
+    topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
+    hierarchical = choose_hierarchical(communication.hierarchical, topology)
+    states_bytes = size.per_rank_bytes(partition_size)
+    memory = _Memory(
+        topology=topology,
+        in_stages=hierarchical or topology.local_ranks_per_partition_group == 1,
+        free_bytes=int(USABLE_SHARE * capacity_bytes) - states_bytes,
+        holds_whole=fits(size, 1, capacity_bytes),
+    )
+    cache = _weigh(communication.cache_parameters, size.gathered_bytes, memory)
+    memory = replace(memory, free_bytes=memory.free_bytes - cache.bytes)
+    if communication.two_hop:
+        accumulate = _weigh(communication.accumulate_gradients, size.reduced_bytes, memory)
+    else:
+        accumulate = _Place(None, "two_hop=False reduces in every micro-step")
+    return Choice(
+        topology=topology,
+        communication=replace(
+            communication,
+            hierarchical=hierarchical,
+            cache_parameters=cache.level or "never",
+            accumulate_gradients=accumulate.level or "shard",
+        ),
+        reasons={
+            **reasons,
+            "hierarchical": _why_hierarchical(topology, hierarchical),
+            "cache_parameters": cache.why,
+            "accumulate_gradients": accumulate.why,
+        },
+        states_bytes=states_bytes,
+        cached_bytes=cache.bytes + accumulate.bytes,
+        capacity_bytes=capacity_bytes,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Memory:
+    topology: Topology
+    in_stages: bool  # whether inter-node collectives are a stage of their own
+    free_bytes: int  # what model states leave
+    holds_whole: bool  # whether a rank could hold the model states of the whole model
+
+
+@dataclass(frozen=True)
+class _Place:
+    level: Literal["node", "rank"] | None
+    why: str
+    bytes: int = 0
+
+
+def _weigh(wanted: str, whole_bytes: int, memory: _Memory) -> _Place:
+    """Where something of ``whole_bytes`` is held until the boundary: on ranks, on nodes, or nowhere."""
+    if memory.topology.partition_size == 1:
+        return _Place(None, "a partition group is one rank")
+    node_bytes = -(-whole_bytes // memory.topology.local_ranks_per_partition_group)
+    on_rank, on_node = f"{in_gib(whole_bytes)} per rank", f"{in_gib(node_bytes)} per rank"
+    no_node = _why_not_on_nodes(memory)
+    left = f"{in_gib(max(0, memory.free_bytes))}"
+    if wanted == "rank":
+        return _Place("rank", f"for {on_rank}", whole_bytes)
+    if wanted == "node":
+        return _Place(None, no_node) if no_node else _Place("node", f"for {on_node}", node_bytes)
+    if wanted != "auto":
+        return _Place(None, f'"rank" would take {on_rank}' if no_node else f'"node" would take {on_node}')
+    if memory.holds_whole and whole_bytes <= memory.free_bytes:
+        return _Place("rank", f'"auto": {on_rank} of {left} that model states leave', whole_bytes)
+    if no_node:
+        not_whole = "a rank does not hold the whole model states"
+        full = f'"rank" would take {on_rank}, and model states leave {left}'
+        return _Place(None, f'"auto": {full if memory.holds_whole else not_whole}; {no_node}')
+    if node_bytes <= memory.free_bytes:
+        return _Place("node", f'"auto": {on_node} of {left} that model states leave', node_bytes)
+    return _Place(None, f'"auto": "node" would take {on_node}, and model states leave {left}')
+
+
+def _why_not_on_nodes(memory: _Memory) -> str:
+    if not memory.topology.spans_nodes:
+        return "a partition group is inside one node"
+    return "" if memory.in_stages else "collectives are flat"
+
+
+def _why_hierarchical(topology: Topology, hierarchical: bool) -> str:
+    if hierarchical:
+        return f"a partition group spans {topology.nodes_per_partition_group} nodes"
+    if not topology.spans_nodes:
+        return "a partition group is inside one node"
+    if topology.local_ranks_per_partition_group == 1:
+        return "one rank per node, so there is no second stage"
+    return "hierarchical=False"

@@ -1,0 +1,95 @@
+"""The options of MiCS that all integrations take, declared once."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from textwrap import dedent, indent
+from typing import Literal, TypeVar
+
+import torch
+from typing_extensions import TypedDict
+
+from lightning_mics.sharding.blocks import ModuleClasses
+from lightning_mics.sharding.options import AccumulateGradients, CacheParameters
+
+
+class PolicyOptions(TypedDict, total=False):
+    """Options of sharding, as ``MiCSStrategy``, ``MiCSFabricStrategy`` and ``MiCSPlugin`` take them.
+
+    Args:
+        partition_size: Ranks per partition group; ``"auto"``, the default, is the smallest whole number of nodes whose
+            memory holds the model states.
+        ranks_per_node: Ranks on each node; None, the default, takes it from the launcher. An integer pretends that
+            nodes are smaller, for tests and for runs on one machine.
+        hierarchical: Whether collectives of a partition group that spans nodes run in two stages; ``"auto"``, the
+            default, does so where it has several ranks on each node.
+        cache_parameters: Where unsharded parameters are cached until the gradient accumulation boundary: ``"never"``,
+            they are gathered at every use; on each ``"node"``, spread over its ranks, they are gathered between nodes
+            once per step; on each ``"rank"``, they are gathered once per step. ``"auto"``, the default, is ``"rank"``
+            if a rank's memory would hold the whole model states, else ``"node"`` if memory allows, else ``"never"``.
+        accumulate_gradients: Where gradients are accumulated until the boundary: in each rank's ``"shard"``, reduced
+            in every micro-step; on each ``"node"``, reduced between nodes once per step; on each ``"rank"``, reduced
+            once per step. ``"auto"``, the default, chooses as for ``cache_parameters``, from the memory it leaves.
+        inter_node_reduce_dtype: Dtype in which gradients are sent between nodes, or its name; None, the default, is
+            ``reduce_dtype``, in which they are added up in any case.
+        reduce_dtype: Dtype in which gradients are reduced and added up, or its name; None, the default, follows the
+            precision: float32 for float32 and mixed precision, bfloat16 for a model in bfloat16.
+        block_classes: Classes of the blocks to shard, or their names; None, the default, takes the model's
+            ``_no_split_modules``, else the longest list of equal modules.
+        activation_checkpointing: Whether blocks are recomputed in backward, False by default; classes or names choose
+            other modules, patterns some of the blocks by their names: ``"network.transformer.h.*[02468]"``.
+        two_hop: Whether gradients are reduced over replicas at the boundary only, True by default; False does so in
+            every micro-step, as hybrid sharding by itself does. For measurements.
+    """
+
+    partition_size: int | Literal["auto"]
+    ranks_per_node: int | None
+    hierarchical: bool | Literal["auto"]
+    cache_parameters: CacheParameters
+    accumulate_gradients: AccumulateGradients
+    inter_node_reduce_dtype: torch.dtype | str | None
+    reduce_dtype: torch.dtype | str | None
+    block_classes: ModuleClasses | None
+    activation_checkpointing: bool | ModuleClasses
+    two_hop: bool
+
+
+Documented = TypeVar("Documented", bound=Callable[..., object])
+
+
+def documented(taker: Documented) -> Documented:
+    """Decorate what takes ``**policy``: its docstring lists the options in place of that entry.
+
+    Args:
+        taker: A class or its constructor, with a line ``policy:`` in the ``Args:`` of its docstring.
+    """
+    _, _, options = (inspect.getdoc(PolicyOptions) or "").partition("Args:\n")
+    lines: list[str] = []
+    for line in (taker.__doc__ or "").splitlines():
+        entry = line.lstrip()
+        is_policy = entry.startswith("policy: ")
+        margin = " " * (len(line) - len(entry))
+        lines += indent(dedent(options), margin).splitlines() if is_policy else [line]
+    taker.__doc__ = "\n".join(lines) or None
+    return taker
+
+
+def check_names(owner: type, options: Mapping[str, object]) -> None:
+    """Check that all options exist.
+
+    Args:
+        owner: The class that takes them as ``**policy``, beside options of its own.
+        options: What it was given.
+
+    Raises:
+        TypeError: If there is no option of a name; the message names the nearest.
+    """
+    known = [name for name in inspect.signature(owner).parameters if name != "policy"]
+    known += PolicyOptions.__annotations__
+    for name in options:
+        if name not in PolicyOptions.__annotations__:
+            near = difflib.get_close_matches(name, known, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+            raise TypeError(f"{owner.__name__} has no option {name!r}; {advice}")

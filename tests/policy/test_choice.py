@@ -1,0 +1,179 @@
+"""What "auto" stands for, by memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_mics import CommunicationOptions
+from lightning_mics.policy.choice import Choice, choose
+from lightning_mics.policy.memory import ModelSize
+from lightning_mics.policy.policy import Policy
+from lightning_mics.topology import Topology
+
+GIB = 2**30
+
+
+SIZE = ModelSize(  # on 8 ranks 8 GiB of states each; over nodes of 4 ranks 1 GiB for the copy and 2 for the sums
+    states_bytes=64 * GIB,
+    root_bytes=0,
+    root_reduced_bytes=0,
+    block_bytes=0,
+    block_reduced_bytes=0,
+    gathered_bytes=4 * GIB,
+    reduced_bytes=8 * GIB,
+)
+
+
+OVER_NODES = Topology(world_size=16, ranks_per_node=4, partition_size=8)
+
+
+ON_A_NODE = Topology(world_size=16, ranks_per_node=4, partition_size=4)
+
+
+def chosen(
+    usable_gib: float,
+    *,
+    size: ModelSize = SIZE,
+    topology: Topology = OVER_NODES,
+    **options: Any,
+) -> Choice:
+    return choose(
+        size,
+        world_size=topology.world_size,
+        ranks_per_node=topology.ranks_per_node,
+        partition_size=topology.partition_size,
+        capacity_bytes=int(usable_gib * GIB / 0.75) + 1,
+        communication=replace(CommunicationOptions.AUTO, **options),
+    )
+
+
+def facts(choice: Choice) -> tuple[str, str, float]:
+    options = choice.communication
+    return options.cache_parameters, options.accumulate_gradients, choice.cached_bytes / GIB
+
+
+@pytest.mark.parametrize(
+    ("usable_gib", "cache", "accumulate", "cached_gib"),
+    [
+        (11, "node", "node", 3),
+        (10.9, "node", "shard", 1),
+        (9, "node", "shard", 1),
+        (8.9, "never", "shard", 0),
+        (4, "never", "shard", 0),
+    ],
+)
+def test_auto_holds_on_nodes_what_memory_allows_parameters_first(usable_gib, cache, accumulate, cached_gib):
+    assert facts(chosen(usable_gib)) == (cache, accumulate, cached_gib)
+
+
+@pytest.mark.parametrize("topology", [OVER_NODES, ON_A_NODE], ids=str)
+def test_auto_holds_all_on_each_rank_where_the_whole_model_states_would_fit(topology):
+    assert facts(chosen(64, topology=topology)) == ("rank", "rank", 12)
+    assert "rank" not in facts(chosen(63.9, topology=topology))
+
+
+def test_auto_takes_no_more_than_the_whole_model_states_would():
+    half = Topology(world_size=16, ranks_per_node=4, partition_size=2)  # 32 GiB of states
+    much = replace(SIZE, gathered_bytes=20 * GIB, reduced_bytes=20 * GIB)
+    choice = chosen(64, size=much, topology=half)
+    assert facts(choice) == ("rank", "shard", 20)
+    assert choice.reasons["accumulate_gradients"] == (
+        '"auto": "rank" would take 20 GiB per rank, and model states leave 12 GiB; a partition group is inside one node'
+    )
+
+
+def test_over_nodes_gradients_of_a_whole_model_that_do_not_fit_a_rank_are_accumulated_on_nodes():
+    assert facts(chosen(64, size=replace(SIZE, gathered_bytes=50 * GIB))) == ("rank", "node", 52)
+
+
+@pytest.mark.parametrize(
+    ("usable_gib", "option", "reason"),
+    [
+        (12, "cache_parameters", '"auto": 1 GiB per rank of 4 GiB that model states leave'),
+        (12, "accumulate_gradients", '"auto": 2 GiB per rank of 3 GiB that model states leave'),
+        (8.5, "cache_parameters", '"auto": "node" would take 1 GiB per rank, and model states leave 0.5 GiB'),
+        (1, "cache_parameters", '"auto": "node" would take 1 GiB per rank, and model states leave 0 GiB'),
+        (64, "cache_parameters", '"auto": 4 GiB per rank of 56 GiB that model states leave'),
+        (64, "accumulate_gradients", '"auto": 8 GiB per rank of 52 GiB that model states leave'),
+    ],
+)
+def test_the_reasons_name_both_sides_of_the_scale(usable_gib, option, reason):
+    assert chosen(usable_gib).reasons[option] == reason
+
+
+def test_what_the_user_says_is_done_whatever_it_takes():
+    nodes = chosen(1, cache_parameters="node", accumulate_gradients="node")
+    assert facts(nodes) == ("node", "node", 3)
+    assert facts(chosen(100, cache_parameters="node", accumulate_gradients="node")) == ("node", "node", 3)
+    ranks = chosen(1, cache_parameters="rank", accumulate_gradients="rank")
+    assert facts(ranks) == ("rank", "rank", 12)
+    none = chosen(100, cache_parameters="never", accumulate_gradients="shard")
+    assert facts(none) == ("never", "shard", 0)
+    reasons = [choice.reasons["cache_parameters"] for choice in (nodes, ranks, none)]
+    assert reasons == ["for 1 GiB per rank", "for 4 GiB per rank", '"node" would take 1 GiB per rank']
+
+
+@pytest.mark.parametrize(
+    ("topology", "options", "reason"),
+    [
+        (ON_A_NODE, {}, "a partition group is inside one node"),
+        (OVER_NODES, {"hierarchical": False}, "collectives are flat"),
+    ],
+    ids=["inside a node", "flat"],
+)
+def test_without_a_stage_between_nodes_there_is_nothing_to_hold_on_nodes(topology, options, reason):
+    auto = chosen(60, topology=topology, **options)
+    assert facts(auto) == ("never", "shard", 0)
+    assert auto.reasons["cache_parameters"] == f'"auto": a rank does not hold the whole model states; {reason}'
+    asked = chosen(60, topology=topology, cache_parameters="node", accumulate_gradients="node", **options)
+    assert facts(asked) == ("never", "shard", 0)
+    assert asked.reasons["cache_parameters"] == reason
+    never = chosen(60, topology=topology, cache_parameters="never", **options)
+    assert never.reasons["cache_parameters"] == '"rank" would take 4 GiB per rank'
+
+
+def test_flat_collectives_can_run_once_per_step_as_a_whole():
+    assert facts(chosen(100, hierarchical=False)) == ("rank", "rank", 12)
+
+
+def test_one_rank_per_node_needs_no_stages():
+    single = Topology(world_size=8, ranks_per_node=1, partition_size=8)
+    assert facts(chosen(63, topology=single)) == ("node", "node", 12)
+
+
+def test_a_partition_group_of_one_rank_has_nothing_to_hold():
+    alone = chosen(100, topology=Topology(world_size=8, ranks_per_node=4, partition_size=1))
+    assert facts(alone) == ("never", "shard", 0)
+    assert alone.reasons["cache_parameters"] == "a partition group is one rank"
+
+
+def test_nothing_is_held_back_from_a_second_hop_in_every_micro_step():
+    assert facts(chosen(100)) == ("rank", "rank", 12)
+    assert facts(chosen(100, two_hop=False)) == ("rank", "shard", 4)
+
+
+@pytest.mark.parametrize(("usable_gib", "size", "hold"), [(17, 4, "hold"), (9, 8, "hold"), (1, 16, "hardly hold")])
+def test_the_partition_size_follows_from_memory(usable_gib, size, hold):
+    capacity_bytes = int(usable_gib * GIB / 0.75) + 1
+    choice = choose(SIZE, world_size=16, ranks_per_node=4, capacity_bytes=capacity_bytes)
+    assert choice.topology.partition_size == size
+    assert choice.reasons["partition_size"].endswith(f" {hold} the model states")
+    assert choice.communication.hierarchical == (size > 4)
+    assert choice.fits == (hold == "hold")
+
+
+def test_a_policy_chooses_by_its_own_options():
+    policy = Policy(
+        ranks_per_node=4, partition_size=8, accumulate_gradients="shard", inter_node_reduce_dtype="bfloat16"
+    )
+    choice = policy.choose(SIZE, world_size=16, local_size=8, capacity_bytes=16 * GIB)
+    assert choice.topology == OVER_NODES
+    assert choice.communication == CommunicationOptions(
+        hierarchical=True, cache_parameters="node", inter_node_reduce_dtype=torch.bfloat16
+    )
+    assert choice.reasons["partition_size"] == "given"
+    assert choice.capacity_bytes == 16 * GIB and choice.states_bytes == 8 * GIB
