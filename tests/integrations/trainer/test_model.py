@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from tests.support.forked import RankError
+from tests.support.forked import RankError, Run
 from tests.support.models import Block, TinyLM, TinyModule, tokens
 from tests.support.trainers import loader, make_trainer, mics, on_ranks
 
@@ -136,8 +136,8 @@ def build_in_all_ways(folder: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(build_in_all_ways, str(tmp_path_factory.mktemp("built")), world_size=RANKS)
+def built(tmp_path_factory: pytest.TempPathFactory, on_shared_ranks: Run) -> list[dict[str, Any]]:
+    return on_shared_ranks(build_in_all_ways, str(tmp_path_factory.mktemp("built")), world_size=RANKS)
 
 
 @pytest.fixture(scope="module")
@@ -266,8 +266,8 @@ class Logging(TinyModule):
         return self(batch)
 
 
-def test_init_module_keeps_weights_off_the_device_until_setup(tmp_path: Path) -> None:
-    on_cpu, on_meta = on_ranks(init_module, str(tmp_path), world_size=RANKS)[0]
+def test_init_module_keeps_weights_off_the_device_until_setup(tmp_path: Path, on_shared_ranks: Run) -> None:
+    on_cpu, on_meta = on_shared_ranks(init_module, str(tmp_path), world_size=RANKS)[0]
     assert on_cpu[0] == ("cpu", torch.bfloat16)
     assert on_meta[0] == ("meta", torch.bfloat16)
     for _, after, device, seen in (on_cpu, on_meta):
@@ -317,8 +317,8 @@ def count_forwards(folder: str) -> dict[str, tuple[int, int, dict[str, Tensor]]]
     return results
 
 
-def test_activation_checkpointing_covers_the_named_classes_only(tmp_path: Path) -> None:
-    results = on_ranks(count_forwards, str(tmp_path), world_size=RANKS)[0]
+def test_activation_checkpointing_covers_the_named_classes_only(tmp_path: Path, on_shared_ranks: Run) -> None:
+    results = on_shared_ranks(count_forwards, str(tmp_path), world_size=RANKS)[0]
     steps = len(SAMPLES) // 2 // RANKS
     forwards = {name: counts[:2] for name, counts in results.items()}
     once, twice = steps, 2 * steps
@@ -354,8 +354,8 @@ def fit_and_validate_batch_norms(folder: str) -> list[dict[str, str]]:
     return [fitted.kinds, validated.kinds]
 
 
-def test_batch_norms_are_synchronised_when_fitting_only(tmp_path: Path) -> None:
-    fitted, validated = on_ranks(fit_and_validate_batch_norms, str(tmp_path), world_size=RANKS)[0]
+def test_batch_norms_are_synchronised_when_fitting_only(tmp_path: Path, on_shared_ranks: Run) -> None:
+    fitted, validated = on_shared_ranks(fit_and_validate_batch_norms, str(tmp_path), world_size=RANKS)[0]
     assert fitted == {"fit": "SyncBatchNorm", "validate": "SyncBatchNorm"}
     assert validated == {"validate": "BatchNorm1d"}
 

@@ -20,6 +20,7 @@ from tests.support import preempted_script
 from tests.support.forked import run_ranks
 from tests.support.launching import LAUNCHERS, free_port, reports
 
+pytestmark = pytest.mark.launch
 SCRIPT = str(preempted_script.__file__)
 
 
