@@ -558,7 +558,7 @@ SCRIPT = """
 import torch
 from accelerate import Accelerator
 from lightning_mics.integrations.accelerate import MiCSPlugin
-from tests.models import TinyLM, tokens
+from tests.support.models import TinyLM, tokens
 
 plugin = MiCSPlugin(partition_size=2)
 accelerator = Accelerator(cpu=not torch.cuda.is_available(), fsdp_plugin=plugin, gradient_accumulation_steps=2)
