@@ -724,7 +724,7 @@ SCRIPT = """
 import sys, torch
 from lightning.fabric import Fabric
 import lightning_mics
-from tests.models import TinyLM, tokens
+from tests.support.models import TinyLM, tokens
 
 fabric = Fabric({arguments})
 fabric.launch() if {launches} else None
