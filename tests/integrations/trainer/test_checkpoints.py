@@ -394,7 +394,7 @@ def test_own_objects_load_where_the_checkpoint_is_trusted_and_nowhere_else(own_o
 
 
 def test_saving_an_object_of_the_users_own_warns_by_its_name(own_objects: Any) -> None:
-    (warning,) = own_objects[0][True, "saving"]
+    (warning,) = own_objects[0]["sharded", "saving"]
     assert warning.startswith("this checkpoint's meta.pt holds tests.integrations.trainer.test_checkpoints.Note")
 
 
