@@ -99,13 +99,13 @@ class Communication:
 
             module.set_all_reduce_hook(count)  # called after FSDP2's own all-reduce
             return
-        after_sums = name in self._pending_gradients
+        hop_1_accumulates = name in self._pending_gradients
         pending_gradients = self._pending_gradients_of(name, module)
         hop = SecondHop(
             replication=replication,
             wire_dtype=wire_dtype,
             pending_gradients=pending_gradients,
-            after_sums=after_sums,
+            hop_1_accumulates=hop_1_accumulates,
         )
         replace_all_reduce(module, hop)
 
