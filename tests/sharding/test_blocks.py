@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mics.sharding.blocks import find_blocks, unit_modules
+from lightning_mics.sharding.blocks import find_blocks, group_modules
 from tests.support.models import Block, TinyLM
 
 
@@ -44,7 +44,9 @@ def test_a_named_block_that_is_tied_to_the_root_is_left_to_it():
         _no_split_modules = ("Block", "Embedding")
 
     assert list(find_blocks(Named(layers=2))) == ["blocks.1", "blocks.0"]
-    with pytest.raises(ValueError, match=r"'embed.weight' .* and 'head.weight' .* are one tied parameter in two units"):
+    with pytest.raises(
+        ValueError, match=r"'embed.weight' .* and 'head.weight' .* are one tied parameter in two parameter groups"
+    ):
         find_blocks(Named(layers=2), ["Block", "Embedding"])
 
 
@@ -83,14 +85,14 @@ def test_parameters_tied_inside_the_root_or_inside_a_block_are_fine():
 
 def test_a_unit_holds_all_its_modules_children_first():
     model = TinyLM(layers=1)
-    modules = list(unit_modules(model, []))
+    modules = list(group_modules(model, []))
     assert modules[-1] is model
     assert set(modules) == set(model.modules())
 
 
 def test_a_block_is_no_part_of_the_unit_around_it():
     model = TinyLM(layers=2)
-    assert set(unit_modules(model, list(model.blocks))) == {model, model.embed, model.blocks, model.norm, model.head}
+    assert set(group_modules(model, list(model.blocks))) == {model, model.embed, model.blocks, model.norm, model.head}
 
 
 def test_a_class_finds_its_subclasses_and_need_not_be_in_a_list():
@@ -114,7 +116,7 @@ def share_with_the_root(model: TinyLM) -> None:
 def test_a_module_in_two_units_is_refused(share):
     model = TinyLM()
     share(model)
-    with pytest.raises(ValueError, match="are one tied parameter in two units"):
+    with pytest.raises(ValueError, match="are one tied parameter in two parameter groups"):
         find_blocks(model)
 
 
@@ -128,8 +130,9 @@ def test_parameters_that_cannot_be_reduced_together_are_refused():
     model = TinyLM(layers=2)
     model.blocks[0].down.to(torch.bfloat16)
     message = (
-        "parameters 'blocks.0.up.weight' (torch.float32) and 'blocks.0.down.weight' (torch.bfloat16) are in one unit, "
-        "blocks.0, whose gradients are reduced together; give them one dtype, or units of their own by block_classes"
+        "parameters 'blocks.0.up.weight' (torch.float32) and 'blocks.0.down.weight' (torch.bfloat16) are in one "
+        "parameter group, blocks.0, whose gradients are reduced together; give them one dtype, or separate groups by "
+        "block_classes"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         find_blocks(model)

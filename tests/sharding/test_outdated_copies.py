@@ -204,7 +204,7 @@ def test_a_change_inside_a_window_that_torch_does_not_notice_is_refused_before_t
         run_ranks(4, _change_unnoticed, options, route, False)
     kind, message = caught.value.failures[0]
     assert kind == "RuntimeError"
-    assert message.startswith("weights changed, in a way that torch does not notice (through `.data`")
+    assert message.startswith("weights changed, in a way that torch does not record (through `.data`")
 
 
 @pytest.mark.parametrize("route", UNKNOWN)
@@ -230,7 +230,7 @@ def _change_unnoticed(options: CommunicationOptions, route: str, tell: bool) -> 
 
 
 def test_a_change_that_is_taken_back_before_the_boundary_is_refused_too(options):
-    with pytest.raises(RankError, match=re.escape("weights changed, in a way that torch does not notice")):
+    with pytest.raises(RankError, match=re.escape("weights changed, in a way that torch does not record")):
         run_ranks(4, _perturb_for_one_micro_step, options)
 
 
@@ -244,7 +244,7 @@ def _perturb_for_one_micro_step(options: CommunicationOptions) -> None:
 
 
 def test_weights_that_change_during_an_evaluation_unnoticed_are_refused_at_its_end(options):
-    with pytest.raises(RankError, match=re.escape("weights changed, in a way that torch does not notice")):
+    with pytest.raises(RankError, match=re.escape("weights changed, in a way that torch does not record")):
         run_ranks(4, _change_during_evaluation, options)
 
 

@@ -331,11 +331,11 @@ def _broken(folders: Path, path: Path, problem: str) -> str:
     ("problem", "said"),
     {
         "only a pickle": "FileNotFoundError: .* holds its weights in pytorch_model.bin, a pickle, .* convert it once",
-        "no weights": "FileNotFoundError: .* has no model.safetensors; give a folder that `save_pretrained`",
+        "no weights": "FileNotFoundError: .* has no model.safetensors; pass a folder written by `save_pretrained`",
         "a file lost": "FileNotFoundError: .* has no model-00001-of-",
-        "a bad index": "RuntimeError: .*model.safetensors.index.json is no index of safetensors files: TypeError",
+        "a bad index": "RuntimeError: .*model.safetensors.index.json is not an index of safetensors files: TypeError",
         "a file cut short": "RuntimeError: .*model-00001-of-.*.safetensors cannot be read: ",
-        "quantized": "ValueError: .* are quantized .*config.json.; training needs the original",
+        "quantized": "ValueError: .* are quantized .*config.json.; use the original weights",
         "other names": "RuntimeError: .* has 0 of the network's 41 tensors: 41 are missing .* 1 are unknown .*'x'.* "
         "if transformers renames them .* save_original_format=False",
         "another width": r"ValueError: .* another shape .* with \[\d+.*\] in the folder and \[\d+.*\] in the network; "

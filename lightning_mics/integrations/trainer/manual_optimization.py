@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_mics._torch.fsdp import unshard
-from lightning_mics.sharding.blocks import unit_modules
+from lightning_mics.sharding.blocks import group_modules
 
 
 def unshard_whenever_used(root: Any, blocks: Collection[nn.Module]) -> None:
@@ -27,6 +27,6 @@ def unshard_whenever_used(root: Any, blocks: Collection[nn.Module]) -> None:
     def unshard_root(module: nn.Module, inputs: Any) -> None:
         unshard(root)
 
-    for module in unit_modules(root, set(blocks)):
+    for module in group_modules(root, set(blocks)):
         if module is not root:
             module.register_forward_pre_hook(unshard_root)

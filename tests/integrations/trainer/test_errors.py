@@ -82,21 +82,21 @@ CASES: dict[str, tuple[type[TinyModule], dict[str, Any], dict[str, Any], type[Ex
     ),
     "once per step with flat collectives": (
         TinyModule, {"partition_size": 4, "hierarchical": False, "cache_parameters": "node"}, {}, ValueError,
-        "cache_parameters='node' needs collectives that cross nodes in a stage of their own, but "
+        "cache_parameters='node' needs a separate inter-node stage of collectives, but "
         'hierarchical=False and partition_size=4 spans 2 nodes; use hierarchical="auto"',
     ),
     "sums once per step with flat collectives": (
         TinyModule, {"partition_size": 4, "hierarchical": False, "accumulate_gradients": "node"}, {}, ValueError,
-        "accumulate_gradients='node' needs collectives that cross nodes in a stage of their own",
+        "accumulate_gradients='node' needs a separate inter-node stage of collectives",
     ),
     "a dtype on the wire with flat collectives": (
         TinyModule, {"partition_size": 4, "hierarchical": False, "inter_node_reduce_dtype": "bfloat16"}, {}, ValueError,
-        "inter_node_reduce_dtype=torch.bfloat16 needs collectives that cross nodes in a stage of their own",
+        "inter_node_reduce_dtype=torch.bfloat16 needs a separate inter-node stage of collectives",
     ),
     "no blocks": (
         NoBlocks, {}, {}, TypeError,
         "found no blocks to shard in NoBlocks: it has no `_no_split_modules` and no list of modules of one class; "
-        "pass block_classes=[BlockClass], or block_classes=[] to shard it as one unit",
+        "pass block_classes=[BlockClass], or block_classes=[] to shard it as one parameter group",
     ),
     "blocks that are not there": (
         TinyModule, {"block_classes": ["GPT2Block"]}, {}, ValueError,
@@ -112,16 +112,16 @@ CASES: dict[str, tuple[type[TinyModule], dict[str, Any], dict[str, Any], type[Ex
     ),
     "already sharded": (
         AlreadySharded, {}, {}, TypeError,
-        "module 'net.blocks.0' (FSDPBlock) is already wrapped or sharded; hand over the plain module",
+        "module 'net.blocks.0' (FSDPBlock) is already wrapped or sharded; pass the original module",
     ),
     "wrapped in FSDP1": (
         WrappedInFSDP1, {}, {}, TypeError,
-        "module 'net.norm' (FullyShardedDataParallel) is already wrapped or sharded; hand over the plain module",
+        "module 'net.norm' (FullyShardedDataParallel) is already wrapped or sharded; pass the original module",
     ),
     "tied across blocks": (
         TiedAcrossBlocks, {}, {}, ValueError,
         "parameters 'net.blocks.0.up.weight' (in net.blocks.0) and 'net.blocks.1.up.weight' (in net.blocks.1) are one "
-        "tied parameter in two units; choose block_classes so that one unit holds both",
+        "tied parameter in two parameter groups; choose block_classes so that one group holds both",
     ),
     "backend that cannot serve the device": (
         TinyModule, {"process_group_backend": "nccl"}, {}, ValueError,
@@ -166,7 +166,7 @@ def test_a_tensor_that_nothing_initialises_is_named(tmp_path):
     for kind, message in on_ranks(_fit_not_initialisable, tmp_path):
         assert kind == "TypeError"
         assert message.startswith(
-            "nothing initialises Block.offset, which was on the meta device: give the class a `reset_parameters()`"
+            "nothing initializes Block.offset, which was on the meta device: give the class a `reset_parameters()`"
         )
 
 
@@ -197,7 +197,7 @@ def _fit_not_initialisable(folder: Any) -> tuple[str, str]:
             "two_hop=False reduces over replicas in every micro-step, but accumulate_gradients='node' keeps gradients "
             "back until the boundary; use accumulate_gradients='shard', or two_hop=True",
         ),
-        ({"two_hop": False, "accumulate_gradients": "rank"}, "but accumulate_gradients='rank' keeps gradients back"),
+        ({"two_hop": False, "accumulate_gradients": "rank"}, "but accumulate_gradients='rank' accumulates them"),
         (
             {"inter_node_reduce_dtype": "int8"},
             "inter_node_reduce_dtype='int8' is not one of torch.float32, torch.bfloat16",
@@ -212,8 +212,8 @@ def test_unknown_values_are_refused_when_the_strategy_is_made(options, message):
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(TypeError, match=r"MiCSStrategy has no option 'colour'; it takes .*partition_size.*two_hop"):
-        MiCSStrategy(colour="blue")
+    with pytest.raises(TypeError, match=r"MiCSStrategy has no option 'color'; it takes .*partition_size.*two_hop"):
+        MiCSStrategy(color="blue")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ FACTOR = 1.5
 
 
 class ExchangeWeights(pl.Callback):
-    """Evaluates other weights than it trains, as moving averages do, in a way that torch does not notice."""
+    """Evaluates other weights than it trains, as moving averages do, in a way that torch does not record."""
 
     def on_validation_start(self, trainer: Any, module: Any) -> None:
         for parameter in module.parameters():
