@@ -239,7 +239,7 @@ def every_micro_step_a_boundary(plugin: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("plugin", [{}, {"partition_size": 4, "cache_parameters": "never"}])
-def test_every_micro_step_may_synchronise(plugin: dict[str, Any]) -> None:
+def test_every_micro_step_may_synchronize(plugin: dict[str, Any]) -> None:
     for trained in on_ranks(every_micro_step_a_boundary, plugin):
         assert_same(trained, two_batches_then_one(), 1e-6)
 
@@ -640,9 +640,9 @@ def refused(case: str) -> str:
         ("a partition size that is none", "ValueError: partition_size=3"),
         ("a parallelism_config", "ValueError: .*parallelism_config"),
         ("a model on the meta device", "ValueError: the model is on the meta device"),
-        ("another plugin", "ValueError: another Accelerator is there already, and all share its plugin"),
+        ("another plugin", "ValueError: another Accelerator exists already, and all share its plugin"),
         ("float16", "ValueError: MiCSPlugin does not support mixed_precision='fp16'; use one of 'no', 'bf16'"),
-        ("nothing prepared", "ValueError: the Accelerator has 0 models that it has prepared with a MiCSPlugin"),
+        ("nothing prepared", "ValueError: the Accelerator has prepared 0 models with a MiCSPlugin"),
         ("a plain model", "ValueError: TinyLM is not sharded, nor is a module in it: .* fsdp_plugin=MiCSPlugin"),
     ],
 )

@@ -512,7 +512,7 @@ def refused(case: str, path: Path) -> str:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("filter of shards", "NotImplementedError: a sharded checkpoint is saved whole"),
+        ("filter of shards", "NotImplementedError: a sharded checkpoint is always complete"),
         ("no model", r"ValueError: fabric.save takes a model that was set up.*it got none"),
         ("a plain model", r"ValueError: fabric.load takes a model that was set up.*it got none"),
         ("two models", r"ValueError: fabric.save takes .* it got \['a', 'b'\]"),

@@ -29,7 +29,7 @@ class Scaled(TinyLM):
             nn.init.normal_(module.weight, std=0.01)
 
 
-def test_a_model_on_meta_is_initialised_by_its_own_rules_and_keeps_its_ties():
+def test_a_model_on_meta_is_initialized_by_its_own_rules_and_stays_tied():
     for facts in run_ranks(4, _shard_on_meta):
         assert facts["std of linear"] == pytest.approx(0.01, rel=0.2)
         assert facts["std of embedding"] > 0.005  # tied to the head, which is a Linear

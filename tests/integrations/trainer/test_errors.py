@@ -49,7 +49,7 @@ class TiedAcrossBlocks(TinyModule):
         self.net.blocks[1].up.weight = self.net.blocks[0].up.weight
 
 
-class NotInitialisable(TinyModule):
+class NotInitializable(TinyModule):
     def configure_model(self) -> None:
         self.net = TinyLM()
         self.net.blocks[0].offset = nn.Parameter(torch.empty(3, device="meta"))
@@ -162,17 +162,17 @@ def test_all_ranks_refuse_with_the_same_message_within_seconds(refusals, name):
         assert collectives <= {"barrier", "broadcast"}  # Lightning's own: it agrees on paths before the strategy starts
 
 
-def test_a_tensor_that_nothing_initialises_is_named(tmp_path):
-    for kind, message in on_ranks(_fit_not_initialisable, tmp_path):
+def test_a_tensor_that_nothing_initializes_is_named(tmp_path):
+    for kind, message in on_ranks(_fit_not_initializable, tmp_path):
         assert kind == "TypeError"
         assert message.startswith(
             "nothing initializes Block.offset, which was on the meta device: give the class a `reset_parameters()`"
         )
 
 
-def _fit_not_initialisable(folder: Any) -> tuple[str, str]:
+def _fit_not_initializable(folder: Any) -> tuple[str, str]:
     try:
-        make_trainer(folder).fit(NotInitialisable(), loader())
+        make_trainer(folder).fit(NotInitializable(), loader())
     except Exception as error:
         return type(error).__name__, str(error)
     raise AssertionError("was not refused")
@@ -194,8 +194,8 @@ def _fit_not_initialisable(folder: Any) -> tuple[str, str]:
         ({"two_hop": "no"}, "two_hop='no' is neither True nor False"),
         (
             {"two_hop": False, "accumulate_gradients": "node"},
-            "two_hop=False reduces over replicas in every micro-step, but accumulate_gradients='node' keeps gradients "
-            "back until the boundary; use accumulate_gradients='shard', or two_hop=True",
+            "two_hop=False reduces over replicas in every micro-step, but accumulate_gradients='node' accumulates "
+            "them until the boundary;  use accumulate_gradients='shard', or two_hop=True",
         ),
         ({"two_hop": False, "accumulate_gradients": "rank"}, "but accumulate_gradients='rank' accumulates them"),
         (

@@ -272,8 +272,8 @@ def test_who_keeps_no_checkpoints_gets_none_and_is_told(tmp_path: Path) -> None:
     warned = on_ranks(_without_checkpoints, tmp_path)
     assert warned == [
         [
-            "Stopped by a signal after step 3 without a checkpoint: no ModelCheckpoint of this Trainer keeps whole "
-            "ones; add one to `callbacks`"
+            "Stopped by a signal after step 3 without a checkpoint: no ModelCheckpoint of this Trainer saves complete "
+            "ones; add one to `callbacks`, with save_weights_only=False"
         ],
         *[[]] * 3,
     ]
@@ -281,7 +281,7 @@ def test_who_keeps_no_checkpoints_gets_none_and_is_told(tmp_path: Path) -> None:
 
 
 class Evaluations(Signals):
-    """Counts the batches of evaluations, and is signalled in the second."""
+    """Counts the batches of evaluations, and is signaled in the second."""
 
     def __init__(self) -> None:
         super().__init__(("evaluation", 1, 3, (3,)))

@@ -137,7 +137,7 @@ def test_a_job_that_slurm_does_not_queue_again_is_saved_and_says_so(
     environment = slurm(tmp_path, PATH=str(tmp_path))
     warned = run_ranks(2, _until_queued_again, tmp_path, init_group=False, env=environment)
     assert warned == [
-        [f"SLURM job 4711 was saved but not queued again: `scontrol requeue 4711`: {problem}"],
+        [f"SLURM job 4711 was saved but not requeued: `scontrol requeue 4711`: {problem}"],
         [],
     ]
     assert (tmp_path / "hpc_ckpt_1.ckpt" / "manifest.json").exists()

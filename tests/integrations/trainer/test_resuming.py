@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_mics.integrations.trainer.resuming import EpochGeometry, place_in_epoch
+from lightning_mics.integrations.trainer.resuming import EpochGeometry, position_in_epoch
 from tests.support.fits import refusal
 from tests.support.models import TinyModule, tokens
 from tests.support.trainers import make_trainer, mics, on_ranks
@@ -35,20 +35,20 @@ def pace(ranks: int, *, batch_size: int | None = 2, micro_steps: int) -> EpochGe
     ],
 )
 def test_the_place_is_counted_in_samples_of_all_ranks(now: EpochGeometry, place: int) -> None:
-    assert place_in_epoch(12, now=now, saved=FOUR) == place
+    assert position_in_epoch(12, now=now, saved=FOUR) == place
 
 
 def test_a_place_between_boundaries_here_is_refused_with_what_fits() -> None:
     fits = "accumulate_grad_batches=2 makes an optimizer step as large as it was$"
     with pytest.raises(ValueError, match=f"after 12 micro-steps of 4 .* 8 ranks and accumulate_grad_batches=4; {fits}"):
-        place_in_epoch(12, now=pace(8, micro_steps=4), saved=FOUR)
+        position_in_epoch(12, now=pace(8, micro_steps=4), saved=FOUR)
     with pytest.raises(ValueError, match=r"after 12 .* 5 ranks .*; use a batch size .* whose product divides 32$"):
-        place_in_epoch(12, now=pace(5, micro_steps=1), saved=FOUR)
+        position_in_epoch(12, now=pace(5, micro_steps=1), saved=FOUR)
 
 
 def test_a_place_inside_an_optimizer_step_there_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"saved on 4 ranks after 3 of the 4 micro-steps .* on 2 ranks there is no"):
-        place_in_epoch(11, now=pace(2, micro_steps=8), saved=FOUR)
+        position_in_epoch(11, now=pace(2, micro_steps=8), saved=FOUR)
 
 
 # -- under a Trainer ---------------------------------------------------------------------------------------------------
@@ -109,9 +109,9 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]
 def test_a_loader_that_may_not_count_all_ranks_is_warned_of(heard: dict[str, Any]) -> None:
     error, told = heard["fits"]
     assert error == "nothing was refused"
-    assert "goes on with 1 ranks after 2" in told
+    assert "resumes with 1 ranks after 2" in told
     assert "DataLoader may repeat or skip some" in told
-    assert "goes on with" not in heard["same ranks"][1]
+    assert "resumes with" not in heard["same ranks"][1]
 
 
 def test_an_epoch_with_another_number_of_steps_is_warned_of(heard: dict[str, Any]) -> None:

@@ -240,7 +240,7 @@ def refuse_callbacks(folder: str) -> list[str]:
 def test_weight_averaging_callbacks_are_refused(tmp_path: Path) -> None:
     (messages,) = on_ranks(refuse_callbacks, str(tmp_path), world_size=1)
     assert messages == [
-        f"{name} copies the whole model, which strategy 'mics' keeps in parts; remove it"
+        f"{name} copies the unsharded model, which no rank holds with strategy 'mics'; remove it"
         for name in ("StochasticWeightAveraging", "EMAWeightAveraging", "WeightAveraging")
     ]
 
