@@ -75,7 +75,7 @@ def handles() -> list[bool]:
     return [sharded(each) is vars(model)["_mics"] for each in (model, torch.compile(model), around)]
 
 
-def test_the_handle_of_a_model_is_found_from_what_is_around_it() -> None:
+def test_the_handle_of_a_model_is_found_from_its_wrappers() -> None:
     assert on_ranks(handles) == [[True] * 3] * 4
 
 
@@ -115,7 +115,7 @@ def without_our_plugin() -> tuple[bool, str]:
     return "_mics" in vars(model), str(accelerator.distributed_type)
 
 
-def test_other_plugins_get_what_accelerate_does() -> None:
+def test_other_plugins_are_not_affected() -> None:
     assert on_ranks(without_our_plugin, world_size=2) == [(False, "DistributedType.MULTI_CPU")] * 2
 
 
@@ -157,7 +157,7 @@ def accumulate_by_hand() -> dict[str, Tensor]:
     return weights(model)
 
 
-def test_no_sync_waits_for_the_boundary_and_is_over_after_it() -> None:
+def test_no_sync_accumulates_until_the_boundary_and_ends_after_it() -> None:
     model = network()
     optimizer = sgd(model)
     for index in range(3):
@@ -255,7 +255,7 @@ def prepare_again() -> tuple[bool, int, bool]:
     return again is model, len({id(known) for known in accelerator._models}), nothing is None
 
 
-def test_a_prepared_model_stays_what_it_is_and_a_second_accelerator_shares_the_plugin() -> None:
+def test_preparing_twice_changes_nothing_and_a_second_accelerator_shares_the_plugin() -> None:
     assert on_ranks(prepare_again) == [(True, 1, True)] * 4
 
 
@@ -369,7 +369,7 @@ def load_state(folder: Path, plugin: dict[str, Any], devices: int) -> tuple[dict
         ({"state_dict_type": "full"}, 4, {"state_dict_type": "full"}),
     ],
 )
-def test_load_state_goes_on_from_save_state(
+def test_load_state_resumes_from_save_state(
     saving: dict[str, Any], devices: int, loading: dict[str, Any], tmp_path: Path
 ) -> None:
     saved, went_on = on_ranks(save_state, tmp_path, saving)[0]
@@ -389,7 +389,7 @@ def save_and_merge(folder: Path) -> dict[str, Tensor]:
     return weights(model)
 
 
-def test_weights_can_be_saved_whole_and_merged_from_shards(tmp_path: Path) -> None:
+def test_weights_can_be_saved_unsharded_and_merged_from_shards(tmp_path: Path) -> None:
     saved = on_ranks(save_and_merge, tmp_path)[0]
     for folder in ("model", "merged"):
         stored = load_file(tmp_path / folder / "model.safetensors")
@@ -414,7 +414,7 @@ def forget() -> tuple[bool, list[str], torch.dtype]:
     return known() is None, seen, dtype
 
 
-def test_hooks_get_the_model_which_can_be_forgotten_and_keeps_its_dtype() -> None:
+def test_hooks_receive_the_model_which_can_be_freed_and_keeps_its_dtype() -> None:
     assert on_ranks(forget) == [(True, ["FSDPTinyLM"], torch.bfloat16)] * 4
 
 
@@ -425,7 +425,7 @@ def of_the_config_file(name: str, value: str) -> Any:
     return str(plugin.state_dict_type), plugin.policy._activation_checkpointing
 
 
-def test_the_config_file_of_the_launcher_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_file_of_the_launcher_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     ((kind, _),) = on_ranks(of_the_config_file, "FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT", world_size=1)
     assert kind == "StateDictType.FULL_STATE_DICT"
     assert on_ranks(of_the_config_file, "FSDP_ACTIVATION_CHECKPOINTING", "true", world_size=1)[0][1] is True
@@ -441,7 +441,7 @@ def whole_state() -> dict[str, Tensor]:
     return accelerator.get_state_dict(model)
 
 
-def test_the_state_dict_is_whole() -> None:
+def test_the_state_dict_is_unsharded() -> None:
     assert_same(on_ranks(whole_state)[0], alone(), 1e-6)
 
 
@@ -476,7 +476,7 @@ def load_everywhere(folder: Path) -> dict[str, dict[str, Tensor]]:
     return loaded
 
 
-def test_checkpoints_go_from_accelerate_to_the_others_and_back(tmp_path: Path) -> None:
+def test_checkpoints_load_in_the_other_integrations_and_back(tmp_path: Path) -> None:
     saved = on_ranks(save_ours, tmp_path / "accelerate.ckpt")[0]
     for loaded in on_ranks(load_everywhere, tmp_path):
         for host in ("accelerate", "fabric"):
@@ -651,7 +651,7 @@ def test_wrong_use_gets_a_clear_error(case: str, message: str) -> None:
         assert re.match(message, said), said
 
 
-def test_a_single_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     try:
@@ -663,7 +663,7 @@ def test_a_single_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             os.environ.pop(name, None)
 
 
-def test_options_that_cannot_be_are_refused_at_once() -> None:
+def test_invalid_options_are_rejected_by_the_constructor() -> None:
     with pytest.raises(TypeError, match="no option 'partition_sise'; did you mean 'partition_size'"):
         MiCSPlugin(partition_sise=2)
     with pytest.raises(ValueError, match="cache_parameters"):
@@ -676,7 +676,7 @@ def test_options_that_cannot_be_are_refused_at_once() -> None:
     ("version", "message"),
     [("1.14.0", "needs accelerate >= 1.15, this is 1.14.0"), ("1.99.0", "does not prepare models as 1.15 does")],
 )
-def test_an_accelerate_that_is_too_old_or_too_new_is_refused(
+def test_an_accelerate_that_is_too_old_or_too_new_is_rejected(
     version: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accelerate, "__version__", version)

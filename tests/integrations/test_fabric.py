@@ -131,7 +131,7 @@ def parts_of_ranks(move: bool) -> tuple[float, str, list[Any]]:
 
 
 @pytest.mark.parametrize("move", [True, False])
-def test_each_rank_holds_its_part_and_setting_up_gathers_nothing(move: bool) -> None:
+def test_each_rank_holds_its_shards_and_setup_gathers_nothing(move: bool) -> None:
     for share, device, gathers in on_ranks(parts_of_ranks, move):
         assert share == pytest.approx(0.5, abs=0.06)  # rows of awkward shapes are uneven
         assert device == "cpu" and gathers == []
@@ -153,7 +153,7 @@ def too_early_and_too_much() -> list[str]:
     return said
 
 
-def test_what_comes_too_early_or_belongs_to_other_strategies_is_refused() -> None:
+def test_calls_before_launch_and_options_of_other_strategies_are_rejected() -> None:
     assert too_early_and_too_much() == ["RuntimeError", "NotImplementedError", "NotImplementedError", "TypeError"]
 
 
@@ -174,7 +174,7 @@ def accumulate(enabled: list[bool]) -> dict[str, Tensor]:
     return weights(model)
 
 
-def test_no_backward_sync_waits_for_the_boundary_and_is_over_after_it() -> None:
+def test_no_backward_sync_accumulates_until_the_boundary_and_ends_after_it() -> None:
     def accumulated() -> dict[str, Tensor]:
         model = network()
         optimizer = sgd(model)
@@ -246,7 +246,7 @@ def step_without_a_boundary() -> str:
     return str(error.value)
 
 
-def test_a_step_without_a_boundary_is_refused() -> None:
+def test_a_step_without_a_boundary_is_rejected() -> None:
     for said in on_ranks(step_without_a_boundary):
         assert said.startswith("the root, blocks.0")
         assert said.endswith(
@@ -281,7 +281,7 @@ def backward_by_hand() -> None:
     model(tokens(2)).backward()
 
 
-def test_a_backward_that_fabric_does_not_see_is_refused() -> None:
+def test_a_backward_that_fabric_does_not_see_is_rejected() -> None:
     with pytest.raises(RankError, match=r"fabric\.backward"):
         on_ranks(backward_by_hand)
 
@@ -436,7 +436,7 @@ def load(path: Path, devices: int, options: dict[str, Any]) -> tuple[dict[str, T
         ({"async_save": True}, 4, {}),
     ],
 )
-def test_training_goes_on_from_a_checkpoint(
+def test_training_resumes_from_a_checkpoint(
     saving: dict[str, Any], devices: int, loading: dict[str, Any], tmp_path: Path
 ) -> None:
     saved, went_on = on_ranks(save, tmp_path / "c", saving)[0]
@@ -533,12 +533,12 @@ def test_wrong_use_gets_a_clear_error(case: str, message: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "64-true", "16-true"])
-def test_other_precisions_are_refused_before_ranks_meet(precision: Any) -> None:
+def test_unsupported_precisions_are_rejected_before_communication(precision: Any) -> None:
     with pytest.raises(ValueError, match=f"does not support .*precision='{precision}'"):
         Fabric(accelerator="cpu", devices=2, strategy="mics", precision=precision)
 
 
-def test_options_that_cannot_be_are_refused_at_once() -> None:
+def test_invalid_options_are_rejected_by_the_constructor() -> None:
     with pytest.raises(TypeError, match="partition_sise"):
         MiCSFabricStrategy(partition_sise=2)
     with pytest.raises(ValueError, match='async_save=True needs state_dict_type="sharded"'):
@@ -551,7 +551,7 @@ def too_large_a_partition() -> None:
     start(partition_size=3)
 
 
-def test_a_partition_size_that_does_not_fit_is_refused() -> None:
+def test_a_partition_size_that_does_not_fit_is_rejected() -> None:
     with pytest.raises(RankError, match="partition_size=3"):
         on_ranks(too_large_a_partition)
 
@@ -582,7 +582,7 @@ def load_a_full_file(path: Path) -> tuple[dict[str, Tensor], int, float]:
     return weights(model), state["step"], float(moments.full_tensor().abs().sum())
 
 
-def test_full_files_go_to_fabric_on_one_device_and_back(tmp_path: Path) -> None:
+def test_full_files_load_in_fabric_on_one_device_and_back(tmp_path: Path) -> None:
     saved = on_ranks(save_a_full_file, tmp_path / "four.pt")[0]
     fabric, model, optimizer = on_one_device()
     state = {"net": model, "adam": optimizer, "step": 0}
@@ -643,7 +643,7 @@ def load_raw_files(folder: Path) -> list[str]:
     return said
 
 
-def test_raw_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_raw_files_that_do_not_fit_are_rejected(tmp_path: Path) -> None:
     whole = network().state_dict()
     torch.save(whole, tmp_path / "whole.pt")
     torch.save({name: value for name, value in whole.items() if name != "norm.bias"}, tmp_path / "lacking.pt")
@@ -711,7 +711,7 @@ def fit_from(folder: Path) -> tuple[dict[str, Tensor], int]:
     return model.first, trainer.global_step
 
 
-def test_the_trainer_begins_from_fabrics_checkpoint(tmp_path: Path) -> None:
+def test_the_trainer_starts_from_fabrics_checkpoint(tmp_path: Path) -> None:
     saved = on_ranks(save_for_the_trainer, tmp_path / "fabric.ckpt")[0]
     for first, steps in on_ranks(fit_from, tmp_path):
         assert_same(first, saved)

@@ -157,7 +157,9 @@ def run_under_all(policy: Policy, micro_steps: int, folder: Path) -> dict[str, A
 
 @pytest.mark.parametrize("micro_steps", [1, 4])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_all_hosts_train_the_same_with_the_same_collectives(policy: str, micro_steps: int, tmp_path: Path) -> None:
+def test_all_integrations_train_alike_with_the_same_collectives(
+    policy: str, micro_steps: int, tmp_path: Path
+) -> None:
     for results in on_ranks(run_under_all, POLICIES[policy], micro_steps, tmp_path):
         losses, collectives = results["plain"]
         assert len(losses) == STEPS * micro_steps and losses[-1] != losses[0]

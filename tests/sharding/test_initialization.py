@@ -57,7 +57,7 @@ def _shard_on_meta() -> dict[str, Any]:
     }
 
 
-def test_one_unit_at_a_time_is_whole():
+def test_one_parameter_group_at_a_time_is_unsharded():
     for whole in run_ranks(2, _units_that_are_whole):
         assert whole == [4, 4, 4, 3]  # a block's weights and biases; of the root, embedding and norm
 
@@ -83,7 +83,7 @@ def _units_that_are_whole() -> list[int]:
     return alive
 
 
-def test_built_weights_are_those_of_rank_0_and_buffers_too():
+def test_weights_and_buffers_with_values_are_those_of_rank_0():
     results = run_ranks(4, _shard_built)
     for weights, buffer, own in results:
         assert torch.equal(weights, results[0][2])
@@ -148,7 +148,7 @@ def _shard_parents() -> tuple[Tensor, Tensor]:
 PAIR = Topology(world_size=2, ranks_per_node=2, partition_size=2)
 
 
-def test_gpt2_on_meta_gets_the_distribution_of_one_that_is_built():
+def test_gpt2_on_meta_has_the_distribution_of_one_built_on_the_cpu():
     (built, on_meta), _ = run_ranks(2, _spreads_of_gpt2)
     assert built.keys() == on_meta.keys()
     assert built["transformer.h.0.mlp.c_proj.weight"] < 0.6 * built["transformer.h.0.mlp.c_fc.weight"]  # scaled
@@ -178,7 +178,7 @@ class Forgetful(TinyLM):
         self.mask = torch.ones(3)  # no buffer
 
 
-def test_a_plain_attribute_on_meta_is_refused():
+def test_an_unregistered_tensor_on_meta_is_rejected():
     for message in run_ranks(2, _shard_forgetful):
         assert message.startswith("Forgetful.mask is a tensor on the meta device and neither a parameter nor a buffer")
 

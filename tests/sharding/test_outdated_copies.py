@@ -191,7 +191,7 @@ def _make(options: CommunicationOptions) -> tuple[Stack, AccumulationSchedule]:
 
 
 @pytest.mark.parametrize(("where", "route"), [("inside", r) for r in INSIDE] + [("between", r) for r in BETWEEN])
-def test_the_next_forward_sees_the_change(seen, where, route):
+def test_the_next_forward_uses_the_changed_weights(seen, where, route):
     for of_rank in seen:
         before, after, anew = of_rank[where, route]
         assert abs(after - before) > 1e-3 * before  # the change was one
@@ -199,7 +199,7 @@ def test_the_next_forward_sees_the_change(seen, where, route):
 
 
 @pytest.mark.parametrize("route", UNKNOWN)
-def test_a_change_inside_a_window_that_torch_does_not_notice_is_refused_before_the_optimizer_steps(route, options):
+def test_an_unrecorded_change_inside_a_window_raises_before_the_optimizer_steps(route, options):
     with pytest.raises(RankError) as caught:
         run_ranks(4, _change_unnoticed, options, route, False)
     kind, message = caught.value.failures[0]
@@ -208,7 +208,7 @@ def test_a_change_inside_a_window_that_torch_does_not_notice_is_refused_before_t
 
 
 @pytest.mark.parametrize("route", UNKNOWN)
-def test_the_documented_call_makes_it_seen(route, options):
+def test_invalidate_cache_makes_an_unrecorded_change_effective(route, options):
     for before, after, anew in run_ranks(4, _change_unnoticed, options, route, True):
         assert abs(after - before) > 1e-3 * before
         assert after == anew
@@ -229,7 +229,7 @@ def _change_unnoticed(options: CommunicationOptions, route: str, tell: bool) -> 
         return before.item(), after.item(), model(x).item()
 
 
-def test_a_change_that_is_taken_back_before_the_boundary_is_refused_too(options):
+def test_a_change_that_is_undone_before_the_boundary_raises_too(options):
     with pytest.raises(RankError, match=re.escape("weights changed, in a way that torch does not record")):
         run_ranks(4, _perturb_for_one_micro_step, options)
 
@@ -243,7 +243,7 @@ def _perturb_for_one_micro_step(options: CommunicationOptions) -> None:
             model(torch.randn(2, DIM)).backward()
 
 
-def test_weights_that_change_during_an_evaluation_unnoticed_are_refused_at_its_end(options):
+def test_an_unrecorded_change_during_an_evaluation_raises_at_its_end(options):
     with pytest.raises(RankError, match=re.escape("weights changed, in a way that torch does not record")):
         run_ranks(4, _change_during_evaluation, options)
 
@@ -256,7 +256,7 @@ def _change_during_evaluation(options: CommunicationOptions) -> None:
         model(torch.randn(2, DIM))
 
 
-def test_weights_that_are_not_numbers_are_no_change(options):
+def test_nan_weights_count_as_unchanged(options):
     run_ranks(4, _train_with_nan, options)
 
 
@@ -269,7 +269,7 @@ def _train_with_nan(options: CommunicationOptions) -> None:
             model(torch.randn(2, DIM)).backward()
 
 
-def test_an_optimizer_of_another_model_keeps_the_copy(options):
+def test_a_step_of_another_models_optimizer_does_not_drop_the_cache(options):
     assert run_ranks(4, _step_another_model, options) == [LAYERS + 1] * 4
 
 

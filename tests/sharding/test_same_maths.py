@@ -91,7 +91,7 @@ def test_gradients_weights_and_clipping_are_those_of_one_process(world, ranks_pe
 
 
 @pytest.mark.parametrize("once", [{"cache_parameters": "node"}, {"accumulate_gradients": "node"}], ids=str)
-def test_gathering_and_reducing_once_per_step_do_not_need_each_other(once):
+def test_caching_and_accumulating_work_without_each_other(once):
     topology = Topology(world_size=8, ranks_per_node=2, partition_size=4)
     mode = CommunicationOptions(**once)
     for facts in zip(*run_ranks(8, _train_beside_reference, topology, [mode]), strict=True):
@@ -188,7 +188,7 @@ def _gather_both_ways(topology: Topology) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("on_meta", [False, True])
-def test_the_first_weights_depend_on_the_seed_of_rank_0_alone(on_meta):
+def test_the_initial_weights_depend_on_the_seed_of_rank_0_alone(on_meta):
     shapes = [(1, 1, 1), (2, 1, 2), (4, 2, 2), (4, 2, 4)]
     weights = [run_ranks(w, _first_weights, w, k, p, on_meta)[-1] for w, k, p in shapes]
     assert weights[0].isfinite().all()

@@ -61,7 +61,7 @@ def _record(topology: Topology, options: CommunicationOptions) -> list[list[Coll
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
-def test_parameters_cross_in_the_first_micro_step_and_gradients_at_the_boundary_only(topology):
+def test_inter_node_gathers_run_in_the_first_micro_step_and_reductions_at_the_boundary(topology):
     for rank, micro_steps in enumerate(run_ranks(topology.world_size, _record, topology, NODE)):
         rail, node = topology.rail(rank), topology.node_group(rank)
         first, middle, boundary = (Counter((c.kind, c.ranks) for c in seen) for seen in micro_steps)
@@ -77,7 +77,7 @@ def test_parameters_cross_in_the_first_micro_step_and_gradients_at_the_boundary_
 
 
 @pytest.mark.parametrize("topology", [*TOPOLOGIES, ON_A_NODE], ids=str)
-def test_nothing_travels_between_the_first_gather_and_the_boundary_where_ranks_keep_it(topology):
+def test_with_rank_caches_nothing_is_sent_between_the_first_gather_and_the_boundary(topology):
     for rank, micro_steps in enumerate(run_ranks(topology.world_size, _record, topology, RANK)):
         first, middle, boundary = (Counter((c.kind, c.ranks) for c in seen) for seen in micro_steps)
         rail, node = topology.rail(rank), topology.node_group(rank)
@@ -92,7 +92,7 @@ def test_nothing_travels_between_the_first_gather_and_the_boundary_where_ranks_k
 
 @LEVELS
 @pytest.mark.parametrize("topology", [*TOPOLOGIES, ON_A_NODE], ids=str)
-def test_a_node_sends_the_least_possible_between_nodes_whatever_the_number_of_micro_steps(topology, options):
+def test_a_node_sends_the_least_possible_for_any_number_of_micro_steps(topology, options):
     n = topology.nodes
     for of_rank in run_ranks(topology.world_size, _between_nodes, topology, options):
         for sent_bytes in of_rank:
@@ -131,7 +131,7 @@ def _gradients_present(options: CommunicationOptions) -> list[int]:
 
 
 @LEVELS
-def test_gradients_of_two_windows_add_up_if_nobody_clears_them(options):
+def test_gradients_of_two_windows_add_up_without_zero_grad(options):
     for once, plainly in run_ranks(4, _two_windows, options):
         assert plainly.norm() > 1e-3
         torch.testing.assert_close(once, plainly, rtol=1e-6, atol=1e-9)
@@ -149,7 +149,7 @@ def _two_windows(kept: CommunicationOptions) -> list[torch.Tensor]:
 
 
 @LEVELS
-def test_an_abandoned_window_leaves_nothing_behind(options):
+def test_an_abandoned_window_leaves_no_gradients(options):
     for abandoned, fresh in run_ranks(4, _abandon, options):
         assert fresh.norm() > 1e-3
         assert torch.equal(abandoned, fresh)
@@ -170,7 +170,7 @@ def _abandon(options: CommunicationOptions) -> list[torch.Tensor]:
 
 
 @LEVELS
-def test_an_evaluation_with_fixed_weights_crosses_nodes_once(options):
+def test_an_evaluation_with_cached_weights_gathers_between_nodes_once(options):
     for rank, (loose, fixed) in enumerate(run_ranks(4, _evaluate, options)):
         rail = (rank % 2, rank % 2 + 2)
         assert [sum(c.ranks == rail for c in seen) for seen in loose] == [UNITS] * 3
@@ -194,7 +194,7 @@ def _evaluate(options: CommunicationOptions) -> tuple[list[list[Collective]], li
         return loose, passes()
 
 
-def test_copies_and_sums_on_nodes_take_the_memory_of_their_share_and_none_after_the_boundary():
+def test_node_caches_and_gradients_take_their_share_of_memory_and_none_after_the_boundary():
     for held in run_ranks(4, _held_on_nodes):
         assert held == [(MODEL_BYTES // 2, MODEL_BYTES // 2), (0, 0)]  # two ranks on each node
 
@@ -208,7 +208,7 @@ def _held_on_nodes() -> list[tuple[int, int]]:
     return held
 
 
-def test_copies_and_sums_on_ranks_take_the_memory_of_the_model_and_none_after_the_boundary():
+def test_rank_caches_and_gradients_take_the_memory_of_the_model_and_none_after_the_boundary():
     for held in run_ranks(4, _held_on_ranks):
         assert held == [(MODEL_BYTES, MODEL_BYTES), (0, 0)]
 
@@ -244,7 +244,7 @@ class TakesTurns(nn.Module):
 
 @LEVELS
 @pytest.mark.parametrize("reduce_dtype", [None, torch.float64], ids=str)
-def test_a_block_whose_gradients_wait_crosses_at_a_boundary_that_does_not_use_it(options, reduce_dtype):
+def test_a_block_with_pending_gradients_is_reduced_at_a_boundary_that_does_not_use_it(options, reduce_dtype):
     for ours, alone in run_ranks(4, _skip_at_the_boundary, options, reduce_dtype):
         assert alone.norm() > 1e-3
         torch.testing.assert_close(ours, alone, rtol=1e-6, atol=1e-9)
@@ -274,7 +274,7 @@ WIRE_SHAPES = [(4, 2, 1), (4, 2, 2), (4, 2, 4), (8, 2, 4), (8, 2, 2)]
 @pytest.mark.parametrize(
     "options", [CommunicationOptions.PAPER, CommunicationOptions(accumulate_gradients="node"), RANK], ids=str
 )
-def test_bf16_on_the_wire_costs_its_rounding_and_sums_in_float32(shape, options):
+def test_bf16_messages_cost_their_rounding_and_sums_stay_in_float32(shape, options):
     world, k, p = shape
     topology = Topology(world_size=world, ranks_per_node=k, partition_size=p)
     for errors, halves, equal in run_ranks(world, _wire, topology, options):

@@ -1,8 +1,8 @@
 """Resuming exactly where a checkpoint was saved, also on another number of ranks: what Lightning does not restore.
 
 Lightning counts an epoch in micro-steps of one rank. On another number of ranks the same position has another count,
-and the epoch another length; only optimizer steps are the same. Lightning also saves no states of random number generators,
-and starts the epoch after a checkpoint with other calls than an uninterrupted run.
+and the epoch another length; only optimizer steps are the same. Lightning also saves no states of random number
+generators, and starts the epoch after a checkpoint with other calls than an uninterrupted run.
 
 A run resumes at the start of training: by then Lightning has created the data's iterators, for which torch draws random
 numbers, and has not taken a batch.

@@ -278,7 +278,7 @@ def test_weights_only_checkpoints_load_in_the_same_and_in_a_fresh_trainer(weight
 
 
 @pytest.mark.parametrize("kind", ["sharded", "full"])
-def test_resuming_from_weights_only_is_refused_with_the_reason(weights_only: Any, kind: str) -> None:
+def test_resuming_from_weights_only_is_rejected_with_the_reason(weights_only: Any, kind: str) -> None:
     for facts in weights_only:
         assert facts[kind, "resume"].startswith("KeyError: ")
         assert "save_weights_only" in facts[kind, "resume"]
@@ -382,7 +382,7 @@ def own_objects(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
 
 
 @pytest.mark.parametrize("kind", ["sharded", "full"])
-def test_own_objects_load_where_the_checkpoint_is_trusted_and_nowhere_else(own_objects: Any, kind: str) -> None:
+def test_objects_of_the_user_load_with_weights_only_false_alone(own_objects: Any, kind: str) -> None:
     for facts in own_objects:
         assert facts[kind, "trusted"] == "mine"
         for refused in ("by default", True):
@@ -498,32 +498,32 @@ def test_a_url_never_becomes_a_local_directory(refused: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sharded", "full"])
-def test_storage_options_are_refused(refused: Any, kind: str) -> None:
+def test_storage_options_are_rejected(refused: Any, kind: str) -> None:
     for facts in refused:
         assert facts["storage options", kind].startswith("TypeError: `MiCSStrategy.save_checkpoint(")
         assert "other.ckpt" not in facts["files"]
 
 
-def test_a_path_that_is_no_checkpoint_is_refused(refused: Any) -> None:
+def test_a_path_that_is_no_checkpoint_is_rejected(refused: Any) -> None:
     for facts in refused:
         for name in ("nowhere", "empty0"):
             assert facts[name].startswith(f"ValueError: {str(facts['folder'] / name)!r} does not point to a valid")
 
 
-def test_another_number_of_optimizers_is_refused(refused: Any) -> None:
+def test_another_number_of_optimizers_is_rejected(refused: Any) -> None:
     for facts in refused:
         assert facts["number"].startswith(
             "RuntimeError: the checkpoint holds the states of 1 optimizers, the model has 2"
         )
 
 
-def test_another_kind_of_optimizer_is_refused(refused: Any) -> None:
+def test_another_kind_of_optimizer_is_rejected(refused: Any) -> None:
     for facts in refused:
         assert facts["kind"].startswith("RuntimeError: the checkpoint lacks")
         assert "optimizer_0 (SGD)" in facts["kind"]
 
 
-def test_a_checkpoint_that_loads_differently_on_replicas_is_refused(refused: Any) -> None:
+def test_a_checkpoint_that_loads_differently_on_replicas_is_rejected(refused: Any) -> None:
     for facts in refused:
         assert facts["replicas"].startswith("RuntimeError: the replicas of the model differ in 1 of")
         assert "net.norm.weight" in facts["replicas"]
@@ -635,7 +635,7 @@ def test_a_full_file_resumes_under_mics(full_files: Any, module: str) -> None:
     _assert_resumed(full_files[0][module]["mics", "mics"])
 
 
-def test_a_full_file_loads_into_a_plain_module(full_files: Any) -> None:
+def test_a_full_file_loads_into_an_unsharded_module(full_files: Any) -> None:
     assert full_files[0]["AdamModule"]["mics", "ddp"]["plain"]
 
 
@@ -710,7 +710,7 @@ def test_a_checkpoint_of_a_compiled_model_resumes_without_compilation(compiled: 
     _assert_resumed(compiled[kind, "Shallow"])
 
 
-def test_a_full_file_of_a_compiled_model_has_the_names_and_numbers_of_the_plain_one(compiled: dict[str, Any]) -> None:
+def test_a_full_file_of_a_compiled_model_equals_that_of_the_uncompiled_one(compiled: dict[str, Any]) -> None:
     assert compiled["names"] == sorted(Shallow().state_dict())
     assert compiled["numbers"] == list(range(len(list(Shallow().parameters()))))
 
@@ -747,6 +747,6 @@ def test_a_consolidated_checkpoint_resumes_anywhere(
         assert each["losses"] == pytest.approx(saved["losses"][STEPS_PER_EPOCH:], abs=1e-6)
 
 
-def test_a_consolidated_checkpoint_loads_into_a_plain_module(saved: Any, consolidated: Path) -> None:
+def test_a_consolidated_checkpoint_loads_into_an_unsharded_module(saved: Any, consolidated: Path) -> None:
     module = AdamModule.load_from_checkpoint(consolidated, weights_only=True)
     assert same(module.state_dict(), saved["weights"][0])

@@ -152,7 +152,7 @@ def _run_into_all_errors(folder: Any) -> dict[str, tuple[str, str, float, set[st
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_all_ranks_refuse_with_the_same_message_within_seconds(refusals, name):
+def test_all_ranks_raise_the_same_error_within_seconds(refusals, name):
     *_, exception, message = CASES[name]
     for seen in refusals:
         kind, text, seconds, collectives = seen[name]
@@ -206,12 +206,12 @@ def _fit_not_initializable(folder: Any) -> tuple[str, str]:
         ({"reduce_dtype": torch.float16}, "reduce_dtype=torch.float16 is not one of torch.float32, torch.bfloat16"),
     ],
 )
-def test_unknown_values_are_refused_when_the_strategy_is_made(options, message):
+def test_unknown_values_are_rejected_when_the_strategy_is_made(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         MiCSStrategy(**options)
 
 
-def test_an_unknown_option_is_refused():
+def test_an_unknown_option_is_rejected():
     with pytest.raises(TypeError, match=r"MiCSStrategy has no option 'color'; it takes .*partition_size.*two_hop"):
         MiCSStrategy(color="blue")
 
@@ -221,7 +221,7 @@ def test_an_unknown_option_is_refused():
     [("partiton_size", "partition_size"), ("accumulate_gradient", "accumulate_gradients"), ("time_out", "timeout")],
 )
 @pytest.mark.parametrize("strategy", [MiCSStrategy, MiCSFabricStrategy])
-def test_a_misspelt_option_is_refused_with_the_right_spelling(strategy, misspelt, right):
+def test_a_misspelled_option_is_rejected_with_the_right_spelling(strategy, misspelt, right):
     message = f"{strategy.__name__} has no option {misspelt!r}; did you mean {right!r}?"
     with pytest.raises(TypeError, match=re.escape(message)):
         strategy(**{misspelt: 8})
@@ -236,7 +236,7 @@ def test_a_model_is_not_sharded_by_options_that_are_left_to_a_policy(communicati
 
 
 @pytest.mark.parametrize("hierarchical", [False, True])
-def test_groups_and_options_that_contradict_each_other_are_refused(hierarchical):
+def test_groups_and_options_that_contradict_each_other_are_rejected(hierarchical):
     communication = CommunicationOptions(hierarchical=not hierarchical)
     for message in on_ranks(_shard_with, communication, hierarchical):
         assert message == (
@@ -254,7 +254,7 @@ def _shard_with(communication: CommunicationOptions, hierarchical: Any) -> str:
     return str(caught.value)
 
 
-def test_positional_options_are_refused():
+def test_positional_options_are_rejected():
     with pytest.raises(TypeError, match="positional"):
         MiCSStrategy(8)
 
@@ -264,7 +264,7 @@ def test_groups_need_a_running_job():
         create_partition_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu")
 
 
-def test_ranks_that_made_different_numbers_of_groups_are_refused_at_once():
+def test_ranks_that_made_different_numbers_of_groups_are_rejected_without_waiting():
     for message in on_ranks(_group_of_some_ranks, world_size=4):
         assert message.startswith("some ranks are members of 2 process groups and others of 1; make groups of your own")
 
@@ -276,7 +276,7 @@ def _group_of_some_ranks() -> str:
     return str(caught.value)
 
 
-def test_groups_of_another_job_or_device_are_refused():
+def test_groups_of_another_job_or_device_are_rejected():
     for messages in on_ranks(_misuse_groups, world_size=2):
         assert messages[0] == "the topology has world_size=4, the running job has 2 ranks"
         assert messages[1].startswith("the process group's backend (cpu:gloo")

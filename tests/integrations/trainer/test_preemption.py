@@ -194,7 +194,7 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_all_ranks_stop_after_the_same_step_and_go_on_as_if_they_had_not(case: str, tmp_path: Path) -> None:
+def test_all_ranks_stop_after_the_same_step_and_resume_as_if_uninterrupted(case: str, tmp_path: Path) -> None:
     planned, options, micro_steps = CASES[case]
     for rank in on_ranks(preempted_and_resumed, tmp_path, planned, options):
         whole, first, second = rank["whole"], rank["first"], rank["second"]
@@ -248,7 +248,7 @@ def _saving_callbacks(folder: Path) -> dict[str, list[list[str]]]:
     return found
 
 
-def test_the_first_model_checkpoint_that_keeps_whole_ones_saves_last_once(tmp_path: Path) -> None:
+def test_the_first_model_checkpoint_that_saves_more_than_weights_saves_last_once(tmp_path: Path) -> None:
     for saved in on_ranks(_saving_callbacks, tmp_path):
         assert saved == {
             "no last": [["last.ckpt"]],
@@ -268,7 +268,7 @@ def _without_checkpoints(folder: Path) -> list[str]:
     return [str(warning.message) for warning in warned if "Stopped by a signal" in str(warning.message)]
 
 
-def test_who_keeps_no_checkpoints_gets_none_and_is_told(tmp_path: Path) -> None:
+def test_without_a_model_checkpoint_nothing_is_saved_and_rank_0_warns(tmp_path: Path) -> None:
     warned = on_ranks(_without_checkpoints, tmp_path)
     assert warned == [
         [
@@ -332,7 +332,7 @@ def _unequal_validations(folder: Path) -> tuple[int, int, list[str]]:
     return trainer.global_step, signals.visits["validation"], [path.name for path in folder.iterdir()]
 
 
-def test_ranks_that_validate_unequally_many_batches_stop_when_all_have_finished(tmp_path: Path) -> None:
+def test_ranks_that_validate_different_numbers_of_batches_stop_when_all_have_finished(tmp_path: Path) -> None:
     found = on_ranks(_unequal_validations, tmp_path)
     assert [(step, batches) for step, batches, _ in found] == [(2, 2 + rank) for rank in range(RANKS)]
     assert all(saved == ["last.ckpt"] for _, _, saved in found)
@@ -377,7 +377,7 @@ def _own_handler(folder: Path) -> tuple[list[int], bool, int]:
     return heard, signal.getsignal(signal.SIGTERM) is handler, trainer.global_step
 
 
-def test_a_handler_that_was_there_is_called_as_well_and_restored(tmp_path: Path) -> None:
+def test_an_earlier_handler_is_called_as_well_and_restored(tmp_path: Path) -> None:
     found = on_ranks(_own_handler, tmp_path)
     assert [heard for heard, _, _ in found] == [[], [signal.SIGTERM], [], []]
     assert all(restored and step == 3 for _, restored, step in found)
