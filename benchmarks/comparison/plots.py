@@ -117,7 +117,7 @@ def _lines(
 
 
 def _looks(systems: list[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker per system, the same wherever its replicas reach to."""
+    """A color and a marker per system, the same wherever its replicas reach to."""
     families = {system: system.partition("@")[0] for system in systems}
     own = sorted({family for system, family in families.items() if is_ours(system)})
     peers = sorted({family for system, family in families.items() if not is_ours(system)})

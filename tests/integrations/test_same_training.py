@@ -158,6 +158,7 @@ def run_under_all(policy: Policy, micro_steps: int, folder: Path) -> dict[str, A
     return results
 
 
+<<<<<<< HEAD
 CASES = list(product(POLICIES, (1, 4)))
 
 
@@ -177,10 +178,18 @@ def trained(in_campaign: bool, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.mark.parametrize(
     ("policy", "micro_steps"), [campaign(*case) if is_left_to_the_campaign(*case) else case for case in CASES]
 )
-def test_all_hosts_train_the_same_with_the_same_collectives(
+def test_all_integrations_train_alike_with_the_same_collectives(
     policy: str, micro_steps: int, trained: dict[Any, list[Any]]
 ) -> None:
     for results in trained[policy, micro_steps]:
+=======
+@pytest.mark.parametrize("micro_steps", [1, 4])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_all_integrations_train_alike_with_the_same_collectives(
+    policy: str, micro_steps: int, tmp_path: Path
+) -> None:
+    for results in on_ranks(run_under_all, POLICIES[policy], micro_steps, tmp_path):
+>>>>>>> prose-a
         losses, collectives = results["plain"]
         assert len(losses) == STEPS * micro_steps and losses[-1] != losses[0]
         assert collectives

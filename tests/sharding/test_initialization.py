@@ -28,7 +28,7 @@ class Scaled(TinyLM):
             nn.init.normal_(module.weight, std=0.01)
 
 
-def test_a_model_on_meta_is_initialised_by_its_own_rules_and_keeps_its_ties(run_shared):
+def test_a_model_on_meta_is_initialized_by_its_own_rules_and_stays_tied(run_shared):
     for facts in run_shared(4, _shard_on_meta):
         assert facts["std of linear"] == pytest.approx(0.01, rel=0.2)
         assert facts["std of embedding"] > 0.005  # tied to the head, which is a Linear
@@ -56,7 +56,7 @@ def _shard_on_meta() -> dict[str, Any]:
     }
 
 
-def test_one_unit_at_a_time_is_whole(run_shared):
+def test_one_parameter_group_at_a_time_is_unsharded(run_shared):
     for whole in run_shared(2, _units_that_are_whole):
         assert whole == [4, 4, 4, 3]  # a block's weights and biases; of the root, embedding and norm
 
@@ -82,7 +82,7 @@ def _units_that_are_whole() -> list[int]:
     return alive
 
 
-def test_built_weights_are_those_of_rank_0_and_buffers_too(run_shared):
+def test_weights_and_buffers_with_values_are_those_of_rank_0(run_shared):
     results = run_shared(4, _shard_built)
     for weights, buffer, own in results:
         assert torch.equal(weights, results[0][2])
@@ -147,7 +147,7 @@ def _shard_parents() -> tuple[Tensor, Tensor]:
 PAIR = Topology(world_size=2, ranks_per_node=2, partition_size=2)
 
 
-def test_gpt2_on_meta_gets_the_distribution_of_one_that_is_built(run_shared):
+def test_gpt2_on_meta_has_the_distribution_of_one_built_on_the_cpu(run_shared):
     (built, on_meta), _ = run_shared(2, _spreads_of_gpt2)
     assert built.keys() == on_meta.keys()
     assert built["transformer.h.0.mlp.c_proj.weight"] < 0.6 * built["transformer.h.0.mlp.c_fc.weight"]  # scaled
@@ -177,7 +177,7 @@ class Forgetful(TinyLM):
         self.mask = torch.ones(3)  # no buffer
 
 
-def test_a_plain_attribute_on_meta_is_refused(run_shared):
+def test_an_unregistered_tensor_on_meta_is_rejected(run_shared):
     for message in run_shared(2, _shard_forgetful):
         assert message.startswith("Forgetful.mask is a tensor on the meta device and neither a parameter nor a buffer")
 

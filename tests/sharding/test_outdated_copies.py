@@ -26,7 +26,7 @@ TOPOLOGY = Topology(world_size=4, ranks_per_node=2, partition_size=4)
 FACTOR = 1.5
 
 
-REFUSED = "weights changed, in a way that torch does not notice"
+REFUSED = "weights changed, in a way that torch does not record"
 
 
 @pytest.fixture(
@@ -55,7 +55,7 @@ def _copied(model: Stack) -> None:
 
 
 @torch.no_grad()
-def _initialised(model: Stack) -> None:
+def _initialized(model: Stack) -> None:
     for weight in _weights(model):
         nn.init.constant_(weight, 0.3)
 
@@ -120,7 +120,7 @@ def _through_memory(model: Stack) -> None:
 KNOWN = {
     "in place": _in_place,
     "copy_": _copied,
-    "nn.init": _initialised,
+    "nn.init": _initialized,
     "detach": _detached,
     "to_local": _as_local_tensor,
     "load_state_dict": _loaded,
@@ -193,7 +193,7 @@ def _make(options: CommunicationOptions) -> tuple[Stack, AccumulationSchedule]:
 
 
 @pytest.mark.parametrize(("where", "route"), [("inside", r) for r in INSIDE] + [("between", r) for r in BETWEEN])
-def test_the_next_forward_sees_the_change(seen, where, route):
+def test_the_next_forward_uses_the_changed_weights(seen, where, route):
     for of_rank in seen:
         before, after, anew = of_rank[where, route]
         assert abs(after - before) > 1e-3 * before  # the change was one
@@ -201,15 +201,13 @@ def test_the_next_forward_sees_the_change(seen, where, route):
 
 
 @pytest.mark.parametrize("route", UNKNOWN)
-def test_a_change_inside_a_window_that_torch_does_not_notice_is_refused_before_the_optimizer_steps(
-    route, options, run_shared
-):
+def test_an_unrecorded_change_inside_a_window_raises_before_the_optimizer_steps(route, options, run_shared):
     for message in run_shared(4, _refusal, _change_unnoticed, options, route, False):
         assert message.startswith(REFUSED + " (through `.data`")
 
 
 @pytest.mark.parametrize("route", UNKNOWN)
-def test_the_documented_call_makes_it_seen(route, options, run_shared):
+def test_invalidate_cache_makes_an_unrecorded_change_effective(route, options, run_shared):
     for before, after, anew in run_shared(4, _change_unnoticed, options, route, True):
         assert abs(after - before) > 1e-3 * before
         assert after == anew
@@ -236,7 +234,7 @@ def _change_unnoticed(options: CommunicationOptions, route: str, tell: bool) -> 
         return before.item(), after.item(), model(x).item()
 
 
-def test_a_change_that_is_taken_back_before_the_boundary_is_refused_too(options, run_shared):
+def test_a_change_that_is_undone_before_the_boundary_raises_too(options, run_shared):
     for message in run_shared(4, _refusal, _perturb_for_one_micro_step, options):
         assert message.startswith(REFUSED)
 
@@ -250,7 +248,7 @@ def _perturb_for_one_micro_step(options: CommunicationOptions) -> None:
             model(torch.randn(2, DIM)).backward()
 
 
-def test_weights_that_change_during_an_evaluation_unnoticed_are_refused_at_its_end(options, run_shared):
+def test_an_unrecorded_change_during_an_evaluation_raises_at_its_end(options, run_shared):
     for message in run_shared(4, _refusal, _change_during_evaluation, options):
         assert message.startswith(REFUSED)
 
@@ -263,7 +261,7 @@ def _change_during_evaluation(options: CommunicationOptions) -> None:
         model(torch.randn(2, DIM))
 
 
-def test_weights_that_are_not_numbers_are_no_change(options, run_shared):
+def test_nan_weights_count_as_unchanged(options, run_shared):
     run_shared(4, _train_with_nan, options)
 
 
@@ -276,7 +274,7 @@ def _train_with_nan(options: CommunicationOptions) -> None:
             model(torch.randn(2, DIM)).backward()
 
 
-def test_an_optimizer_of_another_model_keeps_the_copy(options, run_shared):
+def test_a_step_of_another_models_optimizer_does_not_drop_the_cache(options, run_shared):
     assert run_shared(4, _step_another_model, options) == [LAYERS + 1] * 4
 
 

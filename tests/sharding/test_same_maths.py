@@ -111,7 +111,7 @@ def with_one_of_them():
 
 
 @pytest.mark.parametrize("once", ONE_OF_THEM)
-def test_gathering_and_reducing_once_per_step_do_not_need_each_other(with_one_of_them, once):
+def test_caching_and_accumulating_work_without_each_other(with_one_of_them, once):
     for facts in zip(*with_one_of_them[once], strict=True):
         assert max(error for fact in facts for error in fact["gradient_errors"]) < 1e-6, facts[0]
         assert max(fact["weight_error"] for fact in facts) < 1e-6, facts[0]
@@ -224,7 +224,7 @@ def first_weights():
 
 
 @pytest.mark.parametrize("on_meta", [False, True])
-def test_the_first_weights_depend_on_the_seed_of_rank_0_alone(first_weights, on_meta):
+def test_the_initial_weights_depend_on_the_seed_of_rank_0_alone(first_weights, on_meta):
     weights = [first_weights[shape, on_meta, 0] for shape in FIRST_WEIGHTS]
     assert weights[0].isfinite().all()
     assert weights[0].std() > 0.01

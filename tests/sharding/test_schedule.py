@@ -118,7 +118,7 @@ def _record_clip() -> list[Collective]:
     return recorded.seen
 
 
-def test_starting_costs_one_checksum_exchange_beside_the_first_weights(run_shared):
+def test_sharding_costs_one_checksum_exchange_besides_the_initial_weights(run_shared):
     """A model on the meta device is initialised without sending any weight."""
     for seen in run_shared(4, _record_start):
         assert Counter(c.kind for c in seen) == {"broadcast": 1, "all_gather": 1, "all_reduce": 1}
@@ -170,7 +170,7 @@ def _with_and_without_two_hops(wire_dtype: torch.dtype | None) -> list[dict]:
     return facts
 
 
-def test_a_loop_of_ones_own_needs_three_methods():
+def test_a_custom_loop_needs_three_methods():
     public = {name for name in vars(AccumulationSchedule) if not name.startswith("_")}
     assert public == {"micro_step", "cached_weights", "invalidate_cache"}
 
@@ -193,7 +193,7 @@ def test_parameters_can_be_frozen_for_one_backward_of_a_window(run_shared):
         torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-8)
 
 
-def test_they_could_not_if_the_window_were_not_prepared_for_that_backward(run_shared):
+def test_freezing_for_one_backward_needs_before_backward(run_shared):
     with pytest.raises(RankError):
         run_shared(4, _freeze_for_one_backward, False)
 

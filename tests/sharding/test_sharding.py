@@ -90,7 +90,7 @@ def _train_architectures() -> dict[str, list[float]]:
     return norms
 
 
-def test_evaluation_does_not_pay_for_recomputing():
+def test_evaluation_does_not_recompute():
     assert run_ranks(2, _count_checkpoints) == [(0, 3), (0, 3)]
 
 

@@ -88,7 +88,7 @@ def _reduce_scatter_error(groups: PartitionGroups, op: dist.ReduceOp) -> float:
     return float((output - factor * expected).abs().max())
 
 
-def test_other_reductions_are_refused(run_shared):
+def test_other_reductions_are_rejected(run_shared):
     assert run_shared(2, _reduce_by_maximum) == ["a reduce-scatter by pairs takes SUM, AVG and PREMUL_SUM"] * 2
 
 
@@ -100,7 +100,7 @@ def _reduce_by_maximum() -> str:
     return str(caught.value).partition(", got")[0]
 
 
-def test_a_group_of_another_size_is_refused(run_shared):
+def test_a_group_of_another_size_is_rejected(run_shared):
     for message in run_shared(2, _gather_for_another_group):
         assert message == "called for a group of 1 ranks, made for 2 nodes of 1"
 

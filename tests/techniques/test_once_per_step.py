@@ -87,7 +87,7 @@ def runs() -> Runs:
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
-def test_parameters_cross_in_the_first_micro_step_and_gradients_at_the_boundary_only(
+def test_inter_node_gathers_run_in_the_first_micro_step_and_reductions_at_the_boundary(
     topology: Topology, runs: Runs
 ) -> None:
     for rank, micro_steps in enumerate(runs["collectives", topology, "cached by nodes"]):
@@ -122,7 +122,7 @@ def test_parameters_cached_by_ranks_are_communicated_in_the_first_micro_step_and
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("topology", [*TOPOLOGIES, ON_A_NODE], ids=str)
-def test_a_node_sends_the_least_possible_between_nodes_whatever_the_number_of_micro_steps(
+def test_a_node_sends_the_least_possible_for_any_number_of_micro_steps(
     topology: Topology, level: str, runs: Runs
 ) -> None:
     n = topology.nodes
@@ -177,7 +177,7 @@ def gradients_present(options: CommunicationOptions) -> list[int]:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_gradients_of_two_windows_add_up_if_nobody_clears_them(level: str, over_two: Runs) -> None:
+def test_gradients_of_two_windows_add_up_without_zero_grad(level: str, over_two: Runs) -> None:
     for once, plainly in over_two["two windows", level]:
         assert plainly.norm() > 1e-3
         torch.testing.assert_close(once, plainly, rtol=1e-6, atol=1e-9)
@@ -195,7 +195,7 @@ def two_windows(kept: CommunicationOptions) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_an_abandoned_window_leaves_nothing_behind(level: str, over_two: Runs) -> None:
+def test_an_abandoned_window_leaves_no_gradients(level: str, over_two: Runs) -> None:
     for abandoned, fresh in over_two["abandoned", level]:
         assert fresh.norm() > 1e-3
         assert torch.equal(abandoned, fresh)
@@ -240,7 +240,7 @@ def evaluate(options: CommunicationOptions) -> tuple[list[list[Collective]], lis
         return loose, passes()
 
 
-def test_copies_and_sums_on_nodes_take_the_memory_of_their_share_and_none_after_the_boundary(
+def test_node_caches_and_gradients_take_their_share_of_memory_and_none_after_the_boundary(
     over_two: Runs,
 ) -> None:
     for held in over_two["memory of nodes"]:
@@ -256,7 +256,7 @@ def held_on_nodes() -> list[tuple[int, int]]:
     return held
 
 
-def test_copies_and_sums_on_ranks_take_the_memory_of_the_model_and_none_after_the_boundary(
+def test_rank_caches_and_gradients_take_the_memory_of_the_model_and_none_after_the_boundary(
     over_two: Runs,
 ) -> None:
     for held in over_two["memory of ranks"]:
@@ -341,7 +341,7 @@ def wire() -> Runs:
 
 @pytest.mark.parametrize("shape", WIRE_SHAPES, ids=str)
 @pytest.mark.parametrize("options", WIRE_OPTIONS)
-def test_bf16_on_the_wire_costs_its_rounding_and_sums_in_float32(
+def test_bf16_messages_cost_their_rounding_and_sums_stay_in_float32(
     shape: tuple[int, int, int], options: str, wire: Runs
 ) -> None:
     for errors, halves, equal in wire[shape, options]:

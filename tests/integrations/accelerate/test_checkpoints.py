@@ -91,7 +91,7 @@ def loaded(folder: Path, saved: Seen) -> Seen:
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_load_state_goes_on_from_save_state(name: str, saved: Seen, loaded: Seen) -> None:
+def test_load_state_resumes_from_save_state(name: str, saved: Seen, loaded: Seen) -> None:
     weights_saved, went_on = saved[name][0]
     for weights_loaded, then in loaded[name]:
         assert_same(weights_loaded, weights_saved)
@@ -109,7 +109,7 @@ def save_and_merge(folder: Path) -> dict[str, Tensor]:
     return weights(model)
 
 
-def test_weights_can_be_saved_whole_and_merged_from_shards(folder: Path, saved: Seen) -> None:
+def test_weights_can_be_saved_unsharded_and_merged_from_shards(folder: Path, saved: Seen) -> None:
     trained = saved["merged"][0]
     for name in ("model", "merged"):
         stored = load_file(folder / name / "model.safetensors")
@@ -134,7 +134,7 @@ def forget() -> tuple[bool, list[str], torch.dtype]:
     return known() is None, seen, dtype
 
 
-def test_hooks_get_the_model_which_can_be_forgotten_and_keeps_its_dtype(saved: Seen) -> None:
+def test_hooks_receive_the_model_which_can_be_freed_and_keeps_its_dtype(saved: Seen) -> None:
     assert saved["forgotten"] == [(True, ["FSDPTinyLM"], torch.bfloat16)] * 4
 
 
@@ -145,7 +145,7 @@ def of_the_config_file(name: str, value: str) -> Any:
     return str(plugin.state_dict_type), plugin.policy._activation_checkpointing
 
 
-def test_the_config_file_of_the_launcher_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_file_of_the_launcher_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     ((kind, _),) = on_ranks(of_the_config_file, "FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT", world_size=1)
     assert kind == "StateDictType.FULL_STATE_DICT"
     assert on_ranks(of_the_config_file, "FSDP_ACTIVATION_CHECKPOINTING", "true", world_size=1)[0][1] is True
@@ -161,7 +161,7 @@ def whole_state() -> dict[str, Tensor]:
     return accelerator.get_state_dict(model)
 
 
-def test_the_state_dict_is_whole(saved: Seen) -> None:
+def test_the_state_dict_is_unsharded(saved: Seen) -> None:
     assert_same(saved["state dict"][0], alone(), 1e-6)
 
 
@@ -196,7 +196,7 @@ def load_everywhere(folder: Path) -> dict[str, dict[str, Tensor]]:
     return loaded
 
 
-def test_checkpoints_go_from_accelerate_to_the_others_and_back(saved: Seen, loaded: Seen) -> None:
+def test_checkpoints_load_in_the_other_integrations_and_back(saved: Seen, loaded: Seen) -> None:
     ours = saved["ours"][0]
     for by_integration in loaded["everywhere"]:
         for integration in ("accelerate", "fabric"):

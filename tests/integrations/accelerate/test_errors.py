@@ -70,9 +70,9 @@ CASES = [
     ("a partition size that is none", "ValueError: partition_size=3"),
     ("a parallelism_config", "ValueError: .*parallelism_config"),
     ("a model on the meta device", "ValueError: the model is on the meta device"),
-    ("another plugin", "ValueError: another Accelerator is there already, and all share its plugin"),
+    ("another plugin", "ValueError: another Accelerator exists already, and all share its plugin"),
     ("float16", "ValueError: MiCSPlugin does not support mixed_precision='fp16'; use one of 'no', 'bf16'"),
-    ("nothing prepared", "ValueError: the Accelerator has 0 models that it has prepared with a MiCSPlugin"),
+    ("nothing prepared", "ValueError: the Accelerator has prepared 0 models with a MiCSPlugin"),
     ("a plain model", "ValueError: TinyLM is not sharded, nor is a module in it: .* fsdp_plugin=MiCSPlugin"),
 ]
 
@@ -89,7 +89,7 @@ def test_wrong_use_gets_a_clear_error(case: str, message: str, seen: Seen) -> No
         assert re.match(message, said), said
 
 
-def test_a_single_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     try:
@@ -101,7 +101,7 @@ def test_a_single_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             os.environ.pop(name, None)
 
 
-def test_options_that_cannot_be_are_refused_at_once() -> None:
+def test_invalid_options_are_rejected_by_the_constructor() -> None:
     with pytest.raises(TypeError, match="no option 'partition_sise'; did you mean 'partition_size'"):
         MiCSPlugin(partition_sise=2)
     with pytest.raises(ValueError, match="cache_parameters"):
@@ -114,7 +114,7 @@ def test_options_that_cannot_be_are_refused_at_once() -> None:
     ("version", "message"),
     [("1.14.0", "needs accelerate >= 1.15, this is 1.14.0"), ("1.99.0", "does not prepare models as 1.15 does")],
 )
-def test_an_accelerate_that_is_too_old_or_too_new_is_refused(
+def test_an_accelerate_that_is_too_old_or_too_new_is_rejected(
     version: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accelerate, "__version__", version)

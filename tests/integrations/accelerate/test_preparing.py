@@ -48,7 +48,7 @@ def handles() -> list[bool]:
     return [sharded(each) is vars(model)["_mics"] for each in (model, torch.compile(model), around)]
 
 
-def test_the_handle_of_a_model_is_found_from_what_is_around_it(seen: Seen) -> None:
+def test_the_handle_of_a_model_is_found_from_its_wrappers(seen: Seen) -> None:
     assert seen["handles"] == [[True] * 3] * 4
 
 
@@ -87,7 +87,7 @@ def without_our_plugin() -> tuple[bool, str]:
     return "_mics" in vars(model), str(accelerator.distributed_type)
 
 
-def test_other_plugins_get_what_accelerate_does(seen: Seen) -> None:
+def test_other_plugins_are_not_affected(seen: Seen) -> None:
     assert seen["without our plugin"] == [(False, "DistributedType.MULTI_CPU")] * 4
 
 

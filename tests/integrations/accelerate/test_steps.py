@@ -60,7 +60,7 @@ def accumulate_by_hand() -> dict[str, Tensor]:
     return weights(model)
 
 
-def test_no_sync_waits_for_the_boundary_and_is_over_after_it(seen: Seen) -> None:
+def test_no_sync_accumulates_until_the_boundary_and_ends_after_it(seen: Seen) -> None:
     model = network()
     optimizer = sgd(model)
     for index in range(3):
@@ -151,7 +151,7 @@ def every_micro_step_a_boundary(plugin: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_every_micro_step_may_synchronise(name: str, seen: Seen) -> None:
+def test_every_micro_step_may_synchronize(name: str, seen: Seen) -> None:
     for trained in seen["every micro-step", name]:
         assert_same(trained, two_batches_then_one(), 1e-6)
 
@@ -167,7 +167,7 @@ def prepare_again() -> tuple[bool, int, bool]:
     return again is model, len({id(known) for known in accelerator._models}), nothing is None
 
 
-def test_a_prepared_model_stays_what_it_is_and_a_second_accelerator_shares_the_plugin(seen: Seen) -> None:
+def test_preparing_twice_changes_nothing_and_a_second_accelerator_shares_the_plugin(seen: Seen) -> None:
     assert seen["prepared again"] == [(True, 1, True)] * 4
 
 

@@ -131,7 +131,7 @@ def loaded(folder: Path, saved: Seen, on_one: OnOne) -> Seen:
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_training_goes_on_from_a_checkpoint(name: str, saved: Seen, loaded: Seen) -> None:
+def test_training_resumes_from_a_checkpoint(name: str, saved: Seen, loaded: Seen) -> None:
     weights_saved, went_on = saved[name][0]
     for weights_loaded, then in loaded[name]:
         assert_same(weights_loaded, weights_saved)
@@ -212,7 +212,7 @@ def load_a_full_file(path: Path) -> tuple[dict[str, Tensor], int, float]:
     return weights(model), state["step"], float(moments.full_tensor().abs().sum())
 
 
-def test_full_files_go_to_fabric_on_one_device_and_back(saved: Seen, on_one: OnOne, loaded: Seen) -> None:
+def test_full_files_load_in_fabric_on_one_device_and_back(saved: Seen, on_one: OnOne, loaded: Seen) -> None:
     assert_same(on_one.found, saved["full file"][0])
     for weights_loaded, steps, moments in loaded["full file"]:
         assert_same(weights_loaded, on_one.trained)
@@ -274,7 +274,7 @@ def load_raw_files(folder: Path) -> list[str]:
     return said
 
 
-def test_raw_files_that_do_not_fit_are_refused(loaded: Seen) -> None:
+def test_raw_files_that_do_not_fit_are_rejected(loaded: Seen) -> None:
     for lacking, no_dictionary, not_there in loaded["raw"]:
         assert "1 names are missing in the checkpoint ['norm.bias']" in lacking
         assert "holds list, no state_dict" in no_dictionary
@@ -337,7 +337,7 @@ def fit_from(folder: Path) -> tuple[dict[str, Tensor], int]:
     return model.first, trainer.global_step
 
 
-def test_the_trainer_begins_from_fabrics_checkpoint(saved: Seen, loaded: Seen) -> None:
+def test_the_trainer_starts_from_fabrics_checkpoint(saved: Seen, loaded: Seen) -> None:
     for first, steps in loaded["of fabric"]:
         assert_same(first, saved["for the trainer"][0])
         assert steps == 2

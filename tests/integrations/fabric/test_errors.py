@@ -58,7 +58,7 @@ def refused(case: str, path: Path) -> str:
 
 
 CASES = [
-    ("filter of shards", "NotImplementedError: a sharded checkpoint is saved whole"),
+    ("filter of shards", "NotImplementedError: a sharded checkpoint is always complete"),
     ("no model", r"ValueError: fabric.save takes a model that was set up.*it got none"),
     ("a plain model", r"ValueError: fabric.load takes a model that was set up.*it got none"),
     ("two models", r"ValueError: fabric.save takes .* it got \['a', 'b'\]"),
@@ -89,12 +89,12 @@ def test_wrong_use_gets_a_clear_error(case: str, message: str, seen: Seen) -> No
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "64-true", "16-true"])
-def test_other_precisions_are_refused_before_ranks_meet(precision: Any) -> None:
+def test_unsupported_precisions_are_rejected_before_communication(precision: Any) -> None:
     with pytest.raises(ValueError, match=f"does not support .*precision='{precision}'"):
         Fabric(accelerator="cpu", devices=2, strategy="mics", precision=precision)
 
 
-def test_options_that_cannot_be_are_refused_at_once() -> None:
+def test_invalid_options_are_rejected_by_the_constructor() -> None:
     with pytest.raises(TypeError, match="partition_sise"):
         MiCSFabricStrategy(partition_sise=2)
     with pytest.raises(ValueError, match='async_save=True needs state_dict_type="sharded"'):
@@ -107,6 +107,6 @@ def too_large_a_partition() -> str:
     return refusal(lambda: start(partition_size=3))
 
 
-def test_a_partition_size_that_does_not_fit_is_refused(seen: Seen) -> None:
+def test_a_partition_size_that_does_not_fit_is_rejected(seen: Seen) -> None:
     for said in seen["partition size"]:
         assert said.startswith("ValueError: partition_size=3")

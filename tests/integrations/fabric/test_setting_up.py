@@ -141,7 +141,7 @@ def parts_of_ranks(move: bool) -> tuple[float, str, list[Any]]:
 
 
 @pytest.mark.parametrize("move", [True, False])
-def test_each_rank_holds_its_part_and_setting_up_gathers_nothing(move: bool, seen: Seen) -> None:
+def test_each_rank_holds_its_shards_and_setup_gathers_nothing(move: bool, seen: Seen) -> None:
     for share, device, gathers in seen["parts", move]:
         assert share == pytest.approx(0.5, abs=0.06)  # rows of awkward shapes are uneven
         assert device == "cpu" and gathers == []
@@ -163,5 +163,5 @@ def too_early_and_too_much() -> list[str]:
     return said
 
 
-def test_what_comes_too_early_or_belongs_to_other_strategies_is_refused() -> None:
+def test_calls_before_launch_and_options_of_other_strategies_are_rejected() -> None:
     assert too_early_and_too_much() == ["RuntimeError", "NotImplementedError", "NotImplementedError", "TypeError"]

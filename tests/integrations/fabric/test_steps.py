@@ -67,7 +67,7 @@ def accumulate(enabled: list[bool]) -> dict[str, Tensor]:
     return weights(model)
 
 
-def test_no_backward_sync_waits_for_the_boundary_and_is_over_after_it(seen: Seen) -> None:
+def test_no_backward_sync_accumulates_until_the_boundary_and_ends_after_it(seen: Seen) -> None:
     def accumulated() -> dict[str, Tensor]:
         model = network()
         optimizer = sgd(model)
@@ -145,7 +145,7 @@ def step_without_a_boundary() -> str:
     return str(error.value)
 
 
-def test_a_step_without_a_boundary_is_refused(seen: Seen) -> None:
+def test_a_step_without_a_boundary_is_rejected(seen: Seen) -> None:
     for said in seen["no boundary"]:
         assert said.startswith("the root, blocks.0")
         assert said.endswith(
@@ -182,7 +182,7 @@ def backward_by_hand() -> str:
     return str(error.value)
 
 
-def test_a_backward_that_fabric_does_not_see_is_refused(seen: Seen) -> None:
+def test_a_backward_that_fabric_does_not_see_is_rejected(seen: Seen) -> None:
     for said in seen["backward by hand"]:
         assert "fabric.backward" in said
 

@@ -239,6 +239,6 @@ def test_a_consolidated_checkpoint_resumes_anywhere(
         assert each["losses"] == pytest.approx(saved["losses"][STEPS_PER_EPOCH:], abs=1e-6)
 
 
-def test_a_consolidated_checkpoint_loads_into_a_plain_module(saved: Any, consolidated: Path) -> None:
+def test_a_consolidated_checkpoint_loads_into_an_unsharded_module(saved: Any, consolidated: Path) -> None:
     module = AdamModule.load_from_checkpoint(consolidated, weights_only=True)
     assert same(module.state_dict(), saved["weights"][0])

@@ -117,7 +117,7 @@ def test_a_full_file_resumes_under_mics(full_files: Any, module: str) -> None:
     _assert_resumed(full_files[0][module]["mics", "mics"])
 
 
-def test_a_full_file_loads_into_a_plain_module(full_files: Any) -> None:
+def test_a_full_file_loads_into_an_unsharded_module(full_files: Any) -> None:
     assert full_files[0]["AdamModule"]["mics", "ddp"]["plain"]
 
 
@@ -192,6 +192,6 @@ def test_a_checkpoint_of_a_compiled_model_resumes_without_compilation(compiled: 
     _assert_resumed(compiled[kind, "Shallow"])
 
 
-def test_a_full_file_of_a_compiled_model_has_the_names_and_numbers_of_the_plain_one(compiled: dict[str, Any]) -> None:
+def test_a_full_file_of_a_compiled_model_equals_that_of_the_uncompiled_one(compiled: dict[str, Any]) -> None:
     assert compiled["names"] == sorted(Shallow().state_dict())
     assert compiled["numbers"] == list(range(len(list(Shallow().parameters()))))

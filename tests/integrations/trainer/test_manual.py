@@ -228,7 +228,7 @@ def test_an_optimizer_that_is_not_toggled_gets_no_gradients(ranks: list[dict[str
 
 
 @pytest.mark.parametrize("groups", ["ranks", "ranks_that_keep"])
-def test_without_sync_grad_nothing_crosses_replicas(request: pytest.FixtureRequest, groups: str) -> None:
+def test_without_sync_grad_nothing_is_reduced_over_replicas(request: pytest.FixtureRequest, groups: str) -> None:
     _, all_reduces = request.getfixturevalue(groups)[0]["Accumulating"]
     assert all_reduces == [0, UNITS, 0, UNITS]
 
@@ -256,7 +256,7 @@ class TogglesInMidWindow(TinyModule):
     [{"partition_size": 1}, {"partition_size": 2, "ranks_per_node": 1, "accumulate_gradients": "node"}],
     ids=str,
 )
-def test_toggling_in_mid_window_is_refused_rather_than_summed_wrongly(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_toggling_inside_a_window_is_rejected(tmp_path: Path, options: dict[str, Any]) -> None:
     def job(folder: str) -> str:
         trainer = make_trainer(folder, strategy=mics(**options), devices=2)
         with pytest.raises(RuntimeError) as caught:

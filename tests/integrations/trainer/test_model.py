@@ -171,12 +171,12 @@ def test_all_ranks_train_one_model_whatever_their_seeds(built: list[dict[str, An
     assert all(torch.equal(mine[name], others[name]) for name in mine)
 
 
-def test_configure_model_builds_where_it_says(built: list[dict[str, Any]]) -> None:
+def test_configure_model_builds_on_the_device_it_names(built: list[dict[str, Any]]) -> None:
     assert built[0]["Configured"]["built on"] == "cpu"
     assert built[0]["ConfiguredOnMeta"]["built on"] == "meta"
 
 
-def test_meta_parameters_and_buffers_are_initialised(built: list[dict[str, Any]]) -> None:
+def test_meta_parameters_and_buffers_are_initialized(built: list[dict[str, Any]]) -> None:
     facts = built[0]["ConfiguredOnMeta"]
     assert facts["meta"] == []
     assert torch.equal(facts["scale"], torch.full((7,), 0.9))
@@ -207,7 +207,7 @@ def test_the_module_knows_the_mesh_once_it_is_sharded(observed: dict[str, Any]) 
     assert observed["mesh"] == (("replicate", "shard"), (2, 1))
 
 
-def test_the_model_summary_counts_whole_parameters(observed: dict[str, Any]) -> None:
+def test_the_model_summary_counts_unsharded_parameters(observed: dict[str, Any]) -> None:
     assert observed["summary"] == sum(p.numel() for p in TinyLM().parameters())
 
 
@@ -221,7 +221,7 @@ class FrozenByOthers(TinyModule):
         return torch.optim.SGD([nn.Parameter(torch.zeros(2)), *self.parameters()], lr=0.1)
 
 
-def test_an_optimizer_of_foreign_parameters_is_refused(tmp_path: Path) -> None:
+def test_an_optimizer_of_foreign_parameters_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(RankError) as caught:
         on_ranks(lambda folder: fit(FrozenByOthers(), folder), str(tmp_path), world_size=RANKS)
     for kind, message in caught.value.failures.values():
@@ -234,7 +234,7 @@ class Late(TinyModule):
         self.net.norm = nn.LayerNorm(7)  # anew for each stage
 
 
-def test_a_configure_model_that_builds_twice_is_refused(tmp_path: Path) -> None:
+def test_a_configure_model_that_builds_twice_is_rejected(tmp_path: Path) -> None:
     def job(folder: str) -> None:
         module = fit(Late(), folder)
         module.trainer.validate(module, loader(4), verbose=False)
@@ -333,7 +333,7 @@ def test_activation_checkpointing_covers_the_named_classes_only(tmp_path: Path, 
 
 
 class WithBatchNorm(TinyModule):
-    """Its batch norm is not run: the synchronised one refuses CPU."""
+    """Its batch norm is not run: the synchronized one refuses CPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -360,7 +360,7 @@ def test_batch_norms_are_synchronised_when_fitting_only(tmp_path: Path, on_share
     assert validated == {"validate": "BatchNorm1d"}
 
 
-def test_the_start_report_is_logged_once_and_kept(tmp_path: Path) -> None:
+def test_the_start_report_is_logged_once_and_stays_available(tmp_path: Path) -> None:
     def job(folder: str) -> tuple[list[str], str]:
         seen: list[str] = []
         handler = logging.Handler()

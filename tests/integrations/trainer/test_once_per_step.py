@@ -31,7 +31,7 @@ FACTOR = 1.5
 
 
 class ExchangeWeights(pl.Callback):
-    """Evaluates other weights than it trains, as moving averages do, in a way that torch does not notice."""
+    """Evaluates other weights than it trains, as moving averages do, in a way that torch does not record."""
 
     def on_validation_start(self, trainer: Any, module: Any) -> None:
         for parameter in module.parameters():
@@ -120,7 +120,7 @@ def test_an_evaluation_in_mid_window_sees_the_weights_that_a_callback_has_put_th
             torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6)
 
 
-def test_the_batches_of_an_evaluation_cross_nodes_once(tmp_path, on_shared_ranks):
+def test_an_evaluation_gathers_between_nodes_once_for_all_batches(tmp_path, on_shared_ranks):
     schedules = [{}, {"cache_parameters": "node"}, {"cache_parameters": "never"}]
     by_ranks, by_nodes, always = (on_shared_ranks(fit, str(tmp_path), False, options) for options in schedules)
     for (_, few, _), (_, as_few, _), (_, many, _) in zip(by_ranks, by_nodes, always, strict=True):

@@ -109,7 +109,7 @@ def own_objects(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
 
 
 @pytest.mark.parametrize("kind", ["sharded", "full"])
-def test_own_objects_load_where_the_checkpoint_is_trusted_and_nowhere_else(own_objects: Any, kind: str) -> None:
+def test_objects_of_the_user_load_with_weights_only_false_alone(own_objects: Any, kind: str) -> None:
     for facts in own_objects:
         assert facts[kind, "trusted"] == "mine"
         for refused in ("by default", True):
@@ -199,32 +199,32 @@ def test_a_url_never_becomes_a_local_directory(refused: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sharded", "full"])
-def test_storage_options_are_refused(refused: Any, kind: str) -> None:
+def test_storage_options_are_rejected(refused: Any, kind: str) -> None:
     for facts in refused:
         assert facts["storage options", kind].startswith("TypeError: `MiCSStrategy.save_checkpoint(")
         assert "other.ckpt" not in facts["files"]
 
 
-def test_a_path_that_is_no_checkpoint_is_refused(refused: Any) -> None:
+def test_a_path_that_is_no_checkpoint_is_rejected(refused: Any) -> None:
     for facts in refused:
         for name in ("nowhere", "empty0"):
             assert facts[name].startswith(f"ValueError: {str(facts['folder'] / name)!r} does not point to a valid")
 
 
-def test_another_number_of_optimizers_is_refused(refused: Any) -> None:
+def test_another_number_of_optimizers_is_rejected(refused: Any) -> None:
     for facts in refused:
         assert facts["number"].startswith(
             "RuntimeError: the checkpoint holds the states of 1 optimizers, the model has 2"
         )
 
 
-def test_another_kind_of_optimizer_is_refused(refused: Any) -> None:
+def test_another_kind_of_optimizer_is_rejected(refused: Any) -> None:
     for facts in refused:
         assert facts["kind"].startswith("RuntimeError: the checkpoint lacks")
         assert "optimizer_0 (SGD)" in facts["kind"]
 
 
-def test_a_checkpoint_that_loads_differently_on_replicas_is_refused(refused: Any) -> None:
+def test_a_checkpoint_that_loads_differently_on_replicas_is_rejected(refused: Any) -> None:
     for facts in refused:
         assert facts["replicas"].startswith("RuntimeError: the replicas of the model differ in 1 of")
         assert "net.norm.weight" in facts["replicas"]

@@ -190,7 +190,7 @@ def test_the_default_dtype_survives_an_error_in_configure_model(tmp_path: Path) 
 
 @pytest.mark.parametrize("given", ["mics", MiCSStrategy], ids=["by name", "instance"])
 @pytest.mark.parametrize("precision", ["16-true", "64-true", "transformer-engine"])
-def test_an_unsupported_precision_is_refused_by_name(
+def test_an_unsupported_precision_is_rejected_by_name(
     given: Any, precision: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     plugins: dict[str, Any] = {"precision": precision}
@@ -203,7 +203,7 @@ def test_an_unsupported_precision_is_refused_by_name(
         make_trainer(tmp_path, strategy=strategy, devices=2, **plugins)
 
 
-def test_16_mixed_is_refused_for_an_instance(tmp_path: Path) -> None:
+def test_16_mixed_is_rejected_for_an_instance(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="16-mixed"):
         make_trainer(tmp_path, strategy=MiCSStrategy(), devices=2, precision="16-mixed")
 
@@ -216,7 +216,7 @@ def test_16_mixed_is_never_run_for_the_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("plugin", [HalfPrecision("16-true"), DoublePrecision(), MixedPrecision("16-mixed", "cpu")])
-def test_the_refusal_names_what_is_supported(plugin: Precision) -> None:
+def test_the_error_names_what_is_supported(plugin: Precision) -> None:
     message = (
         f"strategy 'mics' does not support precision='{plugin.precision}'; "
         "use one of '32-true', 'bf16-true', 'bf16-mixed'"

@@ -210,7 +210,7 @@ def preempted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[s
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_all_ranks_stop_after_the_same_step_and_go_on_as_if_they_had_not(
+def test_all_ranks_stop_after_the_same_step_and_resume_as_if_uninterrupted(
     case: str, preempted: list[dict[str, dict[str, Any]]]
 ) -> None:
     _, options, micro_steps = CASES[case]
@@ -289,7 +289,7 @@ def saving_callbacks(folder: Path) -> dict[str, list[list[str]]]:
     return found
 
 
-def test_the_first_model_checkpoint_that_keeps_whole_ones_saves_last_once(
+def test_the_first_model_checkpoint_that_saves_more_than_weights_saves_last_once(
     folder: Path, seen: dict[str, list[Any]]
 ) -> None:
     for saved in seen["saving callbacks"]:
@@ -311,11 +311,11 @@ def without_checkpoints(folder: Path) -> list[str]:
     return [str(warning.message) for warning in warned if "Stopped by a signal" in str(warning.message)]
 
 
-def test_who_keeps_no_checkpoints_gets_none_and_is_told(folder: Path, seen: dict[str, list[Any]]) -> None:
+def test_without_a_model_checkpoint_nothing_is_saved_and_rank_0_warns(folder: Path, seen: dict[str, list[Any]]) -> None:
     assert seen["without checkpoints"] == [
         [
-            "Stopped by a signal after step 3 without a checkpoint: no ModelCheckpoint of this Trainer keeps whole "
-            "ones; add one to `callbacks`"
+            "Stopped by a signal after step 3 without a checkpoint: no ModelCheckpoint of this Trainer saves complete "
+            "ones; add one to `callbacks`, with save_weights_only=False"
         ],
         *[[]] * 3,
     ]
@@ -323,7 +323,7 @@ def test_who_keeps_no_checkpoints_gets_none_and_is_told(folder: Path, seen: dict
 
 
 class Evaluations(Signals):
-    """Counts the batches of evaluations, and is signalled in the second."""
+    """Counts the batches of evaluations, and is signaled in the second."""
 
     def __init__(self) -> None:
         super().__init__(("evaluation", 1, 3, (3,)))
@@ -374,7 +374,9 @@ def unequal_validations(folder: Path) -> tuple[int, int, list[str]]:
     return trainer.global_step, signals.visits["validation"], [path.name for path in folder.iterdir()]
 
 
-def test_ranks_that_validate_unequally_many_batches_stop_when_all_have_finished(seen: dict[str, list[Any]]) -> None:
+def test_ranks_that_validate_different_numbers_of_batches_stop_when_all_have_finished(
+    seen: dict[str, list[Any]],
+) -> None:
     found = seen["unequal validations"]
     assert [(step, batches) for step, batches, _ in found] == [(2, 2 + rank) for rank in range(RANKS)]
     assert all(saved == ["last.ckpt"] for _, _, saved in found)
@@ -419,7 +421,7 @@ def own_handler(folder: Path) -> tuple[list[int], bool, int]:
     return heard, signal.getsignal(signal.SIGTERM) is handler, trainer.global_step
 
 
-def test_a_handler_that_was_there_is_called_as_well_and_restored(seen: dict[str, list[Any]]) -> None:
+def test_an_earlier_handler_is_called_as_well_and_restored(seen: dict[str, list[Any]]) -> None:
     found = seen["own handler"]
     assert [heard for heard, _, _ in found] == [[], [signal.SIGTERM], [], []]
     assert all(restored and step == 3 for _, restored, step in found)

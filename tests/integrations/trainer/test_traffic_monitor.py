@@ -184,7 +184,7 @@ def _flat(expected: dict[str, tuple[float, float]]) -> dict[str, float]:
     return flat
 
 
-def test_loggers_get_averages_every_n_steps_and_of_what_is_left_at_the_end(
+def test_loggers_get_averages_every_n_steps_and_of_the_remaining_steps_at_the_end(
     tmp_path: Path, on_shared_ranks: Run
 ) -> None:
     for rows, *_ in on_shared_ranks(_fit_seven_steps, tmp_path):
@@ -228,7 +228,7 @@ def _fit_with_csv(folder: Path) -> float:
     return trainer.progress_bar_metrics["between_nodes_mb"]
 
 
-def test_validation_does_not_count_in_any_place(tmp_path: Path, on_shared_ranks: Run) -> None:
+def test_validation_is_never_counted(tmp_path: Path, on_shared_ranks: Run) -> None:
     """In the middle of an accumulation window, at the end, and as a sanity check."""
     for rows, everything_mb, _ in on_shared_ranks(_fit_validating, tmp_path):
         of_a_step = expected_inside_mb(micro_steps=2)
@@ -346,7 +346,7 @@ def _fit_twice(folder: Path) -> Any:
     return [*logged, [message for message in messages if message.startswith("Traffic")]]
 
 
-def test_another_strategy_is_refused_by_name(tmp_path: Path, on_shared_ranks: Run) -> None:
+def test_another_strategy_is_rejected_by_name(tmp_path: Path, on_shared_ranks: Run) -> None:
     with pytest.raises(RankError) as caught:
         on_shared_ranks(_fit_ddp, tmp_path, world_size=2)
     for kind, message in caught.value.failures.values():

@@ -76,7 +76,7 @@ def test_weights_only_checkpoints_load_in_the_same_and_in_a_fresh_trainer(weight
 
 
 @pytest.mark.parametrize("kind", ["sharded", "full"])
-def test_resuming_from_weights_only_is_refused_with_the_reason(weights_only: Any, kind: str) -> None:
+def test_resuming_from_weights_only_is_rejected_with_the_reason(weights_only: Any, kind: str) -> None:
     for facts in weights_only:
         assert facts[kind, "resume"].startswith("KeyError: ")
         assert "save_weights_only" in facts[kind, "resume"]
