@@ -158,7 +158,6 @@ def run_under_all(policy: Policy, micro_steps: int, folder: Path) -> dict[str, A
     return results
 
 
-<<<<<<< HEAD
 CASES = list(product(POLICIES, (1, 4)))
 
 
@@ -182,14 +181,6 @@ def test_all_integrations_train_alike_with_the_same_collectives(
     policy: str, micro_steps: int, trained: dict[Any, list[Any]]
 ) -> None:
     for results in trained[policy, micro_steps]:
-=======
-@pytest.mark.parametrize("micro_steps", [1, 4])
-@pytest.mark.parametrize("policy", POLICIES)
-def test_all_integrations_train_alike_with_the_same_collectives(
-    policy: str, micro_steps: int, tmp_path: Path
-) -> None:
-    for results in on_ranks(run_under_all, POLICIES[policy], micro_steps, tmp_path):
->>>>>>> prose-a
         losses, collectives = results["plain"]
         assert len(losses) == STEPS * micro_steps and losses[-1] != losses[0]
         assert collectives
