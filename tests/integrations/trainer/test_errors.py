@@ -1,4 +1,4 @@
-"""Bad input is refused with what to change: on every rank alike, fast, and before ranks wait for each other."""
+"""Bad input raises the same error on every rank, with a remedy, fast, and before ranks communicate."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class NotInitializable(TinyModule):
 
 
 def _fsdp1(module: nn.Module) -> nn.Module:
-    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its constructor refuses CPU
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its constructor rejects CPUs
     nn.Module.__init__(wrapped)
     wrapped.inner = module
     return wrapped
