@@ -195,7 +195,7 @@ def _fit_not_initializable(folder: Any) -> tuple[str, str]:
         (
             {"two_hop": False, "accumulate_gradients": "node"},
             "two_hop=False reduces over replicas in every micro-step, but accumulate_gradients='node' accumulates "
-            "them until the boundary;  use accumulate_gradients='shard', or two_hop=True",
+            "them until the boundary; use accumulate_gradients='shard', or two_hop=True",
         ),
         ({"two_hop": False, "accumulate_gradients": "rank"}, "but accumulate_gradients='rank' accumulates them"),
         (
