@@ -64,7 +64,7 @@ def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
     names = inspect.signature(forward).parameters
     caches = {index for index, name in enumerate(names) if name in CACHES}
 
-    # a function, not a partial: torch.compile leaves out whatever a partial of `checkpoint` calls
+    # a function, not a partial: torch.compile leaves out everything that a partial of `checkpoint` calls
     def recomputed_forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)

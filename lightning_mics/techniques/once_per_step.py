@@ -1,4 +1,4 @@
-"""Beyond the paper: communication once per optimizer step, whatever the number of micro-steps.
+"""Beyond the paper: communication once per optimizer step, for any number of micro-steps.
 
 Parameters change once per optimizer step, but FSDP2 gathers them at every use, in the forward and backward of every
 micro-step. Parameters can be cached from their first gather until the boundary, and gradients accumulated until then,
@@ -25,8 +25,8 @@ each of the two. Then hop 1 runs once per step inside nodes as well::
     cached by each rank     [ A B C D ]
 
     micro-step        1               2               3        boundary
-    gather       whole group          -               -           -            in backward never
-    reduce            -               -               -      whole group
+    gather        all ranks           -               -           -            in backward never
+    reduce            -               -               -       all ranks
 
 Optimizer states stay sharded, so this takes less memory than DDP, where they are replicated. FSDP2 itself accumulates
 unsharded gradients (``set_requires_gradient_sync``). It can leave parameters unsharded too, but then the module would

@@ -1,4 +1,4 @@
-"""Jobs that torchrun and SLURM stop: they save, exit with status 0 and go on from there."""
+"""Jobs that torchrun and SLURM stop: they save, exit with status 0 and resume from there."""
 
 from __future__ import annotations
 
