@@ -1,4 +1,4 @@
-"""The same training under every host: Trainer, Fabric, Accelerate, and plain ``shard_model``."""
+"""The same training under every integration: Trainer, Fabric, Accelerate, and ``shard_model`` in a custom loop."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def hf_accelerate(policy: Policy, micro_steps: int, _folder: Path) -> list[float
 
 
 class Recorded(TinyModule):
-    """Keeps its losses."""
+    """Records its losses."""
 
     def on_fit_start(self) -> None:
         self.losses: list[float] = []
@@ -143,7 +143,7 @@ HOSTS: dict[str, Callable[..., list[float]]] = {
 
 
 def of_training(seen: list[Any]) -> list[Any]:
-    """Neither barriers, nor what is agreed on before training: shapes, seeds, first weights, memory."""
+    """Collectives without barriers, and without those before training: shapes, seeds, initial weights, memory."""
     first_gather = next(index for index, one in enumerate(seen) if one.kind == "all_gather" and one.nbytes > 64)
     kinds = ("all_gather", "reduce_scatter", "all_to_all", "all_reduce")
     return [one for one in seen[first_gather:] if one.kind in kinds and one.nbytes > 64]

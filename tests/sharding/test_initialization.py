@@ -21,7 +21,7 @@ TWO_REPLICAS = Topology(world_size=4, ranks_per_node=2, partition_size=2)
 
 
 class Scaled(TinyLM):
-    """Initialises as many models do: a method on the model, called for each of its modules."""
+    """Initializes as many models do: a method on the model, called for each of its modules."""
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -57,22 +57,22 @@ def _shard_on_meta() -> dict[str, Any]:
 
 
 def test_one_parameter_group_at_a_time_is_unsharded(run_shared):
-    for whole in run_shared(2, _units_that_are_whole):
-        assert whole == [4, 4, 4, 3]  # a block's weights and biases; of the root, embedding and norm
+    for counts in run_shared(2, _count_unsharded_parameters):
+        assert counts == [4, 4, 4, 3]  # a block's weights and biases; of the root, embedding and norm
 
 
-def _units_that_are_whole() -> list[int]:
-    """How many whole parameters are in memory just before each unit is sharded."""
+def _count_unsharded_parameters() -> list[int]:
+    """Numbers of unsharded parameters in memory just before each parameter group is sharded."""
     seen: list[weakref.ref[nn.Parameter]] = []
     alive = []
 
-    def counting(unit: nn.Module, **options: Any) -> Any:
+    def counting(module: nn.Module, **options: Any) -> Any:
         known = {id(reference()) for reference in seen}
-        whole = [p for p in unit.parameters() if not p.is_meta and not isinstance(p, DTensor)]
-        seen.extend(weakref.ref(parameter) for parameter in whole if id(parameter) not in known)
+        unsharded = [p for p in module.parameters() if not p.is_meta and not isinstance(p, DTensor)]
+        seen.extend(weakref.ref(parameter) for parameter in unsharded if id(parameter) not in known)
         alive.append(sum(reference() is not None for reference in seen))
-        del whole
-        return fully_shard(unit, **options)
+        del unsharded
+        return fully_shard(module, **options)
 
     with torch.device("meta"):
         model = TinyLM()

@@ -1,4 +1,4 @@
-"""A copy of gathered weights is never used after the weights have changed, by whatever route they did."""
+"""Cached weights are never used after the weights have changed, by any means."""
 
 from __future__ import annotations
 

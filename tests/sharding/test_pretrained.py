@@ -1,4 +1,4 @@
-"""Starting from a folder of ``transformers``: the same losses, each rank reads its own part, and what is refused."""
+"""Starting from a folder of ``transformers``: the same losses, each rank reads its own shards, and errors."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ WIDE = GPT2Config(vocab_size=VOCAB, n_positions=8, n_embd=96, n_layer=3, n_head=
 
 
 def _memory_to_read(folder: Path) -> tuple[int, int]:
-    """Bytes of all tensors that are made while weights are read, and bytes of this rank's part of the weights."""
+    """Bytes of all tensors allocated while weights are read, and bytes of this rank's shards."""
     network = GPT2LMHeadModel(WIDE)
     shard_model(
         network, create_partition_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu")
@@ -192,7 +192,7 @@ def _memory_to_read(folder: Path) -> tuple[int, int]:
 def test_reading_makes_no_copy_of_the_weights_in_memory(tmp_path: Path) -> None:
     GPT2LMHeadModel(WIDE).save_pretrained(tmp_path)
     for made, own_part in run_ranks(2, _memory_to_read, tmp_path):
-        assert 0 < made < own_part / 20  # what ranks tell each other
+        assert 0 < made < own_part / 20  # messages between ranks
 
 
 # -- heads and bodies -------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_a_checkpoint_takes_precedence_over_the_folder_which_evaluation_alone_re
     assert not any(torch.equal(facts["saved"][name], value) for name, value in pretrained.items())
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------------
 
 
 def _broken(folders: Path, path: Path, problem: str) -> str:

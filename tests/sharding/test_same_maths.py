@@ -1,4 +1,4 @@
-"""Sharded training gives the numbers of one process that sees the whole batch."""
+"""Sharded training gives the numbers of one process that sees the complete batch."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _compare(groups: PartitionGroups, options: CommunicationOptions, micro_steps
 
 
 def _error_of_shard(ours: dict[str, DTensor], theirs: dict[str, Tensor]) -> float:
-    """This rank's share of the relative error: the norm of its shards' errors over the norm of the whole."""
+    """This rank's share of the relative error: the norm of its shards' errors over the norm of the unsharded vector."""
     errors = []
     for name, sharded in ours.items():
         whole = theirs.get(name, torch.zeros(sharded.shape))  # zeros where one process has no gradient
@@ -174,7 +174,7 @@ def _error_of_shard(ours: dict[str, DTensor], theirs: dict[str, Tensor]) -> floa
 
 
 def _shard_of(whole: Tensor, sharded: DTensor) -> Tensor:
-    """The part of ``whole`` that this rank holds of ``sharded``, without asking other ranks."""
+    """The part of ``whole`` that this rank holds of ``sharded``, without communication."""
     mesh = sharded.device_mesh
     chunks = whole.detach().chunk(mesh["shard"].size())
     position = mesh.get_local_rank("shard")

@@ -1,4 +1,4 @@
-"""What ``shard_model`` does to a model beside placing and sharding it."""
+"""Effects of ``shard_model`` other than placing and sharding a model."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def test_gradients_are_none_until_the_boundary_also_without_replicas(level: str,
 
 
 def gradients_present(options: CommunicationOptions) -> list[int]:
-    """How many parameters have a gradient after each micro-step; the last two keep the gradients they found."""
+    """Numbers of parameters with a gradient after each micro-step; gradients are never cleared."""
     model, schedule = make(OVER_TWO, options)
     counts = []
     for boundary in (False, False, True, False, True):

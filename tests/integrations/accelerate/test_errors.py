@@ -1,4 +1,4 @@
-"""``Accelerator(fsdp_plugin=MiCSPlugin())``: what is refused, with which words."""
+"""``Accelerator(fsdp_plugin=MiCSPlugin())``: error messages."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def seen() -> Seen:
-    """By case, what each of four ranks was told; all cases run in one set of processes."""
+    """Error messages of each of four ranks, by case; all cases run in one set of processes."""
     return cases_on_ranks({case: partial(refused, case) for case, _ in CASES})
 
 

@@ -209,7 +209,7 @@ def clip(by_value: bool) -> tuple[Any, dict[str, Tensor]]:
     model, optimizer = prepared(accelerator)
     accelerator.backward(model(tokens(2, seed=accelerator.process_index)))
     norm = None
-    if by_value:  # Accelerate's own refuses FSDP of any kind
+    if by_value:  # Accelerate's own method rejects FSDP of any kind
         nn.utils.clip_grad_value_(model.parameters(), 1e-3)
     else:
         norm = accelerator.clip_grad_norm_(model.parameters(), 0.01)

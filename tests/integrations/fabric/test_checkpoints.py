@@ -324,7 +324,7 @@ def save_for_the_trainer(path: Path) -> dict[str, Tensor]:
 
 
 class AsLoaded(TinyModule):
-    """Keeps the weights that it begins with."""
+    """Records the weights at the start of training."""
 
     def on_train_start(self) -> None:
         self.first = weights(self)

@@ -1,4 +1,4 @@
-"""``Fabric(strategy="mics")``: what is refused, with which words."""
+"""``Fabric(strategy="mics")``: error messages."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """By case, what each of four ranks was told; all cases run in one set of processes."""
+    """Error messages of each of four ranks, by case; all cases run in one set of processes."""
     path = tmp_path_factory.mktemp("errors") / "c"
     cases: dict[str, Any] = {case: partial(refused, case, path) for case, _ in CASES}
     return cases_on_ranks({**cases, "partition size": too_large_a_partition})

@@ -1,4 +1,4 @@
-"""``async_save``: training goes on while checkpoints are written, and what Lightning does with them still holds."""
+"""``async_save``: training continues while checkpoints are written, and ModelCheckpoint works as before."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Gate:
 
 
 class Watch(Callback):
-    """Notes what is there after each step, and opens the gate when training has gone on for two steps."""
+    """Records the files present after each step, and opens the gate when training has continued for two steps."""
 
     def __init__(self, gate: Gate, folder: Path) -> None:
         self.gate, self.folder = gate, folder

@@ -39,7 +39,7 @@ def _uninterrupted(folder: Path) -> dict[str, Any]:
 
 
 class SaveAtStart(Callback):
-    """Saves what a run has loaded before it goes on."""
+    """Saves what a run has loaded before it resumes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -81,7 +81,7 @@ def test_the_blocks_really_run_compiled(cases: dict[str, Any], case: str) -> Non
 
 
 class CompiledByDefault(TinyModule):
-    """Whole blocks, without a break, by torch's own compiler."""
+    """Each block compiles into one graph, without a break, by torch's own compiler."""
 
     def configure_model(self) -> None:
         for block in self.net.blocks:

@@ -1,4 +1,4 @@
-"""Bad input is refused with what to change: on every rank alike, fast, and before ranks wait for each other."""
+"""Bad input raises the same error on every rank, with a remedy, fast, and before ranks communicate."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class NotInitializable(TinyModule):
 
 
 def _fsdp1(module: nn.Module) -> nn.Module:
-    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its constructor refuses CPU
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its constructor rejects CPUs
     nn.Module.__init__(wrapped)
     wrapped.inner = module
     return wrapped
@@ -195,7 +195,7 @@ def _fit_not_initializable(folder: Any) -> tuple[str, str]:
         (
             {"two_hop": False, "accumulate_gradients": "node"},
             "two_hop=False reduces over replicas in every micro-step, but accumulate_gradients='node' accumulates "
-            "them until the boundary;  use accumulate_gradients='shard', or two_hop=True",
+            "them until the boundary; use accumulate_gradients='shard', or two_hop=True",
         ),
         ({"two_hop": False, "accumulate_gradients": "rank"}, "but accumulate_gradients='rank' accumulates them"),
         (

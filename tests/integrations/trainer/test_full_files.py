@@ -149,7 +149,7 @@ class Shallow(AdamModule):
 
 
 class Compiled(Shallow):
-    """Its blocks are compiled in place of plain ones."""
+    """Has compiled blocks."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -69,7 +69,7 @@ class Observing(TinyModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
-        for parameter in self.parameters():  # an optimizer may make its state at once
+        for parameter in self.parameters():  # an optimizer may create its state in the constructor
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
 
@@ -95,7 +95,7 @@ class Observing(TinyModule):
 
 
 class Moved(nn.Module):
-    """Has no parameter and keeps a state of its own, as metrics do."""
+    """Has no parameter but a state of its own, as metrics do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ def test_init_module_keeps_weights_off_the_device_until_setup(tmp_path: Path, on
     assert on_meta[0] == ("meta", torch.bfloat16)
     for _, after, device, seen in (on_cpu, on_meta):
         assert after == ("cpu", torch.bfloat16)
-        assert (device, seen) == ("cpu", "cpu")  # the module was told, too
+        assert (device, seen) == ("cpu", "cpu")  # the module's own device, too
 
 
 # -- options --
@@ -333,7 +333,7 @@ def test_activation_checkpointing_covers_the_named_classes_only(tmp_path: Path, 
 
 
 class WithBatchNorm(TinyModule):
-    """Its batch norm is not run: the synchronized one refuses CPU."""
+    """Its batch norm is not run: the synchronized one rejects CPUs."""
 
     def __init__(self) -> None:
         super().__init__()

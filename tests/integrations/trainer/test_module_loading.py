@@ -36,7 +36,7 @@ class WithParameters(TinyModule):
 
 
 class Counter(nn.Module):
-    """Keeps an extra state, which is a dict."""
+    """Saves an extra state, which is a dict."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ from tests.support.trainers import make_trainer, mics, on_ranks
 
 
 class Note:
-    """Something of the user's own that plain loading refuses."""
+    """An object of the user's own that loading rejects by default."""
 
     def __init__(self, text: str) -> None:
         self.text = text

@@ -55,7 +55,7 @@ class Batches:
 
 
 class Module(TinyModule):
-    """Trained with AdamW and a rate that falls, so that a lost or a doubled step shows; keeps its losses."""
+    """Trained with AdamW and a rate that falls, so that a lost or a repeated step shows; records its losses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Module(TinyModule):
 
 
 class Signals(Callback):
-    """Sends SIGTERM from one rank to others when it comes to a place: (hook, how many times it was there before)."""
+    """Sends SIGTERM from one rank to others at a point: (hook, number of earlier calls)."""
 
     def __init__(self, *planned: tuple[str, int, int, tuple[int, ...]]) -> None:
         self.planned = planned
@@ -174,7 +174,7 @@ WINDOW = {"accumulate_grad_batches": 3}
 VALIDATING = {"limit_val_batches": 1.0}
 
 
-# planned signals (place, visits before, sender, receivers), options of the Trainer, micro-steps until the stop
+# planned signals (hook, earlier calls, sender, receivers), options of the Trainer, micro-steps until the stop
 CASES: dict[str, tuple[list[Any], dict[str, Any], int]] = {
     "to itself": ([("micro-step", 2, 1, (1,))], {}, 3),
     "to rank 0": ([("micro-step", 2, 0, (0,))], {}, 3),
@@ -358,7 +358,7 @@ def test_an_evaluation_stops_after_the_same_batch_on_all_ranks(seen: dict[str, l
 
 
 def unequal_validations(folder: Path) -> tuple[int, int, list[str]]:
-    """Ranks keep whole weights, so that each can validate as many batches as it has."""
+    """Ranks cache unsharded weights, so that each can validate its own number of batches."""
     signals = Signals(("validation", 0, 0, (0,)))
     saving = ModelCheckpoint(dirpath=folder, save_top_k=0)
     trainer = make_trainer(

@@ -365,7 +365,7 @@ def test_validation_and_the_end_of_epochs_come_as_if_uninterrupted(moments: list
 
 
 def _variants(folder: Path) -> dict[str, Any]:
-    """Each with what goes on from the middle of its first epoch."""
+    """Each with a run that resumes from the middle of its first epoch."""
     variants: dict[str, dict[str, Any]] = {
         "32-true, shards": {},
         "bf16-true, one full file": {"precision": "bf16-true", "strategy": {**HOME, "state_dict_type": "full"}},

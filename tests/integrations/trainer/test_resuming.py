@@ -1,4 +1,4 @@
-"""Where in an epoch a run is, on other ranks than it was; and what cannot be said of it."""
+"""The position in an epoch on another number of ranks, and positions that do not exist there."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pace(ranks: int, *, batch_size: int | None = 2, micro_steps: int) -> EpochGe
         (pace(8, micro_steps=2), 6),
         (pace(8, batch_size=4, micro_steps=1), 3),
         (pace(1, batch_size=8, micro_steps=4), 12),
-        (pace(8, batch_size=None, micro_steps=2), 6),  # as large as they were, if nobody says
+        (pace(8, batch_size=None, micro_steps=2), 6),  # as large as before, if the loader has no batch size
         (pace(4, micro_steps=2), 12),  # smaller steps
     ],
 )
@@ -55,7 +55,7 @@ def test_a_position_inside_an_optimizer_step_of_the_saved_run_is_rejected() -> N
 
 
 class Saving(TinyModule):
-    """Saves after two and three micro-steps, if it is told where."""
+    """Saves after two and three micro-steps, if it is given a folder."""
 
     def __init__(self, folder: Path | None = None) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def _save(folder: Path) -> None:
 
 
 def _resume(folder: Path, cases: list[tuple[str, int]]) -> list[tuple[str, str]]:
-    """The error and the warnings of going on from each checkpoint with so many micro-steps."""
+    """The error and the warnings of resuming from each checkpoint, with a number of micro-steps per step."""
     facts = []
     for name, micro_steps in cases:
         with warnings.catch_warnings(record=True) as heard:

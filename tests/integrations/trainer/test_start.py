@@ -1,4 +1,4 @@
-"""From ``Trainer(strategy="mics")`` to process groups: names, launchers, backends, timeouts, and what is refused."""
+"""From ``Trainer(strategy="mics")`` to process groups: names, launchers, backends, timeouts, and errors."""
 
 from __future__ import annotations
 
@@ -254,4 +254,4 @@ def test_a_torch_without_unsorted_groups_is_rejected_with_the_version_needed(
     strategy.connect(TinyModule())
     strategy.lightning_module._trainer = trainer
     with pytest.raises(RuntimeError, match=r"spans nodes of several ranks needs torch >= 2\.13, this is torch"):
-        strategy.setup_environment()  # before any rank waits for another
+        strategy.setup_environment()  # before any rank communicates

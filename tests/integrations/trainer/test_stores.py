@@ -1,4 +1,4 @@
-"""Checkpoints of a Trainer in a store: ModelCheckpoint, resuming, removing, and what is refused."""
+"""Checkpoints of a Trainer in a store: ModelCheckpoint, resuming, removing, and errors."""
 
 from __future__ import annotations
 

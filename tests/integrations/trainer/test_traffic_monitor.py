@@ -1,4 +1,4 @@
-"""The monitor's numbers: what the design says a node sends, per optimizer step, and nothing else."""
+"""The monitor's numbers equal the bytes that the design predicts, per node and optimizer step."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class ByHand(StackModule):
 
 
 class Rows(DummyLogger):
-    """Keeps what is logged."""
+    """Records what is logged."""
 
     def __init__(self) -> None:
         super().__init__()
