@@ -38,13 +38,6 @@ def test_each_option_is_documented_and_each_entry_is_an_option() -> None:
     assert re.findall(r"^    (\w+): ", inspect.getdoc(PolicyOptions) or "", flags=re.MULTILINE) == list(OPTIONS)
 
 
-@pytest.mark.parametrize("taker", [MiCSStrategy, MiCSFabricStrategy, MiCSPlugin])
-def test_the_constructor_documents_each_option_in_place_of_policy(taker: type) -> None:
-    docstring = (inspect.getdoc(taker) or "") + (inspect.getdoc(taker.__init__) or "")
-    assert [option for option in OPTIONS if f"    {option}: " not in docstring] == []
-    assert "    policy: " not in docstring
-
-
 def test_options_of_communication_are_options_of_a_policy() -> None:
     assert {field.name for field in fields(CommunicationOptions)} <= OPTIONS.keys()
     asked = CommunicationOptions(
