@@ -26,7 +26,7 @@ from lightning_mics.cost.hardware import INSTANCES, Hardware
 from lightning_mics.cost.step_time import HIDDEN_SHARE, Seconds, step_seconds
 from lightning_mics.cost.step_traffic import Unit, find_units, step_traffic
 from lightning_mics.sharding.blocks import find_blocks
-from lightning_mics.techniques.partition_groups import choose_hierarchical
+from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology
 from recipes.models.flops import TransformerShape
 
@@ -79,7 +79,7 @@ def _traffic(point: Point) -> list[Any]:
     return step_traffic(
         _units(point.shape),
         point.topology,
-        hierarchical=False if whole and point.engine == "fsdp" else choose_hierarchical("auto", point.topology),
+        communication=CommunicationOptions(hierarchical=False if whole and point.engine == "fsdp" else "auto"),
         gathered_dtype=torch.bfloat16,
         reduce_dtype=point.reduce_dtype,
     )

@@ -65,7 +65,7 @@ def documented(taker: Documented) -> Documented:
     Args:
         taker: A class or its constructor, with a line ``policy:`` in the ``Args:`` of its docstring.
     """
-    _, _, options = (inspect.getdoc(PolicyOptions) or "").partition("Args:\n")
+    _, _, options = (inspect.getdoc(PolicyOptions) or "").partition("Attributes:\n")
     lines: list[str] = []
     for line in (taker.__doc__ or "").splitlines():
         entry = line.lstrip()
