@@ -94,7 +94,7 @@ def measure_micro_step() -> float:
     batch = micro_batch(WORKLOAD, step=0, micro_step=0, rank=dist.get_rank())
 
     def train() -> None:
-        with schedule.micro_step(boundary=False):  # no replicas are synchronised
+        with schedule.micro_step(boundary=False):  # no replicas are synchronized
             model(batch).backward()
 
     train()

@@ -3,9 +3,9 @@
 The partition group is the smallest whole number of nodes that holds the model states (MiCS, section 3.1).
 
 Caching parameters and accumulating gradients trades memory for traffic. On nodes, with M bytes of parameters and k
-ranks of a partition group per node, the cache takes M/k bytes of each rank, and accumulated gradients take their size / k. If
-memory is left for only one of them, parameters take precedence: over s micro-steps their cache saves 2s-1 times M bytes
-of inter-node traffic, accumulated gradients save s-1 times.
+ranks of a partition group per node, the cache takes M/k bytes of each rank, and accumulated gradients take their size
+/ k. If memory is left for only one of them, parameters take precedence: over s micro-steps their cache saves 2s-1
+times M bytes of inter-node traffic, accumulated gradients save s-1 times.
 
 On ranks, the cache takes M bytes, and accumulated gradients take their full size. Links inside a node are fast, and
 sharding is there to save memory, so "auto" does it only if the unsharded model states, as in DDP, would fit a rank.

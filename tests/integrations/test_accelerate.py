@@ -239,7 +239,7 @@ def every_micro_step_a_boundary(plugin: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("plugin", [{}, {"partition_size": 4, "cache_parameters": "never"}])
-def test_every_micro_step_may_synchronise(plugin: dict[str, Any]) -> None:
+def test_every_micro_step_may_synchronize(plugin: dict[str, Any]) -> None:
     for trained in on_ranks(every_micro_step_a_boundary, plugin):
         assert_same(trained, two_batches_then_one(), 1e-6)
 

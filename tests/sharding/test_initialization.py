@@ -22,7 +22,7 @@ TWO_REPLICAS = Topology(world_size=4, ranks_per_node=2, partition_size=2)
 
 
 class Scaled(TinyLM):
-    """Initialises as many models do: a method on the model, called for each of its modules."""
+    """Initializes as many models do: a method on the model, called for each of its modules."""
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):

@@ -53,7 +53,7 @@ def _copied(model: Stack) -> None:
 
 
 @torch.no_grad()
-def _initialised(model: Stack) -> None:
+def _initialized(model: Stack) -> None:
     for weight in _weights(model):
         nn.init.constant_(weight, 0.3)
 
@@ -118,7 +118,7 @@ def _through_memory(model: Stack) -> None:
 KNOWN = {
     "in place": _in_place,
     "copy_": _copied,
-    "nn.init": _initialised,
+    "nn.init": _initialized,
     "detach": _detached,
     "to_local": _as_local_tensor,
     "load_state_dict": _loaded,

@@ -119,7 +119,7 @@ def _record_clip() -> list[Collective]:
 
 
 def test_starting_costs_one_checksum_exchange_beside_the_first_weights():
-    """A model on the meta device is initialised without sending any weight."""
+    """A model on the meta device is initialized without sending any weight."""
     for seen in run_ranks(4, _record_start):
         assert Counter(c.kind for c in seen) == {"broadcast": 1, "all_gather": 1, "all_reduce": 1}
         assert sum(c.nbytes for c in seen) < BLOCK_NUMEL * BYTES

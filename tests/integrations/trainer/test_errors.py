@@ -212,8 +212,8 @@ def test_unknown_values_are_refused_when_the_strategy_is_made(options, message):
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(TypeError, match=r"MiCSStrategy has no option 'colour'; it takes .*partition_size.*two_hop"):
-        MiCSStrategy(colour="blue")
+    with pytest.raises(TypeError, match=r"MiCSStrategy has no option 'color'; it takes .*partition_size.*two_hop"):
+        MiCSStrategy(color="blue")
 
 
 @pytest.mark.parametrize(

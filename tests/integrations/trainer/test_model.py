@@ -176,7 +176,7 @@ def test_configure_model_builds_where_it_says(built: list[dict[str, Any]]) -> No
     assert built[0]["ConfiguredOnMeta"]["built on"] == "meta"
 
 
-def test_meta_parameters_and_buffers_are_initialised(built: list[dict[str, Any]]) -> None:
+def test_meta_parameters_and_buffers_are_initialized(built: list[dict[str, Any]]) -> None:
     facts = built[0]["ConfiguredOnMeta"]
     assert facts["meta"] == []
     assert torch.equal(facts["scale"], torch.full((7,), 0.9))
@@ -333,7 +333,7 @@ def test_activation_checkpointing_covers_the_named_classes_only(tmp_path: Path) 
 
 
 class WithBatchNorm(TinyModule):
-    """Its batch norm is not run: the synchronised one refuses CPU."""
+    """Its batch norm is not run: the synchronized one rejects CPU."""
 
     def __init__(self) -> None:
         super().__init__()
