@@ -41,7 +41,7 @@ __all__ = [
     "sharded",
 ]
 
-_HOMES = {
+_MODULES = {
     "AccumulationSchedule": "sharding.schedule",
     "CommunicationOptions": "sharding.options",
     "MiCSFabricStrategy": "integrations.fabric",
@@ -57,22 +57,22 @@ _HOMES = {
     "sharded": "sharding.sharded",
 }
 
-_ROOMS = ("checkpoint", "planning")  # with public names of their own
+_SUBPACKAGES = ("checkpoint", "planning")  # subpackages with public names of their own
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, *_ROOMS})
+    return sorted({*globals(), *_MODULES, *_SUBPACKAGES})
 
 
-if not TYPE_CHECKING:  # type checkers see the imports above, and reject what is not among them
+if not TYPE_CHECKING:  # type checkers use the imports above, and report other names
 
     def __getattr__(name: str) -> Any:
-        if name in _ROOMS:
+        if name in _SUBPACKAGES:
             return import_module(f"{__name__}.{name}")
-        if name not in _HOMES:
+        if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        public = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-        if not isinstance(public, type):  # `inspect.getsource` and type hints look for a class where it is defined
+        public = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        if not isinstance(public, type):  # `inspect.getsource` and type hints need a class's own module
             public.__module__ = __name__
         return public
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 
 
 def _run(arguments: Sequence[str]) -> int:
-    from lightning.fabric import cli  # which offers the strategy, for the package is imported
+    from lightning.fabric import cli  # offers strategy "mics", which importing this package has registered
 
     if not hasattr(cli, "_main"):
         print("python -m lightning_mics run needs the package click: pip install click", file=sys.stderr)
         return 1
-    cli._main(["run", *arguments], prog_name="python -m lightning_mics")  # leaves by SystemExit
+    cli._main(["run", *arguments], prog_name="python -m lightning_mics")  # raises SystemExit
     return 0
 
 

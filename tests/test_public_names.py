@@ -178,7 +178,7 @@ def test_an_error_after_the_import_is_a_warning(package: Path) -> None:
         raise KeyError("registry")
 
     AfterImport({"followed.one": fail}).start()
-    with pytest.warns(UserWarning, match=r"could not make strategy='mics' known to followed\.one: KeyError"):
+    with pytest.warns(UserWarning, match=r"could not register strategy='mics' with followed\.one: KeyError"):
         assert importlib.import_module("followed.one").value == 1
 
 

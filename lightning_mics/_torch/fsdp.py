@@ -72,7 +72,7 @@ def sharded_parameters(module: FSDPModule) -> list[nn.Parameter]:
 def weights_version(module: FSDPModule) -> Hashable:
     """The version of the sharded parameters of ``module`` itself; it changes with every update that torch records.
 
-    torch does not record changes through ``.data``, by ``torch._foreach_*`` functions, and of raw memory. See
+    torch does not record changes through ``.data``, by ``torch._foreach_*`` functions, or in raw memory. See
     [Note: When cached weights are dropped].
     """
     return tuple(_version(p) for group in _param_groups(module) for p in group.fsdp_params)
@@ -91,9 +91,10 @@ def _has_unreduced_gradient(parameter: Any) -> bool:
 def replace_all_reduce(module: FSDPModule, reduce: Callable[[Tensor, Any], None]) -> None:
     """Run ``reduce`` after every reduce-scatter of ``module`` itself, in place of FSDP2's all-reduce.
 
-    FSDP2's all-reduce can only be followed by a hook. It runs where the mesh of a parameter group has an axis of
-    replicas; so the group gets a mesh without one, and the hook is hop 2. Parameters stay on the mesh of both axes. The
-    shard is then added to the gradient as the hook leaves it: see [Note: Zero gradients before the boundary].
+    FSDP2 can run a hook after its all-reduce, but not replace it. The all-reduce runs if the mesh of a parameter group
+    has an axis of replicas. So the group gets a mesh without that axis, and the hook is hop 2. Parameters stay on the
+    mesh with both axes. FSDP2 then adds the shard to the gradient as the hook leaves it: see
+    [Note: Zero gradients before the boundary].
 
     Args:
         module: FSDP module, already sharded.
@@ -106,8 +107,8 @@ def replace_all_reduce(module: FSDPModule, reduce: Callable[[Tensor, Any], None]
             group.post_forward_mesh_info = mesh_info
 
     def hook(shard: Tensor) -> None:
-        whole_factor = any(group.gradient_divide_factor is not None for group in _param_groups(module))
-        reduce(shard, dist.ReduceOp.SUM if whole_factor else dist.ReduceOp.AVG)
+        has_divide_factor = any(group.gradient_divide_factor is not None for group in _param_groups(module))
+        reduce(shard, dist.ReduceOp.SUM if has_divide_factor else dist.ReduceOp.AVG)
 
     module.set_all_reduce_hook(hook)
 
@@ -115,12 +116,13 @@ def replace_all_reduce(module: FSDPModule, reduce: Callable[[Tensor, Any], None]
 class ReusedUnshard:
     """Unsharded parameters of one module itself that stay in memory after a reshard; the module shows their shards.
 
-    FSDP2 gathers them at each use and frees them after it; here freeing is left out, and gathering if ``reuse`` allows.
+    FSDP2 gathers them at each use and frees them afterwards. Here they are not freed, and not gathered where ``reuse``
+    returns True.
 
     Args:
         module: FSDP module.
         reuse: Called as ``reuse(in_forward=...)`` before each use; returns whether the parameters in memory are valid.
-        unsharded: Called when they are gathered.
+        unsharded: Called when the parameters are gathered.
     """
 
     def __init__(self, module: FSDPModule, *, reuse: Callable[..., bool], unsharded: Callable[[], None]) -> None:
@@ -193,7 +195,7 @@ def drop_unreduced_gradients(module: FSDPModule) -> None:
 
 
 def unshard(module: FSDPModule) -> None:
-    """Unshard ``module`` itself, unless it is; its parameters then require gradients as their shards do now."""
+    """Unshard ``module`` itself if it is sharded, and copy ``requires_grad`` of its shards to the parameters."""
     module.unshard()
     for group in _param_groups(module):
         for parameter in group.fsdp_params:
@@ -230,7 +232,7 @@ def reduce_unused_parameters(module: FSDPModule, enabled: bool) -> None:
 
 def forget_iteration(root: FSDPModule) -> None:
     """Drop FSDP2's partial reductions and pending communication of an iteration that will not be finished."""
-    if root._get_fsdp_state()._is_root is None:  # no forward yet: the attributes to reset are made by the first one
+    if root._get_fsdp_state()._is_root is None:  # before the first forward, which makes the attributes to reset
         return
     if hasattr(root, "reset_iter_state"):
         root.reset_iter_state()
@@ -239,7 +241,7 @@ def forget_iteration(root: FSDPModule) -> None:
 
 
 def fsdp_modules(root: nn.Module | FSDPModule) -> dict[str, FSDPModule]:
-    """FSDP modules under ``root``, which is included, by fully qualified name."""
+    """The FSDP modules under ``root``, itself included, by fully qualified name."""
     assert isinstance(root, nn.Module)
     return {name: module for name, module in root.named_modules() if isinstance(module, FSDPModule)}
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_mics.collectives.traffic import Kind, Sent, sent_by
 from lightning_mics.cost.collective import Collective
-from lightning_mics.sharding.blocks import unit_modules
+from lightning_mics.sharding.blocks import group_modules
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.topology import Topology
@@ -54,7 +54,7 @@ def find_units(model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:
 
 
 def _shapes(unit: nn.Module, blocks: set[nn.Module]) -> tuple[tuple[int, int], ...]:
-    own = {parameter for module in unit_modules(unit, blocks) for parameter in module.parameters(recurse=False)}
+    own = {parameter for module in group_modules(unit, blocks) for parameter in module.parameters(recurse=False)}
     return tuple(sorted((p.shape[0], p.numel() // p.shape[0]) for p in own))
 
 

@@ -1,4 +1,4 @@
-"""What the Trainer's strategy and Fabric's have in common: options, checks, ranks, paths."""
+"""The common part of the strategies for the Trainer and Fabric: options, checks, ranks, paths."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 class LightningStrategy:
     """Base of both strategies, to be inherited from before Lightning's own ``ModelParallelStrategy``.
 
-    Methods take an untyped ``self``: Lightning's two classes have these attributes, but no common base.
+    Methods take an untyped ``self``: the two classes of Lightning have the same attributes, but no common base.
     """
 
     @documented
@@ -40,18 +40,18 @@ class LightningStrategy:
         timeout: timedelta | None = default_pg_timeout,
         **policy: Unpack[PolicyOptions],
     ) -> None:
-        """Choose how to shard, to communicate and to save; nothing is communicated yet.
+        """Set the options of sharding, communication and saving, without communication.
 
         Args:
             state_dict_type: ``"sharded"`` checkpoints are directories of shards; a ``"full"`` one is gathered into one
                 file on rank 0.
-            async_save: Whether checkpoints are written while training continues, from copies in the host's memory;
-                :meth:`wait_for_checkpoints` waits for them, as the end of a fit does. Needs sharded checkpoints.
+            async_save: Whether checkpoints are written while training continues, from copies in CPU memory;
+                :meth:`wait_for_checkpoints` and the end of a fit wait for them. Needs sharded checkpoints.
             weights_only: Whether loading a checkpoint reads plain data and tensors only. False unpickles any object,
-                which may run code. An explicit ``weights_only`` of a call that loads overrides it.
+                which may run code. An explicit ``weights_only`` of a loading call overrides it.
             process_group_backend: Backend of the process groups; None is nccl for CUDA, gloo for CPU.
-            timeout: Timeout of the collectives of all groups; None is torch's default.
-            policy: Options of sharding, as in :class:`~lightning_mics.policy.options.PolicyOptions`.
+            timeout: Longest duration of a collective of any group; None is torch's default.
+            policy: Options of sharding; see :class:`~lightning_mics.policy.options.PolicyOptions`.
 
         Raises:
             TypeError: If an option has the wrong type, or the model cannot be sharded.
@@ -70,15 +70,15 @@ class LightningStrategy:
         self._initialize()
 
     def _initialize(self) -> None:
-        """Make what else a strategy holds: it inherits the constructor, so that the options are written down once."""
+        """Create the attributes of a subclass, which inherits the constructor so that options are declared once."""
 
     @property
     def distributed_sampler_kwargs(self: Any) -> dict[str, Any]:
-        """Every rank has data of its own, those of one partition group too."""
+        """Every rank has its own data, also within a partition group."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def setup_environment(self: Any) -> None:
-        """Start communicating, once all that can be checked without has been checked."""
+        """Initialize the process groups, after all checks that need no communication."""
         assert self.accelerator is not None
         self.accelerator.setup_device(self.root_device)
         self._set_world_ranks()
@@ -94,21 +94,21 @@ class LightningStrategy:
         """Wait until all checkpoints that are being written asynchronously are complete; every rank calls it.
 
         Raises:
-            RuntimeError: If one failed. Those saved earlier are as they were.
+            RuntimeError: If saving one failed. Earlier checkpoints are unchanged.
         """
         self._saving.wait()
 
     def _reads_weights_only(self, weights_only: bool | None) -> bool:
-        """What a call that loads has said, or else the option."""
+        """The argument of a loading call if it is given, else the option."""
         return self._weights_only if weights_only is None else weights_only
 
     def _shared_path(self: Any, path: str | Path) -> StoragePath:
-        """Rank 0's path: a name with the time in it may differ between ranks."""
+        """Rank 0's path: a name that contains the time may differ between ranks."""
         return storage_path(self.broadcast(path))
 
 
 def check_precision(precision: object) -> None:
-    """Refuse what has no place in sharded training, by Lightning's name of it.
+    """Check that sharded training supports ``precision``, by Lightning's name of it.
 
     Raises:
         ValueError: If it is none of :data:`PRECISIONS`.
@@ -121,10 +121,14 @@ def check_precision(precision: object) -> None:
 
 
 def check_job(device: torch.device, *, backend: str) -> None:
-    """Refuse a device that has no collectives, and a backend that does not serve it.
+    """Check that the device has collectives, and that the backend supports the device.
+
+    Args:
+        device: Device of this rank.
+        backend: Backend of the process groups, such as ``"nccl"``.
 
     Raises:
-        ValueError: The same on every rank, before any rank waits for another.
+        ValueError: If not; the same on every rank, before the first collective.
     """
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"strategy 'mics' runs on CUDA and CPU devices, not on {device.type!r}")
@@ -133,10 +137,14 @@ def check_job(device: torch.device, *, backend: str) -> None:
 
 
 def check_saving(*, state_dict_type: str, async_save: bool) -> None:
-    """Reject an unknown kind of checkpoint, and full ones that are to be saved asynchronously.
+    """Check the options of saving.
+
+    Args:
+        state_dict_type: ``"sharded"`` or ``"full"``.
+        async_save: Whether checkpoints are written asynchronously, which only sharded ones are.
 
     Raises:
-        ValueError: If there is no such kind, or it cannot be saved in this way.
+        ValueError: If the kind of checkpoint is unknown, or cannot be saved asynchronously.
     """
     if state_dict_type not in get_args(StateDictType):
         raise ValueError(f'state_dict_type={state_dict_type!r} is neither "sharded" nor "full"')
@@ -147,12 +155,12 @@ def check_saving(*, state_dict_type: str, async_save: bool) -> None:
 
 
 def reduce_in_place(tensor: Any, *, group: Any, op: Any) -> Any:
-    """Reduce as Lightning's own does, but without a barrier of all ranks before each value.
+    """Reduce a tensor in place, as Lightning's strategies do, but without a barrier of all ranks before it.
 
     Args:
-        tensor: What is no tensor is returned as it is.
-        group: None is all ranks.
-        op: A ``ReduceOp`` or its name; "mean" and "avg" divide by the number of ranks, and None sums.
+        tensor: Tensor to reduce, [any]; other values are returned unchanged.
+        group: Process group to reduce over; None is all ranks.
+        op: Reduction, a ``ReduceOp`` or its name; "mean" and "avg" divide by the number of ranks, and None sums.
     """
     if not isinstance(tensor, Tensor) or not dist.is_initialized():
         return tensor

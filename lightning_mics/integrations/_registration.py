@@ -1,9 +1,9 @@
-"""Makes ``strategy="mics"`` known to Lightning whenever Lightning is imported, without importing it.
+"""Registers ``strategy="mics"`` with Lightning when Lightning is imported, without importing it.
 
-Names are registered at once with what is imported already. For the rest a finder at the head of ``sys.meta_path`` lets
-the others find a module of Lightning, and has its loader followed by the registration. Nothing else is imported by
-that: the strategies are when somebody asks for them by name. ``pytorch_lightning`` and ``lightning_fabric`` are other
-copies of the same code, whose classes those of ``lightning`` are not; there is no ``"mics"`` in them.
+Modules of Lightning that are imported already are handled immediately. For the others, a finder at the head of
+``sys.meta_path`` wraps the loader that the other finders return, so that the registration follows the import. A
+strategy's own module is imported when the strategy is first requested by name. ``pytorch_lightning`` and
+``lightning_fabric`` are copies of the same code with other classes; ``"mics"`` is not registered there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _register_with_fabric(strategies: Any) -> None:
 
         return MiCSFabricStrategy(**options)
 
-    if NAME not in strategies.STRATEGY_REGISTRY:  # as after a reload
+    if NAME not in strategies.STRATEGY_REGISTRY:  # it is after a reload
         strategies.STRATEGY_REGISTRY.register(NAME, make, description=DESCRIPTION)
 
 
@@ -56,13 +56,13 @@ def _register_with_the_trainer(strategies: Any) -> None:
 
 
 class AfterImport(MetaPathFinder):
-    """Calls a function with each of some modules once it is imported, and goes when all have been.
+    """Calls functions after the imports of certain modules; removes itself after the last of them.
 
-    An error of such a function is a warning: it must neither stop an import that somebody else has asked for, nor be
-    taken for an error of the imported module.
+    An error in such a function becomes a warning: it must not stop the import, nor look like an error of the imported
+    module.
 
     Args:
-        then: The functions, by the full names of the modules.
+        then: Functions that take the imported module, by the module's full name.
     """
 
     def __init__(self, then: Mapping[str, Callable[[ModuleType], None]]) -> None:
@@ -70,17 +70,23 @@ class AfterImport(MetaPathFinder):
         self._lock = Lock()
 
     def start(self) -> None:
-        """Wait for modules from now on, after calling the functions of those that are imported."""
+        """Watch imports from now on, and call the functions of modules that are imported already."""
         names = list(self._then)
         sys.meta_path.insert(0, self)
         for name in names:
             if name in sys.modules:
-                self.imported(import_module(name))  # which waits if another thread is at it
+                self.imported(import_module(name))  # waits if another thread is importing it
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """What the finders after this one find, with a loader that reports to this one."""
+        """The spec that the other finders return, with a loader that reports to this one.
+
+        Args:
+            fullname: Full name of the module.
+            path: Search path of the parent package; None for a top-level module.
+            target: Module to reload, if any.
+        """
         if fullname not in self._then:
             return None
         finders = list(sys.meta_path)
@@ -92,10 +98,10 @@ class AfterImport(MetaPathFinder):
         return spec
 
     def imported(self, module: ModuleType) -> None:
-        """Call the function of ``module``, unless it has been called."""
+        """Call the function of ``module``, unless it was called before."""
         with self._lock:
             then = self._then.pop(module.__name__, None)
-            if not self._then:  # a new list: an import in another thread may be walking through the present one
+            if not self._then:  # a new list: an import in another thread may be iterating over the current one
                 sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
         if then is None:
             return
@@ -103,12 +109,12 @@ class AfterImport(MetaPathFinder):
             then(module)
         except Exception as error:
             warnings.warn(
-                f"lightning_mics could not make strategy={NAME!r} known to {module.__name__}: {error!r}", stacklevel=2
+                f"lightning_mics could not register strategy={NAME!r} with {module.__name__}: {error!r}", stacklevel=2
             )
 
 
 class _ReportingLoader(Loader):
-    """Another loader, whose place it takes until the module runs, and a function that is called after that."""
+    """A loader that delegates to another, and calls a function after the module has been executed."""
 
     def __init__(self, loader: Any, then: Callable[[ModuleType], None]) -> None:
         self._loader = loader

@@ -1,10 +1,10 @@
 """``Accelerator(fsdp_plugin=MiCSPlugin())``: the adapter between Hugging Face Accelerate and the policy.
 
-Accelerate shards a model by a function that it looks up as ``fsdp2_prepare_model``, and drops an FSDP plugin where it
-does not find a GPU. These are the two places where importing this module steps in, for a :class:`MiCSPlugin` only:
-whoever passes another plugin, or none, gets what Accelerate does. All else is Accelerate's own: optimizers that follow
-the shards, clipping, ``save_state`` and ``load_state``, ``get_state_dict``. ``accumulate`` and ``no_sync`` ask the
-model not to synchronize gradients, which a model sharded by a policy understands as a micro-step before the boundary.
+Importing this module patches two functions of Accelerate, with an effect for a :class:`MiCSPlugin` only. The first is
+``fsdp2_prepare_model``, which shards a model. The second is ``AcceleratorState.__init__``, which drops an FSDP plugin
+if there is no GPU. Everything else is Accelerate's own code: optimizers that follow the shards, gradient clipping,
+``save_state`` and ``load_state``, ``get_state_dict``. ``accumulate`` and ``no_sync`` switch off the model's gradient
+synchronization; a model sharded by a policy takes that for a micro-step before the boundary.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.sharding.sharded import sharded
 
-OLDEST = (1, 15)  # of Accelerate, whose inner names this uses
+OLDEST = (1, 15)  # oldest supported version of Accelerate, whose internals are used here
 
 
 LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
@@ -72,14 +72,14 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
 
     Args:
         state_dict_type: Kind of model file that ``save_state`` writes, ``"sharded"`` or ``"full"``. None takes
-            ``fsdp_state_dict_type`` of the config file of ``accelerate launch``, as ``activation_checkpointing`` takes
-            its own entry there, and is sharded without one.
+            ``fsdp_state_dict_type`` of the config file of ``accelerate launch``, and ``"sharded"`` without one; the
+            default of ``activation_checkpointing`` is also read from there.
         timeout: Longest duration of a collective of any group; None is the backend's default.
-        policy: Options of sharding, as in :class:`~lightning_mics.policy.options.PolicyOptions`.
+        policy: Options of sharding; see :class:`~lightning_mics.policy.options.PolicyOptions`.
 
     Raises:
         TypeError: If an option has the wrong type.
-        ValueError: If an option's value cannot be.
+        ValueError: If an option's value is not allowed.
     """
 
     def __init__(
@@ -93,22 +93,22 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
         if state_dict_type not in ("sharded", "full", None):
             raise ValueError(f'state_dict_type={state_dict_type!r} is neither "sharded" nor "full", nor None')
         if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
-            raise ValueError("MiCSPlugin keeps shards on the devices: set fsdp_offload_params to false")
+            raise ValueError("MiCSPlugin does not offload parameters: set fsdp_offload_params to false")
         policy.setdefault("activation_checkpointing", bool(parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")))
         self.policy = Policy(timeout=timeout, **policy)
         super().__init__(
             fsdp_version=2,
             state_dict_type=f"{state_dict_type}_state_dict".upper() if state_dict_type else None,
             auto_wrap_policy="NO_WRAP",  # the policy finds the blocks
-            activation_checkpointing=False,  # it recomputes them, too
-            cpu_ram_efficient_loading=False,  # rank 0's weights are the first weights anyway
+            activation_checkpointing=False,  # the policy sets it up, too
+            cpu_ram_efficient_loading=False,  # the policy sends rank 0's weights to all ranks
             cpu_offload=False,
         )
-        os.environ["FSDP_VERSION"] = "2"  # for a second Accelerator, which makes a plugin that it does not use
+        os.environ["FSDP_VERSION"] = "2"  # for a second Accelerator, which creates a plugin without using it
 
     @override
     def set_auto_wrap_policy(self, model: nn.Module) -> None:
-        """The policy finds the blocks."""
+        """Do nothing: the policy finds the blocks."""
 
     def save_checkpoint(self, accelerator: Accelerator, path: str | Path, **state: Any) -> None:
         """Save the model and optimizers as the Trainer and Fabric do; every rank calls it.
@@ -119,7 +119,7 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
             state: Plain data and tensors to save with them; :meth:`load_checkpoint` returns them.
 
         Raises:
-            OSError: On all ranks, if storage fails on one; what was at ``path`` before is still there.
+            OSError: On all ranks, if storage fails on one; an earlier checkpoint at ``path`` is unchanged.
             ValueError: If no model was prepared with a :class:`MiCSPlugin`.
         """
         model = _prepared_model(accelerator)
@@ -166,8 +166,8 @@ def _prepared_model(accelerator: Accelerator) -> nn.Module:
     models = [model for model in accelerator._models if "_mics" in vars(model)]
     if len(models) != 1:
         raise ValueError(
-            f"the Accelerator has {len(models)} models that it has prepared with a MiCSPlugin, and a checkpoint is of "
-            "one: call `model, optimizer = accelerator.prepare(model, optimizer)` first"
+            f"the Accelerator has prepared {len(models)} models with a MiCSPlugin, and a checkpoint holds exactly one: "
+            "call `model, optimizer = accelerator.prepare(model, optimizer)` first, for one model"
         )
     model: nn.Module = models[0]
     return model
@@ -184,11 +184,11 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     if isinstance(model, FSDPModule):
         if "set_requires_gradient_sync" in vars(model):
             return model
-        raise ValueError("the model is sharded already, and not by this plugin: prepare a plain module")
+        raise ValueError("the model is sharded already, and not by this plugin: prepare the original module")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             "the model is on the meta device, where Accelerate cannot tell the optimizer's parameters from each other; "
-            "build it on the CPU: only one block at a time goes to the device whole"
+            "build it on the CPU: only one block at a time is on the device unsharded"
         )
     precision = _precision(accelerator, model)
     handle = plugin.policy.shard(
@@ -198,12 +198,12 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
         local_size=get_int_from_env(LOCAL_SIZE, dist.get_world_size()),
     )
     vars(model)["_mics"] = handle
-    model.to(accelerator.device)  # what is no parameter
+    model.to(accelerator.device)  # state besides parameters and buffers, such as metrics
     allow_evaluation(model)  # see [Note: Hooks on the root, in order]
     handle.schedule.optimizer_hooks.follow_steps()
     for optimizer in _optimizers(accelerator):
         handle.schedule.optimizer_hooks.follow_zero_grad(optimizer)
-    _start_over_when_loading(accelerator, handle.schedule)
+    _abandon_window_when_loading(accelerator, handle.schedule)
     vars(model)["set_requires_gradient_sync"] = _GradientSync(model, handle.schedule)
     if precision == "bf16-mixed":
         _compute_under_autocast(accelerator, model)
@@ -212,15 +212,15 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     return model
 
 
-def _start_over_when_loading(accelerator: Accelerator, schedule: AccumulationSchedule) -> None:
-    """What a window has accumulated belongs to other weights; the hook must not keep the model alive."""
+def _abandon_window_when_loading(accelerator: Accelerator, schedule: AccumulationSchedule) -> None:
+    """Abandon the open window when weights are loaded. The hook must not keep the model alive."""
     known = weakref.ref(schedule)
 
-    def start_over(*_: Any) -> None:
+    def abandon(*_: Any) -> None:
         if (alive := known()) is not None:
             alive.window.abandon()
 
-    accelerator.register_load_state_pre_hook(start_over)
+    accelerator.register_load_state_pre_hook(abandon)
 
 
 def _precision(accelerator: Accelerator, model: nn.Module) -> str:
@@ -232,14 +232,14 @@ def _precision(accelerator: Accelerator, model: nn.Module) -> str:
     if accelerator.mixed_precision == "no":
         half = all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
         return "bf16-true" if half else "32-true"
-    for parameter in model.parameters():  # as Accelerate does: weights in float32, computing in bfloat16
+    for parameter in model.parameters():  # as Accelerate does: weights in float32, computation in bfloat16
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
     return PRECISIONS[accelerator.mixed_precision]
 
 
 def _compute_under_autocast(accelerator: Accelerator, model: nn.Module) -> None:
-    """As Accelerate does where it does not shard, so that ``unwrap_model`` finds the way back."""
+    """Wrap the forward as Accelerate does for unsharded models, so that ``unwrap_model`` can undo it."""
     autocast = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
     vars(model)["_original_forward"] = model.forward
     forward: Callable[..., Any] = autocast(model.forward.__func__)  # type: ignore[attr-defined]
@@ -247,11 +247,11 @@ def _compute_under_autocast(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 class _GradientSync:
-    """``set_requires_gradient_sync`` of a root: asked for no synchronisation, it defers the second hop only.
+    """``set_requires_gradient_sync`` of the root: without synchronization, a micro-step before the boundary runs.
 
     Args:
-        model: The root.
-        schedule: Its.
+        model: The root FSDP module.
+        schedule: The schedule returned by ``shard_model``.
     """
 
     def __init__(self, model: nn.Module, schedule: AccumulationSchedule) -> None:
@@ -260,7 +260,7 @@ class _GradientSync:
         self._before_boundary = ExitStack()
 
     def __call__(self, requires_gradient_sync: bool, *, recurse: bool = True) -> None:
-        if not recurse:  # the schedule itself asks
+        if not recurse:  # called by the schedule itself
             FSDPModule.set_requires_gradient_sync(self._model, requires_gradient_sync, recurse=False)  # type: ignore[arg-type]
             return
         self._before_boundary.close()
@@ -268,10 +268,10 @@ class _GradientSync:
             self._before_boundary.enter_context(self._schedule.micro_step(boundary=False))
 
 
-# -- where Accelerate is stepped into ----------------------------------------------------------------------------------
+# -- the two functions of Accelerate that are patched ------------------------------------------------------------------
 
 
-def _shard_with_our_plugin(prepare: Callable[..., Any]) -> Callable[..., Any]:
+def _patched_prepare(prepare: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(prepare)
     def prepare_either(accelerator: Accelerator, model: nn.Module) -> Any:
         plugin = accelerator.state.fsdp_plugin
@@ -280,16 +280,16 @@ def _shard_with_our_plugin(prepare: Callable[..., Any]) -> Callable[..., Any]:
     return prepare_either
 
 
-def _keep_our_plugin_on_cpus(initialize: Callable[..., None]) -> Callable[..., None]:
+def _patched_init(initialize: Callable[..., None]) -> Callable[..., None]:
     @wraps(initialize)
     def initialize_either(state: AcceleratorState, *args: Any, **kwargs: Any) -> None:
         plugin = kwargs.get("fsdp_plugin")
         if isinstance(plugin, MiCSPlugin) and kwargs.get("parallelism_config") is not None:
             raise ValueError("MiCSPlugin divides the ranks by its partition_size: leave out the parallelism_config")
-        there = AcceleratorState._shared_state.get("fsdp_plugin")
-        if isinstance(plugin, MiCSPlugin) and there is not None and there is not plugin:
+        existing = AcceleratorState._shared_state.get("fsdp_plugin")
+        if isinstance(plugin, MiCSPlugin) and existing is not None and existing is not plugin:
             raise ValueError(
-                "another Accelerator is there already, and all share its plugin: make this one without fsdp_plugin"
+                "another Accelerator exists already, and all share its plugin: create this one without fsdp_plugin"
             )
         initialize(state, *args, **kwargs)
         if not isinstance(plugin, MiCSPlugin):
@@ -316,7 +316,7 @@ if not hasattr(accelerate_accelerator, "fsdp2_prepare_model"):
     )
 
 
-accelerate_accelerator.fsdp2_prepare_model = _shard_with_our_plugin(accelerate_accelerator.fsdp2_prepare_model)
+accelerate_accelerator.fsdp2_prepare_model = _patched_prepare(accelerate_accelerator.fsdp2_prepare_model)
 
 
-AcceleratorState.__init__ = _keep_our_plugin_on_cpus(AcceleratorState.__init__)
+AcceleratorState.__init__ = _patched_init(AcceleratorState.__init__)

@@ -37,7 +37,7 @@ Filter = Mapping[str, Callable[[str, Any], bool]]
 
 
 class _ModelParallel(ModelParallelStrategy):
-    """Fabric's own, whose function that shards is not needed."""
+    """Fabric's strategy without the user's ``parallelize_fn``: the policy shards."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(parallelize_fn=_not_called, **options)
@@ -46,19 +46,19 @@ class _ModelParallel(ModelParallelStrategy):
 class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     """MiCS for Fabric: sharded training whose constant traffic stays inside partition groups.
 
-    ``fabric.setup`` takes an ordinary module and shards it block by block, with its optimizers in the same call or
-    made after it. ``fabric.no_backward_sync`` marks the micro-steps before the boundary: gradients are reduced inside
-    the partition group in each, over replicas at the boundary.
+    ``fabric.setup`` takes an ordinary module and shards it block by block. Its optimizers are set up in the same call
+    or created afterwards. ``fabric.no_backward_sync`` marks the micro-steps before the boundary: gradients are reduced
+    inside the partition group in each, over replicas at the boundary.
 
-    A full checkpoint has the names of your state, as Fabric on one device has it; the Trainer begins from both kinds,
-    and Fabric resumes from the Trainer's. For the options see the constructor.
+    A full checkpoint has the keys of the saved state, as one of Fabric on one device. The Trainer loads both kinds, and
+    Fabric loads the Trainer's. For the options see the constructor.
     """
 
     @override
     def _initialize(self) -> None:
         self._backward_sync_control = _TwoHop()
-        self._models: list[nn.Module] = []  # that were set up
-        self._ran_forward: list[nn.Module] = []  # of these, with gradients, since the last backward
+        self._models: list[nn.Module] = []  # set up so far
+        self._ran_forward: list[nn.Module] = []  # those with a forward, with gradients, since the last backward
 
     # -- before the model --------------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
                 local_size=self.num_processes,
             )
             rank_zero_info(sharded(module).report)
-        module.to(self.root_device)  # what is no parameter
+        module.to(self.root_device)  # state besides parameters and buffers, such as metrics
         self._policy.check_kept(module, sharded(module))
         self._device_mesh = sharded(module).groups.mesh
         sharded(module).schedule.window.abandon()
@@ -100,7 +100,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[nn.Module, list[Optimizer], Any]:
-        """Shard ``module``, and let ``optimizers``, which hold its whole parameters, hold its shards instead."""
+        """Shard ``module``, and replace its parameters in ``optimizers`` by its shards."""
         names = _names_in_groups(module, optimizers)
         module = self.setup_module(module)
         parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -147,7 +147,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
 
     @override
     def all_reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduce in place, as Fabric's own does, but without a barrier of all ranks before each value."""
+        """See :func:`~lightning_mics.integrations._lightning.reduce_in_place`."""
         return reduce_in_place(tensor, group=group, op=reduce_op)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -156,18 +156,18 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     def save_checkpoint(
         self, path: str | Path, state: dict[str, Any], storage_options: Any = None, filter: Filter | None = None
     ) -> None:
-        """Save the model, its optimizers and whatever else is in ``state``; every rank calls it.
+        """Save the model, its optimizers and everything else in ``state``; every rank calls it.
 
         Raises:
-            NotImplementedError: If there is a ``filter`` and checkpoints are sharded.
-            TypeError: If there are ``storage_options``, which belong to a ``CheckpointIO``.
+            NotImplementedError: If a ``filter`` is given and checkpoints are sharded.
+            TypeError: If ``storage_options`` are given, which are for a ``CheckpointIO``.
             ValueError: If ``state`` holds no model that was set up, or more than one.
         """
         if storage_options is not None:
-            raise TypeError("strategy 'mics' takes no storage_options: give a URL that fsspec has a driver for")
+            raise TypeError("strategy 'mics' takes no storage_options: pass a URL that fsspec has a driver for")
         if filter and self._save_distributed_checkpoint:
             raise NotImplementedError(
-                "a sharded checkpoint is saved whole, so that it can be loaded; filter it when you export it, or use "
+                "a sharded checkpoint is always complete, so that it can be loaded; filter when exporting it, or use "
                 'state_dict_type="full"'
             )
         parts = _Parts.of(state, doing="save")
@@ -189,10 +189,10 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
                 meta={**rest, **origin(parts.model, sharded(parts.model).groups.topology)},
             )
             return
-        whole = get_model_state_dict(parts.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        contents = {parts.key: whole, **optimizers, **rest}
-        kept = {key: _filtered(value, filter.get(key)) for key, value in contents.items()} | parts.names.plain()
-        checkpoint.save_full(path, write=lambda file: torch.save(kept, file))
+        unsharded = get_model_state_dict(parts.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        contents = {parts.key: unsharded, **optimizers, **rest}
+        filtered = {key: _filtered(value, filter.get(key)) for key, value in contents.items()} | parts.names.plain()
+        checkpoint.save_full(path, write=lambda file: torch.save(filtered, file))
 
     @override
     def load_checkpoint(
@@ -202,13 +202,13 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         strict: bool = True,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Load a checkpoint of Fabric's or the Trainer's into what ``state`` holds, in place; every rank calls it.
+        """Load a checkpoint of Fabric or the Trainer into the objects in ``state``, in place; every rank calls it.
 
         Returns:
-            What ``state`` did not ask for.
+            Entries of the checkpoint that ``state`` has no key for.
 
         Raises:
-            KeyError: If ``strict`` and the checkpoint lacks something that ``state`` asks for.
+            KeyError: If ``strict`` and the checkpoint lacks a key of ``state``.
             NotImplementedError: If ``state`` is an optimizer alone.
             ValueError: If ``state`` holds no model that was set up, or more than one.
         """
@@ -217,16 +217,16 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
                 "an optimizer is loaded with its model: fabric.load(path, {'model': model, 'optimizer': optimizer})"
             )
         self.wait_for_checkpoints()
-        where = self._shared_path(path)
+        shared_path = self._shared_path(path)
         if isinstance(state, nn.Module):
-            self._load_raw(where, state, strict=strict, weights_only=weights_only)
+            self._load_raw(shared_path, state, strict=strict, weights_only=weights_only)
             return {}
         parts = _Parts.of(state or {}, doing="load")
         assert state is not None
-        remainder = self._load(where, parts, strict, weights_only)
+        remainder = self._load(shared_path, parts, strict, weights_only)
         missing = sorted(parts.rest.keys() - remainder.keys())
         if missing and strict:
-            raise KeyError(f"{path} has no {missing[0]!r}; load with strict=False to leave it as it is")
+            raise KeyError(f"{path} has no {missing[0]!r}; load with strict=False to leave it unchanged")
         _move_state_into(source=remainder, destination=state, keys=parts.rest.keys() - missing)
         return remainder
 
@@ -240,24 +240,24 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
                 weights_only=self._reads_weights_only(weights_only),
                 names=parts.names,
             )
-            _start_anew(parts.model)
+            _reset_after_load(parts.model)
         return {key: value for key, value in remainder.items() if key not in (TOPOLOGY_KEY, NETWORK_KEY)}
 
     def _load_raw(self, path: StoragePath, model: nn.Module, *, strict: bool, weights_only: bool | None) -> None:
-        """A sharded checkpoint's model, or a file with a plain ``state_dict``."""
+        """Load the model of a sharded checkpoint, or a file with a ``state_dict`` of FQNs and tensors."""
         if is_sharded(path):
             self._load(path, _Parts.of({"model": model}, doing="load_raw"), strict, weights_only)
             return
         checkpoint.load_raw(path, model, strict=strict, weights_only=self._reads_weights_only(weights_only))
         if "_mics" in vars(model):
-            _start_anew(model)
+            _reset_after_load(model)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Parts:
-    """What users save and load, sorted."""
+    """The objects in a state that is saved or loaded, by kind."""
 
-    key: str  # of the model
+    key: str  # the model's key in the state
     model: nn.Module
     optimizers: dict[str, Optimizer]
     rest: dict[str, Any]
@@ -283,12 +283,12 @@ class _Parts:
 class _TwoHop(_BackwardSyncControl):
     @override
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-        """Before the boundary gradients are reduced inside the partition group only."""
+        """Run a micro-step before the boundary: gradients are reduced inside the partition group only."""
         return sharded(module).schedule.micro_step(boundary=False) if enabled else nullcontext()
 
 
-def _start_anew(model: nn.Module) -> None:
-    """After its weights were replaced."""
+def _reset_after_load(model: nn.Module) -> None:
+    """Reshard, drop the open accumulation window, and verify replicas."""
     assert isinstance(model, FSDPModule)
     model.reshard()
     sharded(model).schedule.window.abandon()
@@ -296,10 +296,10 @@ def _start_anew(model: nn.Module) -> None:
 
 
 def _names_in_groups(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[list[str]]]:
-    """Of what each group of each optimizer holds.
+    """The FQNs of the parameters in each group of each optimizer: [optimizers][groups][parameters].
 
     Raises:
-        ValueError: If that is not a parameter of the module, or the optimizer has stepped already.
+        ValueError: If a tensor is not a parameter of the module, or an optimizer has stepped already.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for optimizer in optimizers:
@@ -312,8 +312,8 @@ def _names_in_groups(module: nn.Module, optimizers: Sequence[Optimizer]) -> list
             )
         if optimizer.state:
             raise ValueError(
-                f"{kind} has stepped, and its state is of whole parameters; set it up before, and load states by "
-                "fabric.load"
+                f"{kind} has stepped, so its state belongs to unsharded parameters; set it up before its first step, "
+                "and load states with fabric.load"
             )
     return [[[names[id(p)] for p in group["params"]] for group in optimizer.param_groups] for optimizer in optimizers]
 
@@ -325,4 +325,4 @@ def _filtered(value: Any, keeps: Callable[[str, Any], bool] | None) -> Any:
 
 
 def _not_called(module: Any, _mesh: Any) -> Any:
-    raise AssertionError("the policy shards")
+    raise AssertionError("the policy shards the model")

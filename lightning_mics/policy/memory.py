@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lightning_mics.sharding.blocks import unit_modules
+from lightning_mics.sharding.blocks import group_modules
 from lightning_mics.topology import partition_sizes
 
 # Share of a device that model states may take; the rest is for activations. The paper's own choices of partition size
@@ -174,7 +174,7 @@ def in_gib(size_bytes: int) -> str:
 
 
 def _unit_parameters(unit: nn.Module, blocks: set[nn.Module]) -> set[nn.Parameter]:
-    return {parameter for module in unit_modules(unit, blocks) for parameter in module.parameters(recurse=False)}
+    return {parameter for module in group_modules(unit, blocks) for parameter in module.parameters(recurse=False)}
 
 
 def _bytes_in(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None) -> int:

@@ -18,7 +18,7 @@ from lightning_mics.sharding.options import AccumulateGradients, CacheParameters
 class PolicyOptions(TypedDict, total=False):
     """Options of sharding, as ``MiCSStrategy``, ``MiCSFabricStrategy`` and ``MiCSPlugin`` take them.
 
-    Args:
+    Attributes:
         partition_size: Ranks per partition group; ``"auto"``, the default, is the smallest whole number of nodes whose
             memory holds the model states.
         ranks_per_node: Ranks on each node; None, the default, takes it from the launcher. An integer pretends that
@@ -65,7 +65,7 @@ def documented(taker: Documented) -> Documented:
     Args:
         taker: A class or its constructor, with a line ``policy:`` in the ``Args:`` of its docstring.
     """
-    _, _, options = (inspect.getdoc(PolicyOptions) or "").partition("Args:\n")
+    _, _, options = (inspect.getdoc(PolicyOptions) or "").partition("Attributes:\n")
     lines: list[str] = []
     for line in (taker.__doc__ or "").splitlines():
         entry = line.lstrip()

@@ -1,4 +1,4 @@
-"""Accumulation windows: what is reduced in a micro-step, and which gradients are pending until the boundary.
+"""Accumulation windows: which reductions run in a micro-step, and which gradients are pending until the boundary.
 
 A window is the micro-steps from one gradient accumulation boundary to the next, the boundary included::
 
@@ -36,7 +36,7 @@ from lightning_mics.techniques.pending_gradients import PendingGradients
 class AccumulationWindow:
     """The open accumulation window of a sharded model, if there is one.
 
-    Without a call of :meth:`micro_step` every backward is a boundary, as in plain FSDP2.
+    Without a call of :meth:`micro_step` every backward is a boundary, as in FSDP2 itself.
 
     A parameter group with pending gradients is reduced at the boundary even if the boundary's own forward did not use
     it; its parameters without a gradient count as zero: see [Note: Zero gradients before the boundary]. Those that no
@@ -107,7 +107,7 @@ class AccumulationWindow:
             reduce_unused_parameters(module, True)
 
     def before_backward(self) -> None:
-        """Reduce at once the parameter groups in which some parameters are frozen for this backward only.
+        """Do not defer reductions of parameter groups in which some parameters are frozen for this backward only.
 
         The pending gradients of a parameter group are one flat tensor, so all must be of the same parameters. Call it
         before a backward if ``requires_grad`` changes inside accumulation windows, as when optimizers take turns.
@@ -146,9 +146,9 @@ class AccumulationWindow:
             for pending_gradients in self._pending_gradients.values():
                 pending_gradients.remove_zeros()
             return
-        left_behind = [name for name, m in self._modules.items() if self._pending(name) and any(trainable(m))]
-        if left_behind:
-            names = ", ".join(name or "the root" for name in left_behind)
+        still_pending = [name for name, m in self._modules.items() if self._pending(name) and any(trainable(m))]
+        if still_pending:
+            names = ", ".join(name or "the root" for name in still_pending)
             old = not reduces_unused_parameters(self._root)
             raise RuntimeError(
                 f"{names} got gradients earlier in this accumulation window and none at its boundary; "
@@ -164,7 +164,7 @@ class AccumulationWindow:
     def abandon(self) -> None:
         """Drop the pending gradients of an unfinished window, so that they cannot leak into the next one.
 
-        Dropping is local: no rank waits for another.
+        Does not communicate.
         """
         forget_iteration(self._root)
         for pending_gradients in self._pending_gradients.values():

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_mics.sharding.blocks import ModuleClasses, find_modules
 
-CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what blocks of `transformers` call it
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # key-value caches in blocks of `transformers`
 
 
 def find_recomputed(
@@ -21,9 +21,15 @@ def find_recomputed(
 ) -> list[nn.Module]:
     """The modules that are recomputed in backward.
 
+    Args:
+        model: The model to search.
+        blocks: Blocks of the model by fully qualified name.
+        activation_checkpointing: Whether to recompute all blocks; or the modules to recompute: module classes, class
+            names, or patterns of block names.
+
     Raises:
-        TypeError: If ``activation_checkpointing`` holds anything but module classes, their names and patterns.
-        ValueError: If one of these classes is not in the model, or no block's name fits a pattern.
+        TypeError: If ``activation_checkpointing`` holds anything but module classes, their names, and patterns.
+        ValueError: If one of these classes is not in the model, or no block's name matches a pattern.
     """
     if isinstance(activation_checkpointing, bool):
         return list(blocks.values()) if activation_checkpointing else []
@@ -44,7 +50,7 @@ def find_recomputed(
 
 
 def recompute_in_backward(modules: Iterable[nn.Module]) -> None:
-    """Let each of ``modules`` keep only its inputs in forward, and run again in backward."""
+    """Make each of ``modules`` save only its inputs in forward, and recompute the rest in backward."""
     for module in modules:
         module.forward = _recomputing(module.forward)
 
@@ -54,7 +60,7 @@ def _listed(entries: ModuleClasses) -> list[type[nn.Module] | str]:
 
 
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward`` that keeps only its inputs. A cache of keys and values is left out: recomputing would extend it."""
+    """``forward`` with activation checkpointing, called without key-value caches: recomputing would extend them."""
     names = inspect.signature(forward).parameters
     caches = {index for index, name in enumerate(names) if name in CACHES}
 

@@ -1,6 +1,7 @@
-"""Which modules of a model are sharded as units: its blocks. What is left is one more unit, the root's.
+"""The blocks of a model: modules that are parameter groups of their own. All other parameters are in the root's group.
 
-A unit's parameters are gathered together just before it runs and dropped after; a transformer layer is the usual block.
+FSDP2 unshards a parameter group just before its module runs, and reshards it after. The usual block is a transformer
+layer.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ def find_blocks(model: nn.Module, block_classes: ModuleClasses | None = None) ->
     Args:
         model: The model to search.
         block_classes: Module classes or class names. None takes the classes that the model (or a model inside it) names
-            in ``_no_split_modules``, as those of ``transformers`` do, but for modules tied to others, such as BERT's
+            in ``_no_split_modules``, as those of ``transformers`` do, except modules tied to others, such as BERT's
             embeddings; else the entries of the longest ``ModuleList``, ``ModuleDict`` or ``Sequential`` that holds
-            modules of one class. Empty: no blocks, the root holds all.
+            modules of one class. With an empty list there are no blocks, and all parameters are in the root's group.
 
     Raises:
         TypeError: If the model is already wrapped or sharded, has no parameters, or has no blocks that can be found.
-        ValueError: If a class of ``block_classes`` is not in the model, if a parameter is shared between two units, or
-            if parameters are of a kind that cannot be sharded together.
+        ValueError: If a class of ``block_classes`` is not in the model, if a parameter is shared between two
+            parameter groups, or if parameters cannot be sharded together.
     """
     _check_not_wrapped(model)
     if block_classes is None:
@@ -39,19 +40,25 @@ def find_blocks(model: nn.Module, block_classes: ModuleClasses | None = None) ->
         if not blocks:
             raise TypeError(
                 f"found no blocks to shard in {type(model).__name__}: it has no `_no_split_modules` and no list of "
-                "modules of one class; pass block_classes=[BlockClass], or block_classes=[] to shard it as one unit"
+                "modules of one class; pass block_classes=[BlockClass], or block_classes=[] to shard it as one "
+                "parameter group"
             )
     else:
         blocks = find_modules(model, block_classes, option="block_classes")
-    _check_units(model, blocks)
+    _check_groups(model, blocks)
     return blocks
 
 
 def find_modules(model: nn.Module, classes: ModuleClasses, *, option: str) -> dict[str, nn.Module]:
     """The modules of ``model`` of the given classes, by name, inner ones first.
 
+    Args:
+        model: The model to search.
+        classes: Module classes or their names.
+        option: Name of the option that the classes come from, for messages.
+
     Raises:
-        TypeError: If ``classes`` (the value of ``option``) holds anything but module classes and their names.
+        TypeError: If ``classes`` holds anything but module classes and their names.
         ValueError: If a class is not in the model.
     """
     entries = [classes] if isinstance(classes, str | type) else list(classes)
@@ -67,12 +74,17 @@ def find_modules(model: nn.Module, classes: ModuleClasses, *, option: str) -> di
     return _of_classes(model, entries)
 
 
-def unit_modules(unit: nn.Module, blocks: Collection[nn.Module]) -> Iterator[nn.Module]:
-    """The modules whose tensors belong to ``unit``, children first: all but other ``blocks`` inside it."""
-    for child in dict.fromkeys(unit.children()):
+def group_modules(owner: nn.Module, blocks: Collection[nn.Module]) -> Iterator[nn.Module]:
+    """The modules whose tensors are in the parameter group of ``owner``, children first.
+
+    Args:
+        owner: A block or the model.
+        blocks: All blocks of the model; those inside ``owner`` are left out.
+    """
+    for child in dict.fromkeys(owner.children()):
         if child not in blocks:
-            yield from unit_modules(child, blocks)
-    yield unit
+            yield from group_modules(child, blocks)
+    yield owner
 
 
 def _of_classes(model: nn.Module, entries: Collection[type[nn.Module] | str]) -> dict[str, nn.Module]:
@@ -81,8 +93,8 @@ def _of_classes(model: nn.Module, entries: Collection[type[nn.Module] | str]) ->
     skipped = {model, *(module._orig_mod for module in model.modules() if isinstance(module, OptimizedModule))}
     found = {}
     for name, module in model.named_modules():
-        plain = module._orig_mod if isinstance(module, OptimizedModule) else module  # compiled: what is inside counts
-        if module not in skipped and (type(plain).__name__ in names or isinstance(plain, classes)):
+        inner = module._orig_mod if isinstance(module, OptimizedModule) else module  # the class that was compiled
+        if module not in skipped and (type(inner).__name__ in names or isinstance(inner, classes)):
             found[name] = module
     return dict(reversed(found.items()))  # `named_modules` lists outer modules first
 
@@ -92,11 +104,11 @@ def _no_split_names(model: nn.Module) -> set[str]:
 
 
 def _without_tied(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Leave blocks that share a parameter with another unit to the root."""
-    units_of: dict[int, set[nn.Module]] = {}  # by parameter
+    """Leave out blocks that share a parameter with another parameter group; the root's group takes them."""
+    owners_of: dict[int, set[nn.Module]] = {}  # by parameter
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        units_of.setdefault(id(parameter), set()).add(_innermost_unit(model, name, blocks.values()))
-    tied = {unit for units in units_of.values() if len(units) > 1 for unit in units}
+        owners_of.setdefault(id(parameter), set()).add(_owner(model, name, blocks.values()))
+    tied = {owner for owners in owners_of.values() if len(owners) > 1 for owner in owners}
     return {name: block for name, block in blocks.items() if block not in tied}
 
 
@@ -123,42 +135,43 @@ def _check_not_wrapped(model: nn.Module) -> None:
         if isinstance(module, FullyShardedDataParallel | DistributedDataParallel | FSDPModule):
             raise TypeError(
                 f"module {name or 'at the root'!r} ({type(module).__name__}) is already wrapped or sharded; "
-                "hand over the plain module, it is sharded here"
+                "pass the original module, it is sharded here"
             )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
-            raise TypeError(f"parameter {name!r} is already a DTensor; hand over the plain module, it is sharded here")
+            raise TypeError(f"parameter {name!r} is already a DTensor; pass the original module, it is sharded here")
 
 
-def _check_units(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
-    """Refuse what FSDP2 cannot shard: it gathers a parameter with one unit only, and reduces a unit in one dtype."""
+def _check_groups(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
+    """Check what FSDP2 requires: a parameter is in one parameter group, whose gradients are reduced in one dtype."""
     name_of = {block: name for name, block in blocks.items()} | {model: "the root"}
     first_of: dict[int, tuple[str, nn.Module]] = {}  # by parameter
-    first_trainable_of: dict[nn.Module, tuple[str, nn.Parameter]] = {}  # by unit
+    first_trainable_of: dict[nn.Module, tuple[str, nn.Parameter]] = {}  # by owner
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        unit = _innermost_unit(model, name, name_of)
-        first_name, first_unit = first_of.setdefault(id(parameter), (name, unit))
-        if unit is not first_unit:
+        owner = _owner(model, name, name_of)
+        first_name, first_owner = first_of.setdefault(id(parameter), (name, owner))
+        if owner is not first_owner:
             raise ValueError(
-                f"parameters {first_name!r} (in {name_of[first_unit]}) and {name!r} (in {name_of[unit]}) are one tied "
-                "parameter in two units; choose block_classes so that one unit holds both"
+                f"parameters {first_name!r} (in {name_of[first_owner]}) and {name!r} (in {name_of[owner]}) are one "
+                "tied parameter in two parameter groups; choose block_classes so that one group holds both"
             )
         if parameter.ndim == 0:
             raise ValueError(f"parameter {name!r} has no dimension to shard; give it the shape [1]")
         if not parameter.requires_grad:
             continue
-        other_name, other = first_trainable_of.setdefault(unit, (name, parameter))
+        other_name, other = first_trainable_of.setdefault(owner, (name, parameter))
         if parameter.dtype != other.dtype:
             raise ValueError(
-                f"parameters {other_name!r} ({other.dtype}) and {name!r} ({parameter.dtype}) are in one unit, "
-                f"{name_of[unit]}, whose gradients are reduced together; give them one dtype, or units of their own "
-                "by block_classes"
+                f"parameters {other_name!r} ({other.dtype}) and {name!r} ({parameter.dtype}) are in one parameter "
+                f"group, {name_of[owner]}, whose gradients are reduced together; give them one dtype, or separate "
+                "groups by block_classes"
             )
 
 
-def _innermost_unit(model: nn.Module, parameter_name: str, units: Collection[nn.Module]) -> nn.Module:
-    unit = module = model  # which is a unit as well: the root's
+def _owner(model: nn.Module, parameter_name: str, blocks: Collection[nn.Module]) -> nn.Module:
+    """The innermost of ``blocks`` that holds a parameter, or else ``model``."""
+    owner = module = model
     for attribute in parameter_name.split(".")[:-1]:
         module = getattr(module, attribute)
-        unit = module if module in units else unit
-    return unit
+        owner = module if module in blocks else owner
+    return owner

@@ -1,7 +1,7 @@
 """Which collectives each parameter group uses: the techniques, joined for one topology and one choice of options.
 
-A parameter group is what FSDP2 gathers and reduces together: a block, or what the root holds. The collectives of each
-where a partition group spans nodes, by where parameters are cached and gradients accumulated::
+A parameter group is what FSDP2 gathers and reduces together: a block, or the root's own parameters. The collectives of
+each where a partition group spans nodes, by where parameters are cached and gradients accumulated::
 
                     cached: never                   on each node                   on each rank
     gather          rail, then node                 rail once, then node           rail, then node, once
@@ -31,11 +31,11 @@ from lightning_mics.techniques.two_hop import SecondHop
 
 
 class Communication:
-    """Gives the units of a sharded model their collectives.
+    """Gives each parameter group of a sharded model its collectives.
 
     Args:
-        groups: The groups of this rank.
-        options: How often collectives run and in which dtype; ``hierarchical`` is as the groups were made.
+        groups: Process groups of this rank.
+        options: Options of communication, with ``hierarchical`` as the groups were made.
     """
 
     def __init__(self, groups: PartitionGroups, options: CommunicationOptions) -> None:
@@ -99,13 +99,13 @@ class Communication:
 
             module.set_all_reduce_hook(count)  # called after FSDP2's own all-reduce
             return
-        after_sums = name in self._pending_gradients
+        hop_1_accumulates = name in self._pending_gradients
         pending_gradients = self._pending_gradients_of(name, module)
         hop = SecondHop(
             replication=replication,
             wire_dtype=wire_dtype,
             pending_gradients=pending_gradients,
-            after_sums=after_sums,
+            hop_1_accumulates=hop_1_accumulates,
         )
         replace_all_reduce(module, hop)
 

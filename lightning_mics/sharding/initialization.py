@@ -1,9 +1,9 @@
-"""The first weights: the same on every replica, and never dependent on the number of ranks.
+"""Initial weights: the same on every replica, and independent of the number of ranks.
 
-One unit (a block, or what is left for the root) is placed on the device at a time, whole, just before it is sharded:
+One parameter group (a block's, or the root's) is placed on the device at a time, unsharded, just before it is sharded:
 
-* on the meta device: it is made there and initialised from the seed of rank 0, on every rank alike;
-* built by the user: it is moved there, and the values of rank 0 are sent to all ranks.
+* modules on the meta device are allocated there, and every rank initializes them from the seed of rank 0;
+* modules with values are moved there, and rank 0 sends its values to all ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_mics.sharding.blocks import unit_modules
+from lightning_mics.sharding.blocks import group_modules
 from lightning_mics.techniques.partition_groups import PartitionGroups
 
 CHECKSUM_CHUNK = 2**22  # elements at a time: the 64-bit integers take several times the parameter's memory
@@ -25,7 +25,7 @@ CHECKSUM_CHUNK = 2**22  # elements at a time: the 64-bit integers take several t
 
 @contextmanager
 def seeded_by_rank_0(device: torch.device) -> Iterator[None]:
-    """Draw the same random numbers on every rank: those of rank 0's seed. Restores each rank's own state after."""
+    """Draw the same random numbers on every rank: those of rank 0's seed. Restores each rank's own state afterwards."""
     seed = torch.tensor(torch.initial_seed(), dtype=torch.uint64).view(torch.int64).to(device)
     dist.broadcast(seed, src=0)
     devices = [] if device.type == "cpu" else [device]
@@ -34,30 +34,30 @@ def seeded_by_rank_0(device: torch.device) -> Iterator[None]:
         yield
 
 
-class FirstWeights:
-    """Puts the units of a model on the device, one at a time, with their first values.
+class InitialWeights:
+    """Puts the parameter groups of a model on the device, one at a time, with their initial values.
 
     Args:
-        model: The whole model.
-        blocks: Its blocks; they and the model are the units.
-        device: Where to.
+        model: The model, not sharded yet.
+        blocks: Blocks of the model, each a parameter group.
+        device: Device of this rank.
     """
 
     def __init__(self, model: nn.Module, blocks: Collection[nn.Module], device: torch.device) -> None:
         self._blocks = set(blocks)
         self._device = device
         self._init_weights = _init_weights_of(model)
-        self._made: dict[Tensor, Tensor] = {}  # for each meta tensor the real one, so that shared ones stay shared
+        self._made: dict[Tensor, Tensor] = {}  # from meta tensors to allocated ones, so that shared ones stay shared
 
     @torch.no_grad()
-    def place(self, unit: nn.Module) -> None:
-        """Put the tensors of ``unit`` on the device; every rank calls it.
+    def place(self, owner: nn.Module) -> None:
+        """Put the parameter group of ``owner``, a block or the model, on the device; every rank calls it.
 
         Raises:
-            TypeError: If nothing initialises a tensor that was on the meta device.
+            TypeError: If nothing initializes a tensor that was on the meta device.
         """
-        modules = list(dict.fromkeys(unit_modules(unit, self._blocks)))
-        # only buffers are shared between units; a reference to a parameter would keep it whole after it is sharded
+        modules = list(dict.fromkeys(group_modules(owner, self._blocks)))
+        # groups share buffers only; a reference to a parameter would keep its unsharded memory after it is sharded
         self._made = {meta: real for meta, real in self._made.items() if not isinstance(real, nn.Parameter)}
         for tensor in dict.fromkeys(tensor for module in modules for _, tensor in _own_tensors(module)):
             if not tensor.is_meta:
@@ -68,13 +68,13 @@ class FirstWeights:
         made = [entry for module in modules if module in fresh for entry in self._materialize(module)]
         for module in modules:  # children first, as a parent may change what its children set
             inside = set(module.modules())
-            if module in fresh or (inside & fresh and not inside & (self._blocks - {unit})):
+            if module in fresh or (inside & fresh and not inside & (self._blocks - {owner})):
                 self._initialize(module)
         for module, name, tensor, version in made:
             _check_initialized(module, name, tensor, version)
 
     def _materialize(self, module: nn.Module) -> list[tuple[nn.Module, str, Tensor, int]]:
-        """Replace the meta tensors of ``module`` by real ones, full of NaN: (module, name, tensor, version) of each."""
+        """Allocate the meta tensors of ``module``, full of NaN; return (module, name, tensor, version) of each."""
         made = []
         for name, tensor in _own_tensors(module):
             if not tensor.is_meta:
@@ -98,6 +98,10 @@ def verify_replicas(model: nn.Module, groups: PartitionGroups) -> None:
     """Check that all replicas hold the same parameters, bit for bit; every rank calls it.
 
     Compares a checksum per parameter over the replication group.
+
+    Args:
+        model: The sharded model.
+        groups: Process groups of this rank.
 
     Raises:
         RuntimeError: If they differ; the message names the first parameters that do.
@@ -151,7 +155,7 @@ def _check_registered(modules: Iterable[nn.Module]) -> None:
             if isinstance(value, Tensor) and value.is_meta:
                 raise TypeError(
                     f"{type(module).__name__}.{name} is a tensor on the meta device and neither a parameter nor a "
-                    "buffer, so nothing would initialise it; register it as a buffer"
+                    "buffer, so nothing would initialize it; register it as a buffer"
                 )
 
 
@@ -160,14 +164,14 @@ def _check_initialized(module: nn.Module, name: str, made: Tensor, version: int)
     unset = bool(now.isnan().any()) if now.is_floating_point() else now is made and made._version == version
     if unset:
         raise TypeError(
-            f"nothing initialises {type(module).__name__}.{name}, which was on the meta device: give the class a "
+            f"nothing initializes {type(module).__name__}.{name}, which was on the meta device: give the class a "
             "`reset_parameters()`, the model an `_init_weights(module)` that sets it, or build the model off the "
             "meta device"
         )
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """By every name they have: a tensor may be there twice."""
+    """The tensors of ``module`` itself with their names; a shared one is listed under each of its names."""
     return [
         *module.named_parameters(recurse=False, remove_duplicate=False),
         *module.named_buffers(recurse=False, remove_duplicate=False),
@@ -189,7 +193,7 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """A sum of all bit patterns, each weighted by its place: integers, so exact in any order of addition. []"""
+    """A sum of all bit patterns, each weighted by its position: integers, so exact in any order of addition: []."""
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().contiguous().view(integer).flatten()
     total = torch.zeros((), dtype=torch.int64, device=bits.device)

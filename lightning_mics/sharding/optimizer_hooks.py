@@ -1,4 +1,4 @@
-"""What steps and ``zero_grad()`` of optimizers mean for the accumulation window and the weight cache."""
+"""Hooks on optimizers: the effects of ``step()`` and ``zero_grad()`` on accumulation window and weight cache."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lightning_mics.sharding.weight_cache import WeightCache
 class OptimizerHooks:
     """Hooks on the optimizers that hold parameters of one sharded model.
 
-    A step drops the weight cache: see [Note: When cached weights are dropped]. More is on request. torch's hooks are
-    for all optimizers of a process; they hold this object weakly, and are removed with it.
+    A step drops the weight cache: see [Note: When cached weights are dropped]. Methods enable the other effects.
+    torch calls its hooks for all optimizers of a process; they hold this object weakly, and are removed with it.
 
     Args:
         root: The sharded model.
@@ -37,15 +37,15 @@ class OptimizerHooks:
             self._register()
 
     def follow_steps(self) -> None:
-        """Let a step close the window before it and reshard the root after it, for loops without hooks of their own.
+        """Close the window before each step and reshard the root after it, for training loops that offer no hooks.
 
-        After a step the root is sharded, however many forwards without a backward came before it.
+        The root is then sharded after a step even if forwards without a backward came before it.
         """
         self._follows_steps = True
         self._register()
 
     def follow_zero_grad(self, optimizer: Optimizer) -> None:
-        """Let ``optimizer.zero_grad()`` drop the pending gradients of an open window too, as it does on one process."""
+        """Make ``optimizer.zero_grad()`` drop pending gradients of an open window too, as it does on one process."""
         hooks, kind = weakref.ref(self), type(optimizer)
 
         def zero_all(wrapped: Optimizer, set_to_none: bool = True) -> None:
@@ -54,7 +54,7 @@ class OptimizerHooks:
                 alive._window.abandon()
             kind.zero_grad(wrapped, set_to_none)
 
-        # a class, for Fabric's wrapper of an optimizer inherits from it and does not look into the instance
+        # set on the class: Fabric's wrapper inherits from the optimizer's class and ignores attributes of the instance
         optimizer.__class__ = type(
             kind.__name__, (kind,), {"zero_grad": zero_all, "__module__": kind.__module__, "__doc__": kind.__doc__}
         )
@@ -93,8 +93,8 @@ class OptimizerHooks:
     def _only_pending(self, optimizer: Optimizer) -> bool:
         """Whether a window is open and nothing is reduced yet: see [Note: Zero gradients before the boundary].
 
-        torch initializes the states of an optimizer by a step with gradients of zeros and a ``zero_grad()`` after it,
-        which is none of the user's.
+        False in the ``zero_grad()`` that is not the user's: torch initializes optimizer states by a step with zero
+        gradients, and clears these.
         """
         return self._window.is_open and all(p.grad is None for group in optimizer.param_groups for p in group["params"])
 

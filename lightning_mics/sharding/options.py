@@ -1,4 +1,4 @@
-"""The options of communication: what they may be, which of them fit a topology, and how they are handed on together."""
+"""The options of communication: their values, and which of them fit a topology."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _CHOICES = {"cache_parameters": get_args(CacheParameters), "accumulate_gradients
 class CommunicationOptions:
     """In how many stages collectives run, how often, and in which dtype.
 
-    ``cache_parameters="auto"`` and ``accumulate_gradients="auto"`` stand for what memory allows: a policy replaces
-    them (:mod:`lightning_mics.policy.choice`) before a model is sharded.
+    A policy replaces ``cache_parameters="auto"`` and ``accumulate_gradients="auto"`` by what memory allows
+    (:mod:`lightning_mics.policy.choice`) before a model is sharded.
 
     Attributes:
         hierarchical: Whether collectives of a partition group that spans nodes run in two stages, along rails and
@@ -48,7 +48,7 @@ class CommunicationOptions:
         inter_node_reduce_dtype: Dtype in which gradients are sent between nodes, float32 or bfloat16; None is the
             dtype in which they are reduced.
         two_hop: Whether gradients are reduced over replicas at the boundary only; False does so in every micro-step,
-            as hybrid sharding by itself does. For measurements.
+            as hybrid sharding without MiCS does. For measurements.
 
     Raises:
         ValueError: If a value is unknown, or ``two_hop=False`` leaves no gradients to accumulate until the boundary.
@@ -80,15 +80,15 @@ class CommunicationOptions:
         if not self.two_hop and self.accumulate_gradients in ("node", "rank"):
             raise ValueError(
                 f"two_hop=False reduces over replicas in every micro-step, but accumulate_gradients="
-                f"{self.accumulate_gradients!r} keeps gradients back until the boundary; use "
+                f"{self.accumulate_gradients!r} accumulates them until the boundary; use "
                 "accumulate_gradients='shard', or two_hop=True"
             )
 
     def check(self, topology: Topology) -> None:
-        """Check that collectives of ``topology`` can serve these options.
+        """Check that these options fit ``topology``.
 
         Raises:
-            ValueError: If an option needs two stages where collectives are flat, or two stages need several nodes.
+            ValueError: If an option needs two stages but collectives are flat, or two stages are required in a node.
         """
         if choose_hierarchical(self.hierarchical, topology) or not topology.spans_nodes:
             return
@@ -102,16 +102,17 @@ class CommunicationOptions:
         for option, is_wanted in in_stages.items():
             if is_wanted:
                 raise ValueError(
-                    f"{option} needs collectives that cross nodes in a stage of their own, but hierarchical=False and "
+                    f"{option} needs a separate inter-node stage of collectives, but hierarchical=False and "
                     f"partition_size={topology.partition_size} spans {topology.nodes_per_partition_group} nodes; use "
                     'hierarchical="auto"'
                 )
 
     def fitted_to(self, groups: PartitionGroups) -> CommunicationOptions:
-        """These options with ``hierarchical`` as ``groups`` were made.
+        """Return these options with ``hierarchical`` as ``groups`` were made.
 
         Raises:
-            ValueError: If the groups were made for the other value, cannot serve an option, or "auto" is left in one.
+            ValueError: If the groups were made with another ``hierarchical``, or an option does not fit them or is
+                ``"auto"``.
         """
         self.check_chosen()
         wanted, in_stages = choose_hierarchical(self.hierarchical, groups.topology), groups.node is not None
@@ -137,7 +138,7 @@ class CommunicationOptions:
                 raise ValueError(f"{option}='auto' is for policies, which know the model's size; use one of {allowed}")
 
     def keywords(self) -> dict[str, Any]:
-        """The keyword arguments of these options, as a strategy takes them."""
+        """These options as keyword arguments of a strategy, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -152,10 +153,10 @@ def floating_dtype(option: str, value: torch.dtype | str | None) -> torch.dtype 
 
     Args:
         option: Name of the option, for the message.
-        value: A dtype or its name, as in ``"bfloat16"``; None stays None.
+        value: A dtype, or its name such as ``"bfloat16"``; None is returned as None.
 
     Raises:
-        ValueError: If it is neither float32 nor bfloat16.
+        ValueError: If it is none of float32, bfloat16 and None.
     """
     dtype = getattr(torch, value, None) if isinstance(value, str) else value
     if value is not None and not (isinstance(dtype, torch.dtype) and dtype in WIRE_DTYPES):

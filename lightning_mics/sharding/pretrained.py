@@ -1,4 +1,4 @@
-"""Loading weights that ``transformers`` has saved: each rank reads its own shards of them, and no more.
+"""Loading weights saved by ``transformers``: each rank reads its own shards only.
 
 ::
 
@@ -9,7 +9,7 @@
 
 Files are read by torch's ``HuggingFaceStorageReader``, one reader per file: the reader of a folder reads every
 safetensors file in it, listed in the index or not (``read_metadata`` in torch's ``hf_storage.py``), and its errors do
-not name the file. What stays our own is the matching of names and shapes, before anything is written to a parameter.
+not name the file. Names and shapes are matched here, before anything is written to a parameter.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from lightning_mics.collectives.agreement import on_all_ranks
 ONE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # names of the first BERTs
-_SOURCE = "_starts_from"
+_SOURCE = "_deferred_weights"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The names without a counterpart after loading.
+    """The names without a counterpart in a load.
 
     Attributes:
         missing: FQNs of the network that the folder lacks; these tensors keep their values.
@@ -63,7 +63,7 @@ def load_pretrained(network: nn.Module, folder: str | Path, *, strict: bool = Tr
 
     Every rank calls it, before the first forward. Each rank reads its own shards of sharded parameters. A checkpoint
     that is loaded later, as by ``ckpt_path``, replaces the weights. FQNs with and without the network's
-    ``base_model_prefix`` are the same, so a network with a head can load one without, and the other way round.
+    ``base_model_prefix`` are the same, so a network with a head can load weights without one, and vice versa.
 
     Args:
         network: The complete network, sharded or not. If any of its parameters is on the meta device, the weights are
@@ -102,7 +102,7 @@ def _load_on_all_ranks(network: nn.Module, source: _Source) -> Loaded:
     load = partial(_load, network, source.folder, strict=source.strict)
     if not dist.is_initialized():
         return load()
-    return on_all_ranks(load)[dist.get_rank()]  # a file that one rank cannot read must not make the others wait for it
+    return on_all_ranks(load)[dist.get_rank()]  # so that all ranks raise if one cannot read a file
 
 
 def _load(network: nn.Module, folder: Path, *, strict: bool) -> Loaded:
@@ -125,17 +125,17 @@ def _load(network: nn.Module, folder: Path, *, strict: bool) -> Loaded:
 
 def _files(folder: Path) -> list[Path]:
     files = _listed(folder)
-    lost = [file.name for file in files if not file.is_file()]
-    if not lost:
+    absent = [file.name for file in files if not file.is_file()]
+    if not absent:
         return files
     pickled = sorted(file.name for file in folder.glob("*.bin"))
-    if pickled and lost == [ONE_FILE]:
+    if pickled and absent == [ONE_FILE]:
         raise FileNotFoundError(
             f"{folder} holds its weights in {pickled[0]}, a pickle, which may run code and cannot be read in parts; "
             "convert it once, with the model's own class of transformers: "
             "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
-    raise FileNotFoundError(f"{folder} has no {lost[0]}; give a folder that `save_pretrained` of transformers has made")
+    raise FileNotFoundError(f"{folder} has no {absent[0]}; pass a folder written by `save_pretrained` of transformers")
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -147,23 +147,23 @@ def _listed(folder: Path) -> list[Path]:
         names = set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values())
         return [folder / Path(name).name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RuntimeError(f"{folder / INDEX_FILE} is no index of safetensors files: {error!r}") from None
+        raise RuntimeError(f"{folder / INDEX_FILE} is not an index of safetensors files: {error!r}") from None
 
 
 def _check_not_quantized(folder: Path) -> None:
     config = folder / "config.json"
     if config.is_file() and json.loads(config.read_text()).get("quantization_config"):
-        raise ValueError(f"the weights in {folder} are quantized (see its config.json); training needs the original")
+        raise ValueError(f"the weights in {folder} are quantized (see its config.json); use the original weights")
 
 
 # -- names and shapes -------------------------------------------------------------------------------------------------
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The network's tensors that checkpoints hold, by FQN; tied tensors under each of their FQNs."""
-    kept = network.state_dict().keys()
+    """The network's persistent tensors by FQN; tied tensors under each of their FQNs."""
+    persistent = network.state_dict().keys()
     every = chain(network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in every if name in kept}
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in every if name in persistent}
 
 
 def _match(tensors: Mapping[str, Tensor], stored: Iterable[str], *, base: str) -> tuple[dict[str, str], list[str]]:
@@ -171,7 +171,7 @@ def _match(tensors: Mapping[str, Tensor], stored: Iterable[str], *, base: str) -
     source_of: dict[str, str] = {}
     unused = []
     for source in stored:
-        name = _modern(source)
+        name = _current_name(source)
         candidates = (name, name.removeprefix(f"{base}."), f"{base}.{name}")
         target = next((candidate for candidate in candidates if candidate in tensors), None)
         if target is None:
@@ -182,7 +182,7 @@ def _match(tensors: Mapping[str, Tensor], stored: Iterable[str], *, base: str) -
     return {name: by_tensor[tensor] for name, tensor in tensors.items() if tensor in by_tensor}, sorted(unused)
 
 
-def _modern(name: str) -> str:
+def _current_name(name: str) -> str:
     for old, new in OLD_NAMES.items():
         name = name.replace(old, new)
     return name
@@ -193,9 +193,9 @@ def _check_names(folder: Path, missing: list[str], unused: list[str], *, found: 
         return
     raise RuntimeError(
         f"{folder} has {found} of the network's {found + len(missing)} tensors: {len(missing)} are missing "
-        f"{missing[:3]}, {len(unused)} are unknown to the network {unused[:3]}; if they are new, as a head is, pass "
-        "strict=False to keep their first weights; if transformers renames them as it loads, let it load and "
-        "save_pretrained them once with save_original_format=False"
+        f"{missing[:3]}, {len(unused)} are unknown to the network {unused[:3]}; pass strict=False if the "
+        "missing ones are new, such as a head, and may keep their initial values; if transformers renames them when "
+        "loading, load and save_pretrained them once in transformers, with save_original_format=False"
     )
 
 
@@ -216,10 +216,10 @@ def _check_shapes(
 
 
 class _OneFile(FileSystem):
-    """A file system for a reader whose path is one file."""
+    """File system for a reader of one file."""
 
     def ls(self, path: Any) -> list[str]:
-        """The file itself, where a folder's files are asked for."""
+        """The file itself, in place of the files of a folder."""
         return [str(path)]
 
 
@@ -228,8 +228,8 @@ class _StoredFile:
     """One safetensors file.
 
     Attributes:
-        reader: The reader of the file.
-        metadata: Shape and dtype of each of its tensors, from its header.
+        reader: DCP's reader of the file.
+        metadata: Shape and dtype of each tensor, from the file's header.
     """
 
     reader: HuggingFaceStorageReader
@@ -238,7 +238,7 @@ class _StoredFile:
     @classmethod
     def open(cls, file: Path) -> _StoredFile:
         """Read the header of ``file``."""
-        from safetensors import SafetensorError  # only who starts from such files needs the package
+        from safetensors import SafetensorError  # imported here: nothing else needs the package
 
         reader = HuggingFaceStorageReader(str(file))
         reader.fs = _OneFile()
@@ -253,10 +253,10 @@ class _StoredFile:
         return {name: list(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
-        """Read this rank's part of some tensors of the file, in place; without communication.
+        """Read this rank's part of some tensors of the file, in place, without communication.
 
         Args:
-            targets: Tensors of the shapes in the file, by the file's names; sharded (DTensors) or not.
+            targets: Tensors to fill by their FQNs in the file, each [shape in the file]; sharded (DTensors) or not.
         """
         planner = DefaultLoadPlanner(flatten_state_dict=False)
         planner.set_up_planner(dict(targets), self.metadata, is_coordinator=True)
@@ -265,7 +265,7 @@ class _StoredFile:
 
 
 def _read(tensors: Mapping[str, Tensor], source_of: Mapping[str, str], files: Iterable[_StoredFile]) -> None:
-    """Fill each of the network's tensors once, however many names it has."""
+    """Fill each tensor of the network once, even if it has several names."""
     wanted = {source: tensors[name] for name, source in source_of.items()}
     for file in files:
         file.read_into({source: wanted[source] for source in file.shapes() if source in wanted})

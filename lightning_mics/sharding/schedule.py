@@ -2,10 +2,10 @@
 
 [Note: Hooks on the root, in order]
 
-What runs before the root's forward, in order, and who put it there. Rows with a condition are there only if it holds;
-all others are always there::
+The hooks that run before the root's forward, in order, and where they are registered. Hooks with a condition exist only
+if it holds::
 
-    hook                    put there by                                condition
+    hook                    registered by                               condition
     enter                   sharding.evaluation                         Fabric, Accelerate
     _drop_cached_weights    sharding.schedule                           parameters are cached
     _pre_forward            FSDP2, `fully_shard`
@@ -48,13 +48,13 @@ class AccumulationSchedule:
 
     A training loop of your own needs three methods: :meth:`micro_step` around each forward and backward,
     :meth:`cached_weights` around an evaluation, and :meth:`invalidate_cache` after changes of weights that torch does
-    not record. Without a call of :meth:`micro_step` every backward is a boundary, as in plain FSDP2.
+    not record. Without a call of :meth:`micro_step` every backward is a boundary, as in FSDP2 itself.
 
     An integration, where the framework decides when the parts of a step run, uses the three parts instead.
 
     Args:
         root: The sharded model, from :func:`lightning_mics.sharding.shard_model.shard_model`.
-        replicas: Number of replicas; with one there is no second hop.
+        replicas: Number of replicas; with one there is no hop 2.
         traffic: Counter of the collectives of all parameter groups.
         pending_gradients: Gradients accumulated in addition to FSDP2's own, by the fully qualified name of the FSDP
             module.
@@ -129,7 +129,7 @@ class AccumulationSchedule:
         self.cache.invalidate()
 
     def _register_hooks(self, root: FSDPModule) -> None:
-        """See [Note: Hooks on the root, in order]. They keep the schedule alive for as long as the model."""
+        """See [Note: Hooks on the root, in order]. The hooks keep the schedule alive for as long as the model."""
         assert isinstance(root, nn.Module)
         for module in fsdp_modules(root).values():
             assert isinstance(module, nn.Module)

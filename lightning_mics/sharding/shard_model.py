@@ -1,4 +1,4 @@
-"""``shard_model``: where the three techniques meet. Plain PyTorch, no trainer.
+"""``shard_model``: the three techniques on one ``nn.Module``, in a training loop of your own.
 
 ::
 
@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, find_blocks
 from lightning_mics.sharding.communication import Communication
-from lightning_mics.sharding.initialization import FirstWeights, seeded_by_rank_0, verify_replicas
+from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0, verify_replicas
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.pretrained import load_sources
 from lightning_mics.sharding.schedule import AccumulationSchedule
@@ -41,35 +41,36 @@ def shard_model(
 ) -> AccumulationSchedule:
     """Shard ``model`` in place over this rank's partition group, one block at a time; every rank calls it.
 
-    Peak memory is the shards plus one whole unit: a block, or what the root holds. The first weights depend on rank 0
-    alone: for parts on the meta device on its seed, for built parts on its values. What
-    :func:`~lightning_mics.sharding.pretrained.load_pretrained` has left for then is read when all is sharded.
-    Make optimizers after this call.
+    Peak memory is the shards plus one unsharded parameter group: a block, or the root's own parameters. The initial
+    weights depend on rank 0 alone: on its seed for modules on the meta device, on its values for others. Weights that
+    :func:`~lightning_mics.sharding.pretrained.load_pretrained` has deferred are read after sharding.
+    Create optimizers after this call.
 
     Args:
-        model: A plain module, built, on the meta device, or some of each.
-        groups: From :func:`~lightning_mics.techniques.partition_groups.create_partition_groups`.
-        communication: How the collectives run; ``hierarchical`` follows the groups unless it is given.
-        block_classes: The blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
-        activation_checkpointing: True recomputes each block in backward; classes or class names choose other modules,
-            patterns some of the blocks by their names: ``"network.transformer.h.*[02468]"``.
-        mixed_precision: FSDP2's policy: dtypes of gathered parameters and of gradient reductions.
+        model: The module, not sharded yet: with values, on the meta device, or partly so.
+        groups: Process groups of this rank, from
+            :func:`~lightning_mics.techniques.partition_groups.create_partition_groups`.
+        communication: Options of communication; ``hierarchical="auto"`` follows the groups.
+        block_classes: Classes of the blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
+        activation_checkpointing: Whether each block is recomputed in backward; or the modules to recompute: classes,
+            class names, or patterns of block names, such as ``"network.transformer.h.*[02468]"``.
+        mixed_precision: FSDP2's policy: dtypes of unsharded parameters and of gradient reductions.
 
     Returns:
-        The accumulation schedule: what is gathered and reduced in each micro-step, and what at the boundary.
+        The accumulation schedule: which collectives run in each micro-step, and which at the boundary.
 
     Raises:
-        TypeError: If the model cannot be sharded: already wrapped, no blocks, tensors that nothing initialises.
+        TypeError: If the model cannot be sharded: already wrapped, no blocks, tensors that nothing initializes.
         ValueError: If an option does not fit the model or the groups.
     """
     communication = communication.fitted_to(groups)
     blocks = find_blocks(model, block_classes)
     recomputed = find_recomputed(model, blocks, activation_checkpointing)
-    first_weights = FirstWeights(model, blocks.values(), groups.device)
+    initial_weights = InitialWeights(model, blocks.values(), groups.device)
     with seeded_by_rank_0(groups.device):
-        for unit in (*blocks.values(), model):
-            first_weights.place(unit)
-            fully_shard(unit, mesh=groups.mesh, mp_policy=mixed_precision or MixedPrecisionPolicy())
+        for owner in (*blocks.values(), model):
+            initial_weights.place(owner)
+            fully_shard(owner, mesh=groups.mesh, mp_policy=mixed_precision or MixedPrecisionPolicy())
     recompute_in_backward(recomputed)
     load_sources(model)
     verify_replicas(model, groups)
@@ -78,11 +79,11 @@ def shard_model(
 
 
 def mixed_precision_policy(precision: str, *, reduce_dtype: torch.dtype | None = None) -> MixedPrecisionPolicy:
-    """FSDP2's side of a precision: what it gathers and reduces in. Autocast casts what goes into operations.
+    """FSDP2's dtypes for a precision. In mixed precision, autocast casts the inputs of operations, not FSDP2.
 
     Args:
-        precision: As Lightning names it: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
-        reduce_dtype: What gradients are reduced and summed in; None follows the precision.
+        precision: Lightning's name of the precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
+        reduce_dtype: Dtype in which gradients are reduced and accumulated; None follows the precision.
     """
     mixed = precision == "bf16-mixed"
     return MixedPrecisionPolicy(

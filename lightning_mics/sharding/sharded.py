@@ -1,4 +1,4 @@
-"""The handle of a sharded model: its groups, its schedule, its report."""
+"""The handle of a sharded model: process groups, accumulation schedule and start report."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning_mics.techniques.partition_groups import PartitionGroups
 
 @dataclass(frozen=True)
 class Sharded:
-    """What belongs to a model that a policy has sharded.
+    """Process groups, schedule and report of a model that a policy has sharded.
 
     Attributes:
         groups: Process groups and mesh of this rank.
-        schedule: Accumulation schedule; its three parts are for integrations.
-        report: Table of groups, techniques and memory, for people.
+        schedule: Accumulation schedule of the model.
+        report: Table of groups, techniques and memory, as text.
         blocks: Modules that are parameter groups of their own.
     """
 

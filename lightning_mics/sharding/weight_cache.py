@@ -32,7 +32,7 @@ from lightning_mics.techniques.once_per_step import ParameterCache
 
 
 class WeightCache:
-    """The cached parameters of a whole model. See [Note: When cached weights are dropped].
+    """The cached parameters of a model. See [Note: When cached weights are dropped].
 
     Args:
         caches: One cache per parameter group; empty where parameters are gathered at every use.
@@ -44,7 +44,7 @@ class WeightCache:
 
     @property
     def enabled(self) -> bool:
-        """Whether any parameters are ever cached."""
+        """Whether parameters are cached at all."""
         return bool(self._caches)
 
     @property
@@ -82,13 +82,13 @@ class WeightCache:
         differ = [differs for cache in self._caches if (differs := cache.take_differs()) is not None]
         if differ and bool(torch.stack(differ).any()):
             raise RuntimeError(
-                "weights changed, in a way that torch does not notice (through `.data`, `torch._foreach_*` or raw "
+                "weights changed, in a way that torch does not record (through `.data`, `torch._foreach_*` or raw "
                 "memory), while they were cached; call `invalidate_cache()` after such a change, on all "
                 "ranks, or make it between optimizer steps"
             )
 
     def forget_comparisons(self) -> None:
-        """Discard the comparisons since the last check: what was computed with the cache is not used."""
+        """Discard the comparisons since the last check, after results computed with the cache were discarded."""
         for cache in self._caches:
             cache.take_differs()
 

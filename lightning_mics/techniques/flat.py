@@ -1,4 +1,4 @@
-"""The baseline: one collective over the whole partition group, without stages."""
+"""The baseline: one collective over all ranks of the partition group, without stages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
 
 
 class FlatAllGather(AllGather):
-    """All-gather over the whole partition group at once."""
+    """All-gather over all ranks of the partition group in one stage."""
 
     def __init__(self, partition: CountedGroup) -> None:
         self._partition = partition
@@ -28,7 +28,7 @@ class FlatAllGather(AllGather):
 
 
 class FlatReduceScatter(ReduceScatter):
-    """Reduce-scatter over the whole partition group at once."""
+    """Reduce-scatter over all ranks of the partition group in one stage."""
 
     def __init__(self, partition: CountedGroup) -> None:
         self._partition = partition

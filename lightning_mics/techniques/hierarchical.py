@@ -1,8 +1,8 @@
 """Technique 2: hierarchical collectives. Cross the slow network with each byte once per rail, then spread inside nodes.
 
 MiCS, section 3.3. Gathering M bytes over a partition group of p ranks, k on each node, flat brings (p-1)M/p bytes into
-each node; in two stages it is (p-k)M/p, each foreign byte once. Two nodes of two ranks (rank = 2 * node + local), with
-shards A B C D held by ranks 0 2 1 3, which is the order of the partition group, rail by rail::
+each node; in two stages it is (p-k)M/p: each byte of another node arrives once. Two nodes of two ranks (rank = 2 * node
++ local), with shards A B C D held by ranks 0 2 1 3, which is the order of the partition group, rail by rail::
 
     output     [ A B | C D ]     one slice per rail
     rank 0     [ A . | . . ]  stage 1, rail (0, 2)   [ A B | . . ]  stage 2, node (0, 1)   [ A B | C D ]
@@ -36,11 +36,11 @@ class TwoStages:
         self.rail = rail
         self.node = node
 
-    def rail_slice(self, whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    def rail_slice(self, unsharded: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         """Return the slice of this rank's rail: [nodes * shard].
 
         Args:
-            whole: Unsharded values: [local ranks * nodes * shard].
+            unsharded: Unsharded values: [local ranks * nodes * shard].
             group: Partition group.
 
         Raises:
@@ -51,7 +51,7 @@ class TwoStages:
             raise RuntimeError(
                 f"called for a group of {group.size()} ranks, made for {self.rail.size} nodes of {local_ranks}"
             )
-        return whole if self.node is None else whole.chunk(local_ranks)[self.node.rank]
+        return unsharded if self.node is None else unsharded.chunk(local_ranks)[self.node.rank]
 
 
 class HierarchicalAllGather(TwoStages, AllGather):
@@ -105,17 +105,17 @@ class HierarchicalReduceScatter(TwoStages, ReduceScatter):
         rail_slice = self.reduce_in_node(input_tensor, group, op)
         return self.reduce_along_rail(output_tensor, rail_slice, op, async_op=async_op)
 
-    def reduce_in_node(self, whole: torch.Tensor, group: dist.ProcessGroup, op: ReduceOp) -> torch.Tensor:
+    def reduce_in_node(self, unsharded: torch.Tensor, group: dist.ProcessGroup, op: ReduceOp) -> torch.Tensor:
         """Stage 1, in place; returns this rail's slice of the node's sum: [nodes * shard].
 
         Args:
-            whole: Unsharded gradients of this rank, overwritten: [local ranks * nodes * shard].
+            unsharded: Unsharded gradients of this rank, overwritten: [local ranks * nodes * shard].
             group: Partition group.
             op: Sum, average or pre-multiplied sum.
         """
-        rail_slice = self.rail_slice(whole, group)
+        rail_slice = self.rail_slice(unsharded, group)
         if self.node is not None:
-            self.node.reduce_scatter(rail_slice, whole, op=op, technique="reduce inside nodes")
+            self.node.reduce_scatter(rail_slice, unsharded, op=op, technique="reduce inside nodes")
         return rail_slice
 
     def reduce_along_rail(
@@ -127,7 +127,7 @@ class HierarchicalReduceScatter(TwoStages, ReduceScatter):
             output: Result of this rank: [shard].
             rail_slice: Result of stage 1: [nodes * shard].
             op: Reduction of both stages together.
-            async_op: Whether to return at once with the work to wait for.
+            async_op: Whether to return before the collective has finished, with the work to wait for.
         """
         scaled = self.node is not None and premultiplied_sum_factor(op) is not None
         return self.rail.reduce_scatter(

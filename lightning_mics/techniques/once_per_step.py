@@ -1,8 +1,8 @@
 """Beyond the paper: communication once per optimizer step, whatever the number of micro-steps.
 
 Parameters change once per optimizer step, but FSDP2 gathers them at every use, in the forward and backward of every
-micro-step. Parameters gathered first can be cached until the boundary, and gradients accumulated until then, on two
-levels.
+micro-step. Parameters can be cached from their first gather until the boundary, and gradients accumulated until then,
+on two levels.
 
 *On each node.* A node holds one copy, spread over its ranks: each rank caches its rail's slice, and later gathers stay
 inside the node; gradients are reduced inside the node and accumulated there. Two nodes of two ranks with shards A B C
@@ -16,11 +16,11 @@ D, rank = 2 * node + local, as in :mod:`~lightning_mics.techniques.hierarchical`
     reduce            node           node            node     node, rail
 
 A node then sends M(N-1)/N bytes of parameters and as much of gradients per step over N nodes, which is the least
-possible, for any partition size. The price on each rank is M/k bytes of cached parameters and the gradients' M/k, with
-k ranks on each node.
+possible, for any partition size. It costs each rank M/k bytes for cached parameters and M/k for gradients, with k ranks
+on each node.
 
-*On each rank.* Each rank caches all of the parameters and accumulates unsharded gradients: the price is M bytes of
-cached parameters and the gradients' M. Then hop 1 runs once per step inside nodes as well::
+*On each rank.* Each rank caches all of the parameters and accumulates unsharded gradients, which costs it M bytes for
+each of the two. Then hop 1 runs once per step inside nodes as well::
 
     cached by each rank     [ A B C D ]
 
@@ -42,6 +42,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from typing_extensions import override
 
 from lightning_mics._torch.fsdp import AllGather, ReusedUnshard, weights_version
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
@@ -50,7 +51,7 @@ from lightning_mics.techniques.pending_gradients import PendingGradients
 
 
 class ParameterCache:
-    """The cached parameters of one parameter group: a block, or what the root holds.
+    """The cached parameters of one parameter group: a block, or the root's own parameters.
 
     All ranks must come to the same decision, or their collectives would not match: see
     [Note: When cached weights are dropped].
@@ -130,17 +131,19 @@ class NodeCache(ParameterCache, TwoStages, AllGather):
             self.rail.all_gather(cached, input_tensor, technique="gather along rails")
             self._rail_slice = cached
             self.mark_valid()
-        if cached.is_cuda:  # allocated on another stream perhaps, when a user unshards a module by hand
+        if cached.is_cuda:  # a user who unshards a module by hand may have allocated it on another stream
             cached.record_stream(torch.cuda.current_stream(cached.device))
         if self.node is None:
             output_tensor.copy_(cached)
             return None
         return self.node.all_gather(output_tensor, cached, technique="gather inside nodes", async_op=async_op)
 
+    @override
     def tensors(self) -> list[Tensor]:
         """The rail's slice, [nodes * shard], if it is cached."""
         return [] if self._rail_slice is None else [self._rail_slice]
 
+    @override
     def drop(self) -> None:
         """Drop the rail's slice: the next gather runs its inter-node stage."""
         super().drop()
@@ -200,10 +203,12 @@ class RankCache(ParameterCache):
         super().__init__(lambda: weights_version(module))
         self._unsharded = ReusedUnshard(module, reuse=self._reuse, unsharded=self.mark_valid)
 
+    @override
     def tensors(self) -> list[Tensor]:
         """Memory of the unsharded parameters, each [ranks * shard], if they are cached."""
         return self._unsharded.tensors() if self.usable else []
 
+    @override
     def drop(self) -> None:
         """Free the unsharded parameters, or let FSDP2 do so after their use: the next use gathers them."""
         super().drop()
@@ -212,7 +217,7 @@ class RankCache(ParameterCache):
     def _reuse(self, *, in_forward: bool) -> bool:
         if not self.usable:
             return False
-        if in_forward:  # a backward uses the weights of its forward, whatever they are now
+        if in_forward:  # a backward uses the weights of its forward, even if they have changed since
             for own, shard in self._unsharded.own_parts():
                 self.compare(own, shard)
         return True

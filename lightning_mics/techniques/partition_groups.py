@@ -33,11 +33,11 @@ class PartitionGroups:
     Attributes:
         topology: Positions of all ranks.
         partition: Ranks that hold one replica, rail by rail; in ascending order where collectives are flat.
-        replication: Ranks that hold the same shard as this rank; None without replicas.
+        replication: Ranks that hold the same shard as this rank; None if there is one replica.
         rail: Ranks of the partition group with this local rank, one per node; None where the partition group is inside
             one node or collectives are flat.
-        node: Ranks of the partition group on this node, if there is a rail and they are several; else None.
-        mesh: ``("replicate", "shard")`` of shape ``(replicas, partition_size)``; without replicas ``("shard",)``.
+        node: Ranks of the partition group on this node, if there is a rail and several of them; else None.
+        mesh: ``("replicate", "shard")`` of shape ``(replicas, partition_size)``; with one replica ``("shard",)``.
         backend: Name of the backend that runs the collectives of all of these groups: ``"gloo"`` or ``"nccl"``.
     """
 
@@ -67,7 +67,7 @@ def create_partition_groups(
     """Make this rank's groups and mesh; every rank calls it, after ``init_process_group``.
 
     Each rank makes its own groups only, all ranks in the same order of kinds, so start-up does not grow with the number
-    of groups. Groups without a use are not made: with NCCL each takes memory on the device.
+    of groups. Unused groups are not made: with NCCL each takes memory on the device.
 
     Args:
         topology: Positions of all ranks of the default process group.
@@ -107,7 +107,7 @@ def choose_hierarchical(hierarchical: bool | Literal["auto"], topology: Topology
     """Whether collectives of the partition group run in two stages; "auto": where it spans nodes of two ranks or more.
 
     Args:
-        hierarchical: Option of the user.
+        hierarchical: The user's option: ``"auto"``, True or False.
         topology: Positions of all ranks.
 
     Raises:
@@ -146,7 +146,7 @@ def _mesh(
     partition: dist.ProcessGroup,
     replication: dist.ProcessGroup | None,
 ) -> DeviceMesh:
-    if replication is None:  # no second axis: FSDP2 would all-reduce each gradient with nobody
+    if replication is None:  # FSDP2 would all-reduce gradients over a second axis of one rank, too
         return DeviceMesh.from_group(partition, device_type, mesh_dim_names=("shard",))
     first_ranks = range(0, topology.world_size, topology.partition_size)
     ranks = [_members(topology, first, in_stages) for first in first_ranks]  # [replicas, partition_size]
@@ -156,7 +156,7 @@ def _mesh(
 
 
 def _check_job(topology: Topology, device_type: str) -> str:
-    """Check that the running job is the topology's; returns the backend that serves ``device_type``."""
+    """Check that the running job fits the topology; return the backend that serves ``device_type``."""
     if not dist.is_initialized():
         raise RuntimeError("call torch.distributed.init_process_group before create_partition_groups")
     if dist.get_world_size() != topology.world_size:
@@ -173,7 +173,7 @@ def _check_job(topology: Topology, device_type: str) -> str:
 
 
 def _check_same_count_of_groups(device_type: str) -> None:
-    """Torch names a group after the count of earlier ones, so ranks that differ in it would wait for ever."""
+    """Torch names a group after the count of earlier ones, so ranks that differ in it would wait forever."""
     own = groups_made()
     extremes = torch.tensor([own, -own], device=device_type)
     dist.all_reduce(extremes, op=dist.ReduceOp.MIN)
@@ -181,5 +181,5 @@ def _check_same_count_of_groups(device_type: str) -> None:
     if fewest != most:
         raise RuntimeError(
             f"some ranks are members of {most} process groups and others of {fewest}; make groups of your own after "
-            "the model is sharded, or such that every rank is a member of equally many"
+            "the model is sharded, or make every rank a member of the same number of them"
         )

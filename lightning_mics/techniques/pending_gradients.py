@@ -5,7 +5,7 @@ or where hop 2 is ours, the sums are accumulated here.
 
 [Note: Zero gradients before the boundary]
 
-FSDP2 takes the result of a custom reduce-scatter, or of the hook after it, for reduced, and adds it to the gradient. So
+FSDP2 treats the result of a custom reduce-scatter, or of the hook after it, as reduced, and adds it to the gradient. So
 before the boundary the result is moved here, and FSDP2 is handed zeros in its place::
 
     after a micro-step          1            2            3         boundary
@@ -13,13 +13,13 @@ before the boundary the result is moved here, and FSDP2 is handed zeros in its p
     FSDP2 adds to .grad         0            0            0       g1 + ... + g4
     .grad then is             None         None         None      g1 + ... + g4
 
-Zeros change no gradient that exists. But where ``.grad`` was None they would make one, and None has a meaning: an
-optimizer skips the parameter (with zeros, momentum and weight decay would change it), ``zero_grad()`` in an open window
-finds that all of its gradients are pending, and so do users. Therefore those that were None are None again after the
-backward.
+Zeros do not change an existing gradient. But where ``.grad`` was None they would create one, and None has a meaning. An
+optimizer skips the parameter; with zeros, momentum and weight decay would change it. For users, and for ``zero_grad()``
+in an open window, it means that all gradients are pending. Therefore gradients that were None before a backward are set
+to None after it.
 
-At the boundary the opposite holds: a parameter that got no gradient there, but earlier in the window, takes part in the
-reduction as zeros, or the pending gradients of its parameter group would have no flat tensor to be added to.
+At the boundary a parameter without a gradient takes part in the reduction as zeros if it had one earlier in the window.
+Otherwise the pending gradients of its parameter group would have no flat tensor to be added to.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class PendingGradients:
         parameters: Returns the sharded parameters of the group.
 
     Attributes:
-        at_boundary: Whether the current micro-step is the boundary, which reduces what is pending.
+        at_boundary: Whether the current micro-step is the boundary, where pending gradients are reduced.
     """
 
     def __init__(self, parameters: Callable[[], Iterable[nn.Parameter]]) -> None:
         self.at_boundary = True
         self._parameters = parameters
-        self._sum: Tensor | None = None  # [any], as of the tensors that are accumulated
+        self._sum: Tensor | None = None  # [any], the shape of the accumulated tensors
         self._without_gradient: list[nn.Parameter] = []
 
     @property
@@ -63,7 +63,7 @@ class PendingGradients:
         See [Note: Zero gradients before the boundary].
 
         Args:
-            part: Flat gradients of the parameter group: [any], the same in a whole window. Copied.
+            part: Flat gradients of the parameter group: [any], the same shape in all micro-steps of a window. Copied.
         """
         self._without_gradient += [p for p in self._parameters() if p.grad is None]
         if self._sum is None:
@@ -75,7 +75,7 @@ class PendingGradients:
         """Add the pending gradients to ``part``, in place; none are pending afterwards.
 
         Args:
-            part: Flat gradients of the boundary's micro-step: [any], as accumulated.
+            part: Flat gradients of the boundary's micro-step: [any], the shape of the accumulated tensors.
         """
         if self._sum is not None:
             part += self._sum

@@ -1,4 +1,4 @@
-"""Technique 3: two-hop gradient synchronization. Reduced in a micro-step: hop 1. Pending until the boundary: hop 2.
+"""Technique 3: two-hop gradient synchronization. Hop 1 runs in every micro-step, hop 2 at the boundary only.
 
 MiCS, section 3.4. The *boundary* is the gradient accumulation boundary: the last micro-step before an optimizer step.
 The micro-steps from one boundary to the next are an *accumulation window*. Hop 1, every micro-step: reduce-scatter
@@ -14,8 +14,8 @@ the replication group. Two partition groups of two ranks with shards A B::
     hop 2                          AR             over the replication groups
 
 FSDP2 runs both hops and accumulates the sums in the reduce dtype;
-:mod:`~lightning_mics.sharding.accumulation_window` sets when hop 2 runs. Here is hop 2 where its messages have a dtype
-of their own.
+:mod:`~lightning_mics.sharding.accumulation_window` sets when hop 2 runs. This module has hop 2 for messages with their
+own dtype.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class SecondHop:
         replication: The ranks that hold the same shard.
         wire_dtype: Dtype of the messages; sums stay in the dtype of the gradients.
         pending_gradients: Pending gradients of the parameter group.
-        after_sums: Whether hop 1 accumulates into ``pending_gradients`` already, and leaves zeros before the boundary.
+        hop_1_accumulates: Whether hop 1 accumulates into ``pending_gradients`` itself, and leaves zeros before the
+            boundary.
     """
 
     def __init__(
@@ -43,12 +44,12 @@ class SecondHop:
         replication: CountedGroup,
         wire_dtype: torch.dtype,
         pending_gradients: PendingGradients,
-        after_sums: bool,
+        hop_1_accumulates: bool,
     ) -> None:
         self._replication = replication
         self._wire_dtype = wire_dtype
         self._pending_gradients = pending_gradients
-        self._after_sums = after_sums
+        self._hop_1_accumulates = hop_1_accumulates
 
     def __call__(self, shard: Tensor, op: ReduceOp) -> None:
         """Reduce the result of hop 1 in place; before the boundary accumulate it, and leave zeros.
@@ -62,11 +63,11 @@ class SecondHop:
         if shard.is_cuda:  # FSDP2 frees it after this, while its own stream still reads it
             shard.record_stream(torch.cuda.current_stream(shard.device))
         if self._pending_gradients.at_boundary:
-            if not self._after_sums:
+            if not self._hop_1_accumulates:
                 self._pending_gradients.add_into(shard)
             self._replication.all_reduce(
                 shard, op=op, technique="all-reduce over replicas", wire_dtype=self._wire_dtype
             )
-        elif not self._after_sums:
+        elif not self._hop_1_accumulates:
             self._pending_gradients.accumulate(shard)
             shard.zero_()

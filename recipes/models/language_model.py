@@ -113,7 +113,7 @@ class LanguageModel(L.LightningModule, ABC):
             self.network = self.build_network()
             return
         self.check_tokenizer(getattr(self.trainer.datamodule, "tokenizer", None))
-        with torch.device("meta"):  # the strategy gives each block its first weights when it shards it
+        with torch.device("meta"):  # the strategy gives each block its initial weights when it shards it
             self.network = self.build_network()
         if self.pretrained is not None:
             load_pretrained(self.network, pretrained_folder(self.pretrained))

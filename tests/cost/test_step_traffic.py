@@ -40,6 +40,7 @@ def predicted(name: str, job: Job) -> Counter[Collective]:
     return counts
 
 
+@pytest.mark.rehearsal
 @pytest.mark.parametrize("job", [*JOBS, *LARGE])
 def test_a_rehearsal_runs_what_is_predicted(job: str) -> None:
     facts = {**JOBS, **LARGE}[job]

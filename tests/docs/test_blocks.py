@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 import train
 from lightning_mics.integrations.trainer import traffic_monitor
 from recipes.job.auto import choose_automatically
-from recipes.plan.dry_run import WIDTH, hardware_of, plan_run, workload_of
+from recipes.plan.dry_run import WIDTH, hardware_of, plan_run
 from recipes.plan.tables import plan_table
 from tests.docs.pages import PAGES, ROOT, Block, blocks
 from tests.support.configs import composed
@@ -217,10 +217,10 @@ def test_the_dry_run_of_the_readme_prints_what_the_readme_shows(capsys):
     config = composed("model=gpt-100b", "cluster=p4d_64", "dry_run=true")
     assert "python train.py model=gpt-100b cluster=p4d_64 dry_run=true\n" in (ROOT / "README.md").read_text()
     model = train.make_model(config)
-    chosen, _ = choose_automatically(config, model)
-    planned = plan_run(config, workload_of(chosen, model), hardware_of(chosen.cluster))
+    job = choose_automatically(config, model)
+    planned = plan_run(config, job.workload, hardware_of(job.config.cluster))
     console = Console(width=WIDTH)
-    console.print(plan_table(planned, config=chosen))
+    console.print(plan_table(planned, config=job.config))
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     printed += [f"Note: {warning}." for warning in planned.warnings]
     shown = next(block.text for block in blocks("text") if block.page == "README.md").splitlines()

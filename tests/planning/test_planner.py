@@ -101,6 +101,7 @@ def test_partition_sizes_of_berts_are_those_of_the_paper(model: str, partition_s
     )
 
 
+@pytest.mark.rehearsal
 @pytest.mark.parametrize(
     ("job", "name"),
     [

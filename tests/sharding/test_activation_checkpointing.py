@@ -27,7 +27,7 @@ def test_blocks_are_chosen_all_together_by_class_or_by_name(choice, chosen) -> N
     assert sorted(list(model.blocks).index(module) for module in recomputed) == chosen
 
 
-def test_a_pattern_that_no_block_fits_is_refused() -> None:
+def test_a_pattern_that_no_block_fits_is_rejected() -> None:
     model = TinyLM(dim=4, layers=4)
     message = "no block fits the pattern 'layers.*'; the 4 blocks are 'blocks.0' to 'blocks.3'"
     with pytest.raises(ValueError, match=re.escape(message)):

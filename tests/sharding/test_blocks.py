@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mics.sharding.blocks import find_blocks, unit_modules
+from lightning_mics.sharding.blocks import find_blocks, group_modules
 from tests.support.models import Block, TinyLM
 
 
@@ -37,14 +37,16 @@ def test_a_model_inside_the_model_names_its_blocks():
     assert list(find_blocks(wrapper)) == ["net.blocks.1", "net.blocks.0"]
 
 
-def test_a_named_block_that_is_tied_to_the_root_is_left_to_it():
+def test_a_named_block_that_is_tied_to_the_root_is_left_out():
     """As the embeddings of BERT, which `transformers` names among its blocks."""
 
     class Named(TinyLM):
         _no_split_modules = ("Block", "Embedding")
 
     assert list(find_blocks(Named(layers=2))) == ["blocks.1", "blocks.0"]
-    with pytest.raises(ValueError, match=r"'embed.weight' .* and 'head.weight' .* are one tied parameter in two units"):
+    with pytest.raises(
+        ValueError, match=r"'embed.weight' .* and 'head.weight' .* are one tied parameter in two parameter groups"
+    ):
         find_blocks(Named(layers=2), ["Block", "Embedding"])
 
 
@@ -53,7 +55,7 @@ def test_classes_and_names_are_both_taken():
     assert find_blocks(model, [Block]) == find_blocks(model, ["Block"]) == find_blocks(model)
 
 
-def test_no_blocks_at_all_can_be_asked_for():
+def test_block_classes_may_be_empty():
     assert find_blocks(nn.Linear(2, 2), []) == {}
 
 
@@ -69,7 +71,7 @@ def test_a_compiled_block_counts_as_its_class():
     assert set(find_blocks(model, [Block])) == {"blocks.0", "blocks.1"}
 
 
-def test_a_missing_class_is_named_with_those_that_are_there():
+def test_a_missing_class_is_named_with_the_classes_present():
     message = "block_classes: TinyLM has no Blok; its module classes are Linear (7), Block (3), Embedding (1)"
     with pytest.raises(ValueError, match=re.escape(message)):
         find_blocks(TinyLM(), ["Blok"])
@@ -81,16 +83,16 @@ def test_parameters_tied_inside_the_root_or_inside_a_block_are_fine():
     assert len(find_blocks(model)) == 3
 
 
-def test_a_unit_holds_all_its_modules_children_first():
+def test_a_parameter_group_has_all_its_modules_children_first():
     model = TinyLM(layers=1)
-    modules = list(unit_modules(model, []))
+    modules = list(group_modules(model, []))
     assert modules[-1] is model
     assert set(modules) == set(model.modules())
 
 
-def test_a_block_is_no_part_of_the_unit_around_it():
+def test_a_block_is_not_in_the_parameter_group_around_it():
     model = TinyLM(layers=2)
-    assert set(unit_modules(model, list(model.blocks))) == {model, model.embed, model.blocks, model.norm, model.head}
+    assert set(group_modules(model, list(model.blocks))) == {model, model.embed, model.blocks, model.norm, model.head}
 
 
 def test_a_class_finds_its_subclasses_and_need_not_be_in_a_list():
@@ -111,10 +113,10 @@ def share_with_the_root(model: TinyLM) -> None:
 
 
 @pytest.mark.parametrize("share", [share_a_module, share_with_the_root])
-def test_a_module_in_two_units_is_refused(share):
+def test_a_module_in_two_parameter_groups_is_rejected(share):
     model = TinyLM()
     share(model)
-    with pytest.raises(ValueError, match="are one tied parameter in two units"):
+    with pytest.raises(ValueError, match="are one tied parameter in two parameter groups"):
         find_blocks(model)
 
 
@@ -124,12 +126,13 @@ def test_a_block_that_is_listed_twice_is_one_block():
     assert len(find_blocks(model, [Block])) == 2
 
 
-def test_parameters_that_cannot_be_reduced_together_are_refused():
+def test_parameters_that_cannot_be_reduced_together_are_rejected():
     model = TinyLM(layers=2)
     model.blocks[0].down.to(torch.bfloat16)
     message = (
-        "parameters 'blocks.0.up.weight' (torch.float32) and 'blocks.0.down.weight' (torch.bfloat16) are in one unit, "
-        "blocks.0, whose gradients are reduced together; give them one dtype, or units of their own by block_classes"
+        "parameters 'blocks.0.up.weight' (torch.float32) and 'blocks.0.down.weight' (torch.bfloat16) are in one "
+        "parameter group, blocks.0, whose gradients are reduced together; give them one dtype, or separate groups by "
+        "block_classes"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         find_blocks(model)
@@ -137,13 +140,13 @@ def test_parameters_that_cannot_be_reduced_together_are_refused():
     assert len(find_blocks(model)) == 2
 
 
-def test_a_parameter_without_dimensions_is_refused():
+def test_a_parameter_without_dimensions_is_rejected():
     model = TinyLM()
     model.temperature = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(ValueError, match="parameter 'temperature' has no dimension to shard"):
         find_blocks(model)
 
 
-def test_a_model_without_parameters_is_refused():
+def test_a_model_without_parameters_is_rejected():
     with pytest.raises(TypeError, match="ReLU has no parameters, so there is nothing to shard"):
         find_blocks(nn.ReLU())

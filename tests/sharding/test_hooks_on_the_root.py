@@ -100,7 +100,7 @@ def test_the_table_lists_the_hooks_of_a_model_in_the_trainer(tmp_path):
     assert on_ranks(under_the_trainer, tmp_path, world_size=2) == [expected] * 2
 
 
-def test_the_table_lists_the_hooks_of_a_plain_model():
+def test_the_table_lists_the_hooks_of_a_model_in_a_custom_loop():
     for found in run_ranks(2, on_a_plain_model):
         expected = [row for row in table() if row not in ("enter", "_note_forward")]
         assert found["cached"] == expected

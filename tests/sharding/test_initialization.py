@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 
 from lightning_mics import Topology, create_partition_groups, shard_model
 from lightning_mics.sharding.initialization import verify_replicas
-from tests.support.forked import run_ranks
 from tests.support.models import TinyLM, tokens
 
 TWO_REPLICAS = Topology(world_size=4, ranks_per_node=2, partition_size=2)
@@ -29,8 +28,8 @@ class Scaled(TinyLM):
             nn.init.normal_(module.weight, std=0.01)
 
 
-def test_a_model_on_meta_is_initialised_by_its_own_rules_and_keeps_its_ties():
-    for facts in run_ranks(4, _shard_on_meta):
+def test_a_model_on_meta_is_initialized_by_its_own_rules_and_stays_tied(run_shared):
+    for facts in run_shared(4, _shard_on_meta):
         assert facts["std of linear"] == pytest.approx(0.01, rel=0.2)
         assert facts["std of embedding"] > 0.005  # tied to the head, which is a Linear
         assert facts["norm"] == 1.0
@@ -57,23 +56,23 @@ def _shard_on_meta() -> dict[str, Any]:
     }
 
 
-def test_one_unit_at_a_time_is_whole():
-    for whole in run_ranks(2, _units_that_are_whole):
-        assert whole == [4, 4, 4, 3]  # a block's weights and biases; of the root, embedding and norm
+def test_one_parameter_group_at_a_time_is_unsharded(run_shared):
+    for counts in run_shared(2, _count_unsharded_parameters):
+        assert counts == [4, 4, 4, 3]  # a block's weights and biases; of the root, embedding and norm
 
 
-def _units_that_are_whole() -> list[int]:
-    """How many whole parameters are in memory just before each unit is sharded."""
+def _count_unsharded_parameters() -> list[int]:
+    """Numbers of unsharded parameters in memory just before each parameter group is sharded."""
     seen: list[weakref.ref[nn.Parameter]] = []
     alive = []
 
-    def counting(unit: nn.Module, **options: Any) -> Any:
+    def counting(module: nn.Module, **options: Any) -> Any:
         known = {id(reference()) for reference in seen}
-        whole = [p for p in unit.parameters() if not p.is_meta and not isinstance(p, DTensor)]
-        seen.extend(weakref.ref(parameter) for parameter in whole if id(parameter) not in known)
+        unsharded = [p for p in module.parameters() if not p.is_meta and not isinstance(p, DTensor)]
+        seen.extend(weakref.ref(parameter) for parameter in unsharded if id(parameter) not in known)
         alive.append(sum(reference() is not None for reference in seen))
-        del whole
-        return fully_shard(unit, **options)
+        del unsharded
+        return fully_shard(module, **options)
 
     with torch.device("meta"):
         model = TinyLM()
@@ -83,8 +82,8 @@ def _units_that_are_whole() -> list[int]:
     return alive
 
 
-def test_built_weights_are_those_of_rank_0_and_buffers_too():
-    results = run_ranks(4, _shard_built)
+def test_weights_and_buffers_with_values_are_those_of_rank_0(run_shared):
+    results = run_shared(4, _shard_built)
     for weights, buffer, own in results:
         assert torch.equal(weights, results[0][2])
         assert torch.equal(buffer, torch.zeros(7))
@@ -100,8 +99,8 @@ def _shard_built() -> tuple[Tensor, Tensor, Tensor]:
     return model.blocks[0].up.weight.full_tensor().detach(), model.blocks[0].scale, own
 
 
-def test_replicas_that_differ_in_one_bit_are_found_on_every_rank():
-    for rank, message in enumerate(run_ranks(4, _flip_one_bit)):
+def test_replicas_that_differ_in_one_bit_are_found_on_every_rank(run_shared):
+    for rank, message in enumerate(run_shared(4, _flip_one_bit)):
         assert message.startswith("the replicas of the model differ in ")
         assert ("'blocks.1.up.weight'" in message) == (rank in (0, 2))  # the ranks that hold the part
 
@@ -132,8 +131,8 @@ class Parent(nn.Module):
         self.order = self.order_again = torch.arange(3)
 
 
-def test_a_parent_may_set_the_weights_of_its_children():
-    for weight, order in run_ranks(2, _shard_parents):
+def test_a_parent_may_set_the_weights_of_its_children(run_shared):
+    for weight, order in run_shared(2, _shard_parents):
         assert torch.equal(weight, torch.full((3, 3), 0.125))
         assert order.tolist() == [0, 1, 2]
 
@@ -148,8 +147,8 @@ def _shard_parents() -> tuple[Tensor, Tensor]:
 PAIR = Topology(world_size=2, ranks_per_node=2, partition_size=2)
 
 
-def test_gpt2_on_meta_gets_the_distribution_of_one_that_is_built():
-    (built, on_meta), _ = run_ranks(2, _spreads_of_gpt2)
+def test_gpt2_on_meta_has_the_distribution_of_one_built_on_the_cpu(run_shared):
+    (built, on_meta), _ = run_shared(2, _spreads_of_gpt2)
     assert built.keys() == on_meta.keys()
     assert built["transformer.h.0.mlp.c_proj.weight"] < 0.6 * built["transformer.h.0.mlp.c_fc.weight"]  # scaled
     for name, spread in built.items():
@@ -178,8 +177,8 @@ class Forgetful(TinyLM):
         self.mask = torch.ones(3)  # no buffer
 
 
-def test_a_plain_attribute_on_meta_is_refused():
-    for message in run_ranks(2, _shard_forgetful):
+def test_an_unregistered_tensor_on_meta_is_rejected(run_shared):
+    for message in run_shared(2, _shard_forgetful):
         assert message.startswith("Forgetful.mask is a tensor on the meta device and neither a parameter nor a buffer")
 
 
@@ -191,8 +190,8 @@ def _shard_forgetful() -> str:
     return str(caught.value)
 
 
-def test_buffers_of_any_dtype_are_sent():
-    for buffers in run_ranks(2, _shard_odd_buffers):
+def test_buffers_of_any_dtype_are_sent(run_shared):
+    for buffers in run_shared(2, _shard_odd_buffers):
         assert [buffer.tolist() for buffer in buffers] == [[1, 2], [True, False], 3.0, [1.0]]
 
 

@@ -1,4 +1,4 @@
-"""Starting from a folder of ``transformers``: the same losses, each rank reads its own part, and what is refused."""
+"""Starting from a folder of ``transformers``: the same losses, each rank reads its own shards, and errors."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def first_steps(folders: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
-def test_the_losses_are_those_of_the_network_of_transformers_in_one_process(
+def test_the_losses_equal_those_of_transformers_in_one_process(
     folders: Path, first_steps: Any, kind: str, form: str
 ) -> None:
     losses, started = first_steps[f"{kind}, {form}"]
@@ -178,7 +178,7 @@ WIDE = GPT2Config(vocab_size=VOCAB, n_positions=8, n_embd=96, n_layer=3, n_head=
 
 
 def _memory_to_read(folder: Path) -> tuple[int, int]:
-    """Bytes of all tensors that are made while weights are read, and bytes of this rank's part of the weights."""
+    """Bytes of all tensors allocated while weights are read, and bytes of this rank's shards."""
     network = GPT2LMHeadModel(WIDE)
     shard_model(
         network, create_partition_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu")
@@ -192,7 +192,7 @@ def _memory_to_read(folder: Path) -> tuple[int, int]:
 def test_reading_makes_no_copy_of_the_weights_in_memory(tmp_path: Path) -> None:
     GPT2LMHeadModel(WIDE).save_pretrained(tmp_path)
     for made, own_part in run_ranks(2, _memory_to_read, tmp_path):
-        assert 0 < made < own_part / 20  # what ranks tell each other
+        assert 0 < made < own_part / 20  # messages between ranks
 
 
 # -- heads and bodies -------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def heads(folders: Path) -> list[dict[str, Any]]:
     return on_ranks(_heads, folders)
 
 
-def test_a_new_head_keeps_its_first_weights_and_the_body_is_read(folders: Path, heads: list[dict[str, Any]]) -> None:
+def test_a_new_head_keeps_its_initial_weights_and_the_body_is_read(folders: Path, heads: list[dict[str, Any]]) -> None:
     one, other, alone = (heads[0][name] for name in ("new head, seed 0", "new head, seed 1", "from the seed alone"))
     head = [name for name in one if "classifier.weight" in name]
     body = load_file(folders / "bert without head" / "model.safetensors")
@@ -230,12 +230,12 @@ def test_a_new_head_keeps_its_first_weights_and_the_body_is_read(folders: Path, 
     assert all(same(of_rank["new head, seed 0"], one) for of_rank in heads)
 
 
-def test_a_new_head_is_refused_unless_it_is_wanted_and_then_rank_zero_warns(heads: list[dict[str, Any]]) -> None:
+def test_a_new_head_is_rejected_unless_strict_is_false_which_warns_on_rank_0(heads: list[dict[str, Any]]) -> None:
     for of_rank in heads:
         assert (
             of_rank["strict"].startswith("RuntimeError: ") and "2 are missing ['classifier.bias'" in of_rank["strict"]
         )
-        assert "if they are new, as a head is, pass strict=False" in of_rank["strict"]
+        assert "pass strict=False if the missing ones are new, such as a head" in of_rank["strict"]
     assert ["2 tensors are not in" in text for text in heads[0]["warnings"]] == [True]
     assert [of_rank["warnings"] for of_rank in heads[1:]] == [[]] * 3
 
@@ -253,7 +253,7 @@ def test_a_body_starts_from_a_network_with_a_head_and_a_tied_head_from_a_body(fo
     assert loaded.missing == ["pooler.dense.bias", "pooler.dense.weight"] and "cls.predictions.bias" in loaded.unused
 
 
-def test_names_of_the_first_berts_are_understood(folders: Path, tmp_path: Path) -> None:
+def test_names_of_the_first_berts_are_translated(folders: Path, tmp_path: Path) -> None:
     weights = load_file(folders / "bert" / "model.safetensors")
     old = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
@@ -284,7 +284,7 @@ def _resume(folders: Path, folder: Path) -> dict[str, Any]:
     return facts
 
 
-def test_a_checkpoint_goes_before_the_folder_and_evaluation_alone_reads_the_folder(
+def test_a_checkpoint_takes_precedence_over_the_folder_which_evaluation_alone_reads(
     folders: Path, tmp_path: Path
 ) -> None:
     facts = on_ranks(_resume, folders, tmp_path)[0]
@@ -295,7 +295,7 @@ def test_a_checkpoint_goes_before_the_folder_and_evaluation_alone_reads_the_fold
     assert not any(torch.equal(facts["saved"][name], value) for name, value in pretrained.items())
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------------
 
 
 def _broken(folders: Path, path: Path, problem: str) -> str:
@@ -331,30 +331,30 @@ def _broken(folders: Path, path: Path, problem: str) -> str:
     ("problem", "said"),
     {
         "only a pickle": "FileNotFoundError: .* holds its weights in pytorch_model.bin, a pickle, .* convert it once",
-        "no weights": "FileNotFoundError: .* has no model.safetensors; give a folder that `save_pretrained`",
+        "no weights": "FileNotFoundError: .* has no model.safetensors; pass a folder written by `save_pretrained`",
         "a file lost": "FileNotFoundError: .* has no model-00001-of-",
-        "a bad index": "RuntimeError: .*model.safetensors.index.json is no index of safetensors files: TypeError",
+        "a bad index": "RuntimeError: .*model.safetensors.index.json is not an index of safetensors files: TypeError",
         "a file cut short": "RuntimeError: .*model-00001-of-.*.safetensors cannot be read: ",
-        "quantized": "ValueError: .* are quantized .*config.json.; training needs the original",
+        "quantized": "ValueError: .* are quantized .*config.json.; use the original weights",
         "other names": "RuntimeError: .* has 0 of the network's 41 tensors: 41 are missing .* 1 are unknown .*'x'.* "
         "if transformers renames them .* save_original_format=False",
         "another width": r"ValueError: .* another shape .* with \[\d+.*\] in the folder and \[\d+.*\] in the network; "
         "make the network from",
     }.items(),
 )
-def test_what_cannot_be_read_is_refused_with_what_to_do(folders: Path, tmp_path: Path, problem: str, said: str) -> None:
+def test_an_unreadable_folder_is_rejected_with_a_remedy(folders: Path, tmp_path: Path, problem: str, said: str) -> None:
     found = _broken(folders, tmp_path / "broken", problem)
     assert re.match(said, found), found
 
 
 @pytest.mark.parametrize("kind", ["gpt", "gpt on the meta device"])
-def test_a_folder_without_weights_is_refused_before_anything_is_sharded(tmp_path: Path, kind: str) -> None:
+def test_a_folder_without_weights_is_rejected_before_anything_is_sharded(tmp_path: Path, kind: str) -> None:
     network = make("gpt").to("meta") if "meta" in kind else make("gpt")
     with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
         load_pretrained(network, tmp_path)
 
 
-def test_a_network_with_a_part_on_the_meta_device_is_left_for_later_and_another_is_loaded_at_once(
+def test_weights_are_loaded_after_sharding_if_a_part_is_on_the_meta_device_and_now_if_not(
     folders: Path,
 ) -> None:
     stored = load_file(folders / "gpt" / "model.safetensors")["transformer.wte.weight"]

@@ -1,10 +1,12 @@
-"""Sharded training gives the numbers of one process that sees the whole batch."""
+"""Sharded training gives the numbers of one process that sees the complete batch."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Iterable
+from functools import partial
+from itertools import chain, product
 from typing import Any
 
 import pytest
@@ -16,10 +18,14 @@ from torch.distributed.tensor import DTensor
 from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.techniques.partition_groups import PartitionGroups
-from tests.support.forked import run_ranks
+from tests.support.campaign import campaign
+from tests.support.forked import run_cases, run_ranks
 from tests.support.models import Block, TinyLM, tokens
 
-SHAPES = [(2, 1, 2), (4, 2, 1), (4, 2, 2), (4, 2, 4), (4, 4, 4), (8, 2, 4), (8, 2, 8), (8, 4, 8), (8, 2, 2)]
+SHAPES = [
+    *[(2, 1, 2), (4, 2, 1), (4, 2, 2), (4, 2, 4), (4, 4, 4), (8, 2, 4), (8, 4, 8)],
+    *[campaign(8, 2, 8), campaign(8, 2, 2)],  # more nodes and more replicas of what the others have
+]
 
 
 MICRO_STEPS = (1, 3, 4)
@@ -72,13 +78,14 @@ PAPER, NODE, RANK = CommunicationOptions.PAPER, CommunicationOptions.NODE, Commu
 
 
 @pytest.mark.parametrize(("world", "ranks_per_node", "partition"), SHAPES)
-def test_gradients_weights_and_clipping_are_those_of_one_process(world, ranks_per_node, partition):
+def test_gradients_weights_and_clipping_are_those_of_one_process(world, ranks_per_node, partition, in_campaign):
     topology = Topology(world_size=world, ranks_per_node=ranks_per_node, partition_size=partition)
     modes = [FLAT, PAPER, NODE, RANK] if topology.spans_nodes else [FLAT, RANK]
     if partition == 8:  # takes long, and four ranks know nothing less of the other modes
         modes = [PAPER, NODE]
-    of_ranks = run_ranks(world, _train_beside_reference, topology, modes)
-    assert len(of_ranks[0]) == len(modes) * len(MICRO_STEPS)
+    windows = MICRO_STEPS if world < 8 or in_campaign else (1, 4)
+    of_ranks = run_ranks(world, _train_beside_reference, topology, modes, windows)
+    assert len(of_ranks[0]) == len(modes) * len(windows)
     for facts in zip(*of_ranks, strict=True):
         replica = facts[:partition]
         for step in range(STEPS):
@@ -90,21 +97,34 @@ def test_gradients_weights_and_clipping_are_those_of_one_process(world, ranks_pe
         assert facts[0]["sometimes_gradient"] > 1e-4  # a block that no boundary used got its gradient
 
 
-@pytest.mark.parametrize("once", [{"cache_parameters": "node"}, {"accumulate_gradients": "node"}], ids=str)
-def test_gathering_and_reducing_once_per_step_do_not_need_each_other(once):
+ONE_OF_THEM = {
+    "parameters": CommunicationOptions(cache_parameters="node"),
+    "gradients": CommunicationOptions(accumulate_gradients="node"),
+}
+
+
+@pytest.fixture(scope="module")
+def with_one_of_them():
     topology = Topology(world_size=8, ranks_per_node=2, partition_size=4)
-    mode = CommunicationOptions(**once)
-    for facts in zip(*run_ranks(8, _train_beside_reference, topology, [mode]), strict=True):
+    train = partial(_train_beside_reference, topology)
+    return run_cases(8, {once: partial(train, [mode], (1, 4)) for once, mode in ONE_OF_THEM.items()})
+
+
+@pytest.mark.parametrize("once", ONE_OF_THEM)
+def test_caching_and_accumulating_work_without_each_other(with_one_of_them, once):
+    for facts in zip(*with_one_of_them[once], strict=True):
         assert max(error for fact in facts for error in fact["gradient_errors"]) < 1e-6, facts[0]
         assert max(fact["weight_error"] for fact in facts) < 1e-6, facts[0]
         assert facts[0]["moved"] > 1e-3
 
 
-def _train_beside_reference(topology: Topology, modes: list[CommunicationOptions]) -> list[dict[str, Any]]:
+def _train_beside_reference(
+    topology: Topology, modes: list[CommunicationOptions], windows: tuple[int, ...]
+) -> list[dict[str, Any]]:
     facts = []
     for mode in modes:
         groups = create_partition_groups(topology, device_type="cpu", hierarchical=mode.hierarchical)
-        facts += [_compare(groups, mode, micro_steps) for micro_steps in MICRO_STEPS]
+        facts += [_compare(groups, mode, micro_steps) for micro_steps in windows]
     return facts
 
 
@@ -144,7 +164,7 @@ def _compare(groups: PartitionGroups, options: CommunicationOptions, micro_steps
 
 
 def _error_of_shard(ours: dict[str, DTensor], theirs: dict[str, Tensor]) -> float:
-    """This rank's share of the relative error: the norm of its shards' errors over the norm of the whole."""
+    """This rank's share of the relative error: the norm of its shards' errors over the norm of the unsharded vector."""
     errors = []
     for name, sharded in ours.items():
         whole = theirs.get(name, torch.zeros(sharded.shape))  # zeros where one process has no gradient
@@ -154,7 +174,7 @@ def _error_of_shard(ours: dict[str, DTensor], theirs: dict[str, Tensor]) -> floa
 
 
 def _shard_of(whole: Tensor, sharded: DTensor) -> Tensor:
-    """The part of ``whole`` that this rank holds of ``sharded``, without asking other ranks."""
+    """The part of ``whole`` that this rank holds of ``sharded``, without communication."""
     mesh = sharded.device_mesh
     chunks = whole.detach().chunk(mesh["shard"].size())
     position = mesh.get_local_rank("shard")
@@ -165,10 +185,10 @@ def _vector(named: Iterable[tuple[str, Tensor]]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for _, tensor in sorted(named)])
 
 
-@pytest.mark.parametrize("partition", [4, 8])
-def test_hierarchical_and_flat_all_gather_are_bit_equal(partition):
-    results = run_ranks(8, _gather_both_ways, Topology(world_size=8, ranks_per_node=2, partition_size=partition))
-    for flat, hierarchical in results:
+def test_hierarchical_and_flat_all_gather_are_bit_equal():
+    topologies = [Topology(world_size=8, ranks_per_node=2, partition_size=partition) for partition in (4, 8)]
+    of_ranks = run_cases(8, {topology: partial(_gather_both_ways, topology) for topology in topologies})
+    for flat, hierarchical in chain(*of_ranks.values()):
         assert flat.std() > 0.1
         assert torch.equal(flat, hierarchical)
 
@@ -187,19 +207,34 @@ def _gather_both_ways(topology: Topology) -> list[Tensor]:
     return outputs
 
 
+FIRST_WEIGHTS = [(1, 1, 1), (2, 1, 2), (4, 2, 2), (4, 2, 4)]
+
+
+@pytest.fixture(scope="module")
+def first_weights():
+    """The last rank's by shape, whether they began on the meta device, and the seed of rank 0."""
+    weights = {}
+    for world in (1, 2, 4):
+        shapes = [shape for shape in FIRST_WEIGHTS if shape[0] == world]
+        seeds = (0, 5) if world == 1 else (0,)
+        cases = product(shapes, (False, True), seeds)
+        of_ranks = run_cases(world, {case: partial(_first_weights, *case) for case in cases})
+        weights |= {case: each[-1] for case, each in of_ranks.items()}
+    return weights
+
+
 @pytest.mark.parametrize("on_meta", [False, True])
-def test_the_first_weights_depend_on_the_seed_of_rank_0_alone(on_meta):
-    shapes = [(1, 1, 1), (2, 1, 2), (4, 2, 2), (4, 2, 4)]
-    weights = [run_ranks(w, _first_weights, w, k, p, on_meta)[-1] for w, k, p in shapes]
+def test_the_initial_weights_depend_on_the_seed_of_rank_0_alone(first_weights, on_meta):
+    weights = [first_weights[shape, on_meta, 0] for shape in FIRST_WEIGHTS]
     assert weights[0].isfinite().all()
     assert weights[0].std() > 0.01
     for other in weights[1:]:
         assert torch.equal(weights[0], other)
-    another_seed = run_ranks(1, _first_weights, 1, 1, 1, on_meta, 5)[0]
-    assert not torch.equal(weights[0], another_seed)
+    assert not torch.equal(weights[0], first_weights[(1, 1, 1), on_meta, 5])
 
 
-def _first_weights(world: int, ranks_per_node: int, partition: int, on_meta: bool, seed: int = 0) -> Tensor:
+def _first_weights(shape: tuple[int, int, int], on_meta: bool, seed: int) -> Tensor:
+    world, ranks_per_node, partition = shape
     torch.manual_seed(seed + dist.get_rank())
     with torch.device("meta" if on_meta else "cpu"):
         model = TinyLM()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_mics import AccumulationSchedule, CommunicationOptions, Topology, create_partition_groups, shard_model
-from tests.support.forked import RankError, run_ranks
+from tests.support.forked import RankError
 from tests.support.models import BLOCK_NUMEL, BYTES, DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
 
@@ -36,9 +36,9 @@ TOPOLOGIES = [Topology(world_size=world, ranks_per_node=k, partition_size=p) for
 
 
 @pytest.fixture(scope="module", params=[(t, h) for t in TOPOLOGIES for h in {False, t.spans_nodes}], ids=str)
-def recorded(request):
+def recorded(request, run_shared):
     topology, hierarchical = request.param
-    return topology, hierarchical, run_ranks(topology.world_size, _record, topology, hierarchical)
+    return topology, hierarchical, run_shared(topology.world_size, _record, topology, hierarchical)
 
 
 def test_every_micro_step_runs_the_designed_collectives_on_the_designed_groups(recorded):
@@ -93,18 +93,18 @@ def _received(seen: list[Collective], kind: str, ranks: tuple[int, ...]) -> int:
     return sum(c.received_bytes for c in seen if c.kind == kind and c.ranks == ranks)
 
 
-def test_hierarchical_all_gather_brings_k_times_fewer_bytes_into_a_node_than_flat():
+def test_hierarchical_all_gather_brings_k_times_fewer_bytes_into_a_node_than_flat(run_shared):
     """Over two nodes of four ranks: flat, every rank receives the other node's half by itself."""
     topology = Topology(world_size=8, ranks_per_node=4, partition_size=8)
     k = topology.local_ranks_per_partition_group
-    flat, staged = (run_ranks(8, _record, topology, hierarchical)[0][0] for hierarchical in (False, True))
+    flat, staged = (run_shared(8, _record, topology, hierarchical)[0][0] for hierarchical in (False, True))
     foreign = sum(c.nbytes // 2 for c in flat if c.kind == "all_gather")  # a rank's share from the other node
     across = _received(staged, "all_gather", topology.rail(0))
     assert foreign == k * across > 0
 
 
-def test_clipping_reduces_one_tensor_of_norms_over_the_partition_group():
-    for rank, seen in enumerate(run_ranks(4, _record_clip)):
+def test_clipping_reduces_one_tensor_of_norms_over_the_partition_group(run_shared):
+    for rank, seen in enumerate(run_shared(4, _record_clip)):
         assert [(c.kind, c.ranks) for c in seen] == [("all_reduce", (0, 1) if rank < 2 else (2, 3))]
 
 
@@ -118,9 +118,9 @@ def _record_clip() -> list[Collective]:
     return recorded.seen
 
 
-def test_starting_costs_one_checksum_exchange_beside_the_first_weights():
+def test_sharding_costs_one_checksum_exchange_besides_the_initial_weights(run_shared):
     """A model on the meta device is initialized without sending any weight."""
-    for seen in run_ranks(4, _record_start):
+    for seen in run_shared(4, _record_start):
         assert Counter(c.kind for c in seen) == {"broadcast": 1, "all_gather": 1, "all_reduce": 1}
         assert sum(c.nbytes for c in seen) < BLOCK_NUMEL * BYTES
 
@@ -139,8 +139,8 @@ IN_TWO_GROUPS = Topology(world_size=4, ranks_per_node=2, partition_size=2)
 
 
 @pytest.mark.parametrize("wire_dtype", [None, torch.float32], ids=str)
-def test_without_two_hops_replicas_reduce_in_every_micro_step_to_the_same_gradients(wire_dtype):
-    for two_hops, one_by_one in run_ranks(4, _with_and_without_two_hops, wire_dtype):
+def test_without_two_hops_replicas_reduce_in_every_micro_step_to_the_same_gradients(wire_dtype, run_shared):
+    for two_hops, one_by_one in run_shared(4, _with_and_without_two_hops, wire_dtype):
         first, middle, boundary = two_hops["second hops"]
         assert (first, middle) == (0, 0)
         assert boundary >= LAYERS + 1
@@ -170,7 +170,7 @@ def _with_and_without_two_hops(wire_dtype: torch.dtype | None) -> list[dict]:
     return facts
 
 
-def test_a_loop_of_ones_own_needs_three_methods():
+def test_a_custom_loop_needs_three_methods():
     public = {name for name in vars(AccumulationSchedule) if not name.startswith("_")}
     assert public == {"micro_step", "cached_weights", "invalidate_cache"}
 
@@ -187,15 +187,15 @@ class WithBiases(Stack):
             layer.bias.requires_grad_(not frozen)
 
 
-def test_parameters_can_be_frozen_for_one_backward_of_a_window():
-    for ours, alone in run_ranks(4, _freeze_for_one_backward, True):
+def test_parameters_can_be_frozen_for_one_backward_of_a_window(run_shared):
+    for ours, alone in run_shared(4, _freeze_for_one_backward, True):
         assert all(gradient.norm() > 1e-3 for gradient in alone)
         torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-8)
 
 
-def test_they_could_not_if_the_window_were_not_prepared_for_that_backward():
+def test_freezing_for_one_backward_needs_before_backward(run_shared):
     with pytest.raises(RankError):
-        run_ranks(4, _freeze_for_one_backward, False)
+        run_shared(4, _freeze_for_one_backward, False)
 
 
 def _freeze_for_one_backward(prepared: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

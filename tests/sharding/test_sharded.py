@@ -1,4 +1,4 @@
-"""``lightning_mics.sharded`` finds the handle of a sharded model, from the model or from what is around it."""
+"""``lightning_mics.sharded`` finds the handle of a sharded model, from the model or from its wrappers."""
 
 from __future__ import annotations
 

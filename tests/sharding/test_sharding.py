@@ -1,4 +1,4 @@
-"""What ``shard_model`` does to a model beside placing and sharding it."""
+"""Effects of ``shard_model`` other than placing and sharding a model."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _train_architectures() -> dict[str, list[float]]:
     return norms
 
 
-def test_evaluation_does_not_pay_for_recomputing():
+def test_evaluation_does_not_recompute():
     assert run_ranks(2, _count_checkpoints) == [(0, 3), (0, 3)]
 
 

@@ -28,6 +28,32 @@ class AdamModule(TinyModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
 
 
+class TwoOptimizers(pl.LightningModule):
+    """Manual optimization with two kinds of optimizer; one block is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.net = TinyModule().net
+        self.net.blocks[1].requires_grad_(False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.net(batch)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+        return loss
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        parameters = list(self.parameters())
+        return [
+            torch.optim.AdamW(parameters[4:], lr=0.02),
+            torch.optim.SGD(parameters[:4], lr=0.1, momentum=0.9),
+        ]
+
+
 class Recorder(Callback):
     """Keeps what happened: weights at the start and after each epoch, and the mean loss over ranks of each step."""
 

@@ -11,7 +11,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+Run = Callable[..., list[Any]]
 
 
 class RankError(AssertionError):
@@ -68,6 +70,109 @@ def run_ranks(
             if len(results) < world_size or not all(ok for ok, _ in results.values()):
                 process.kill()
             process.join()
+    return _values(results, world_size, timeout)
+
+
+def run_cases(world_size: int, cases: Mapping[Any, Callable[[], Any]], **options: Any) -> dict[Any, list[Any]]:
+    """Call several functions one after the other on the same ranks, which are forked once.
+
+    Args:
+        world_size: Ranks to fork.
+        cases: Functions by the names of their cases.
+        options: Options of :func:`run_ranks`.
+
+    Returns:
+        By case the results in the order of ranks.
+    """
+    of_ranks = run_ranks(world_size, _run_all, cases, **options)
+    return {case: [results[case] for results in of_ranks] for case in cases}
+
+
+def _run_all(cases: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
+    return {name: case() for name, case in cases.items()}
+
+
+class SharedRanks:
+    """Ranks that stay: each call runs on the same processes, which are forked at the first and after a failure.
+
+    Functions and their arguments are pickled, and patches that the caller has made since the fork are not there. The
+    environment, the working directory and torch's seed are the same at the beginning of each call.
+
+    Args:
+        world_size: Ranks to fork.
+        env: Environment variables for a rank.
+    """
+
+    def __init__(self, world_size: int, env: Callable[[int], dict[str, str]] | None = None) -> None:
+        self._world_size, self._env = world_size, env
+        self._processes: list[Any] = []
+        self._requests: list[Connection] = []
+        self._ends: dict[Connection, int] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
+        """As :func:`run_ranks`."""
+        request = pickle.dumps((function, args))
+        if not self._processes:
+            self._fork()
+        for end in self._requests:
+            end.send_bytes(request)
+        results = _collect(self._ends, timeout)
+        if len(results) < self._world_size or not all(ok for ok, _ in results.values()):
+            self.close()
+        return _values(results, self._world_size, timeout)
+
+    def close(self) -> None:
+        """End the ranks."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._requests, self._ends = [], [], {}
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _fork(self) -> None:
+        context = multiprocessing.get_context("fork")
+        self._folder = tempfile.TemporaryDirectory()
+        for rank in range(self._world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            requests, ours = context.Pipe(duplex=False)
+            env = self._env(rank) if self._env else {}
+            arguments = (rank, self._world_size, Path(self._folder.name, "store"), sender, requests, env)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            sender.close()
+            requests.close()
+            self._ends[receiver] = rank
+            self._requests.append(ours)
+            self._processes.append(process)
+
+
+def _serve(
+    rank: int, world_size: int, store: Path, sender: Connection, requests: Connection, env: dict[str, str]
+) -> None:
+    def run(request: bytes) -> Any:
+        if not dist.is_initialized():
+            _join(rank, world_size, store)
+        function, args = pickle.loads(request)
+        torch.manual_seed(0)
+        return function(*args)
+
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    environment, directory, caller = dict(os.environ), Path.cwd(), os.getppid()
+    while True:
+        while not requests.poll(5):
+            if os.getppid() != caller:  # it was killed, and other ranks hold the pipe open
+                os._exit(0)
+        request = requests.recv_bytes()
+        sender.send_bytes(pickle.dumps(_outcome(run, request)))
+        os.chdir(directory)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def _values(results: dict[int, tuple[bool, Any]], world_size: int, timeout: float) -> list[Any]:
     failures = {rank: value for rank, (ok, value) in results.items() if not ok}
     for rank in range(world_size):
         if rank not in results:
@@ -96,20 +201,27 @@ def _collect(ends: dict[Connection, int], timeout: float) -> dict[int, tuple[boo
 def _rank_main(
     rank: int, world_size: int, store: Path | None, sender: Connection, function: Any, args: Any, env: dict[str, str]
 ) -> None:
+    def run() -> Any:
+        if store is not None:
+            _join(rank, world_size, store)
+        return function(*args)
+
     os.environ.update(env)
     torch.set_num_threads(1)
-    try:
-        if store is not None:
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{store}",
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=120),
-            )
-        result = (True, function(*args))
-    except BaseException as error:
-        result = (False, (type(error).__name__, str(error), traceback.format_exc()))
+    result = _outcome(run)
     sender.send_bytes(pickle.dumps(result))  # plain pickle: torch's own would share memory with a process that ends
     sender.close()
     os._exit(0)  # skips the parent's exit handlers
+
+
+def _join(rank: int, world_size: int, store: Path) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+    )
+
+
+def _outcome(function: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
+    try:
+        return True, function(*args)
+    except BaseException as error:
+        return False, (type(error).__name__, str(error), traceback.format_exc())

@@ -29,6 +29,16 @@ def network(seed: int = 1, **options: Any) -> TinyLM:
     return TinyLM(**options)
 
 
+def set_up_in_one_call(fabric: Fabric) -> Any:
+    model = network()
+    return fabric.setup(model, sgd(model))
+
+
+def set_up_in_two_calls(fabric: Fabric) -> Any:
+    model = fabric.setup_module(network())
+    return model, fabric.setup_optimizers(sgd(model))
+
+
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=LR)
 

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
 from lightning_mics import MiCSStrategy
-from tests.support.forked import run_ranks
+from tests.support.forked import run_cases, run_ranks
 from tests.support.models import loader_of_tokens as loader
 
 
 def on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 4, timeout: float = 180) -> list[Any]:
     """Run ``function`` on forked ranks that look to Lightning as if torchrun had started them."""
+    return run_ranks(world_size, function, *args, timeout=timeout, env=partial(as_torchrun, world_size))
 
-    def environment(rank: int) -> dict[str, str]:
-        return {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "1",  # unused: the ranks have met before Lightning starts
-            "TORCHELASTIC_RUN_ID": "forked",
-        }
 
-    return run_ranks(world_size, function, *args, timeout=timeout, env=environment)
+def cases_on_ranks(
+    cases: Mapping[Any, Callable[[], Any]], *, world_size: int = 4, timeout: float = 180
+) -> dict[Any, list[Any]]:
+    """Run several functions one after the other on the same such ranks; by case the results in the order of ranks."""
+    return run_cases(world_size, cases, timeout=timeout, env=partial(as_torchrun, world_size))
+
+
+def as_torchrun(world_size: int, rank: int) -> dict[str, str]:
+    """The environment of a rank that torchrun has started."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",  # unused: the ranks have met before Lightning starts
+        "TORCHELASTIC_RUN_ID": "forked",
+    }
 
 
 def mics(**options: Any) -> MiCSStrategy:
@@ -54,4 +63,4 @@ def make_trainer(folder: Path | str, *, strategy: Any = None, devices: int = 4, 
     )
 
 
-__all__ = ["loader", "make_trainer", "mics", "on_ranks"]
+__all__ = ["cases_on_ranks", "loader", "make_trainer", "mics", "on_ranks"]

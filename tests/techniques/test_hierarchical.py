@@ -11,7 +11,6 @@ from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.techniques.partition_groups import PartitionGroups
-from tests.support.forked import run_ranks
 
 SHARD = 5
 
@@ -27,8 +26,8 @@ OPS = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_two_stages_give_what_one_flat_collective_gives(shape):
-    for errors in run_ranks(shape[0], _compare_with_flat, shape):
+def test_two_stages_give_what_one_flat_collective_gives(shape, run_shared):
+    for errors in run_shared(shape[0], _compare_with_flat, shape):
         assert errors.pop("all-gather") == 0
         assert errors.pop("all-gather, asynchronous") == 0
         assert errors.keys() == OPS.keys()
@@ -89,8 +88,8 @@ def _reduce_scatter_error(groups: PartitionGroups, op: dist.ReduceOp) -> float:
     return float((output - factor * expected).abs().max())
 
 
-def test_other_reductions_are_refused():
-    assert run_ranks(2, _reduce_by_maximum) == ["a reduce-scatter by pairs takes SUM, AVG and PREMUL_SUM"] * 2
+def test_other_reductions_are_rejected(run_shared):
+    assert run_shared(2, _reduce_by_maximum) == ["a reduce-scatter by pairs takes SUM, AVG and PREMUL_SUM"] * 2
 
 
 def _reduce_by_maximum() -> str:
@@ -101,8 +100,8 @@ def _reduce_by_maximum() -> str:
     return str(caught.value).partition(", got")[0]
 
 
-def test_a_group_of_another_size_is_refused():
-    for message in run_ranks(2, _gather_for_another_group):
+def test_a_group_of_another_size_is_rejected(run_shared):
+    for message in run_shared(2, _gather_for_another_group):
         assert message == "called for a group of 1 ranks, made for 2 nodes of 1"
 
 

@@ -1,9 +1,15 @@
-"""What travels, and when: counted on real runs with parameters and gradients once per step, kept by nodes or ranks."""
+"""What is communicated, and when: counted on real runs that communicate once per step, cached by nodes or by ranks.
+
+All runs on as many ranks share one set of processes.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +18,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from lightning_mics import AccumulationSchedule, CommunicationOptions, Topology, create_partition_groups, shard_model
-from tests.support.forked import run_ranks
+from tests.support.forked import run_cases
 from tests.support.models import DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
 
 NODE, RANK = CommunicationOptions.NODE, CommunicationOptions.RANK
 
 
-LEVELS = pytest.mark.parametrize("options", [NODE, RANK], ids=["kept by nodes", "kept by ranks"])
+LEVELS = {"cached by nodes": NODE, "cached by ranks": RANK}
 
 
 SPANNING = [(4, 2, 4), (8, 2, 4), (8, 2, 8), (8, 4, 8), (4, 1, 2), (4, 1, 4)]
@@ -34,35 +40,57 @@ ON_A_NODE = Topology(world_size=8, ranks_per_node=4, partition_size=4)
 OVER_TWO = Topology(world_size=4, ranks_per_node=2, partition_size=4)
 
 
+REDUCE_DTYPES = [None, torch.float64]
+
+
 UNITS = LAYERS + 1  # the blocks and the root
 
 
-def _make(topology: Topology, options: CommunicationOptions) -> tuple[Stack, AccumulationSchedule]:
+def make(topology: Topology, options: CommunicationOptions) -> tuple[Stack, AccumulationSchedule]:
     torch.manual_seed(0)
     model = Stack()
     return model, shard_model(model, create_partition_groups(topology, device_type="cpu"), communication=options)
 
 
-def _micro_step(model: Stack, schedule: AccumulationSchedule, *, boundary: bool) -> list[Collective]:
+def micro_step(model: Stack, schedule: AccumulationSchedule, *, boundary: bool) -> list[Collective]:
     with RecordCollectives() as recorded, schedule.micro_step(boundary=boundary):
         model(torch.randn(2, DIM)).backward()
     return recorded.seen
 
 
-def _record(topology: Topology, options: CommunicationOptions) -> list[list[Collective]]:
+def record(topology: Topology, options: CommunicationOptions) -> list[list[Collective]]:
     """The collectives of three micro-steps, the last one the boundary, in the second window."""
-    model, schedule = _make(topology, options)
-    _micro_step(model, schedule, boundary=True)
+    model, schedule = make(topology, options)
+    micro_step(model, schedule, boundary=True)
     steps = []
     for boundary in (False, False, True):
-        steps.append(_micro_step(model, schedule, boundary=boundary))
+        steps.append(micro_step(model, schedule, boundary=boundary))
         assert all((parameter.grad is None) is (len(steps) == 0) for parameter in model.parameters())
     return steps
 
 
+Runs = dict[Any, list[Any]]
+
+
+@pytest.fixture(scope="module")
+def runs() -> Runs:
+    """By claim, topology and level, what each rank has seen."""
+    seen: Runs = {}
+    for world_size in (4, 8):
+        cases: dict[Any, Any] = {}
+        for topology, level in product([*TOPOLOGIES, ON_A_NODE], LEVELS):
+            if topology.world_size == world_size:
+                cases["collectives", topology, level] = partial(record, topology, LEVELS[level])
+                cases["between nodes", topology, level] = partial(between_nodes, topology, LEVELS[level])
+        seen |= run_cases(world_size, cases)
+    return seen
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
-def test_parameters_cross_in_the_first_micro_step_and_gradients_at_the_boundary_only(topology):
-    for rank, micro_steps in enumerate(run_ranks(topology.world_size, _record, topology, NODE)):
+def test_inter_node_gathers_run_in_the_first_micro_step_and_reductions_at_the_boundary(
+    topology: Topology, runs: Runs
+) -> None:
+    for rank, micro_steps in enumerate(runs["collectives", topology, "cached by nodes"]):
         rail, node = topology.rail(rank), topology.node_group(rank)
         first, middle, boundary = (Counter((c.kind, c.ranks) for c in seen) for seen in micro_steps)
         inside: Counter[tuple[str, tuple[int, ...]]] = Counter()
@@ -77,8 +105,10 @@ def test_parameters_cross_in_the_first_micro_step_and_gradients_at_the_boundary_
 
 
 @pytest.mark.parametrize("topology", [*TOPOLOGIES, ON_A_NODE], ids=str)
-def test_nothing_travels_between_the_first_gather_and_the_boundary_where_ranks_keep_it(topology):
-    for rank, micro_steps in enumerate(run_ranks(topology.world_size, _record, topology, RANK)):
+def test_parameters_cached_by_ranks_are_communicated_in_the_first_micro_step_and_at_the_boundary_only(
+    topology: Topology, runs: Runs
+) -> None:
+    for rank, micro_steps in enumerate(runs["collectives", topology, "cached by ranks"]):
         first, middle, boundary = (Counter((c.kind, c.ranks) for c in seen) for seen in micro_steps)
         rail, node = topology.rail(rank), topology.node_group(rank)
         legs = [leg for leg in (rail, node) if len(leg) > 1]
@@ -90,23 +120,25 @@ def test_nothing_travels_between_the_first_gather_and_the_boundary_where_ranks_k
         assert boundary == reductions
 
 
-@LEVELS
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("topology", [*TOPOLOGIES, ON_A_NODE], ids=str)
-def test_a_node_sends_the_least_possible_between_nodes_whatever_the_number_of_micro_steps(topology, options):
+def test_a_node_sends_the_least_possible_for_any_number_of_micro_steps(
+    topology: Topology, level: str, runs: Runs
+) -> None:
     n = topology.nodes
-    for of_rank in run_ranks(topology.world_size, _between_nodes, topology, options):
+    for of_rank in runs["between nodes", topology, level]:
         for sent_bytes in of_rank:
             assert sent_bytes * topology.ranks_per_node == 2 * MODEL_BYTES * (n - 1) / n
 
 
-def _between_nodes(topology: Topology, options: CommunicationOptions) -> list[float]:
+def between_nodes(topology: Topology, options: CommunicationOptions) -> list[float]:
     """What this rank counts in a window of one micro-step, and of four."""
-    model, schedule = _make(topology, options)
+    model, schedule = make(topology, options)
     counted = []
     for micro_steps in (1, 4):
         before = schedule.traffic.by_technique()
         for index in range(micro_steps):
-            _micro_step(model, schedule, boundary=index == micro_steps - 1)
+            micro_step(model, schedule, boundary=index == micro_steps - 1)
         after = schedule.traffic.by_technique()
         counted.append(
             sum(sent.between_bytes for sent in after.values()) - sum(s.between_bytes for s in before.values())
@@ -114,71 +146,85 @@ def _between_nodes(topology: Topology, options: CommunicationOptions) -> list[fl
     return counted
 
 
-@LEVELS
-def test_gradients_are_none_until_the_boundary_also_without_replicas(options):
-    for of_steps in run_ranks(4, _gradients_present, options):
+@pytest.fixture(scope="module")
+def over_two() -> Runs:
+    """By claim and level, what each rank of two nodes has seen."""
+    cases: dict[Any, Any] = {"memory of nodes": held_on_nodes, "memory of ranks": held_on_ranks}
+    for level, options in LEVELS.items():
+        cases["gradients", level] = partial(gradients_present, options)
+        cases["two windows", level] = partial(two_windows, options)
+        cases["abandoned", level] = partial(abandon, options)
+        cases["evaluation", level] = partial(evaluate, options)
+        for dtype in REDUCE_DTYPES:
+            cases["skipped", level, dtype] = partial(skip_at_the_boundary, options, dtype)
+    return run_cases(4, cases)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_gradients_are_none_until_the_boundary_also_without_replicas(level: str, over_two: Runs) -> None:
+    for of_steps in over_two["gradients", level]:
         assert of_steps == [0, 0, UNITS, UNITS, UNITS]
 
 
-def _gradients_present(options: CommunicationOptions) -> list[int]:
-    """How many parameters have a gradient after each micro-step; the last two keep the gradients they found."""
-    model, schedule = _make(OVER_TWO, options)
+def gradients_present(options: CommunicationOptions) -> list[int]:
+    """Numbers of parameters with a gradient after each micro-step; gradients are never cleared."""
+    model, schedule = make(OVER_TWO, options)
     counts = []
     for boundary in (False, False, True, False, True):
-        _micro_step(model, schedule, boundary=boundary)
+        micro_step(model, schedule, boundary=boundary)
         counts.append(sum(parameter.grad is not None for parameter in model.parameters()))
     return counts
 
 
-@LEVELS
-def test_gradients_of_two_windows_add_up_if_nobody_clears_them(options):
-    for once, plainly in run_ranks(4, _two_windows, options):
+@pytest.mark.parametrize("level", LEVELS)
+def test_gradients_of_two_windows_add_up_without_zero_grad(level: str, over_two: Runs) -> None:
+    for once, plainly in over_two["two windows", level]:
         assert plainly.norm() > 1e-3
         torch.testing.assert_close(once, plainly, rtol=1e-6, atol=1e-9)
 
 
-def _two_windows(kept: CommunicationOptions) -> list[torch.Tensor]:
+def two_windows(kept: CommunicationOptions) -> list[torch.Tensor]:
     results = []
     for options in (kept, CommunicationOptions.PAPER):
-        model, schedule = _make(OVER_TWO, options)
+        model, schedule = make(OVER_TWO, options)
         torch.manual_seed(1)
         for boundary in (False, True, False, True):
-            _micro_step(model, schedule, boundary=boundary)
+            micro_step(model, schedule, boundary=boundary)
         results.append(torch.cat([parameter.grad.to_local().flatten() for parameter in model.parameters()]))
     return results
 
 
-@LEVELS
-def test_an_abandoned_window_leaves_nothing_behind(options):
-    for abandoned, fresh in run_ranks(4, _abandon, options):
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_abandoned_window_leaves_no_gradients(level: str, over_two: Runs) -> None:
+    for abandoned, fresh in over_two["abandoned", level]:
         assert fresh.norm() > 1e-3
         assert torch.equal(abandoned, fresh)
 
 
-def _abandon(options: CommunicationOptions) -> list[torch.Tensor]:
+def abandon(options: CommunicationOptions) -> list[torch.Tensor]:
     results = []
     for unfinished in (2, 0):
-        model, schedule = _make(OVER_TWO, options)
+        model, schedule = make(OVER_TWO, options)
         for _ in range(unfinished):
-            _micro_step(model, schedule, boundary=False)
+            micro_step(model, schedule, boundary=False)
         schedule.window.abandon()
         torch.manual_seed(1)
         for boundary in (False, True):
-            _micro_step(model, schedule, boundary=boundary)
+            micro_step(model, schedule, boundary=boundary)
         results.append(torch.cat([parameter.grad.to_local().flatten() for parameter in model.parameters()]))
     return results
 
 
-@LEVELS
-def test_an_evaluation_with_fixed_weights_crosses_nodes_once(options):
-    for rank, (loose, fixed) in enumerate(run_ranks(4, _evaluate, options)):
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_evaluation_with_cached_weights_crosses_nodes_once(level: str, over_two: Runs) -> None:
+    for rank, (loose, fixed) in enumerate(over_two["evaluation", level]):
         rail = (rank % 2, rank % 2 + 2)
         assert [sum(c.ranks == rail for c in seen) for seen in loose] == [UNITS] * 3
         assert [sum(c.ranks == rail for c in seen) for seen in fixed] == [UNITS, 0, 0]
 
 
-def _evaluate(options: CommunicationOptions) -> tuple[list[list[Collective]], list[list[Collective]]]:
-    model, schedule = _make(OVER_TWO, options)
+def evaluate(options: CommunicationOptions) -> tuple[list[list[Collective]], list[list[Collective]]]:
+    model, schedule = make(OVER_TWO, options)
 
     def passes() -> list[list[Collective]]:
         recorded = []
@@ -194,40 +240,44 @@ def _evaluate(options: CommunicationOptions) -> tuple[list[list[Collective]], li
         return loose, passes()
 
 
-def test_copies_and_sums_on_nodes_take_the_memory_of_their_share_and_none_after_the_boundary():
-    for held in run_ranks(4, _held_on_nodes):
+def test_node_caches_and_gradients_take_their_share_of_memory_and_none_after_the_boundary(
+    over_two: Runs,
+) -> None:
+    for held in over_two["memory of nodes"]:
         assert held == [(MODEL_BYTES // 2, MODEL_BYTES // 2), (0, 0)]  # two ranks on each node
 
 
-def _held_on_nodes() -> list[tuple[int, int]]:
-    model, schedule = _make(OVER_TWO, NODE)
+def held_on_nodes() -> list[tuple[int, int]]:
+    model, schedule = make(OVER_TWO, NODE)
     held = []
     for boundary in (False, True):
-        _micro_step(model, schedule, boundary=boundary)
-        held.append((_bytes(schedule.cache.tensors()), _bytes(schedule.window.tensors())))
+        micro_step(model, schedule, boundary=boundary)
+        held.append((nbytes(schedule.cache.tensors()), nbytes(schedule.window.tensors())))
     return held
 
 
-def test_copies_and_sums_on_ranks_take_the_memory_of_the_model_and_none_after_the_boundary():
-    for held in run_ranks(4, _held_on_ranks):
+def test_rank_caches_and_gradients_take_the_memory_of_the_model_and_none_after_the_boundary(
+    over_two: Runs,
+) -> None:
+    for held in over_two["memory of ranks"]:
         assert held == [(MODEL_BYTES, MODEL_BYTES), (0, 0)]
 
 
-def _held_on_ranks() -> list[tuple[int, int]]:
-    model, schedule = _make(OVER_TWO, RANK)
+def held_on_ranks() -> list[tuple[int, int]]:
+    model, schedule = make(OVER_TWO, RANK)
     held = []
     for boundary in (False, True):
-        _micro_step(model, schedule, boundary=boundary)
+        micro_step(model, schedule, boundary=boundary)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())  # shards are what users see
         units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
         groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
         parameters = [parameter for group in groups for parameter in group.fsdp_params]
         stored = sum(t.untyped_storage().size() for parameter in parameters for t in parameter.all_gather_outputs)
-        held.append((stored, _bytes([parameter._unsharded_param.grad for parameter in parameters])))
+        held.append((stored, nbytes([parameter._unsharded_param.grad for parameter in parameters])))
     return held
 
 
-def _bytes(tensors: list[torch.Tensor | None]) -> int:
+def nbytes(tensors: list[torch.Tensor | None]) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -242,15 +292,17 @@ class TakesTurns(nn.Module):
         return self.layers[turn](x).square().mean()
 
 
-@LEVELS
-@pytest.mark.parametrize("reduce_dtype", [None, torch.float64], ids=str)
-def test_a_block_whose_gradients_wait_crosses_at_a_boundary_that_does_not_use_it(options, reduce_dtype):
-    for ours, alone in run_ranks(4, _skip_at_the_boundary, options, reduce_dtype):
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("reduce_dtype", REDUCE_DTYPES, ids=str)
+def test_a_block_with_pending_gradients_is_reduced_at_a_boundary_that_does_not_use_it(
+    level: str, reduce_dtype: torch.dtype | None, over_two: Runs
+) -> None:
+    for ours, alone in over_two["skipped", level, reduce_dtype]:
         assert alone.norm() > 1e-3
         torch.testing.assert_close(ours, alone, rtol=1e-6, atol=1e-9)
 
 
-def _skip_at_the_boundary(
+def skip_at_the_boundary(
     options: CommunicationOptions, reduce_dtype: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
@@ -270,28 +322,45 @@ def _skip_at_the_boundary(
 WIRE_SHAPES = [(4, 2, 1), (4, 2, 2), (4, 2, 4), (8, 2, 4), (8, 2, 2)]
 
 
+WIRE_OPTIONS = {
+    "every micro-step": CommunicationOptions.PAPER,
+    "gradients once per step": CommunicationOptions(accumulate_gradients="node"),
+    "cached by ranks": RANK,
+}
+
+
+@pytest.fixture(scope="module")
+def wire() -> Runs:
+    """By shape and options, the errors and bytes that each rank has counted."""
+    seen: Runs = {}
+    for world_size in (4, 8):
+        cases = [case for case in product(WIRE_SHAPES, WIRE_OPTIONS) if case[0][0] == world_size]
+        seen |= run_cases(world_size, {(s, name): partial(send_in_dtypes, s, WIRE_OPTIONS[name]) for s, name in cases})
+    return seen
+
+
 @pytest.mark.parametrize("shape", WIRE_SHAPES, ids=str)
-@pytest.mark.parametrize(
-    "options", [CommunicationOptions.PAPER, CommunicationOptions(accumulate_gradients="node"), RANK], ids=str
-)
-def test_bf16_on_the_wire_costs_its_rounding_and_sums_in_float32(shape, options):
-    world, k, p = shape
-    topology = Topology(world_size=world, ranks_per_node=k, partition_size=p)
-    for errors, halves, equal in run_ranks(world, _wire, topology, options):
+@pytest.mark.parametrize("options", WIRE_OPTIONS)
+def test_bf16_messages_cost_their_rounding_and_sums_stay_in_float32(
+    shape: tuple[int, int, int], options: str, wire: Runs
+) -> None:
+    for errors, halves, equal in wire[shape, options]:
         assert errors["float32"] < 1e-6  # the same sums, another way
         assert 1e-5 < errors["bfloat16"] < 2**-8  # rounded once per leg: half a unit in the last place of 8 bits
         assert halves
         assert equal
 
 
-def _wire(topology: Topology, options: CommunicationOptions) -> tuple[dict[str, float], bool, bool]:
+def send_in_dtypes(shape: tuple[int, int, int], options: CommunicationOptions) -> tuple[dict[str, float], bool, bool]:
     """Relative errors of gradients by wire dtype; whether bf16 halves their bytes; whether replicas are bit-equal."""
+    world_size, ranks_per_node, partition_size = shape
+    topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
     gradients, crossing = {}, {}
     for name, dtype in {"none": None, "float32": torch.float32, "bfloat16": torch.bfloat16}.items():
-        model, schedule = _make(topology, replace(options, inter_node_reduce_dtype=dtype))
+        model, schedule = make(topology, replace(options, inter_node_reduce_dtype=dtype))
         torch.manual_seed(7 + torch.distributed.get_rank())
         for boundary in (False, False, True):
-            _micro_step(model, schedule, boundary=boundary)
+            micro_step(model, schedule, boundary=boundary)
         gradients[name] = torch.cat([parameter.grad.to_local().flatten() for parameter in model.parameters()])
         sent = schedule.traffic.by_technique()
         crossing[name] = sum(s.between_bytes for technique, s in sent.items() if "gather" not in technique)

@@ -1,4 +1,4 @@
-"""Manual optimization: several backwards in one step, whose forwards need the root's parameters unsharded each time."""
+"""Manual optimization: a step may have several backwards, and each forward needs the root's parameters unsharded."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import torch
 from torch import nn
 
 from lightning_mics._torch.fsdp import unshard
-from lightning_mics.sharding.blocks import unit_modules
+from lightning_mics.sharding.blocks import group_modules
 
 
 def unshard_whenever_used(root: Any, blocks: Collection[nn.Module]) -> None:
-    """Unshard the root before each module of it that runs.
+    """Unshard the root before each forward of a module in its parameter group.
 
     A step of manual optimization continues after a backward, which reshards the root, and after ``toggle_model``.
-    The hooks are on the blocks, after those that blocks share with the root: see [Note: Hooks on the root, in order].
+    The hooks are not on the root itself: see [Note: Hooks on the root, in order].
 
     Args:
         root: The root FSDP module.
-        blocks: The blocks of it that are sharded one by one.
+        blocks: Blocks of the model, which are parameter groups of their own.
     """
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def unshard_root(module: nn.Module, inputs: Any) -> None:
         unshard(root)
 
-    for module in unit_modules(root, set(blocks)):
+    for module in group_modules(root, set(blocks)):
         if module is not root:
             module.register_forward_pre_hook(unshard_root)

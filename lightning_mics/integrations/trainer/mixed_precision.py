@@ -9,13 +9,13 @@ from typing_extensions import override
 
 
 class BFloat16Mixed(MixedPrecision):
-    """Lightning's ``"bf16-mixed"`` that clips whatever the optimizer.
+    """Lightning's ``"bf16-mixed"`` with gradient clipping for all optimizers.
 
-    Lightning (2.6) refuses to clip gradients of a fused optimizer under any mixed precision, for such an optimizer
-    undoes the scaling of float16 gradients in its own step. bfloat16 gradients are not scaled.
+    Lightning (2.6) raises an error when clipping gradients of a fused optimizer under any mixed precision, because such
+    an optimizer undoes the scaling of float16 gradients in its own step. bfloat16 gradients are not scaled.
 
     Args:
-        device: The type of device to autocast on.
+        device: Type of the device that autocast runs on, ``"cuda"`` or ``"cpu"``.
     """
 
     def __init__(self, *, device: str) -> None:

@@ -1,9 +1,9 @@
 """``LightningModule.load_from_checkpoint`` on the directory of a sharded checkpoint.
 
-Lightning opens what it is given as one file, and offers no hook for anything else. But its ``core.saving`` does so
-through a function that it imports by the name ``pl_load`` and uses for nothing else. That one name is replaced, so that
-a sharded directory arrives as the content of a full file, and all that follows (hyper-parameters, ``strict``, hooks,
-devices) stays Lightning's own.
+Lightning opens the path as one file, and offers no hook for directories. Its ``core.saving`` opens files through a
+function that it imports as ``pl_load`` and uses only for that. This name is patched, so that a sharded directory is
+returned as the content of a full file. Everything after it (hyper-parameters, ``strict``, hooks, devices) is code of
+Lightning.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import os
 from functools import wraps
 from typing import Any
 
-_MARK = "_reads_directories_too"
+_MARK = "_reads_directories"
 
 
 def read_directories_too(saving: Any) -> None:
-    """Let Lightning's reader of one file read sharded checkpoints as well.
+    """Patch Lightning's function that reads a file to read sharded checkpoints as well.
 
     Args:
-        saving: The module ``lightning.pytorch.core.saving``. Its ``pl_load`` is there in Lightning 2.0 to 2.6; without
-            it, directories are rejected as they always were.
+        saving: The module ``lightning.pytorch.core.saving``. Lightning 2.0 to 2.6 has ``pl_load`` in it; without
+            that name nothing is patched, and Lightning rejects directories.
     """
     load = getattr(saving, "pl_load", None)
     if load is None or hasattr(load, _MARK):
@@ -29,7 +29,7 @@ def read_directories_too(saving: Any) -> None:
     @wraps(load)
     def load_either(path_or_url: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
         if isinstance(path_or_url, str | os.PathLike):
-            from lightning_mics.checkpoint.storage.folder import is_sharded  # when it is needed: it imports torch
+            from lightning_mics.checkpoint.storage.folder import is_sharded  # imported late: it imports torch
             from lightning_mics.checkpoint.storage.path import storage_path
             from lightning_mics.checkpoint.whole_model import read_whole
 

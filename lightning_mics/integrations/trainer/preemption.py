@@ -1,23 +1,22 @@
-"""Leaving in time: a signal to any rank makes all ranks save and stop after the same optimizer step.
+"""Coordinated preemption: after a signal to any rank, all ranks save and stop after the same optimizer step.
 
-Whoever wants a machine back sends SIGTERM, to one rank, to some or to all, and SIGKILL some seconds later. SLURM can
-send another signal before the time of a job is up, upon which the job is to be queued again. Lightning's handlers
-communicate inside the handler, where the ranks may be at different places: what one rank sends there meets another
-collective of the others. Here a handler takes a note and does nothing else. The notes are compared where all ranks pass
-in any case, by an all-reduce of one number::
+A cluster preempts a job by SIGTERM to one rank, some or all, followed by SIGKILL some seconds later. SLURM can send
+another signal before the job's time limit, which asks for the job to be requeued. Lightning's handlers communicate
+inside the handler, where ranks may be at different points: a collective that one rank calls there can meet a different
+collective of the others. Here a handler only records the request. Ranks compare their requests at points that all of
+them reach in the same order, by an all-reduce of one number::
 
     rank 0    step 7 ------------- compare: nothing    step 8 ------------- compare: SIGTERM   save   exit
     rank 1    step 7 ------------- compare: nothing    step 8 -- SIGTERM -- compare: SIGTERM   save   exit
 
-So every rank hears the same at the same place, whenever the signals come and however many: the result of a collective
-does not depend on when a rank looks at it. (A look into the process group's store would be answered differently from
-one rank to the next, so ranks would have to agree on a step ahead of all of them, and one store would answer all.) The
-places are after each optimizer step, never inside an accumulation window, and after each batch of an evaluation. If a
-validation follows a step, the checkpoint says that it is still to be run.
+So every rank receives the same request at the same point, at any time and number of signals. (The process group's store
+would not do: ranks that read it at different times get different answers. They would have to agree on a later step, and
+one server would answer all of them.) The points are after each optimizer step, never inside an accumulation window, and
+after each batch of an evaluation. If a validation follows a step, the checkpoint records that it is still to be run.
 
-What is saved is the ``last`` of the first ModelCheckpoint that keeps whole checkpoints, for ``ckpt_path="last"``;
-before a job is queued again, ``hpc_ckpt_N.ckpt`` in ``default_root_dir``, which Lightning looks for by itself. Then all
-ranks raise Lightning's ``SIGTERMException``: callbacks hear of it by ``on_exception``, and the exit status is 0.
+The file is the ``last`` checkpoint of the first ModelCheckpoint that saves more than weights, for ``ckpt_path="last"``;
+before requeuing it is ``hpc_ckpt_N.ckpt`` in ``default_root_dir``, which Lightning finds by itself. Then all ranks
+raise Lightning's ``SIGTERMException``: callbacks receive it in ``on_exception``, and the exit status is 0.
 """
 
 from __future__ import annotations
@@ -41,18 +40,18 @@ from typing_extensions import override
 
 
 class Request(IntEnum):
-    """What a signal asks for; of two the larger is done."""
+    """Requests made by signals; the larger of two requests wins."""
 
     NOTHING = 0
     STOP = 1
     REQUEUE = 2
 
 
-class SignalNotes(_SignalConnector):
-    """Lightning's connector, which registers handlers and restores those before, with handlers that only take notes.
+class SignalRecorder(_SignalConnector):
+    """Lightning's connector, which registers and restores handlers, with handlers that only record the request.
 
     Attributes:
-        request: What signals to this rank have asked for.
+        request: Largest request of the signals to this rank.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -69,25 +68,29 @@ class SignalNotes(_SignalConnector):
 
 
 class StopTogether(Callback):
-    """Stops all ranks at the same place once one of them was asked to.
+    """Stops all ranks at the same point after one of them has received a signal.
 
     Args:
-        notes: This rank's.
-        reduce_max: The largest values of a tensor over all ranks; every rank calls it.
+        recorder: Recorder of this rank's signals.
+        reduce_max: Returns the elementwise maximum of a tensor over all ranks; every rank calls it.
         wait_for_checkpoints: Returns when the files of all checkpoints are complete.
     """
 
     def __init__(
-        self, notes: SignalNotes, *, reduce_max: Callable[[Tensor], Tensor], wait_for_checkpoints: Callable[[], None]
+        self,
+        recorder: SignalRecorder,
+        *,
+        reduce_max: Callable[[Tensor], Tensor],
+        wait_for_checkpoints: Callable[[], None],
     ) -> None:
-        self._notes = notes
+        self._recorder = recorder
         self._reduce_max = reduce_max
         self._wait_for_checkpoints = wait_for_checkpoints
         self._steps = 0
-        self._at_boundary = True  # a run may begin with the validation that the one before was about to run
+        self._at_boundary = True  # a resumed run may begin with the validation that follows a step
         self._equally_many = False
 
-    # -- the places ----------------------------------------------------------------------------------------------------
+    # -- where ranks compare requests ----------------------------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -138,15 +141,18 @@ class StopTogether(Callback):
             self._stop_if_asked(trainer)
 
     def _count(self, batches: Sequence[int | float]) -> None:
-        """Ranks that evaluate unequally many batches, which is allowed where nothing is gathered, meet at the end."""
+        """Check whether all ranks evaluate the same number of batches; if not, they compare requests at the end only.
+
+        The numbers may differ where evaluation does not communicate.
+        """
         own = float(sum(batches))
         largest, smallest = self._reduce_max(torch.tensor([own, -own])).tolist()
         self._equally_many = largest == -smallest != float("inf")
 
-    # -- what is done --------------------------------------------------------------------------------------------------
+    # -- saving and stopping -------------------------------------------------------------------------------------------
 
     def _stop_if_asked(self, trainer: pl.Trainer, *, validated: bool = False) -> None:
-        request = Request(int(self._reduce_max(torch.tensor(self._notes.request))))
+        request = Request(int(self._reduce_max(torch.tensor(self._recorder.request))))
         if request == Request.NOTHING:
             return
         if trainer.validating and _training(trainer) and not validated:
@@ -155,21 +161,21 @@ class StopTogether(Callback):
             self._requeue(trainer)
         elif _training(trainer):
             self._save_last(trainer)
-        self._notes.request = Request.NOTHING
-        self._notes.received_sigterm = True  # what `trainer.received_sigterm` tells callbacks
+        self._recorder.request = Request.NOTHING
+        self._recorder.received_sigterm = True  # callbacks read it as `trainer.received_sigterm`
         raise SIGTERMException
 
     def _save_last(self, trainer: pl.Trainer) -> None:
-        keeping = (
+        candidates = (
             callback
             for callback in trainer.checkpoint_callbacks
             if isinstance(callback, ModelCheckpoint) and not callback.save_weights_only
         )
-        callback = next(keeping, None)
+        callback = next(candidates, None)
         if callback is None:
             rank_zero_warn(
                 f"Stopped by a signal after step {trainer.global_step} without a checkpoint: no ModelCheckpoint of this"
-                " Trainer keeps whole ones; add one to `callbacks`"
+                " Trainer saves complete ones; add one to `callbacks`, with save_weights_only=False"
             )
             return
         if trainer.validating or not callback.save_last or callback._last_global_step_saved != trainer.global_step:
@@ -179,29 +185,34 @@ class StopTogether(Callback):
 
     def _requeue(self, trainer: pl.Trainer) -> None:
         path = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
-        # not there at once: what Lightning resumes is whatever is called so, and one that is being written is too
+        # moved there when complete: Lightning would resume from an incomplete checkpoint of that name
         complete = f"{path.rpartition('/')[0]}/requeue.ckpt"
         trainer.save_checkpoint(complete)
         self._wait_for_checkpoints()  # the job may be killed as soon as it is queued again
         if trainer.is_global_zero:
             get_filesystem(path).mv(complete, path, recursive=True)
-            _queue_again()
+            _requeue_with_slurm()
         rank_zero_info(f"Stopped by a signal after step {trainer.global_step}: {path}")
 
 
-def stop_when_signalled(
+def stop_when_signaled(
     trainer: pl.Trainer, *, reduce_max: Callable[[Tensor], Tensor], wait_for_checkpoints: Callable[[], None]
 ) -> None:
-    """Make ``trainer`` stop on all ranks when one of them gets a signal; for a strategy's ``setup``.
+    """Make ``trainer`` stop on all ranks when one of them receives a signal; for a strategy's ``setup``.
 
-    Lightning registers handlers afterwards, before it runs; a handler of the user's is called as well. In a thread that
-    is not the main one there are no signals.
+    Lightning registers its handlers later, before it runs; handlers of the user are called as well. Python delivers
+    signals to the main thread only.
+
+    Args:
+        trainer: The Trainer that is about to run.
+        reduce_max: Returns the elementwise maximum of a tensor over all ranks; every rank calls it.
+        wait_for_checkpoints: Returns when the files of all checkpoints are complete.
     """
-    if not isinstance(trainer._signal_connector, SignalNotes):
-        trainer._signal_connector = SignalNotes(trainer)
+    if not isinstance(trainer._signal_connector, SignalRecorder):
+        trainer._signal_connector = SignalRecorder(trainer)
     stop = StopTogether(trainer._signal_connector, reduce_max=reduce_max, wait_for_checkpoints=wait_for_checkpoints)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    # last, after those that save; a new list, because this one may be the caller's and serve another Trainer too
+    # last, after callbacks that save; a new list, because the caller may pass the same one to another Trainer
     trainer.callbacks = [  # type: ignore[attr-defined]
         *(other for other in callbacks if not isinstance(other, StopTogether)),
         stop,
@@ -219,7 +230,7 @@ def _validation_follows(trainer: pl.Trainer) -> bool:
 
 
 def _validate_again(trainer: pl.Trainer) -> None:
-    """Count as Lightning does in a validation's first batch: the run that goes on from there runs all of it."""
+    """Set the counts of a validation's first batch, so that a resumed run runs all of the validation."""
     progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     progress.total.processed = progress.total.completed
     progress.reset_on_run()
@@ -234,7 +245,7 @@ def _save_last_of(callback: ModelCheckpoint, trainer: pl.Trainer) -> None:
         callback.save_last = wanted
 
 
-def _queue_again() -> None:
+def _requeue_with_slurm() -> None:
     """Ask SLURM to run this job again."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{task}"
@@ -244,4 +255,4 @@ def _queue_again() -> None:
     except OSError as error:
         problem = str(error)
     if problem is not None:
-        rank_zero_warn(f"SLURM job {job} was saved but not queued again: `scontrol requeue {job}`: {problem}")
+        rank_zero_warn(f"SLURM job {job} was saved but not requeued: `scontrol requeue {job}`: {problem}")

@@ -1,10 +1,10 @@
-"""Going on from a checkpoint exactly where it was saved, also on another number of ranks: what Lightning leaves open.
+"""Resuming exactly where a checkpoint was saved, also on another number of ranks: what Lightning does not restore.
 
-Lightning counts an epoch in micro-steps of one rank. On other ranks the same place is another count, and the same epoch
-has another number of them; optimizer steps are the same on both. It also saves no random numbers' states, and begins
-the epoch after a checkpoint with other calls than a run that was never interrupted.
+Lightning counts an epoch in micro-steps of one rank. On another number of ranks the same position has another count,
+and the epoch another length; only optimizer steps are the same. Lightning also saves no states of random number
+generators, and starts the epoch after a checkpoint with other calls than an uninterrupted run.
 
-The moment is the start of training: Lightning has made the iterators of the data by then, for which torch draws random
+A run resumes at the start of training: by then Lightning has created the data's iterators, for which torch draws random
 numbers, and has not taken a batch.
 """
 
@@ -21,18 +21,18 @@ from torch import Tensor
 from lightning_mics.checkpoint import random_states
 from lightning_mics.sampler import ResumableSampler
 
-KEY = "mics"  # in a checkpoint
+KEY = "mics"  # of the geometry in a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochGeometry:
-    """How a run walks through an epoch.
+    """How a run divides an epoch into micro-steps.
 
     Attributes:
-        world_size: Ranks.
-        batch_size: Samples of a rank in a micro-step; None if its loader does not say.
-        micro_steps: Per optimizer step, as the Trainer counts them.
-        batches_per_epoch: Micro-steps in an epoch; infinite if the data do not say.
+        world_size: Number of ranks.
+        batch_size: Samples per rank and micro-step; None if the loader has no such attribute.
+        micro_steps: Micro-steps per optimizer step, as the Trainer counts them.
+        batches_per_epoch: Micro-steps per epoch; infinite if the data have no length.
     """
 
     world_size: int
@@ -42,7 +42,7 @@ class EpochGeometry:
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> EpochGeometry:
-        """That of a Trainer which has its data."""
+        """The geometry of a Trainer that has set up its data."""
         return cls(
             world_size=trainer.world_size,
             batch_size=getattr(trainer.train_dataloader, "batch_size", None),
@@ -52,111 +52,121 @@ class EpochGeometry:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimizer steps in an epoch, of which the last may be a shorter one."""
+        """Optimizer steps per epoch; the last may have fewer micro-steps."""
         infinite = math.isinf(self.batches_per_epoch)
         return self.batches_per_epoch if infinite else math.ceil(self.batches_per_epoch / self.micro_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeState:
-    """What a checkpoint says of the run that it was taken from.
+    """The part of a checkpoint that a run needs to resume exactly, besides model, optimizers and loops.
 
     Attributes:
-        pace: Of that run.
-        random_state: Of this rank; of rank 0 if there were more or fewer ranks.
+        geometry: Epoch geometry of the saved run.
+        random_state: States of this rank's random number generators by name, each [values]; rank 0's on another number
+            of ranks.
     """
 
-    pace: EpochGeometry
+    geometry: EpochGeometry
     random_state: dict[str, Tensor]
 
     @classmethod
     def now(cls, trainer: pl.Trainer) -> ResumeState:
-        """For a checkpoint that is taken now."""
-        return cls(pace=EpochGeometry.of(trainer), random_state=random_states.capture())
+        """The state for a checkpoint that is saved now."""
+        return cls(geometry=EpochGeometry.of(trainer), random_state=random_states.capture())
 
     def plain(self) -> dict[str, Any]:
-        """The pace as plain data."""
-        return asdict(self.pace)
+        """The geometry as a dict of numbers, for the checkpoint."""
+        return asdict(self.geometry)
 
 
-def go_on(trainer: pl.Trainer, saved: ResumeState) -> None:
-    """Put a Trainer that has loaded its loops, and made its data's iterators, where the saved run was.
+def resume(trainer: pl.Trainer, saved: ResumeState) -> None:
+    """Move a Trainer to the position of the saved run, after it has loaded its loops and created the data's iterators.
+
+    Args:
+        trainer: The Trainer that starts training.
+        saved: State of the saved run.
 
     Raises:
-        ValueError: If that is no boundary here.
-        RuntimeError: If it was none there, and the ranks or batches are others.
+        ValueError: If the position is not a boundary of this run.
+        RuntimeError: If it was not a boundary of the saved run, and the number of ranks or the batch size differs.
     """
     now, loop = EpochGeometry.of(trainer), trainer.fit_loop
-    if saved.pace.world_size == now.world_size:
+    if saved.geometry.world_size == now.world_size:
         random_states.restore(saved.random_state)
     else:
         random_states.branch(saved.random_state, rank=trainer.global_rank, world_size=now.world_size)
     if loop.restarted_mid_epoch:
-        _go_on_in_epoch(trainer, now=now, saved=saved.pace)
+        _resume_in_epoch(trainer, now=now, saved=saved.geometry)
     else:
-        _begin_next_epoch(loop, now=now, saved=saved.pace)
+        _begin_next_epoch(loop, now=now, saved=saved.geometry)
 
 
-def place_in_epoch(micro_steps: int, *, now: EpochGeometry, saved: EpochGeometry) -> int:
-    """After how many micro-steps of now an epoch is where it was after so many of the saved run.
+def position_in_epoch(micro_steps: int, *, now: EpochGeometry, saved: EpochGeometry) -> int:
+    """Convert a position in the epoch from the saved run's micro-steps to this run's.
+
+    Args:
+        micro_steps: Micro-steps of the saved run since the start of the epoch.
+        now: Epoch geometry of this run.
+        saved: Epoch geometry of the saved run.
 
     Raises:
-        ValueError: If that is no boundary here.
-        RuntimeError: If it was none there.
+        ValueError: If the position is not a boundary of this run.
+        RuntimeError: If it was not a boundary of the saved run.
     """
-    here, there = _samples(now, saved)
+    samples_now, samples_saved = _samples(now, saved)
     open_micro_steps = micro_steps % saved.micro_steps
     if open_micro_steps:
         raise RuntimeError(
             f"the checkpoint was saved on {saved.world_size} ranks after {open_micro_steps} of the "
             f"{saved.micro_steps} micro-steps of an optimizer step, whose gradients it does not hold: on "
-            f"{now.world_size} ranks there is no such place; take a checkpoint from a boundary, where "
-            "ModelCheckpoint(every_n_train_steps=...) saves"
+            f"{now.world_size} ranks there is no such position; use a checkpoint that was saved at a boundary, as "
+            "ModelCheckpoint(every_n_train_steps=...) does"
         )
-    place, rest = divmod(micro_steps * there, here)
-    if rest or place % now.micro_steps:
+    position, rest = divmod(micro_steps * samples_saved, samples_now)
+    if rest or position % now.micro_steps:
         raise ValueError(
-            f"the checkpoint was saved after {micro_steps} micro-steps of {saved.world_size} ranks, which is no whole "
-            f"number of optimizer steps here, with {now.world_size} ranks and accumulate_grad_batches="
+            f"the checkpoint was saved after {micro_steps} micro-steps of {saved.world_size} ranks, which is not a "
+            f"whole number of optimizer steps here, with {now.world_size} ranks and accumulate_grad_batches="
             f"{now.micro_steps}; {_remedy(now, saved)}"
         )
-    return place
+    return position
 
 
-# -- where in the epoch ------------------------------------------------------------------------------------------------
+# -- position in the epoch ---------------------------------------------------------------------------------------------
 
 
-def _go_on_in_epoch(trainer: pl.Trainer, *, now: EpochGeometry, saved: EpochGeometry) -> None:
+def _resume_in_epoch(trainer: pl.Trainer, *, now: EpochGeometry, saved: EpochGeometry) -> None:
     loop = trainer.fit_loop
     progress: Any = loop.epoch_loop.batch_progress
     done, last = progress.current.processed, progress.is_last_batch
     if _differ(now, saved):
-        place = int(now.batches_per_epoch) if last else place_in_epoch(done, now=now, saved=saved)
-        earlier = _whole_epochs(progress.total.processed - done, now=now, saved=saved)
-        _set_processed(progress.total, earlier + place)
-        _set_processed(progress.current, place)
+        position = int(now.batches_per_epoch) if last else position_in_epoch(done, now=now, saved=saved)
+        earlier = _convert_epochs(progress.total.processed - done, now=now, saved=saved)
+        _set_processed(progress.total, earlier + position)
+        _set_processed(progress.current, position)
         _warn_of_data(trainer, now=now, saved=saved)
     elif done % saved.micro_steps and not last:
         warnings.warn(
             f"the checkpoint was saved after {done % saved.micro_steps} of {saved.micro_steps} micro-steps of an "
-            "optimizer step; their gradients are not in it, and the step goes on without them",
+            "optimizer step; their gradients are not in it, and the step continues without them",
             stacklevel=2,
         )
     if last and loop.epoch_loop.restarted_on_train_batch_end:  # nothing is left of the epoch
-        loop.reset_restart_stage()  # else Lightning begins the next one without counting it
+        loop.reset_restart_stage()  # otherwise Lightning begins the next epoch without counting it
         _renew_iterator(loop)
 
 
 def _begin_next_epoch(loop: Any, *, now: EpochGeometry, saved: EpochGeometry) -> None:
-    """As Lightning does in a run that was not interrupted, which counts an epoch and makes the iterators anew."""
+    """Count the epoch and renew the iterators, as Lightning does in an uninterrupted run."""
     for tracker in (loop.epoch_progress.total, loop.epoch_progress.current):
         tracker.ready = tracker.started = tracker.completed = tracker.processed
     if _differ(now, saved):
         total = loop.epoch_loop.batch_progress.total
-        _set_processed(total, _whole_epochs(total.processed, now=now, saved=saved))
+        _set_processed(total, _convert_epochs(total.processed, now=now, saved=saved))
     loop.reset_restart_stage()
     loop.epoch_loop.restarting = False
-    loop._resuming_from_checkpoint = False  # Lightning 2.6 would keep the iterators, of another epoch with workers
+    loop._resuming_from_checkpoint = False  # otherwise Lightning 2.6 reuses the iterators of another epoch
 
 
 def _renew_iterator(loop: Any) -> None:
@@ -168,40 +178,40 @@ def _renew_iterator(loop: Any) -> None:
 
 
 def _set_processed(tracker: Any, micro_steps: int) -> None:
-    """Move all counts of a tracker; their differences tell Lightning at which hook the checkpoint was saved."""
+    """Shift all counts of a tracker alike; Lightning reads from their differences at which hook it was saved."""
     shift = micro_steps - tracker.processed
     for name in ("ready", "started", "processed", "completed"):
         setattr(tracker, name, getattr(tracker, name) + shift)
 
 
-def _whole_epochs(micro_steps: int, *, now: EpochGeometry, saved: EpochGeometry) -> int:
-    """So many micro-steps, which make whole epochs, in those of now."""
+def _convert_epochs(micro_steps: int, *, now: EpochGeometry, saved: EpochGeometry) -> int:
+    """Convert the micro-steps of complete epochs from the saved run's to this run's."""
     if math.isinf(saved.batches_per_epoch) or math.isinf(now.batches_per_epoch):
-        here, there = _samples(now, saved)
-        return micro_steps * there // here
+        samples_now, samples_saved = _samples(now, saved)
+        return micro_steps * samples_saved // samples_now
     return int(micro_steps * now.batches_per_epoch // saved.batches_per_epoch)
 
 
-# -- other ranks, other batches ----------------------------------------------------------------------------------------
+# -- other numbers of ranks and batch sizes ----------------------------------------------------------------------------
 
 
 def _differ(now: EpochGeometry, saved: EpochGeometry) -> bool:
-    here, there = _samples(now, saved)
-    return here != there
+    samples_now, samples_saved = _samples(now, saved)
+    return samples_now != samples_saved
 
 
 def _samples(now: EpochGeometry, saved: EpochGeometry) -> tuple[int, int]:
-    """Samples of all ranks in a micro-step, here and there; of one each if a loader does not say."""
+    """Samples per micro-step on all ranks, now and in the saved run; per batch if a batch size is unknown."""
     if now.batch_size is None or saved.batch_size is None:
         return now.world_size, saved.world_size
     return now.world_size * now.batch_size, saved.world_size * saved.batch_size
 
 
 def _remedy(now: EpochGeometry, saved: EpochGeometry) -> str:
-    here, there = _samples(now, saved)
-    micro_steps, rest = divmod(there * saved.micro_steps, here)
+    samples_now, samples_saved = _samples(now, saved)
+    micro_steps, rest = divmod(samples_saved * saved.micro_steps, samples_now)
     if rest:
-        return f"use a batch size and a number of ranks whose product divides {there * saved.micro_steps}"
+        return f"use a batch size and a number of ranks whose product divides {samples_saved * saved.micro_steps}"
     return f"accumulate_grad_batches={micro_steps} makes an optimizer step as large as it was"
 
 
@@ -209,7 +219,7 @@ def _warn_of_data(trainer: pl.Trainer, *, now: EpochGeometry, saved: EpochGeomet
     loader = trainer.train_dataloader
     if not isinstance(getattr(loader, "sampler", None), ResumableSampler):
         warnings.warn(
-            f"the epoch goes on with {now.world_size} ranks after {saved.world_size}, and only a ResumableSampler is "
+            f"the epoch resumes with {now.world_size} ranks after {saved.world_size}, and only a ResumableSampler is "
             f"known to count the samples of all ranks: {type(loader).__name__} may repeat or skip some",
             stacklevel=2,
         )

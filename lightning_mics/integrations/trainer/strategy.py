@@ -1,4 +1,4 @@
-"""``Trainer(strategy="mics")``: the adapter between Lightning's Trainer and ``shard_model``."""
+"""``Trainer(strategy="mics")``: the adapter between Lightning's Trainer and the policy."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from lightning_mics.integrations._lightning import LightningStrategy, check_prec
 from lightning_mics.integrations.trainer import resuming
 from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
-from lightning_mics.integrations.trainer.preemption import stop_when_signalled
+from lightning_mics.integrations.trainer.preemption import stop_when_signaled
 from lightning_mics.integrations.trainer.steps import StepsAsForward
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.topology import Topology
 
-VERSION = "pytorch-lightning_version"  # in what a Trainer has saved; of others' it takes the model and the optimizers
+VERSION = "pytorch-lightning_version"  # in checkpoints of a Trainer; from others it loads model and optimizers
 
 
 class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
@@ -69,7 +69,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @property
     def topology(self) -> Topology:
-        """Where every rank is; known once the model is sharded."""
+        """Positions of all ranks; available once the model is sharded."""
         return self._state().groups.topology
 
     @property
@@ -91,12 +91,12 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
     @override
     def _check_before_communicating(self) -> None:
         super()._check_before_communicating()
-        _refuse_weight_averaging(self._trainer)
+        _check_no_weight_averaging(self._trainer)
 
     @contextmanager
     @override
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None]:
-        """``configure_model`` builds on the CPU, or on the meta device if it says so: never a whole model on a GPU."""
+        """Build on the CPU, or on the meta device if ``empty_init``: a GPU never holds an unsharded model."""
         device = torch.device("meta" if empty_init else "cpu")
         with device, self.precision_plugin.tensor_init_context():
             yield
@@ -110,12 +110,12 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         self._resumed = None
         self.accelerator.setup(trainer)
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
-            loop.inference_mode = False  # what is made in inference mode could not be trained afterwards
+            loop.inference_mode = False  # tensors made in inference mode cannot be used in training
         with torch.inference_mode(False):
             if "_mics" not in vars(module):
                 vars(module)["_mics"] = self._shard(module, fitting=fitting)
             self.model, self._sharded = module, vars(module)["_mics"]
-            self.model_to_device()  # metrics, and what the module itself says of its device
+            self.model_to_device()  # metrics, and the module's own `device`
             self._policy.check_kept(module, self._state())
             module._device_mesh = self._device_mesh = self._state().groups.mesh
             self._abandon_window()
@@ -124,7 +124,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             self.setup_precision_plugin()
             if fitting:
                 _optimizers_to_device(self.optimizers, self.root_device)
-        stop_when_signalled(trainer, reduce_max=self._reduce_max, wait_for_checkpoints=self.wait_for_checkpoints)
+        stop_when_signaled(trainer, reduce_max=self._reduce_max, wait_for_checkpoints=self.wait_for_checkpoints)
 
     def _shard(self, module: nn.Module, *, fitting: bool) -> Sharded:
         if fitting and self._layer_sync is not None:
@@ -160,7 +160,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
     @contextmanager
     @override
     def block_backward_sync(self) -> Iterator[None]:
-        """Lightning enters this on every micro-step but the boundary, also by ``toggle_model(sync_grad=False)``."""
+        """Run a micro-step before the boundary; Lightning also enters it for ``toggle_model(sync_grad=False)``."""
         with self._state().schedule.micro_step(boundary=False):
             yield
 
@@ -177,14 +177,14 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(*args, **kwargs)
-        self._reshard_root()  # if no backward has: the next use must gather the new weights
+        self._reshard_root()  # if no backward did: the next use must gather the new weights
         return output
 
     @override
     def on_train_start(self) -> None:
         resumed, self._resumed = self._resumed, None
         if resumed is not None:
-            resuming.go_on(self._trainer, resumed)
+            resuming.resume(self._trainer, resumed)
 
     @override
     def on_train_end(self) -> None:
@@ -200,7 +200,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             rank_zero_warn(str(error))
 
     def _reshard_root(self) -> None:
-        """FSDP2 leaves the root unsharded after a forward, for a backward that an evaluation does not have."""
+        """Reshard the root, which FSDP2 leaves unsharded after a forward, for the backward that follows in training."""
         self._root().reshard()
 
     @property
@@ -209,7 +209,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         return self.lightning_module.trainer
 
     def _root(self) -> Any:
-        return self.lightning_module  # which FSDP2 has made an FSDPModule as well
+        return self.lightning_module  # FSDP2 has made it an FSDPModule as well
 
     def _abandon_window(self) -> None:
         if self._sharded is not None:
@@ -225,24 +225,24 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @property
     def traffic(self) -> Traffic:
-        """What this rank's collectives of sharded training have sent; known once the model is sharded."""
+        """Counter of what this rank's collectives have sent; available once the model is sharded."""
         return self._state().schedule.traffic
 
     @property
     def start_report(self) -> str:
-        """The table that rank 0 has logged when the model was sharded: groups, techniques, memory."""
+        """The table that rank 0 logged when the model was sharded: groups, techniques, memory."""
         return self._state().report
 
     def _state(self) -> Sharded:
         if self._sharded is None:
-            raise RuntimeError("the model is sharded when the Trainer runs; there are no groups before")
+            raise RuntimeError("the model is sharded when the Trainer runs; it has no groups and no schedule before")
         return self._sharded
 
-    # -- talking to the other ranks ----------------------------------------------------------------------------------
+    # -- reductions --------------------------------------------------------------------------------------------------
 
     @override
     def reduce(self, tensor: Tensor | Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduce in place, as Lightning's own does, but without a barrier of all ranks before each value."""
+        """See :func:`~lightning_mics.integrations._lightning.reduce_in_place`."""
         return reduce_in_place(tensor, group=group, op=reduce_op)
 
     def _reduce_max(self, tensor: Tensor) -> Tensor:
@@ -253,27 +253,27 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state by parameter name, sharded; in a full checkpoint whole and by number, on rank 0 only."""
+        """The state by FQN, sharded; for a full checkpoint unsharded and by number, on rank 0 only."""
         assert self.model is not None
-        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return optimizer_state(self.model, plain, sharded=self._save_distributed_checkpoint)
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return optimizer_state(self.model, inner, sharded=self._save_distributed_checkpoint)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        if self._save_distributed_checkpoint:  # where it is: only this rank's rows of it are ever copied
+        if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
             return get_model_state_dict(self._root())
         return super().lightning_module_state_dict()
 
     @override
     def save_checkpoint(self, state: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None:
-            super().save_checkpoint(state, filepath, storage_options)  # refuses them
+            super().save_checkpoint(state, filepath, storage_options)  # raises the error
         with all_ranks_answer(f"saving {filepath}", timeout=self._timeout):
             self._save(self._shared_path(filepath), state)
 
     def _save(self, path: StoragePath, state: dict[str, Any]) -> None:
         random_state: dict[str, Tensor] = {}
-        if "optimizer_states" in state:  # not weights only: a run can go on from it
+        if "optimizer_states" in state:  # not weights only: a run can resume from it
             now = self._resumed or resuming.ResumeState.now(self._trainer)
             state[resuming.KEY], random_state = now.plain(), now.random_state
         if not self._save_distributed_checkpoint:
@@ -292,18 +292,18 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         )
 
     def _in_fit(self) -> bool:
-        """Whether something will wait for what is being written: a user who saves after the fit wants it at once."""
+        """Whether the end of a fit will wait for a save; after the fit users expect a synchronous one."""
         state = self._trainer.state
         return state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
 
     def _shows_progress(self) -> bool:
-        """As the Trainer's own progress bar does."""
+        """Whether this rank displays progress, as the Trainer's progress bar does."""
         bar = self._trainer.progress_bar_callback
         return self.is_global_zero and bar is not None and getattr(bar, "is_enabled", True)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load the model, and when fitting its optimizers, in place; the rest is returned for the Trainer."""
+        """Load the model, and in a fit its optimizers, in place; return the rest to the Trainer."""
         assert self.model is not None and self.lightning_module is not None
         fitting = self._trainer.state.fn == TrainerFn.FITTING
         self.wait_for_checkpoints()
@@ -322,13 +322,13 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             verify_replicas(self.model, self._state().groups)
         if fitting and resuming.KEY in meta:
             self._resumed = resuming.ResumeState(
-                pace=resuming.EpochGeometry(**meta[resuming.KEY]), random_state=random_state
+                geometry=resuming.EpochGeometry(**meta[resuming.KEY]), random_state=random_state
             )
         return meta if VERSION in meta else {VERSION: lightning.__version__, "lr_schedulers": [], **meta}
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Remove it once the checkpoints that are being written are there: until then it may be the latest."""
+        """Remove a checkpoint after pending saves are complete; until then it may be the latest."""
         self._saving.after_saves(lambda: self._remove(storage_path(filepath)))
 
     def _remove(self, path: StoragePath) -> None:
@@ -338,9 +338,10 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             CheckpointStore(path).remove()
 
 
-def _refuse_weight_averaging(trainer: Any) -> None:
+def _check_no_weight_averaging(trainer: Any) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             raise MisconfigurationException(
-                f"{type(callback).__name__} copies the whole model, which strategy 'mics' keeps in parts; remove it"
+                f"{type(callback).__name__} copies the unsharded model, which no rank holds with strategy 'mics'; "
+                "remove it"
             )

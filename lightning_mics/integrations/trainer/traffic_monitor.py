@@ -1,7 +1,7 @@
-"""A callback that shows what training sends: megabytes inside nodes and between nodes, per optimizer step and node.
+"""A callback that reports traffic: megabytes inside nodes and between nodes, per optimizer step and node.
 
-The numbers are counts that the collectives keep of themselves; reading them takes no communication and waits for no
-device. At the end of ``fit`` rank 0 shows them by technique::
+The collectives count their own messages; reading the counts does not communicate, and does not synchronize with the
+device. At the end of ``fit`` rank 0 logs them by technique::
 
     Traffic of one node per optimizer step: 2 steps of 0.869 s, 57.9 Mbit/s between nodes
       technique                 MB inside nodes  MB between nodes  share between nodes
@@ -32,7 +32,7 @@ from lightning_mics.integrations.trainer.strategy import MiCSStrategy
 
 @dataclass(frozen=True)
 class _Count:
-    """Optimizer steps, the seconds they took and what one rank sent in them."""
+    """Optimizer steps, their duration in seconds, and the bytes that one rank sent in them, by technique."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -43,7 +43,7 @@ class _Count:
         return _Count(self.steps - earlier.steps, self.seconds - earlier.seconds, sent)
 
     def megabytes(self, *, ranks_per_node: int) -> dict[str, tuple[float, float]]:
-        """What a node sent in a step, inside it and to other nodes, by technique."""
+        """Megabytes that a node sent per step, inside it and to other nodes, by technique."""
         scale = ranks_per_node / self.steps / 1e6
         return {name: (sent.inside_bytes * scale, sent.between_bytes * scale) for name, sent in self.sent.items()}
 
@@ -51,24 +51,25 @@ class _Count:
 class TrafficMonitor(pl.Callback):
     """Logs what one node sends per optimizer step, and how long a step takes.
 
-    Every ``log_every_n_steps`` of the Trainer, and at the end for what is left, its loggers get averages since then::
+    Every ``log_every_n_steps`` of the Trainer, and at the end for the remaining steps, its loggers receive averages
+    since the last time::
 
         traffic/between_nodes_mb_per_step    also by technique: traffic/between_nodes_mb_per_step/gather_along_rails
-        traffic/inside_nodes_mb_per_step     likewise
+        traffic/inside_nodes_mb_per_step     also by technique
         traffic/between_nodes_mbit_per_s
         traffic/seconds_per_step
 
-    and the progress bar ``between_nodes_mb``. A MB is 1e6 bytes. A step is what ``trainer.global_step`` counts: each
-    optimizer's, if there are several. Validation does not count, neither its traffic nor its time, nor does a window
-    that ends without a step. Seconds are those of the host's clock: on a GPU trust their averages only.
+    and the progress bar receives ``between_nodes_mb``. A MB is 1e6 bytes. Steps are counted by ``trainer.global_step``,
+    which counts each optimizer's steps. Traffic and time of validation are left out, and so are those of a window that
+    ends without a step. Seconds are measured by the CPU's clock: on a GPU only their averages are meaningful.
     """
 
     def __init__(self) -> None:
-        self._start = _Count()  # what there was when training began, and what validation has added since
-        self._paused: _Count | None = None  # what counts so far, while nothing does
+        self._start = _Count()  # counts at the start of training, plus those of validation since
+        self._paused: _Count | None = None  # counts without validation, while a validation runs
         self._done = _Count()  # up to the last step
         self._logged = _Count()
-        self._row = 0  # where Lightning logs its own metrics of that step
+        self._row = 0  # step under which Lightning logs its own metrics
         self._log_every = 0
 
     @override
@@ -100,7 +101,7 @@ class TrafficMonitor(pl.Callback):
         every, logged = self._log_every, self._start.steps + self._logged.steps
         if every and trainer.global_step // every > logged // every:
             between_nodes_mb = self._log(trainer)["traffic/between_nodes_mb_per_step"]
-            value = torch.tensor(between_nodes_mb)  # on the CPU: from a GPU, showing it would wait for the device
+            value = torch.tensor(between_nodes_mb)  # on the CPU: displaying a GPU tensor would synchronize
             pl_module.log("between_nodes_mb", value, prog_bar=True, logger=False)
 
     @override
@@ -126,7 +127,7 @@ def _mics(trainer: pl.Trainer) -> MiCSStrategy:
     if isinstance(trainer.strategy, MiCSStrategy):
         return trainer.strategy
     raise MisconfigurationException(
-        f"TrafficMonitor reads what strategy 'mics' counts; {type(trainer.strategy).__name__} counts nothing: "
+        f"TrafficMonitor reads the counts of strategy 'mics'; {type(trainer.strategy).__name__} counts nothing: "
         'use Trainer(strategy="mics"), or remove the callback'
     )
 

@@ -1,4 +1,4 @@
-"""``async_save``: training goes on while checkpoints are written, and what Lightning does with them still holds."""
+"""``async_save``: training continues while checkpoints are written, and ModelCheckpoint works as before."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Gate:
 
 
 class Watch(Callback):
-    """Notes what is there after each step, and opens the gate when training has gone on for two steps."""
+    """Records the files present after each step, and opens the gate when training has continued for two steps."""
 
     def __init__(self, gate: Gate, folder: Path) -> None:
         self.gate, self.folder = gate, folder
@@ -77,7 +77,7 @@ def beside_training(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return on_ranks(_save_beside_training, tmp_path_factory.mktemp("async"), world_size=2)[0]
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(beside_training: dict[str, Any]) -> None:
+def test_training_continues_while_a_checkpoint_is_written(beside_training: dict[str, Any]) -> None:
     assert beside_training["reached"]
     assert beside_training["names"][:2] == [[], []]  # two steps, and neither's checkpoint is there
 
@@ -87,11 +87,11 @@ def test_the_end_of_the_fit_waits_and_only_the_wanted_checkpoints_are_left(besid
     assert beside_training["link"] == "step=4.ckpt"
 
 
-def test_the_last_link_points_to_a_whole_checkpoint_or_to_none(beside_training: dict[str, Any]) -> None:
+def test_the_last_link_points_to_a_complete_checkpoint_or_to_none(beside_training: dict[str, Any]) -> None:
     assert set(beside_training["links"]) <= {None, True}
 
 
-def test_what_is_saved_is_the_state_of_its_step(beside_training: dict[str, Any]) -> None:
+def test_a_checkpoint_holds_the_state_of_its_step(beside_training: dict[str, Any]) -> None:
     assert same(beside_training["saved"], beside_training["at step 4"])
 
 
@@ -117,7 +117,7 @@ def _fail_to_publish(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def test_a_save_that_fails_is_reported_on_all_ranks_and_leaves_the_one_before(tmp_path: Path) -> None:
+def test_a_save_that_fails_is_reported_on_all_ranks_and_leaves_the_previous_one(tmp_path: Path) -> None:
     for facts in on_ranks(_fail_to_publish, tmp_path, world_size=2):
         assert "epoch=1.ckpt" in facts["error"]
         assert "No space left on device" in facts["error"]
@@ -131,11 +131,11 @@ def _save_after_the_fit(folder: Path) -> bool:
     return checkpoint.is_sharded(folder / "mine.ckpt")
 
 
-def test_a_checkpoint_that_is_saved_after_the_fit_is_there_at_once(tmp_path: Path) -> None:
+def test_a_save_after_the_fit_is_synchronous(tmp_path: Path) -> None:
     assert all(on_ranks(_save_after_the_fit, tmp_path, world_size=2))
 
 
-def test_asynchronous_full_files_are_refused() -> None:
+def test_asynchronous_full_files_are_rejected() -> None:
     with pytest.raises(ValueError, match='async_save=True needs state_dict_type="sharded"'):
         mics(async_save=True, state_dict_type="full")
 

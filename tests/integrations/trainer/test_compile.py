@@ -81,7 +81,7 @@ def test_the_blocks_really_run_compiled(cases: dict[str, Any], case: str) -> Non
 
 
 class CompiledByDefault(TinyModule):
-    """Whole blocks, without a break, by torch's own compiler."""
+    """Each block compiles into one graph, without a break, by torch's own compiler."""
 
     def configure_model(self) -> None:
         for block in self.net.blocks:
@@ -102,7 +102,7 @@ def test_blocks_compile_into_one_kernel_graph_each(tmp_path: Path) -> None:
     assert list(tmp_path.glob("0/**/*.so"))  # kernels were built
 
 
-def test_a_compiled_lightning_module_is_refused(tmp_path: Path) -> None:
+def test_a_compiled_lightning_module_is_rejected(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, strategy="mics", devices=RANKS)
     with pytest.raises(RuntimeError, match="compile"):
         trainer.fit(torch.compile(TinyModule()), loader())

@@ -1,4 +1,4 @@
-"""Bad input is refused with what to change: on every rank alike, fast, and before ranks wait for each other."""
+"""Bad input raises the same error on every rank, with a remedy, fast, and before ranks communicate."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ class TiedAcrossBlocks(TinyModule):
         self.net.blocks[1].up.weight = self.net.blocks[0].up.weight
 
 
-class NotInitialisable(TinyModule):
+class NotInitializable(TinyModule):
     def configure_model(self) -> None:
         self.net = TinyLM()
         self.net.blocks[0].offset = nn.Parameter(torch.empty(3, device="meta"))
 
 
 def _fsdp1(module: nn.Module) -> nn.Module:
-    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its constructor refuses CPU
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its constructor rejects CPUs
     nn.Module.__init__(wrapped)
     wrapped.inner = module
     return wrapped
@@ -82,21 +82,21 @@ CASES: dict[str, tuple[type[TinyModule], dict[str, Any], dict[str, Any], type[Ex
     ),
     "once per step with flat collectives": (
         TinyModule, {"partition_size": 4, "hierarchical": False, "cache_parameters": "node"}, {}, ValueError,
-        "cache_parameters='node' needs collectives that cross nodes in a stage of their own, but "
+        "cache_parameters='node' needs a separate inter-node stage of collectives, but "
         'hierarchical=False and partition_size=4 spans 2 nodes; use hierarchical="auto"',
     ),
     "sums once per step with flat collectives": (
         TinyModule, {"partition_size": 4, "hierarchical": False, "accumulate_gradients": "node"}, {}, ValueError,
-        "accumulate_gradients='node' needs collectives that cross nodes in a stage of their own",
+        "accumulate_gradients='node' needs a separate inter-node stage of collectives",
     ),
     "a dtype on the wire with flat collectives": (
         TinyModule, {"partition_size": 4, "hierarchical": False, "inter_node_reduce_dtype": "bfloat16"}, {}, ValueError,
-        "inter_node_reduce_dtype=torch.bfloat16 needs collectives that cross nodes in a stage of their own",
+        "inter_node_reduce_dtype=torch.bfloat16 needs a separate inter-node stage of collectives",
     ),
     "no blocks": (
         NoBlocks, {}, {}, TypeError,
         "found no blocks to shard in NoBlocks: it has no `_no_split_modules` and no list of modules of one class; "
-        "pass block_classes=[BlockClass], or block_classes=[] to shard it as one unit",
+        "pass block_classes=[BlockClass], or block_classes=[] to shard it as one parameter group",
     ),
     "blocks that are not there": (
         TinyModule, {"block_classes": ["GPT2Block"]}, {}, ValueError,
@@ -112,16 +112,16 @@ CASES: dict[str, tuple[type[TinyModule], dict[str, Any], dict[str, Any], type[Ex
     ),
     "already sharded": (
         AlreadySharded, {}, {}, TypeError,
-        "module 'net.blocks.0' (FSDPBlock) is already wrapped or sharded; hand over the plain module",
+        "module 'net.blocks.0' (FSDPBlock) is already wrapped or sharded; pass the original module",
     ),
     "wrapped in FSDP1": (
         WrappedInFSDP1, {}, {}, TypeError,
-        "module 'net.norm' (FullyShardedDataParallel) is already wrapped or sharded; hand over the plain module",
+        "module 'net.norm' (FullyShardedDataParallel) is already wrapped or sharded; pass the original module",
     ),
     "tied across blocks": (
         TiedAcrossBlocks, {}, {}, ValueError,
         "parameters 'net.blocks.0.up.weight' (in net.blocks.0) and 'net.blocks.1.up.weight' (in net.blocks.1) are one "
-        "tied parameter in two units; choose block_classes so that one unit holds both",
+        "tied parameter in two parameter groups; choose block_classes so that one group holds both",
     ),
     "backend that cannot serve the device": (
         TinyModule, {"process_group_backend": "nccl"}, {}, ValueError,
@@ -152,7 +152,7 @@ def _run_into_all_errors(folder: Any) -> dict[str, tuple[str, str, float, set[st
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_all_ranks_refuse_with_the_same_message_within_seconds(refusals, name):
+def test_all_ranks_raise_the_same_error_within_seconds(refusals, name):
     *_, exception, message = CASES[name]
     for seen in refusals:
         kind, text, seconds, collectives = seen[name]
@@ -162,17 +162,17 @@ def test_all_ranks_refuse_with_the_same_message_within_seconds(refusals, name):
         assert collectives <= {"barrier", "broadcast"}  # Lightning's own: it agrees on paths before the strategy starts
 
 
-def test_a_tensor_that_nothing_initialises_is_named(tmp_path):
-    for kind, message in on_ranks(_fit_not_initialisable, tmp_path):
+def test_a_tensor_that_nothing_initializes_is_named(tmp_path):
+    for kind, message in on_ranks(_fit_not_initializable, tmp_path):
         assert kind == "TypeError"
         assert message.startswith(
-            "nothing initialises Block.offset, which was on the meta device: give the class a `reset_parameters()`"
+            "nothing initializes Block.offset, which was on the meta device: give the class a `reset_parameters()`"
         )
 
 
-def _fit_not_initialisable(folder: Any) -> tuple[str, str]:
+def _fit_not_initializable(folder: Any) -> tuple[str, str]:
     try:
-        make_trainer(folder).fit(NotInitialisable(), loader())
+        make_trainer(folder).fit(NotInitializable(), loader())
     except Exception as error:
         return type(error).__name__, str(error)
     raise AssertionError("was not refused")
@@ -194,10 +194,10 @@ def _fit_not_initialisable(folder: Any) -> tuple[str, str]:
         ({"two_hop": "no"}, "two_hop='no' is neither True nor False"),
         (
             {"two_hop": False, "accumulate_gradients": "node"},
-            "two_hop=False reduces over replicas in every micro-step, but accumulate_gradients='node' keeps gradients "
-            "back until the boundary; use accumulate_gradients='shard', or two_hop=True",
+            "two_hop=False reduces over replicas in every micro-step, but accumulate_gradients='node' accumulates "
+            "them until the boundary; use accumulate_gradients='shard', or two_hop=True",
         ),
-        ({"two_hop": False, "accumulate_gradients": "rank"}, "but accumulate_gradients='rank' keeps gradients back"),
+        ({"two_hop": False, "accumulate_gradients": "rank"}, "but accumulate_gradients='rank' accumulates them"),
         (
             {"inter_node_reduce_dtype": "int8"},
             "inter_node_reduce_dtype='int8' is not one of torch.float32, torch.bfloat16",
@@ -206,12 +206,12 @@ def _fit_not_initialisable(folder: Any) -> tuple[str, str]:
         ({"reduce_dtype": torch.float16}, "reduce_dtype=torch.float16 is not one of torch.float32, torch.bfloat16"),
     ],
 )
-def test_unknown_values_are_refused_when_the_strategy_is_made(options, message):
+def test_unknown_values_are_rejected_when_the_strategy_is_made(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         MiCSStrategy(**options)
 
 
-def test_an_unknown_option_is_refused():
+def test_an_unknown_option_is_rejected():
     with pytest.raises(TypeError, match=r"MiCSStrategy has no option 'color'; it takes .*partition_size.*two_hop"):
         MiCSStrategy(color="blue")
 
@@ -221,7 +221,7 @@ def test_an_unknown_option_is_refused():
     [("partiton_size", "partition_size"), ("accumulate_gradient", "accumulate_gradients"), ("time_out", "timeout")],
 )
 @pytest.mark.parametrize("strategy", [MiCSStrategy, MiCSFabricStrategy])
-def test_a_misspelt_option_is_refused_with_the_right_spelling(strategy, misspelt, right):
+def test_a_misspelled_option_is_rejected_with_the_right_spelling(strategy, misspelt, right):
     message = f"{strategy.__name__} has no option {misspelt!r}; did you mean {right!r}?"
     with pytest.raises(TypeError, match=re.escape(message)):
         strategy(**{misspelt: 8})
@@ -236,7 +236,7 @@ def test_a_model_is_not_sharded_by_options_that_are_left_to_a_policy(communicati
 
 
 @pytest.mark.parametrize("hierarchical", [False, True])
-def test_groups_and_options_that_contradict_each_other_are_refused(hierarchical):
+def test_groups_and_options_that_contradict_each_other_are_rejected(hierarchical):
     communication = CommunicationOptions(hierarchical=not hierarchical)
     for message in on_ranks(_shard_with, communication, hierarchical):
         assert message == (
@@ -254,7 +254,7 @@ def _shard_with(communication: CommunicationOptions, hierarchical: Any) -> str:
     return str(caught.value)
 
 
-def test_positional_options_are_refused():
+def test_positional_options_are_rejected():
     with pytest.raises(TypeError, match="positional"):
         MiCSStrategy(8)
 
@@ -264,7 +264,7 @@ def test_groups_need_a_running_job():
         create_partition_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu")
 
 
-def test_ranks_that_made_different_numbers_of_groups_are_refused_at_once():
+def test_ranks_that_made_different_numbers_of_groups_are_rejected_without_waiting():
     for message in on_ranks(_group_of_some_ranks, world_size=4):
         assert message.startswith("some ranks are members of 2 process groups and others of 1; make groups of your own")
 
@@ -276,7 +276,7 @@ def _group_of_some_ranks() -> str:
     return str(caught.value)
 
 
-def test_groups_of_another_job_or_device_are_refused():
+def test_groups_of_another_job_or_device_are_rejected():
     for messages in on_ranks(_misuse_groups, world_size=2):
         assert messages[0] == "the topology has world_size=4, the running job has 2 ranks"
         assert messages[1].startswith("the process group's backend (cpu:gloo")

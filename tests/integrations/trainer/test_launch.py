@@ -14,6 +14,7 @@ from tests.support import launch_script
 from tests.support.forked import run_ranks
 from tests.support.launching import LAUNCHERS, free_port, reports
 
+pytestmark = pytest.mark.launch
 SCRIPT = str(launch_script.__file__)
 
 

@@ -30,13 +30,13 @@ UNITS = 4  # three blocks and the root
 SAMPLES = tokens(32, seed=6)  # two per rank and micro-step: four micro-steps
 
 
-def split_by_unit(model: TinyLM) -> list[list[nn.Parameter]]:
-    """The blocks, and what the root holds."""
+def split_along_groups(model: TinyLM) -> list[list[nn.Parameter]]:
+    """The parameters of blocks, and those of the root."""
     blocks = list(model.blocks.parameters())
     return [blocks, [p for p in model.parameters() if all(p is not block for block in blocks)]]
 
 
-def split_units(model: TinyLM) -> list[list[nn.Parameter]]:
+def split_within_groups(model: TinyLM) -> list[list[nn.Parameter]]:
     """Weights and biases: each block has parameters of both optimizers."""
     return [[p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]]
 
@@ -44,7 +44,7 @@ def split_units(model: TinyLM) -> list[list[nn.Parameter]]:
 class Loop:
     """A training loop by hand, the same for the Trainer and for one process."""
 
-    split = staticmethod(split_by_unit)
+    split = staticmethod(split_along_groups)
     strategy: ClassVar[dict[str, Any]] = {}
 
     def optimizers_of(self, model: TinyLM) -> list[torch.optim.Optimizer]:
@@ -106,7 +106,7 @@ class AlternatingAndAccumulating(Loop):
 
 
 class AlternatingInsideUnits(Alternating):
-    split = staticmethod(split_units)
+    split = staticmethod(split_within_groups)
 
 
 class AlternatingInOneUnit(Alternating):
@@ -114,7 +114,7 @@ class AlternatingInOneUnit(Alternating):
 
 
 class AlternatingAndAccumulatingInsideUnits(AlternatingAndAccumulating):
-    split = staticmethod(split_units)
+    split = staticmethod(split_within_groups)
 
 
 LOOPS = [
@@ -195,7 +195,7 @@ def train_in_one_process(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Tenso
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Nothing is kept."""
+    """Nothing is cached or accumulated beyond FSDP2."""
     return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 2, CommunicationOptions.PAPER)
 
 
@@ -206,7 +206,7 @@ def ranks_that_keep(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, 
 
 @pytest.fixture(scope="module")
 def nodes_that_keep(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Parameters and gradients cross nodes once per step."""
+    """Parameters and gradients are sent between nodes once per step."""
     return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 4, CommunicationOptions.NODE)
 
 
@@ -228,20 +228,20 @@ def test_an_optimizer_that_is_not_toggled_gets_no_gradients(ranks: list[dict[str
 
 
 @pytest.mark.parametrize("groups", ["ranks", "ranks_that_keep"])
-def test_without_sync_grad_nothing_crosses_replicas(request: pytest.FixtureRequest, groups: str) -> None:
+def test_without_sync_grad_nothing_is_reduced_over_replicas(request: pytest.FixtureRequest, groups: str) -> None:
     _, all_reduces = request.getfixturevalue(groups)[0]["Accumulating"]
     assert all_reduces == [0, UNITS, 0, UNITS]
 
 
 class TogglesInMidWindow(TinyModule):
-    """Its window begins with all parameters and goes on with those of one optimizer."""
+    """Its window begins with all parameters and continues with those of one optimizer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [torch.optim.SGD(parameters, lr=LR) for parameters in split_units(self.net)]
+        return [torch.optim.SGD(parameters, lr=LR) for parameters in split_within_groups(self.net)]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         first, _ = self.optimizers()
@@ -256,7 +256,7 @@ class TogglesInMidWindow(TinyModule):
     [{"partition_size": 1}, {"partition_size": 2, "ranks_per_node": 1, "accumulate_gradients": "node"}],
     ids=str,
 )
-def test_toggling_in_mid_window_is_refused_rather_than_summed_wrongly(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_toggling_inside_a_window_is_rejected(tmp_path: Path, options: dict[str, Any]) -> None:
     def job(folder: str) -> str:
         trainer = make_trainer(folder, strategy=mics(**options), devices=2)
         with pytest.raises(RuntimeError) as caught:

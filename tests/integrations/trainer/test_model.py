@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from tests.support.forked import RankError
+from tests.support.forked import RankError, Run
 from tests.support.models import Block, TinyLM, TinyModule, tokens
 from tests.support.trainers import loader, make_trainer, mics, on_ranks
 
@@ -69,7 +69,7 @@ class Observing(TinyModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
-        for parameter in self.parameters():  # an optimizer may make its state at once
+        for parameter in self.parameters():  # an optimizer may create its state in the constructor
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
 
@@ -95,7 +95,7 @@ class Observing(TinyModule):
 
 
 class Moved(nn.Module):
-    """Has no parameter and keeps a state of its own, as metrics do."""
+    """Has no parameter but a state of its own, as metrics do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,8 +136,8 @@ def build_in_all_ways(folder: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(build_in_all_ways, str(tmp_path_factory.mktemp("built")), world_size=RANKS)
+def built(tmp_path_factory: pytest.TempPathFactory, on_shared_ranks: Run) -> list[dict[str, Any]]:
+    return on_shared_ranks(build_in_all_ways, str(tmp_path_factory.mktemp("built")), world_size=RANKS)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_all_ranks_train_one_model_whatever_their_seeds(built: list[dict[str, An
     assert all(torch.equal(mine[name], others[name]) for name in mine)
 
 
-def test_configure_model_builds_where_it_says(built: list[dict[str, Any]]) -> None:
+def test_configure_model_builds_on_the_device_it_names(built: list[dict[str, Any]]) -> None:
     assert built[0]["Configured"]["built on"] == "cpu"
     assert built[0]["ConfiguredOnMeta"]["built on"] == "meta"
 
@@ -207,7 +207,7 @@ def test_the_module_knows_the_mesh_once_it_is_sharded(observed: dict[str, Any]) 
     assert observed["mesh"] == (("replicate", "shard"), (2, 1))
 
 
-def test_the_model_summary_counts_whole_parameters(observed: dict[str, Any]) -> None:
+def test_the_model_summary_counts_unsharded_parameters(observed: dict[str, Any]) -> None:
     assert observed["summary"] == sum(p.numel() for p in TinyLM().parameters())
 
 
@@ -221,7 +221,7 @@ class FrozenByOthers(TinyModule):
         return torch.optim.SGD([nn.Parameter(torch.zeros(2)), *self.parameters()], lr=0.1)
 
 
-def test_an_optimizer_of_foreign_parameters_is_refused(tmp_path: Path) -> None:
+def test_an_optimizer_of_foreign_parameters_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(RankError) as caught:
         on_ranks(lambda folder: fit(FrozenByOthers(), folder), str(tmp_path), world_size=RANKS)
     for kind, message in caught.value.failures.values():
@@ -234,7 +234,7 @@ class Late(TinyModule):
         self.net.norm = nn.LayerNorm(7)  # anew for each stage
 
 
-def test_a_configure_model_that_builds_twice_is_refused(tmp_path: Path) -> None:
+def test_a_configure_model_that_builds_twice_is_rejected(tmp_path: Path) -> None:
     def job(folder: str) -> None:
         module = fit(Late(), folder)
         module.trainer.validate(module, loader(4), verbose=False)
@@ -266,13 +266,13 @@ class Logging(TinyModule):
         return self(batch)
 
 
-def test_init_module_keeps_weights_off_the_device_until_setup(tmp_path: Path) -> None:
-    on_cpu, on_meta = on_ranks(init_module, str(tmp_path), world_size=RANKS)[0]
+def test_init_module_keeps_weights_off_the_device_until_setup(tmp_path: Path, on_shared_ranks: Run) -> None:
+    on_cpu, on_meta = on_shared_ranks(init_module, str(tmp_path), world_size=RANKS)[0]
     assert on_cpu[0] == ("cpu", torch.bfloat16)
     assert on_meta[0] == ("meta", torch.bfloat16)
     for _, after, device, seen in (on_cpu, on_meta):
         assert after == ("cpu", torch.bfloat16)
-        assert (device, seen) == ("cpu", "cpu")  # the module was told, too
+        assert (device, seen) == ("cpu", "cpu")  # the module's own device, too
 
 
 # -- options --
@@ -317,8 +317,8 @@ def count_forwards(folder: str) -> dict[str, tuple[int, int, dict[str, Tensor]]]
     return results
 
 
-def test_activation_checkpointing_covers_the_named_classes_only(tmp_path: Path) -> None:
-    results = on_ranks(count_forwards, str(tmp_path), world_size=RANKS)[0]
+def test_activation_checkpointing_covers_the_named_classes_only(tmp_path: Path, on_shared_ranks: Run) -> None:
+    results = on_shared_ranks(count_forwards, str(tmp_path), world_size=RANKS)[0]
     steps = len(SAMPLES) // 2 // RANKS
     forwards = {name: counts[:2] for name, counts in results.items()}
     once, twice = steps, 2 * steps
@@ -333,7 +333,7 @@ def test_activation_checkpointing_covers_the_named_classes_only(tmp_path: Path) 
 
 
 class WithBatchNorm(TinyModule):
-    """Its batch norm is not run: the synchronized one rejects CPU."""
+    """Its batch norm is not run: the synchronized one rejects CPUs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -354,13 +354,13 @@ def fit_and_validate_batch_norms(folder: str) -> list[dict[str, str]]:
     return [fitted.kinds, validated.kinds]
 
 
-def test_batch_norms_are_synchronised_when_fitting_only(tmp_path: Path) -> None:
-    fitted, validated = on_ranks(fit_and_validate_batch_norms, str(tmp_path), world_size=RANKS)[0]
+def test_batch_norms_are_synchronised_when_fitting_only(tmp_path: Path, on_shared_ranks: Run) -> None:
+    fitted, validated = on_shared_ranks(fit_and_validate_batch_norms, str(tmp_path), world_size=RANKS)[0]
     assert fitted == {"fit": "SyncBatchNorm", "validate": "SyncBatchNorm"}
     assert validated == {"validate": "BatchNorm1d"}
 
 
-def test_the_start_report_is_logged_once_and_kept(tmp_path: Path) -> None:
+def test_the_start_report_is_logged_once_and_stays_available(tmp_path: Path) -> None:
     def job(folder: str) -> tuple[list[str], str]:
         seen: list[str] = []
         handler = logging.Handler()

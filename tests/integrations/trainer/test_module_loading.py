@@ -36,7 +36,7 @@ class WithParameters(TinyModule):
 
 
 class Counter(nn.Module):
-    """Keeps an extra state, which is a dict."""
+    """Saves an extra state, which is a dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"weights": on_ranks(_save, folder)[0], "folder": folder, "path": folder / "a.ckpt"}
 
 
-def test_a_module_comes_back_with_its_weights_and_what_it_was_made_with(saved: Any) -> None:
+def test_a_module_loads_with_its_weights_and_hyper_parameters(saved: Any) -> None:
     for path in (saved["path"], str(saved["path"])):
         module = WithParameters.load_from_checkpoint(path)
         assert same(module.net.state_dict(), saved["weights"])
@@ -110,7 +110,7 @@ def test_a_module_comes_back_with_its_weights_and_what_it_was_made_with(saved: A
     assert not same(WithParameters(layers=2).net.state_dict(), saved["weights"])
 
 
-def test_the_content_is_that_of_the_full_file_but_for_optimizers_single_ranks_and_origin(saved: Any) -> None:
+def test_the_content_equals_the_full_file_except_optimizers_rank_states_and_origin(saved: Any) -> None:
     whole = read_whole(saved["path"])
     full = torch.load(saved["folder"] / "full.ckpt", weights_only=True)
     assert full.keys() - whole.keys() == {"optimizer_states", *(f"rank_{rank}" for rank in range(4))}
@@ -134,7 +134,7 @@ def test_map_location_means_what_it_means_for_a_file(saved: Any, map_location: A
     assert devices[0] == devices[1] and len(devices[0]) > 10
 
 
-def test_strict_is_lightnings(saved: Any) -> None:
+def test_strict_means_what_it_means_in_lightning(saved: Any) -> None:
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"extra\""):
         Deeper.load_from_checkpoint(saved["path"])
     with pytest.warns(UserWarning, match="Found keys that are in the model state dict but not in the checkpoint"):
@@ -142,7 +142,7 @@ def test_strict_is_lightnings(saved: Any) -> None:
     assert same(module.net.state_dict(), saved["weights"]) and module.extra.tolist() == [1, 1]
 
 
-def test_objects_need_weights_only_to_be_off(saved: Any) -> None:
+def test_objects_need_weights_only_false(saved: Any) -> None:
     path = saved["folder"] / "object.ckpt"
     for options in ({}, {"weights_only": True}):
         with pytest.raises(UnsafeCheckpointError, match=r"meta\.pt holds tests\..*\.test_module_loading\.Note"):
@@ -150,18 +150,18 @@ def test_objects_need_weights_only_to_be_off(saved: Any) -> None:
     WithObject.load_from_checkpoint(path, weights_only=False)
 
 
-def test_damage_is_named(saved: Any, tmp_path: Path) -> None:
+def test_corruption_is_named(saved: Any, tmp_path: Path) -> None:
     path = shutil.copytree(saved["path"], tmp_path / "a.ckpt")
     os.truncate(path / "__2_0.distcp", 9)
     with pytest.raises(DamagedCheckpointError, match=r"__2_0\.distcp has 9 of"):
         WithParameters.load_from_checkpoint(path)
 
 
-def test_a_data_module_comes_back_too(saved: Any) -> None:
+def test_a_data_module_loads_too(saved: Any) -> None:
     assert Data.load_from_checkpoint(saved["path"]).hparams["size"] == 24
 
 
-def test_files_and_folders_of_others_are_left_to_lightning(saved: Any, tmp_path: Path) -> None:
+def test_other_files_and_folders_are_left_to_lightning(saved: Any, tmp_path: Path) -> None:
     module = WithParameters.load_from_checkpoint(saved["folder"] / "full.ckpt")
     assert same(module.net.state_dict(), saved["weights"])
     with pytest.raises(IsADirectoryError):

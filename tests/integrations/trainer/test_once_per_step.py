@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mics import CommunicationOptions
 from tests.support.models import TinyLM, TinyModule, tokens
-from tests.support.trainers import make_trainer, mics, on_ranks
+from tests.support.trainers import make_trainer, mics
 
 RANKS, WINDOW = 4, 4
 
@@ -31,7 +31,7 @@ FACTOR = 1.5
 
 
 class ExchangeWeights(pl.Callback):
-    """Evaluates other weights than it trains, as moving averages do, in a way that torch does not notice."""
+    """Evaluates other weights than it trains, as moving averages do, in a way that torch does not record."""
 
     def on_validation_start(self, trainer: Any, module: Any) -> None:
         for parameter in module.parameters():
@@ -111,18 +111,18 @@ def in_one_process() -> tuple[list[float], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, NODE], ids=str)
-def test_an_evaluation_in_mid_window_sees_the_weights_that_a_callback_has_put_there(tmp_path, options):
+def test_an_evaluation_in_mid_window_sees_the_weights_that_a_callback_has_put_there(tmp_path, options, on_shared_ranks):
     losses, weights = in_one_process()
-    for seen, _, ours in on_ranks(fit, str(tmp_path), True, options):
+    for seen, _, ours in on_shared_ranks(fit, str(tmp_path), True, options):
         assert seen == pytest.approx(losses, rel=1e-5)
         assert losses[0] != pytest.approx(losses[3], rel=1e-3)
         for name, weight in weights.items():
             torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6)
 
 
-def test_the_batches_of_an_evaluation_cross_nodes_once(tmp_path):
+def test_an_evaluation_gathers_between_nodes_once_for_all_batches(tmp_path, on_shared_ranks):
     schedules = [{}, {"cache_parameters": "node"}, {"cache_parameters": "never"}]
-    by_ranks, by_nodes, always = (on_ranks(fit, str(tmp_path), False, options) for options in schedules)
+    by_ranks, by_nodes, always = (on_shared_ranks(fit, str(tmp_path), False, options) for options in schedules)
     for (_, few, _), (_, as_few, _), (_, many, _) in zip(by_ranks, by_nodes, always, strict=True):
         assert len(few) == len(many) == 2
         assert [3 * sent for sent in few] == [3 * sent for sent in as_few] == many  # three batches
@@ -138,8 +138,8 @@ def test_the_batches_of_an_evaluation_cross_nodes_once(tmp_path):
     ],
     ids=str,
 )
-def test_the_table_at_start_says_where_parameters_are_cached(tmp_path, options, cached, gathered):
-    table = on_ranks(start, str(tmp_path), options)[0]
+def test_the_table_at_start_says_where_parameters_are_cached(tmp_path, options, cached, gathered, on_shared_ranks):
+    table = on_shared_ranks(start, str(tmp_path), options)[0]
     assert f"cache parameters       {cached}" in table
     assert f"inter-node gathers     {gathered}\n" in table
 

@@ -1,4 +1,4 @@
-"""The three precisions: what is stored, gathered, computed and reduced in which dtype; and what is refused."""
+"""The three precisions: the dtypes of storage, gathers, computation and reductions; and unsupported precisions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Watched(TinyModule):
 
     def __init__(self) -> None:
         super().__init__()
-        # on CPU autocast leaves layer norms alone, and they refuse weights that are narrower than the input
+        # on CPU autocast leaves layer norms alone, and they reject weights that are narrower than the input
         self.net.norm = torch.nn.Linear(7, 7)
         self.facts: dict[str, Any] = {"batches": set(), "made in a step": set()}
         self.net.blocks[0].up.register_forward_hook(lambda *args: self.facts.update(computed=args[-1].dtype))
@@ -185,12 +185,12 @@ def test_the_default_dtype_survives_an_error_in_configure_model(tmp_path: Path) 
     assert on_ranks(fail_in_configure_model, str(tmp_path), world_size=2) == [("torch.bfloat16", FP32)] * 2
 
 
-# -- refusals: no ranks needed --
+# -- errors: no ranks needed --
 
 
 @pytest.mark.parametrize("given", ["mics", MiCSStrategy], ids=["by name", "instance"])
 @pytest.mark.parametrize("precision", ["16-true", "64-true", "transformer-engine"])
-def test_an_unsupported_precision_is_refused_by_name(
+def test_an_unsupported_precision_is_rejected_by_name(
     given: Any, precision: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     plugins: dict[str, Any] = {"precision": precision}
@@ -203,20 +203,20 @@ def test_an_unsupported_precision_is_refused_by_name(
         make_trainer(tmp_path, strategy=strategy, devices=2, **plugins)
 
 
-def test_16_mixed_is_refused_for_an_instance(tmp_path: Path) -> None:
+def test_16_mixed_is_rejected_for_an_instance(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="16-mixed"):
         make_trainer(tmp_path, strategy=MiCSStrategy(), devices=2, precision="16-mixed")
 
 
 def test_16_mixed_is_never_run_for_the_name(tmp_path: Path) -> None:
-    # on CPU Lightning itself turns it into bf16-mixed, with a warning; elsewhere the plugin arrives, and is refused
+    # on CPU Lightning itself turns it into bf16-mixed, with a warning; elsewhere the plugin is passed on, and rejected
     with pytest.warns(UserWarning, match="Using `precision='bf16-mixed'` instead"):
         trainer = make_trainer(tmp_path, strategy="mics", devices=2, precision="16-mixed")
     assert trainer.precision == "bf16-mixed"
 
 
 @pytest.mark.parametrize("plugin", [HalfPrecision("16-true"), DoublePrecision(), MixedPrecision("16-mixed", "cpu")])
-def test_the_refusal_names_what_is_supported(plugin: Precision) -> None:
+def test_the_error_names_what_is_supported(plugin: Precision) -> None:
     message = (
         f"strategy 'mics' does not support precision='{plugin.precision}'; "
         "use one of '32-true', 'bf16-true', 'bf16-mixed'"

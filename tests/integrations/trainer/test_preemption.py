@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from lightning_mics import CommunicationOptions, MiCSStrategy
 from tests.support.models import TinyModule, tokens
-from tests.support.trainers import make_trainer, mics, on_ranks
+from tests.support.trainers import cases_on_ranks, make_trainer, mics, on_ranks
 
 RANKS = 4
 
@@ -54,7 +55,7 @@ class Batches:
 
 
 class Module(TinyModule):
-    """Trained with AdamW and a rate that falls, so that a lost or a doubled step shows; keeps its losses."""
+    """Trained with AdamW and a rate that falls, so that a lost or a repeated step shows; records its losses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class Module(TinyModule):
 
 
 class Signals(Callback):
-    """Sends SIGTERM from one rank to others when it comes to a place: (hook, how many times it was there before)."""
+    """Sends SIGTERM from one rank to others at a point: (hook, number of earlier calls)."""
 
     def __init__(self, *planned: tuple[str, int, int, tuple[int, ...]]) -> None:
         self.planned = planned
@@ -140,14 +141,23 @@ def run(folder: Path, *callbacks: Callback, options: dict[str, Any], **fit: Any)
     }
 
 
-def preempted_and_resumed(folder: Path, planned: list[Any], options: dict[str, Any]) -> dict[str, Any]:
-    whole = run(folder / "whole", options=_strategy(options))
+def preempted_and_resumed(folder: Path) -> dict[str, dict[str, Any]]:
+    """By case what became of a run that is stopped, of its second part, and of one with these options that is not."""
+    undisturbed: dict[str, dict[str, Any]] = {}
+    return {case: _preempted_and_resumed(folder / case, undisturbed, *CASES[case][:2]) for case in CASES}
+
+
+def _preempted_and_resumed(
+    folder: Path, undisturbed: dict[str, dict[str, Any]], planned: list[Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    if repr(options) not in undisturbed:
+        undisturbed[repr(options)] = run(folder / "whole", options=_strategy(options))
     first = run(folder / "in_parts", Signals(*planned), options=_strategy(options))
     dist.barrier()
     saved = sorted(path.name for path in (folder / "in_parts" / "checkpoints").glob("*"))
     dist.barrier()
     second = run(folder / "in_parts", options=_strategy(options), ckpt_path="last")
-    return {"whole": whole, "first": first, "saved": saved, "second": second}
+    return {"whole": undisturbed[repr(options)], "first": first, "saved": saved, "second": second}
 
 
 def _strategy(options: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +174,7 @@ WINDOW = {"accumulate_grad_batches": 3}
 VALIDATING = {"limit_val_batches": 1.0}
 
 
-# planned signals (place, visits before, sender, receivers), options of the Trainer, micro-steps until the stop
+# planned signals (hook, earlier calls, sender, receivers), options of the Trainer, micro-steps until the stop
 CASES: dict[str, tuple[list[Any], dict[str, Any], int]] = {
     "to itself": ([("micro-step", 2, 1, (1,))], {}, 3),
     "to rank 0": ([("micro-step", 2, 0, (0,))], {}, 3),
@@ -193,15 +203,23 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], int]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def preempted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    """What each rank has returned; all cases run in one set of processes."""
+    return on_ranks(preempted_and_resumed, tmp_path_factory.mktemp("preempted"), timeout=280)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_all_ranks_stop_after_the_same_step_and_go_on_as_if_they_had_not(case: str, tmp_path: Path) -> None:
-    planned, options, micro_steps = CASES[case]
-    for rank in on_ranks(preempted_and_resumed, tmp_path, planned, options):
-        whole, first, second = rank["whole"], rank["first"], rank["second"]
+def test_all_ranks_stop_after_the_same_step_and_resume_as_if_uninterrupted(
+    case: str, preempted: list[dict[str, dict[str, Any]]]
+) -> None:
+    _, options, micro_steps = CASES[case]
+    for rank in preempted:
+        whole, first, saved, second = (rank[case][part] for part in ("whole", "first", "saved", "second"))
         assert whole["stopped"] == second["stopped"] == "no"
         assert first["stopped"] == "with code None"  # which is exit status 0
         assert first["received_sigterm"] and first["handler"]
-        assert rank["saved"] == ["last.ckpt"]
+        assert saved == ["last.ckpt"]
         assert len(first["losses"]) == micro_steps
         assert first["step"] == micro_steps // options.get("accumulate_grad_batches", 1)
         assert first["losses"] + second["losses"] == whole["losses"]
@@ -226,7 +244,30 @@ class Counted(ModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
 
 
-def _saving_callbacks(folder: Path) -> dict[str, list[list[str]]]:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stopped")
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path) -> dict[str, list[Any]]:
+    """By case what each rank has returned; all cases run in one set of processes."""
+    cases: dict[str, Callable[[Path], Any]] = {
+        "saving callbacks": saving_callbacks,
+        "without checkpoints": without_checkpoints,
+        "evaluations": evaluations,
+        "unequal validations": unequal_validations,
+        "by hand": by_hand,
+        "two runs": two_runs_of_one_trainer,
+        "comparisons": comparisons,
+        "own handler": own_handler,
+    }
+    for case in cases:
+        (folder / case).mkdir()
+    return cases_on_ranks({case: partial(function, folder / case) for case, function in cases.items()}, timeout=280)
+
+
+def saving_callbacks(folder: Path) -> dict[str, list[list[str]]]:
     """What each ModelCheckpoint saves until a signal in the third step has stopped the run."""
 
     def until_stopped(*options: dict[str, Any]) -> list[list[str]]:
@@ -248,8 +289,10 @@ def _saving_callbacks(folder: Path) -> dict[str, list[list[str]]]:
     return found
 
 
-def test_the_first_model_checkpoint_that_keeps_whole_ones_saves_last_once(tmp_path: Path) -> None:
-    for saved in on_ranks(_saving_callbacks, tmp_path):
+def test_the_first_model_checkpoint_that_saves_more_than_weights_saves_last_once(
+    folder: Path, seen: dict[str, list[Any]]
+) -> None:
+    for saved in seen["saving callbacks"]:
         assert saved == {
             "no last": [["last.ckpt"]],
             "last of this step": [["step=1.ckpt", "last.ckpt", "step=2.ckpt", "last.ckpt", "step=3.ckpt", "last.ckpt"]],
@@ -257,10 +300,10 @@ def test_the_first_model_checkpoint_that_keeps_whole_ones_saves_last_once(tmp_pa
             "two, and the first keeps weights only": [[], ["last.ckpt"], []],
             "on exceptions as well": [["last.ckpt"]],
         }
-    assert (tmp_path / "2" / "0" / "last.ckpt" / "manifest.json").exists()
+    assert (folder / "saving callbacks" / "2" / "0" / "last.ckpt" / "manifest.json").exists()
 
 
-def _without_checkpoints(folder: Path) -> list[str]:
+def without_checkpoints(folder: Path) -> list[str]:
     trainer = make_trainer(folder, strategy=mics(), callbacks=[Signals(("micro-step", 2, 1, (1,)))])
     with warnings.catch_warnings(record=True, action="always") as warned, pytest.raises(SIGTERMException):
         trainer.fit(Module(), Batches())
@@ -268,20 +311,19 @@ def _without_checkpoints(folder: Path) -> list[str]:
     return [str(warning.message) for warning in warned if "Stopped by a signal" in str(warning.message)]
 
 
-def test_who_keeps_no_checkpoints_gets_none_and_is_told(tmp_path: Path) -> None:
-    warned = on_ranks(_without_checkpoints, tmp_path)
-    assert warned == [
+def test_without_a_model_checkpoint_nothing_is_saved_and_rank_0_warns(folder: Path, seen: dict[str, list[Any]]) -> None:
+    assert seen["without checkpoints"] == [
         [
-            "Stopped by a signal after step 3 without a checkpoint: no ModelCheckpoint of this Trainer keeps whole "
-            "ones; add one to `callbacks`"
+            "Stopped by a signal after step 3 without a checkpoint: no ModelCheckpoint of this Trainer saves complete "
+            "ones; add one to `callbacks`, with save_weights_only=False"
         ],
         *[[]] * 3,
     ]
-    assert not list(tmp_path.iterdir())
+    assert not list((folder / "without checkpoints").iterdir())
 
 
 class Evaluations(Signals):
-    """Counts the batches of evaluations, and is signalled in the second."""
+    """Counts the batches of evaluations, and is signaled in the second."""
 
     def __init__(self) -> None:
         super().__init__(("evaluation", 1, 3, (3,)))
@@ -296,27 +338,27 @@ class Evaluations(Signals):
         self._at("evaluation")
 
 
-def _evaluations(folder: Path) -> dict[str, tuple[str, int]]:
+def evaluations(folder: Path) -> dict[str, tuple[str, int]]:
     found = {}
     for method in ("validate", "test", "predict", "fit"):  # fit: in the check before the first step
-        evaluations = Evaluations()
-        trainer = make_trainer(folder, strategy=mics(), callbacks=[evaluations], num_sanity_val_steps=3)
+        counting = Evaluations()
+        trainer = make_trainer(folder, strategy=mics(), callbacks=[counting], num_sanity_val_steps=3)
         try:
             getattr(trainer, method)(Module(), *[Batches()] * (2 if method == "fit" else 1))
             stopped = "no"
         except SIGTERMException:
             stopped = "yes"
-        found[method] = (stopped, evaluations.visits["evaluation"])
+        found[method] = (stopped, counting.visits["evaluation"])
     return found
 
 
-def test_an_evaluation_stops_after_the_same_batch_on_all_ranks(tmp_path: Path) -> None:
+def test_an_evaluation_stops_after_the_same_batch_on_all_ranks(seen: dict[str, list[Any]]) -> None:
     expected = dict.fromkeys(("validate", "test", "predict", "fit"), ("yes", 2))
-    assert on_ranks(_evaluations, tmp_path) == [expected] * RANKS
+    assert seen["evaluations"] == [expected] * RANKS
 
 
-def _unequal_validations(folder: Path) -> tuple[int, int, list[str]]:
-    """Ranks keep whole weights, so that each can validate as many batches as it has."""
+def unequal_validations(folder: Path) -> tuple[int, int, list[str]]:
+    """Ranks cache unsharded weights, so that each can validate its own number of batches."""
     signals = Signals(("validation", 0, 0, (0,)))
     saving = ModelCheckpoint(dirpath=folder, save_top_k=0)
     trainer = make_trainer(
@@ -332,8 +374,10 @@ def _unequal_validations(folder: Path) -> tuple[int, int, list[str]]:
     return trainer.global_step, signals.visits["validation"], [path.name for path in folder.iterdir()]
 
 
-def test_ranks_that_validate_unequally_many_batches_stop_when_all_have_finished(tmp_path: Path) -> None:
-    found = on_ranks(_unequal_validations, tmp_path)
+def test_ranks_that_validate_different_numbers_of_batches_stop_when_all_have_finished(
+    seen: dict[str, list[Any]],
+) -> None:
+    found = seen["unequal validations"]
     assert [(step, batches) for step, batches, _ in found] == [(2, 2 + rank) for rank in range(RANKS)]
     assert all(saved == ["last.ckpt"] for _, _, saved in found)
 
@@ -352,7 +396,7 @@ class ByHand(Module):
             self.optimizers().zero_grad()
 
 
-def _by_hand(folder: Path) -> tuple[int, int]:
+def by_hand(folder: Path) -> tuple[int, int]:
     signals = Signals(("micro-step", 2, 1, (1,)))
     trainer = make_trainer(folder, strategy=mics(), callbacks=[signals])
     with pytest.raises(SIGTERMException):
@@ -360,11 +404,11 @@ def _by_hand(folder: Path) -> tuple[int, int]:
     return trainer.global_step, signals.visits["micro-step"]
 
 
-def test_manual_optimization_stops_after_a_batch_in_which_an_optimizer_stepped(tmp_path: Path) -> None:
-    assert on_ranks(_by_hand, tmp_path) == [(2, 4)] * RANKS
+def test_manual_optimization_stops_after_a_batch_in_which_an_optimizer_stepped(seen: dict[str, list[Any]]) -> None:
+    assert seen["by hand"] == [(2, 4)] * RANKS
 
 
-def _own_handler(folder: Path) -> tuple[list[int], bool, int]:
+def own_handler(folder: Path) -> tuple[list[int], bool, int]:
     heard: list[int] = []
 
     def handler(number: int, _: Any) -> None:
@@ -377,13 +421,13 @@ def _own_handler(folder: Path) -> tuple[list[int], bool, int]:
     return heard, signal.getsignal(signal.SIGTERM) is handler, trainer.global_step
 
 
-def test_a_handler_that_was_there_is_called_as_well_and_restored(tmp_path: Path) -> None:
-    found = on_ranks(_own_handler, tmp_path)
+def test_an_earlier_handler_is_called_as_well_and_restored(seen: dict[str, list[Any]]) -> None:
+    found = seen["own handler"]
     assert [heard for heard, _, _ in found] == [[], [signal.SIGTERM], [], []]
     assert all(restored and step == 3 for _, restored, step in found)
 
 
-def _two_runs_of_one_trainer(folder: Path) -> tuple[int, int, int]:
+def two_runs_of_one_trainer(folder: Path) -> tuple[int, int, int]:
     callbacks = [Signals(("micro-step", 2, 1, (1,)))]
     trainer = make_trainer(folder, strategy=mics(), callbacks=callbacks)
     module = Module()
@@ -394,11 +438,11 @@ def _two_runs_of_one_trainer(folder: Path) -> tuple[int, int, int]:
     return stopped, trainer.global_step, len(callbacks)
 
 
-def test_a_trainer_that_has_stopped_can_run_again(tmp_path: Path) -> None:
-    assert on_ranks(_two_runs_of_one_trainer, tmp_path) == [(3, 3 + BATCHES, 1)] * RANKS
+def test_a_trainer_that_has_stopped_can_run_again(seen: dict[str, list[Any]]) -> None:
+    assert seen["two runs"] == [(3, 3 + BATCHES, 1)] * RANKS
 
 
-def _comparisons(folder: Path) -> list[int]:
+def comparisons(folder: Path) -> list[int]:
     counts = []
     for window in (1, 3):
         compared: list[Tensor] = []
@@ -415,5 +459,5 @@ def _comparisons(folder: Path) -> list[int]:
     return counts
 
 
-def test_ranks_compare_one_number_per_optimizer_step_and_at_the_end(tmp_path: Path) -> None:
-    assert on_ranks(_comparisons, tmp_path) == [[BATCHES + 1, BATCHES // 3 + 1]] * RANKS
+def test_ranks_compare_one_number_per_optimizer_step_and_at_the_end(seen: dict[str, list[Any]]) -> None:
+    assert seen["comparisons"] == [[BATCHES + 1, BATCHES // 3 + 1]] * RANKS

@@ -20,6 +20,7 @@ from tests.support import preempted_script
 from tests.support.forked import run_ranks
 from tests.support.launching import LAUNCHERS, free_port, reports
 
+pytestmark = pytest.mark.launch
 SCRIPT = str(preempted_script.__file__)
 
 
@@ -29,7 +30,7 @@ def torchrun(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_job_of_torchrun_that_gets_sigterm_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_torchrun_job_resumes_where_sigterm_stopped_it(tmp_path: Path) -> None:
     with torchrun(str(tmp_path), "-1") as job:
         assert job.stdout is not None
         assert job.stdout.readline() == "training\n"
@@ -106,7 +107,7 @@ def _resumed(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "job"), [({}, "4711"), ({"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}, "12_3")]
 )
-def test_a_job_of_slurm_is_saved_and_then_queued_again(more: dict[str, str], job: str, tmp_path: Path) -> None:
+def test_a_slurm_job_is_saved_and_then_requeued(more: dict[str, str], job: str, tmp_path: Path) -> None:
     fake_scontrol(tmp_path, f'echo "$@" > {tmp_path}/asked; ls {tmp_path}/hpc_ckpt_1.ckpt > {tmp_path}/saved_before')
     run = run_ranks(2, _until_queued_again, tmp_path, init_group=False, env=slurm(tmp_path, **more))
     assert run == [[], []]
@@ -129,7 +130,7 @@ def test_a_job_of_slurm_is_saved_and_then_queued_again(more: dict[str, str], job
         (None, "[Errno 2] No such file or directory: 'scontrol'"),
     ],
 )
-def test_a_job_that_slurm_does_not_queue_again_is_saved_and_says_so(
+def test_a_slurm_job_that_cannot_be_requeued_is_saved_and_warns(
     scontrol: str | None, problem: str, tmp_path: Path
 ) -> None:
     if scontrol is not None:
@@ -137,7 +138,7 @@ def test_a_job_that_slurm_does_not_queue_again_is_saved_and_says_so(
     environment = slurm(tmp_path, PATH=str(tmp_path))
     warned = run_ranks(2, _until_queued_again, tmp_path, init_group=False, env=environment)
     assert warned == [
-        [f"SLURM job 4711 was saved but not queued again: `scontrol requeue 4711`: {problem}"],
+        [f"SLURM job 4711 was saved but not requeued: `scontrol requeue 4711`: {problem}"],
         [],
     ]
     assert (tmp_path / "hpc_ckpt_1.ckpt" / "manifest.json").exists()

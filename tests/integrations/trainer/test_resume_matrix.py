@@ -235,7 +235,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"whole": whole, "elsewhere": elsewhere, "back": on_ranks(_back, folder)[0]}
 
 
-def test_the_uninterrupted_run_is_no_trivial_one(matrix: dict[str, Any]) -> None:
+def test_the_uninterrupted_run_is_not_trivial(matrix: dict[str, Any]) -> None:
     whole = matrix["whole"]
     steps = list(whole["samples"].values())
     epochs = [list(chain(*steps[:STEPS_PER_EPOCH])), list(chain(*steps[STEPS_PER_EPOCH:]))]
@@ -250,7 +250,7 @@ def test_the_uninterrupted_run_is_no_trivial_one(matrix: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_elsewhere_losses_and_samples_are_those_of_the_uninterrupted_run(matrix: dict[str, Any], name: str) -> None:
+def test_on_other_ranks_losses_and_samples_are_as_if_uninterrupted(matrix: dict[str, Any], name: str) -> None:
     resumed, whole = matrix["elsewhere"][name], matrix["whole"]
     assert_same_from(SAVED_AFTER, resumed, whole, tolerance=1e-6)
     assert resumed["validated"] == [4, 6, 8]
@@ -258,7 +258,7 @@ def test_elsewhere_losses_and_samples_are_those_of_the_uninterrupted_run(matrix:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_back_again_they_still_are(matrix: dict[str, Any], name: str) -> None:
+def test_back_on_the_first_ranks_they_still_are(matrix: dict[str, Any], name: str) -> None:
     resumed, whole = matrix["back"][name], matrix["whole"]
     assert_same_from(SAVED_AGAIN_AFTER, resumed, whole, tolerance=1e-6)
     assert resumed["validated"] == [8]
@@ -343,7 +343,7 @@ def moments(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_goes_on_bit_for_bit_from_any_hook(moments: list[dict[str, Any]], moment: str) -> None:
+def test_a_run_resumes_bit_for_bit_from_any_hook(moments: list[dict[str, Any]], moment: str) -> None:
     for facts in moments:
         whole, resumed = facts["whole"], facts[moment]
         for name in ("micro_losses", "samples", "rates"):
@@ -365,7 +365,7 @@ def test_validation_and_the_end_of_epochs_come_as_if_uninterrupted(moments: list
 
 
 def _variants(folder: Path) -> dict[str, Any]:
-    """Each with what goes on from the middle of its first epoch."""
+    """Each with a run that resumes from the middle of its first epoch."""
     variants: dict[str, dict[str, Any]] = {
         "32-true, shards": {},
         "bf16-true, one full file": {"precision": "bf16-true", "strategy": {**HOME, "state_dict_type": "full"}},
@@ -406,7 +406,7 @@ def test_with_dropout_on_the_same_ranks_losses_are_equal_bit_for_bit(variants: d
     assert resumed["micro_losses"] == {step: whole["micro_losses"][step] for step in range(SAVED_AFTER, STEPS)}
 
 
-def test_two_optimizers_stepped_by_hand_go_on_with_larger_batches_on_fewer_ranks(variants: dict[str, Any]) -> None:
+def test_two_optimizers_stepped_by_hand_resume_with_larger_batches_on_fewer_ranks(variants: dict[str, Any]) -> None:
     whole, resumed = variants["manual"], variants["two"]
     assert list(resumed["samples"]) == list(whole["samples"])[SAVED_AFTER:]
     for step in resumed["samples"]:

@@ -1,4 +1,4 @@
-"""Where in an epoch a run is, on other ranks than it was; and what cannot be said of it."""
+"""The position in an epoch on another number of ranks, and positions that do not exist there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_mics.integrations.trainer.resuming import EpochGeometry, place_in_epoch
+from lightning_mics.integrations.trainer.resuming import EpochGeometry, position_in_epoch
 from tests.support.fits import refusal
 from tests.support.models import TinyModule, tokens
 from tests.support.trainers import make_trainer, mics, on_ranks
@@ -30,32 +30,32 @@ def pace(ranks: int, *, batch_size: int | None = 2, micro_steps: int) -> EpochGe
         (pace(8, micro_steps=2), 6),
         (pace(8, batch_size=4, micro_steps=1), 3),
         (pace(1, batch_size=8, micro_steps=4), 12),
-        (pace(8, batch_size=None, micro_steps=2), 6),  # as large as they were, if nobody says
+        (pace(8, batch_size=None, micro_steps=2), 6),  # as large as before, if the loader has no batch size
         (pace(4, micro_steps=2), 12),  # smaller steps
     ],
 )
-def test_the_place_is_counted_in_samples_of_all_ranks(now: EpochGeometry, place: int) -> None:
-    assert place_in_epoch(12, now=now, saved=FOUR) == place
+def test_the_position_is_counted_in_samples_of_all_ranks(now: EpochGeometry, place: int) -> None:
+    assert position_in_epoch(12, now=now, saved=FOUR) == place
 
 
-def test_a_place_between_boundaries_here_is_refused_with_what_fits() -> None:
+def test_a_position_between_boundaries_is_rejected_with_a_remedy() -> None:
     fits = "accumulate_grad_batches=2 makes an optimizer step as large as it was$"
     with pytest.raises(ValueError, match=f"after 12 micro-steps of 4 .* 8 ranks and accumulate_grad_batches=4; {fits}"):
-        place_in_epoch(12, now=pace(8, micro_steps=4), saved=FOUR)
+        position_in_epoch(12, now=pace(8, micro_steps=4), saved=FOUR)
     with pytest.raises(ValueError, match=r"after 12 .* 5 ranks .*; use a batch size .* whose product divides 32$"):
-        place_in_epoch(12, now=pace(5, micro_steps=1), saved=FOUR)
+        position_in_epoch(12, now=pace(5, micro_steps=1), saved=FOUR)
 
 
-def test_a_place_inside_an_optimizer_step_there_is_refused() -> None:
+def test_a_position_inside_an_optimizer_step_of_the_saved_run_is_rejected() -> None:
     with pytest.raises(RuntimeError, match=r"saved on 4 ranks after 3 of the 4 micro-steps .* on 2 ranks there is no"):
-        place_in_epoch(11, now=pace(2, micro_steps=8), saved=FOUR)
+        position_in_epoch(11, now=pace(2, micro_steps=8), saved=FOUR)
 
 
 # -- under a Trainer ---------------------------------------------------------------------------------------------------
 
 
 class Saving(TinyModule):
-    """Saves after two and three micro-steps, if it is told where."""
+    """Saves after two and three micro-steps, if it is given a folder."""
 
     def __init__(self, folder: Path | None = None) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def _save(folder: Path) -> None:
 
 
 def _resume(folder: Path, cases: list[tuple[str, int]]) -> list[tuple[str, str]]:
-    """The error and the warnings of going on from each checkpoint with so many micro-steps."""
+    """The error and the warnings of resuming from each checkpoint, with a number of micro-steps per step."""
     facts = []
     for name, micro_steps in cases:
         with warnings.catch_warnings(record=True) as heard:
@@ -109,9 +109,9 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]
 def test_a_loader_that_may_not_count_all_ranks_is_warned_of(heard: dict[str, Any]) -> None:
     error, told = heard["fits"]
     assert error == "nothing was refused"
-    assert "goes on with 1 ranks after 2" in told
+    assert "resumes with 1 ranks after 2" in told
     assert "DataLoader may repeat or skip some" in told
-    assert "goes on with" not in heard["same ranks"][1]
+    assert "resumes with" not in heard["same ranks"][1]
 
 
 def test_an_epoch_with_another_number_of_steps_is_warned_of(heard: dict[str, Any]) -> None:
@@ -121,13 +121,13 @@ def test_an_epoch_with_another_number_of_steps_is_warned_of(heard: dict[str, Any
     assert "an epoch had" not in heard["same ranks"][1]
 
 
-def test_other_steps_than_before_are_refused_when_training_starts(heard: dict[str, Any]) -> None:
+def test_other_optimizer_steps_are_rejected_when_training_starts(heard: dict[str, Any]) -> None:
     error, _ = heard["does not fit"]
     assert error.startswith("ValueError: the checkpoint was saved after 2 micro-steps of 2 ranks")
     assert error.endswith("accumulate_grad_batches=4 makes an optimizer step as large as it was")
 
 
-def test_gradients_that_a_checkpoint_lacks_are_refused_elsewhere_and_warned_of_at_home(heard: dict[str, Any]) -> None:
+def test_missing_gradients_are_rejected_on_other_ranks_and_warned_of_on_the_same(heard: dict[str, Any]) -> None:
     error, _ = heard["inside a step"]
     assert error.startswith("RuntimeError: the checkpoint was saved on 2 ranks after 1 of the 2 micro-steps")
     error, told = heard["same ranks, inside a step"]

@@ -27,7 +27,7 @@ STAGES = ("train", "val", "test", "predict")
 
 
 class Watched(TinyModule):
-    """Keeps the samples that each stage got, and whether parameters are whole or sharded between stages."""
+    """Records the samples of each stage, and whether parameters are unsharded or sharded between stages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ def test_evaluation_keeps_the_order_of_the_data(ranks: list[dict[str, Any]], sta
 
 
 def validate_then_fit(folder: str, fixed: bool) -> tuple[set[bool], bool]:
-    # Lightning's loops avoid inference mode under gloo; they are told here that the backend is another one
+    # Lightning's loops avoid inference mode under gloo; here they see another backend
     class NotGloo:
         get_backend = staticmethod(lambda: "nccl")
 

@@ -1,4 +1,4 @@
-"""From ``Trainer(strategy="mics")`` to process groups: names, launchers, backends, timeouts, and what is refused."""
+"""From ``Trainer(strategy="mics")`` to process groups: names, launchers, backends, timeouts, and errors."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_mics_is_found_by_name_in_any_case(tmp_path: Path, name: str) -> None:
     assert type(make_trainer(tmp_path, strategy=name, devices=2).strategy) is MiCSStrategy
 
 
-def test_an_instance_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_an_instance_is_used_unchanged(tmp_path: Path) -> None:
     strategy = MiCSStrategy(partition_size=2)
     assert make_trainer(tmp_path, strategy=strategy, devices=2).strategy is strategy
 
@@ -112,7 +112,7 @@ def test_the_number_of_nodes_reaches_the_topology(tmp_path: Path, strategy: Any)
     ],
     ids=["nothing", "torchrun", "slurm", "torchrun in slurm", "interactive slurm", "kubeflow", "plugin"],
 )
-def test_the_launcher_is_recognised_from_the_environment(
+def test_the_launcher_is_recognized_from_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], plugins: list[Any], environment: str
 ) -> None:
     for name, value in variables.items():
@@ -130,7 +130,7 @@ def test_processes_started_from_outside_are_not_started_again(tmp_path: Path, mo
     assert make_trainer(tmp_path, strategy="mics", devices=2).strategy.launcher is None
 
 
-def test_a_notebook_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator_connector, "_IS_INTERACTIVE", True)
     with pytest.raises(MisconfigurationException, match=r"strategy='mics'\)` is not compatible with an interactive"):
         make_trainer(tmp_path, strategy="mics", devices=2)
@@ -156,7 +156,7 @@ def test_a_cpu_accelerator_is_accepted(tmp_path: Path, accelerator: Any) -> None
     assert strategy.root_device.type == "cpu"
 
 
-def test_a_device_without_collectives_is_refused() -> None:
+def test_a_device_without_collectives_is_rejected() -> None:
     with pytest.raises(ValueError, match="strategy 'mics' runs on CUDA and CPU devices, not on 'mps'"):
         strategy_on("mps").setup_environment()
     assert not dist.is_initialized()
@@ -213,12 +213,12 @@ def test_the_timeout_reaches_every_group(
 # -- the wrong moment, and callbacks that cannot work --
 
 
-def test_the_device_mesh_is_refused_before_the_processes_exist() -> None:
+def test_the_device_mesh_is_rejected_before_the_processes_exist() -> None:
     with pytest.raises(RuntimeError, match="device mesh before processes have initialized"):
         _ = MiCSStrategy().device_mesh
 
 
-def test_the_topology_is_refused_before_the_model_is_sharded() -> None:
+def test_the_topology_is_rejected_before_the_model_is_sharded() -> None:
     with pytest.raises(RuntimeError, match="the model is sharded when the Trainer runs"):
         _ = MiCSStrategy().topology
 
@@ -237,15 +237,15 @@ def refuse_callbacks(folder: str) -> list[str]:
     return messages
 
 
-def test_weight_averaging_callbacks_are_refused(tmp_path: Path) -> None:
+def test_weight_averaging_callbacks_are_rejected(tmp_path: Path) -> None:
     (messages,) = on_ranks(refuse_callbacks, str(tmp_path), world_size=1)
     assert messages == [
-        f"{name} copies the whole model, which strategy 'mics' keeps in parts; remove it"
+        f"{name} copies the unsharded model, which no rank holds with strategy 'mics'; remove it"
         for name in ("StochasticWeightAveraging", "EMAWeightAveraging", "WeightAveraging")
     ]
 
 
-def test_a_torch_without_unsorted_groups_is_refused_with_the_version_needed(
+def test_a_torch_without_unsorted_groups_is_rejected_with_the_version_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process_groups, "HAS_UNSORTED_GROUPS", False)
@@ -254,4 +254,4 @@ def test_a_torch_without_unsorted_groups_is_refused_with_the_version_needed(
     strategy.connect(TinyModule())
     strategy.lightning_module._trainer = trainer
     with pytest.raises(RuntimeError, match=r"spans nodes of several ranks needs torch >= 2\.13, this is torch"):
-        strategy.setup_environment()  # before any rank waits for another
+        strategy.setup_environment()  # before any rank communicates

@@ -1,4 +1,4 @@
-"""Checkpoints of a Trainer in a store: ModelCheckpoint, resuming, removing, and what is refused."""
+"""Checkpoints of a Trainer in a store: ModelCheckpoint, resuming, removing, and errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def model_checkpoint(s3: str, tmp_path_factory: pytest.TempPathFactory) -> list[
     return on_ranks(_model_checkpoint, s3, tmp_path_factory.mktemp("here"), world_size=2)
 
 
-def test_model_checkpoint_keeps_the_best_and_the_last_in_the_store_and_nothing_here(model_checkpoint: Any) -> None:
+def test_model_checkpoint_keeps_the_best_and_the_last_in_the_store_and_nothing_locally(model_checkpoint: Any) -> None:
     assert model_checkpoint[0]["names"] == ["epoch=1.ckpt", "last.ckpt"]
     assert model_checkpoint[0]["here"] == []
 
@@ -88,7 +88,7 @@ def _full(url: str, folder: Path) -> dict[str, Any]:
     return facts
 
 
-def test_full_files_too(s3: str, tmp_path: Path) -> None:
+def test_full_files_are_saved_to_and_loaded_from_the_store(s3: str, tmp_path: Path) -> None:
     for facts in on_ranks(_full, s3, tmp_path, world_size=2):
         assert facts == {"names": ["epoch=1.ckpt"], "same": True}
 
@@ -118,7 +118,7 @@ def _cut(url: str, folder: Path, fault: Fault) -> dict[str, Any]:
     return facts
 
 
-def test_a_run_whose_upload_is_cut_ends_with_an_error_and_resumes_from_the_checkpoint_before(
+def test_a_run_whose_upload_is_cut_ends_with_an_error_and_resumes_from_the_previous_checkpoint(
     s3: str, fault: Fault, tmp_path: Path
 ) -> None:
     for facts in on_ranks(_cut, s3, tmp_path, fault, world_size=2):
@@ -138,9 +138,7 @@ def _refused(url: str, folder: Path) -> dict[str, str]:
     return facts
 
 
-def test_links_in_stores_missing_drivers_and_urls_that_are_none_are_refused_on_all_ranks(
-    s3: str, tmp_path: Path
-) -> None:
+def test_links_in_stores_missing_drivers_and_invalid_urls_are_rejected_on_all_ranks(s3: str, tmp_path: Path) -> None:
     for facts in on_ranks(_refused, s3, tmp_path, world_size=2):
         assert "save_last='link'" in facts["link"] and "s3://checkpoints/linked" in facts["link"]  # Lightning's own
         assert facts["driver"].startswith("ImportError: gs://bucket/a.ckpt needs a driver of fsspec")

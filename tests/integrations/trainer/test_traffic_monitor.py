@@ -1,4 +1,4 @@
-"""The monitor's numbers: what the design says a node sends, per optimizer step, and nothing else."""
+"""The monitor's numbers equal the bytes that the design predicts, per node and optimizer step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mics import CommunicationOptions
 from lightning_mics.integrations.trainer.traffic_monitor import TrafficMonitor
-from tests.support.forked import RankError
+from tests.support.forked import RankError, Run
 from tests.support.models import BLOCK_NUMEL, BYTES, DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
 from tests.support.trainers import make_trainer, mics, on_ranks
@@ -81,7 +81,7 @@ class ByHand(StackModule):
 
 
 class Rows(DummyLogger):
-    """Keeps what is logged."""
+    """Records what is logged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,11 +161,13 @@ def expected_mb(p: int, *, world: int, k: int, schedule: CommunicationOptions) -
         "replicas that span nodes, kept by ranks",
     ],
 )
-def test_a_step_sends_what_the_design_says(tmp_path: Path, world: int, p: int, schedule: CommunicationOptions) -> None:
+def test_a_step_sends_what_the_design_says(
+    tmp_path: Path, world: int, p: int, schedule: CommunicationOptions, on_shared_ranks: Run
+) -> None:
     options = {"partition_size": p, **schedule.keywords()}
     expected = expected_mb(p, world=world, k=2, schedule=schedule)
     least = 2 * MODEL_BYTES * (world // 2 - 1) / (world // 2) / 1e6
-    for rows in on_ranks(_fit_shape, tmp_path, options, world, world_size=world):
+    for rows in on_shared_ranks(_fit_shape, tmp_path, options, world, world_size=world):
         assert [step for step, _ in rows] == [0, 1]
         for _, metrics in rows:
             measured = {name: value for name, value in metrics.items() if name not in (SECONDS, RATE)}
@@ -182,8 +184,10 @@ def _flat(expected: dict[str, tuple[float, float]]) -> dict[str, float]:
     return flat
 
 
-def test_loggers_get_averages_every_n_steps_and_of_what_is_left_at_the_end(tmp_path: Path) -> None:
-    for rows, *_ in on_ranks(_fit_seven_steps, tmp_path):
+def test_loggers_get_averages_every_n_steps_and_of_the_remaining_steps_at_the_end(
+    tmp_path: Path, on_shared_ranks: Run
+) -> None:
+    for rows, *_ in on_shared_ranks(_fit_seven_steps, tmp_path):
         assert [step for step, _ in rows] == [2, 5, 6]
         assert len({metrics[BETWEEN] for _, metrics in rows}) == 1 and rows[0][1][BETWEEN] > 0
         assert all(metrics[SECONDS] > 0 for _, metrics in rows)
@@ -199,8 +203,8 @@ def _fit_seven_steps(folder: Path) -> Any:
     return fit(folder, 7, log_every_n_steps=3, limit_val_batches=0)
 
 
-def test_log_every_n_steps_of_zero_logs_nothing_and_still_shows_the_table(tmp_path: Path) -> None:
-    (rows, _, tables), *_ = on_ranks(_fit_unlogged, tmp_path)
+def test_log_every_n_steps_of_zero_logs_nothing_and_still_shows_the_table(tmp_path: Path, on_shared_ranks: Run) -> None:
+    (rows, _, tables), *_ = on_shared_ranks(_fit_unlogged, tmp_path)
     assert rows == [] and len(tables) == 1
 
 
@@ -208,8 +212,8 @@ def _fit_unlogged(folder: Path) -> Any:
     return fit(folder, 2, log_every_n_steps=0, limit_val_batches=0)
 
 
-def test_a_csv_file_and_the_progress_bar_show_the_traffic(tmp_path: Path) -> None:
-    shown = on_ranks(_fit_with_csv, tmp_path)
+def test_a_csv_file_and_the_progress_bar_show_the_traffic(tmp_path: Path, on_shared_ranks: Run) -> None:
+    shown = on_shared_ranks(_fit_with_csv, tmp_path)
     assert shown[0] == pytest.approx(MODEL_BYTES / 1e6)
     with next(tmp_path.rglob("metrics.csv")).open() as file:
         rows = list(csv.DictReader(file))
@@ -224,9 +228,9 @@ def _fit_with_csv(folder: Path) -> float:
     return trainer.progress_bar_metrics["between_nodes_mb"]
 
 
-def test_validation_does_not_count_in_any_place(tmp_path: Path) -> None:
+def test_validation_is_never_counted(tmp_path: Path, on_shared_ranks: Run) -> None:
     """In the middle of an accumulation window, at the end, and as a sanity check."""
-    for rows, everything_mb, _ in on_ranks(_fit_validating, tmp_path):
+    for rows, everything_mb, _ in on_shared_ranks(_fit_validating, tmp_path):
         of_a_step = expected_inside_mb(micro_steps=2)
         assert [metrics[INSIDE] for _, metrics in rows] == pytest.approx([of_a_step] * 3)
         assert everything_mb > 1.2 * of_a_step
@@ -266,9 +270,11 @@ def _fit_validating_slowly(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("optimizers", [1, 2])
-def test_under_manual_optimization_each_optimizers_step_is_a_step(tmp_path: Path, optimizers: int) -> None:
+def test_under_manual_optimization_each_optimizers_step_is_a_step(
+    tmp_path: Path, optimizers: int, on_shared_ranks: Run
+) -> None:
     """The last micro-step opens a window that no step ends: it does not count."""
-    of_ranks = on_ranks(_fit_by_hand, tmp_path, optimizers)
+    of_ranks = on_shared_ranks(_fit_by_hand, tmp_path, optimizers)
     expected = expected_inside_mb(micro_steps=2) / optimizers
     assert of_ranks[0][2][0].splitlines()[-1].split()[:2] == ["all", f"{expected:.3f}"]
     for rows, everything_mb, _ in of_ranks:
@@ -280,8 +286,8 @@ def _fit_by_hand(folder: Path, optimizers: int) -> Any:
     return fit(folder, 5, module=ByHand(optimizers=optimizers), limit_val_batches=0)
 
 
-def test_the_table_lists_techniques_with_their_share(tmp_path: Path) -> None:
-    tables = [tables for _, _, tables in on_ranks(_fit_spanning, tmp_path)]
+def test_the_table_lists_techniques_with_their_share(tmp_path: Path, on_shared_ranks: Run) -> None:
+    tables = [tables for _, _, tables in on_shared_ranks(_fit_spanning, tmp_path)]
     assert [len(of_rank) for of_rank in tables] == [1, 0, 0, 0]
     head, columns, *lines = tables[0][0].splitlines()
     assert head.startswith("Traffic of one node per optimizer step: 2 steps of ") and "Mbit/s between nodes" in head
@@ -302,8 +308,8 @@ def _fit_spanning(folder: Path) -> Any:
     )
 
 
-def test_without_a_step_there_is_no_table_and_no_row(tmp_path: Path) -> None:
-    for rows, everything_mb, tables in on_ranks(_fit_without_steps, tmp_path):
+def test_without_a_step_there_is_no_table_and_no_row(tmp_path: Path, on_shared_ranks: Run) -> None:
+    for rows, everything_mb, tables in on_shared_ranks(_fit_without_steps, tmp_path):
         assert rows == [] and tables == [] and everything_mb > 0
 
 
@@ -311,8 +317,8 @@ def _fit_without_steps(folder: Path) -> Any:
     return fit(folder, 2, module=ByHand(optimizers=1, steps=False), limit_val_batches=0)
 
 
-def test_a_resumed_run_and_a_second_fit_count_from_their_own_start(tmp_path: Path) -> None:
-    of_ranks = on_ranks(_fit_twice, tmp_path)
+def test_a_resumed_run_and_a_second_fit_count_from_their_own_start(tmp_path: Path, on_shared_ranks: Run) -> None:
+    of_ranks = on_shared_ranks(_fit_twice, tmp_path)
     assert [table.split(" s,")[0].split()[7:9] for table in of_ranks[0][2]] == [["3", "steps"], ["2", "steps"]]
     for first, second, _ in of_ranks:
         assert [step for step, _ in first] == [1, 2]
@@ -340,9 +346,9 @@ def _fit_twice(folder: Path) -> Any:
     return [*logged, [message for message in messages if message.startswith("Traffic")]]
 
 
-def test_another_strategy_is_refused_by_name(tmp_path: Path) -> None:
+def test_another_strategy_is_rejected_by_name(tmp_path: Path, on_shared_ranks: Run) -> None:
     with pytest.raises(RankError) as caught:
-        on_ranks(_fit_ddp, tmp_path, world_size=2)
+        on_shared_ranks(_fit_ddp, tmp_path, world_size=2)
     for kind, message in caught.value.failures.values():
         assert kind == "MisconfigurationException"
         assert 'DDPStrategy counts nothing: use Trainer(strategy="mics")' in message
@@ -352,8 +358,8 @@ def _fit_ddp(folder: Path) -> None:
     make_trainer(folder, strategy="ddp", devices=2, callbacks=[TrafficMonitor()]).fit(StackModule(), batches(2))
 
 
-def test_the_monitor_runs_no_collective(tmp_path: Path) -> None:
-    for without, watched in on_ranks(_record_with_and_without, tmp_path):
+def test_the_monitor_runs_no_collective(tmp_path: Path, on_shared_ranks: Run) -> None:
+    for without, watched in on_shared_ranks(_record_with_and_without, tmp_path):
         assert without == watched
         assert len(watched) > 2 * LAYERS
 

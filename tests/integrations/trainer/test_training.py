@@ -167,7 +167,7 @@ def test_ranks_with_different_seeds_train_one_model(ranks: list[dict[str, Run]],
         assert all(torch.equal(rank[name].weights[key], weight) for key, weight in ranks[0][name].weights.items())
 
 
-def test_gradients_cross_replicas_at_the_boundary_only(ranks: list[dict[str, Run]]) -> None:
+def test_gradients_are_reduced_over_replicas_at_the_boundary_only(ranks: list[dict[str, Run]]) -> None:
     assert ranks[0]["every step"].all_reduces == [UNITS] * 5
     assert ranks[0]["accumulated"].all_reduces == [0, UNITS, 0, UNITS, UNITS]
 
@@ -178,7 +178,7 @@ def test_the_shorter_window_at_the_end_of_an_epoch_is_stepped(ranks: list[dict[s
     assert norm(gradients[2]) == pytest.approx(norm(ONE_PROCESS["accumulated"]().gradients[2]), rel=1e-5)
 
 
-def test_clipping_by_norm_clips_the_norm_of_the_whole_model(ranks: list[dict[str, Run]]) -> None:
+def test_clipping_by_norm_clips_the_norm_over_all_shards(ranks: list[dict[str, Run]]) -> None:
     run = ranks[0]["clipped by norm"]
     assert all(norm(gradients) > 1.5 * NORM for gradients in run.gradients)
     assert [norm(gradients) for gradients in run.clipped] == pytest.approx([NORM] * 5, rel=1e-4)

@@ -31,19 +31,19 @@ FIRST, SECOND = SAMPLES[: 8 * WINDOW], SAMPLES[8 * WINDOW :]
 
 
 class Automatic(TinyModule):
-    """Keeps its full gradients of each step."""
+    """Records its full gradients of each step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[dict[str, Tensor]] = []
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.net.embed.weight.grad is not None:  # inside a window sums wait elsewhere
+        if self.net.embed.weight.grad is not None:  # None inside a window, where gradients are pending
             self.steps.append({name: p.grad.full_tensor() for name, p in self.net.named_parameters()})
 
 
 class ByHand(Automatic):
-    """Two optimizers: the first steps at once and so may end the fit while the second one's window is open."""
+    """Two optimizers: the first steps inside the second one's windows, so the fit may end while one is open."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,6 +15,9 @@ from lightning_mics.planning.rehearsal.activations import peak_activations
 from lightning_mics.sharding.activation_checkpointing import recompute_in_backward
 from lightning_mics.sharding.blocks import find_blocks
 
+pytestmark = pytest.mark.rehearsal
+
+
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 

@@ -27,7 +27,7 @@ from tests.support.forked import run_ranks
 from tests.support.jobs import JOBS, LENGTH, MODELS, SEQUENCES, Job, language_model, rehearsed_job
 from tests.support.trainers import make_trainer, on_ranks
 
-pytestmark = pytest.mark.rehearsal
+pytestmark = [pytest.mark.rehearsal, pytest.mark.timeout(900)]  # a fixture runs all real jobs of as many ranks
 
 
 Case = tuple[str, str]  # a model and a job
@@ -109,7 +109,7 @@ def real(in_campaign: bool) -> dict[Case, list[list[Collective]]]:
     of_ranks: dict[Case, list[list[Collective]]] = {}
     for world_size in (4, 8):
         cases = [case for case in cases_of(in_campaign) if JOBS[case[1]].topology.world_size == world_size]
-        by_rank = run_ranks(world_size, all_real_collectives, cases)
+        by_rank = run_ranks(world_size, all_real_collectives, cases, timeout=400)
         of_ranks |= {case: [seen[case] for seen in by_rank] for case in cases}
     return of_ranks
 
@@ -189,7 +189,7 @@ def all_real_peaks(cases: list[Case]) -> dict[Case, int]:
 @pytest.fixture(scope="module")
 def real_peaks(in_campaign: bool) -> list[dict[Case, int]]:
     """What each of four ranks has allocated in each job."""
-    return run_ranks(4, all_real_peaks, [case for case in cases_of(in_campaign) if case in MEASURED])
+    return run_ranks(4, all_real_peaks, [case for case in cases_of(in_campaign) if case in MEASURED], timeout=400)
 
 
 @pytest.mark.parametrize(("name", "job"), marked(MEASURED))

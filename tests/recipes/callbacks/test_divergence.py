@@ -12,8 +12,9 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from recipes.callbacks.divergence import DivergedError, StopIfDiverged
+from tests.support.forked import Run
 from tests.support.models import TinyModule
-from tests.support.trainers import loader, make_trainer, on_ranks
+from tests.support.trainers import loader, make_trainer
 
 
 class Diverges(TinyModule):
@@ -60,8 +61,10 @@ def saved(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.ckpt"))
 
 
-def test_nan_on_one_rank_stops_all_and_names_its_step_and_the_last_good_checkpoint(tmp_path: Path) -> None:
-    results = on_ranks(_fit, str(tmp_path), Diverges(step=4), 5, 3)
+def test_nan_on_one_rank_stops_all_and_names_its_step_and_the_last_good_checkpoint(
+    tmp_path: Path, on_shared_ranks: Run
+) -> None:
+    results = on_shared_ranks(_fit, str(tmp_path), Diverges(step=4), 5, 3)
     assert len(set(results)) == 1
     message, stopped_after = results[0]
     assert stopped_after == 5  # the next step that is logged
@@ -73,18 +76,20 @@ def test_nan_on_one_rank_stops_all_and_names_its_step_and_the_last_good_checkpoi
     assert saved(tmp_path) == ["step=3.ckpt"]
 
 
-def test_no_checkpoint_is_saved_between_the_loss_and_the_step_that_is_logged(tmp_path: Path) -> None:
-    for message, stopped_after in on_ranks(_fit, str(tmp_path), Diverges(step=1), 50, 2):
-        assert (
-            "rank 2 is not finite in step 1; no checkpoint is saved yet, start again with a lower optimizer.lr"
-            in message
-        )
+def test_no_checkpoint_is_saved_between_the_loss_and_the_step_that_is_logged(
+    tmp_path: Path, on_shared_ranks: Run
+) -> None:
+    for message, stopped_after in on_shared_ranks(_fit, str(tmp_path), Diverges(step=1), 50, 2):
+        advice = "no checkpoint is saved yet, start again with a lower optimizer.lr"
+        assert f"rank 2 is not finite in step 1; {advice}" in message
         assert stopped_after == 2
     assert not saved(tmp_path)
 
 
-def test_weights_that_overflowed_are_not_saved_although_the_loss_was_a_number(tmp_path: Path) -> None:
-    for message, stopped_after in on_ranks(_fit, str(tmp_path), Overflows(step=2), 50, 1):
+def test_weights_that_overflowed_are_not_saved_although_the_loss_was_a_number(
+    tmp_path: Path, on_shared_ranks: Run
+) -> None:
+    for message, stopped_after in on_shared_ranks(_fit, str(tmp_path), Overflows(step=2), 50, 1):
         assert "weights are not finite after step 2; the last good checkpoint is" in message
         assert f"resume={tmp_path / 'step=1.ckpt'}" in message
         assert stopped_after == 2

@@ -86,7 +86,7 @@ def test_the_network_is_built_once_to_be_measured_and_once_to_be_rehearsed(
         ("cluster.memory_gib=0.001", "does not fit one A100 40 GB"),
         (
             "strategy.partition_size=16 strategy.hierarchical=false strategy.cache_parameters=node",
-            "cache_parameters='node' needs collectives that cross nodes in a stage of their own",
+            "cache_parameters='node' needs a separate inter-node stage of collectives",
         ),
     ],
 )
