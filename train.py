@@ -2,7 +2,7 @@
 
     python train.py                                   everything as in conf/train.yaml
     python train.py trainer.max_steps=1000            one value changed
-    python train.py resume=last                       go on where the last run of that name stopped
+    python train.py resume=last                       resume the last run of that name
     python train.py -m strategy.partition_size=1,2,4  one run after another
 
 What else can be chosen is listed in conf/train.yaml.
@@ -62,7 +62,7 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig) -> None:
-    """Train, or go on, and say what came out."""
+    """Train or resume, and report the results."""
     runs = find_saved_runs(config.resume, checkpoint_dir=config.checkpoint_dir, say=say)
     L.seed_everything(config.seed, verbose=False)
 
@@ -82,7 +82,7 @@ def run(config: DictConfig) -> None:
 
 
 def rehearse_job(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Say what the job needs and what it does, without its machines; a job that cannot be ends with the reason."""
+    """Plan and rehearse the job without its machines; exit with the reason if the job is invalid."""
     try:
         dry_run(config, make_model(config), command=["python", "train.py", *overrides])
     except ValueError as error:
@@ -97,7 +97,12 @@ def make_model(config: DictConfig) -> LanguageModel:
 
 
 def make_trainer(config: DictConfig, saved: SavedRun | None = None) -> L.Trainer:
-    """The Trainer of this run, whether it begins or goes on."""
+    """The Trainer of a fresh or resumed run.
+
+    Args:
+        config: Configuration of the run.
+        saved: Run to resume; None for a fresh start.
+    """
     steps = steps_to_reach(config.trainer.max_steps, saved)
     loggers = list(instantiate(config.logger).values())
     trainer = instantiate(config.trainer, _partial_=True)
@@ -108,7 +113,7 @@ def make_trainer(config: DictConfig, saved: SavedRun | None = None) -> L.Trainer
 def resume(
     config: DictConfig, runs: list[SavedRun], model: L.LightningModule, data: L.LightningDataModule
 ) -> tuple[L.Trainer, str]:
-    """The Trainer for the first of ``runs`` whose checkpoint is whole, and that checkpoint."""
+    """The Trainer for the first of ``runs`` whose checkpoint is complete, and the path of that checkpoint."""
     for saved in runs:
         trainer = make_trainer(config, saved)
         try:

@@ -222,7 +222,7 @@ python -m benchmarks.saving_time {" ".join(arguments)}
 Reading counts every byte that a process asks files for, and ours reads each file twice: for its checksum before
 anything is loaded, and for its values. The rank that loads most of a file checks it, so that the second time is from
 the page cache. Lightning's checks nothing. Its steps are those of another sharding (over all ranks): compare the steps
-of the first two rows, which tell what writing beside training costs on cores that training needs as well.
+of the first two rows, which show the cost of writing asynchronously on cores that training needs as well.
 """
     )
 

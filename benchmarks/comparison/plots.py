@@ -23,8 +23,8 @@ from benchmarks.comparison.measurements import OURS, Measurements, Setting, Spre
 
 COLUMNS = {"node": "one node", "two-nodes": "two nodes", "world": "all nodes"}  # what a replica reaches over
 _MARKERS = "osD^vP*X<>hp"
-_OWN_COLOURS = ("#f4a582", "#d6604d", "#fdae61", "#b2182b", "#67001f")
-_PEER_COLOURS = ("#2166ac", "#1b7837", "#762a83", "#4d4d4d", "#35978f", "#8c510a", "#5aae61", "#9970ab", "#878787")
+_OWN_COLORS = ("#f4a582", "#d6604d", "#fdae61", "#b2182b", "#67001f")
+_PEER_COLORS = ("#2166ac", "#1b7837", "#762a83", "#4d4d4d", "#35978f", "#8c510a", "#5aae61", "#9970ab", "#878787")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +121,11 @@ def _looks(systems: list[str]) -> dict[str, dict[str, Any]]:
     families = {system: system.partition("@")[0] for system in systems}
     own = sorted({family for system, family in families.items() if is_ours(system)})
     peers = sorted({family for system, family in families.items() if not is_ours(system)})
-    colours = {**dict(zip(own, cycle(_OWN_COLOURS))), **dict(zip(peers, cycle(_PEER_COLOURS)))}
+    colors = {**dict(zip(own, cycle(_OWN_COLORS))), **dict(zip(peers, cycle(_PEER_COLORS)))}
     markers = dict(zip([*own, *peers], cycle(_MARKERS)))
     widths = {True: {"linewidth": 2.6, "zorder": 3}, False: {"linewidth": 1.2, "zorder": 2}}
     return {
-        system: {"color": colours[family], "marker": markers[family], **widths[is_ours(system)]}
+        system: {"color": colors[family], "marker": markers[family], **widths[is_ours(system)]}
         for system, family in families.items()
     }
 

@@ -105,7 +105,7 @@ def micro_batch(workload: Workload, *, step: int, micro_step: int, rank: int) ->
         workload: Sizes and seed.
         step: Optimizer steps since training began, over all phases.
         micro_step: Within the optimizer step.
-        rank: Of the whole job.
+        rank: Rank in the job.
     """
     successor = torch.randperm(SYMBOLS, generator=_generator(workload.seed))
     tokens = torch.empty(workload.micro_batch, workload.sequence_length + 1, dtype=torch.long)

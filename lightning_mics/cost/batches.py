@@ -50,7 +50,7 @@ def split_global_batch(
     unit = ranks * (micro or 1) * (accumulation or 1)
     fits = global_batch_size == unit if micro and accumulation else global_batch_size % unit == 0
     if not fits:
-        raise ValueError(_refusal(global_batch_size, ranks=ranks, micro=micro, accumulation=accumulation))
+        raise ValueError(_why_unsplittable(global_batch_size, ranks=ranks, micro=micro, accumulation=accumulation))
     of_rank = global_batch_size // ranks
     if micro is None:
         micro = of_rank // accumulation if accumulation else _largest(of_rank, largest_micro)
@@ -61,7 +61,7 @@ def _largest(of_rank: int, largest_micro: int) -> int:
     return next((micro for micro in range(min(largest_micro, of_rank), 0, -1) if of_rank % micro == 0), 1)
 
 
-def _refusal(global_batch_size: int, *, ranks: int, micro: int | None, accumulation: int | None) -> str:
+def _why_unsplittable(global_batch_size: int, *, ranks: int, micro: int | None, accumulation: int | None) -> str:
     factors = [f"{ranks} ranks"]
     if micro:
         factors.append(f"data.batch_size={micro}")

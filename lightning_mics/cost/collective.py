@@ -42,6 +42,6 @@ class Collective:
     sent: Sent
 
     @property
-    def whole_bytes(self) -> int:
+    def total_bytes(self) -> int:
         """Bytes that are gathered, reduced or exchanged, over all ranks."""
         return self.elements * self.dtype.itemsize

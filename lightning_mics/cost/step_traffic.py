@@ -1,11 +1,11 @@
-"""The collectives of one optimizer step, from the shapes of parameters and the options: what a rehearsal would see.
+"""The collectives of one optimizer step, computed from the shapes of parameters and the options.
 
 A rehearsal runs the program, which takes a minute for a large model; this takes a millisecond, so that all partition
-sizes can be compared. The tests hold one against the other.
+sizes can be compared. The tests check that both agree.
 
 FSDP2 shards each parameter over its first dimension, padded to a multiple of the ranks, and gathers and reduces all of
-a unit's at once. The root is gathered in the first forward of each micro-step only; blocks are gathered in forward and
-in backward.
+a parameter group at once. The root is gathered in the first forward of each micro-step only; blocks are gathered in
+forward and in backward.
 """
 
 from __future__ import annotations
@@ -171,9 +171,9 @@ class _Step:
         wire, replicas = self.options.inter_node_reduce_dtype, self.topology.replicas
         if wire is None:
             return [self._run("all_reduce", "replication", shard, dtype, when=when)]
-        whole = -(-shard // replicas) * replicas
+        padded = -(-shard // replicas) * replicas
         kinds: tuple[Kind, Kind] = ("all_to_all", "all_gather")
-        return [self._run(kind, "replication", whole, wire, when=when) for kind in kinds]
+        return [self._run(kind, "replication", padded, wire, when=when) for kind in kinds]
 
     def _run(
         self, kind: Kind, group: str, elements: int, dtype: torch.dtype, *, when: When, times: int = 1

@@ -1,4 +1,4 @@
-"""What a job needs before it runs: know before you pay."""
+"""The memory, traffic and time of a job, before it runs."""
 
 from lightning_mics.cost.hardware import Hardware, find_instance
 from lightning_mics.cost.nccl_tests import with_measured

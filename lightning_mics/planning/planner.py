@@ -1,7 +1,7 @@
-"""The planner: all partition sizes of a job, ranked. What fits, what crosses the network, how long a step takes.
+"""The planner: all partition sizes of a job, ranked, with memory, traffic and the time of a step.
 
-What "auto" stands for is chosen by the function that the strategy uses (:mod:`lightning_mics.policy.choice`), so that
-they never disagree.
+The planner and the strategy replace "auto" by the same function (:mod:`lightning_mics.policy.choice`), so that they
+never disagree.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lightning_mics.policy.memory import in_gib
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology, partition_sizes
 
-LEFT_FREE = 0.06  # share of a device for what nobody counts: the CUDA context, NCCL, fragmentation
+LEFT_FREE = 0.06  # share of a device for memory that is not counted: the CUDA context, NCCL, fragmentation
 
 
 FULL_SHARDING = "FSDP, ZeRO-3"
@@ -32,18 +32,18 @@ class Candidate:
     """One way to run the job.
 
     Attributes:
-        system: "MiCS", or the baseline that is priced by the same model.
-        topology: Where every rank is.
-        batches: How the global batch is cut.
-        communication: How collectives run.
-        states_bytes: Model states of a rank, with what is unsharded at the peak, in bytes.
+        system: "MiCS", or the name of the baseline.
+        topology: Topology of the job.
+        batches: Division of the global batch.
+        communication: Options of the collectives, without "auto".
+        states_bytes: Model states of a rank, with the unsharded parameters and gradients of the peak, in bytes.
         cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
-        memory_bytes: What a rank needs with the activations of a micro-batch.
-        fits: Whether that leaves enough of the device free.
-        node_sent: What a node sends per optimizer step.
-        seconds: Of an optimizer step.
-        hfu_tflops: Of one GPU, with what is recomputed, at the expected time.
-        mfu_tflops: The same without.
+        memory_bytes: Memory of a rank, with the activations of a micro-batch, in bytes.
+        fits: Whether ``memory_bytes`` leaves enough of the device free.
+        node_sent: Bytes that a node sends per optimizer step.
+        seconds: Predicted seconds of an optimizer step.
+        hfu_tflops: TFLOP/s of one GPU at the expected time, with recomputation.
+        mfu_tflops: TFLOP/s of one GPU at the expected time, without recomputation.
     """
 
     system: str
@@ -65,13 +65,13 @@ class Plan:
     """All ways to run a job, the best first.
 
     Attributes:
-        candidates: Those that fit before those that do not, faster before slower.
-        recommended: The one that ``partition_size="auto"`` takes.
-        chosen: The one of the partition size that was given; without one, what is recommended.
-        baseline: Full sharding over all ranks, flat, every time.
+        candidates: Candidates, those that fit before those that do not, faster before slower.
+        recommended: Candidate that ``partition_size="auto"`` chooses.
+        chosen: Candidate with the partition size that was given; without one, ``recommended``.
+        baseline: Full sharding over all ranks, with flat collectives and without caches.
         global_batch_size: Samples per optimizer step.
-        capacity_bytes: Memory of a GPU.
-        warnings: What one should know before paying.
+        capacity_bytes: Memory of a GPU, in bytes.
+        warnings: Sentences on memory, time and traffic, without a full stop.
     """
 
     candidates: tuple[Candidate, ...]
@@ -98,22 +98,22 @@ def plan(
     """Compare all partition sizes.
 
     Args:
-        workload: From :func:`~lightning_mics.planning.rehearsal.workload.measure_workload`.
-        hardware: Of each node; see :func:`~lightning_mics.cost.hardware.find_instance`.
-        nodes: How many.
+        workload: Workload, from :func:`~lightning_mics.planning.rehearsal.workload.measure_workload`.
+        hardware: Hardware of each node; see :func:`~lightning_mics.cost.hardware.find_instance`.
+        nodes: Number of nodes.
         global_batch_size: Samples per optimizer step, over all ranks.
-        ranks_per_node: None is one per GPU.
+        ranks_per_node: Ranks on each node; None is one per GPU.
         micro_batch: Samples per rank and micro-step; None is as many as fit.
-        accumulation: Micro-steps per optimizer step; None follows.
-        partition_size: Ranks per partition group of the job; all others are compared anyway.
-        communication: How collectives run; ``hierarchical`` counts where a partition group spans nodes.
+        accumulation: Micro-steps per optimizer step; None follows from the other two.
+        partition_size: Ranks per partition group of the chosen candidate, or "auto"; all sizes are compared anyway.
+        communication: Options of the collectives; ``hierarchical`` applies if a partition group spans nodes.
 
     Raises:
-        ValueError: If there is no node, nothing divides the global batch, a device is smaller than one block, or
-            there is no such partition size.
+        ValueError: If ``nodes`` is not positive, the global batch cannot be split, a block does not fit a device, or
+            the partition size does not fit the job.
     """
     if nodes < 1:
-        raise ValueError(f"nodes={nodes}: a cluster has at least one")
+        raise ValueError(f"nodes={nodes} must be at least 1")
     ranks_per_node = ranks_per_node or hardware.gpus_per_node
     world_size = nodes * ranks_per_node
     _check_block_fits(workload, hardware)
@@ -137,7 +137,7 @@ def plan(
     chosen = recommended if partition_size == "auto" else by_size.get(partition_size)
     if chosen is None:
         raise ValueError(
-            f"partition_size={partition_size} is none of {', '.join(map(str, by_size))}, which are possible"
+            f"partition_size={partition_size} does not fit the job; possible are {', '.join(map(str, by_size))}"
         )
     baseline = price.full_sharding(world_size=world_size, ranks_per_node=ranks_per_node)
     return Plan(
@@ -154,14 +154,14 @@ def plan(
 def weak_scaling(
     workload: Workload, hardware: Hardware, *, nodes: Sequence[int], samples_per_rank: int, **options: Any
 ) -> list[Plan]:
-    """Plans for growing clusters whose ranks have as much to do each.
+    """Plan the job on growing clusters, with the same work per rank.
 
     Args:
-        workload: The same in all.
-        hardware: Of each node.
-        nodes: Sizes of the cluster.
-        samples_per_rank: Per optimizer step.
-        options: As of :func:`plan`.
+        workload: Workload, the same in all plans.
+        hardware: Hardware of each node.
+        nodes: Numbers of nodes, one plan for each.
+        samples_per_rank: Samples per rank and optimizer step.
+        options: Further arguments of :func:`plan`.
     """
     ranks_per_node = options.get("ranks_per_node") or hardware.gpus_per_node
     return [
@@ -238,20 +238,20 @@ class _Price:
 
 
 def _check_block_fits(workload: Workload, hardware: Hardware) -> None:
-    """A block is gathered whole, with its gradients, on each rank, however many share the model states."""
+    """Each rank unshards complete blocks, with their gradients, at any partition size."""
     size, capacity = workload.size, hardware.memory_bytes
-    needed = size.per_rank_bytes(2**40)  # of model states a rank holds nothing then
+    needed = size.per_rank_bytes(2**40)  # so many ranks that the shard of the model states is negligible
     if needed <= capacity:
         return
     root = size.root_bytes > size.block_bytes
     unit = (
-        f"what no block holds ({in_gib(size.root_bytes)})"
+        f"the root, outside of all blocks ({in_gib(size.root_bytes)})"
         if root
         else f"the largest block ({in_gib(size.block_bytes)})"
     )
     raise ValueError(
-        f"{unit} does not fit one {hardware.gpu}: gathered, with its gradients and what is on the way, it takes "
-        f"{in_gib(needed)} of {in_gib(capacity)}, {in_gib(needed - capacity)} too many; choose smaller blocks by "
+        f"{unit} does not fit one {hardware.gpu}: unsharded, with gradients and prefetched blocks, it takes "
+        f"{in_gib(needed)} of {in_gib(capacity)}, {in_gib(needed - capacity)} too much; choose smaller blocks by "
         "block_classes, or GPUs with more memory"
     )
 
@@ -267,7 +267,7 @@ def _warnings(chosen: Candidate, ranked: Sequence[Candidate], baseline: Candidat
         others = sorted(each.topology.partition_size for each in ranked if each.fits)
         if others:
             warnings.append(
-                f"with micro-batches of {chosen.batches.micro} partition_size={topology.partition_size} needs "
+                f"with micro-batches of {chosen.batches.micro}, partition_size={topology.partition_size} needs "
                 f"{needs}; {', '.join(map(str, others))} would fit, or a smaller micro-batch"
             )
         else:
@@ -288,7 +288,7 @@ def _warnings(chosen: Candidate, ranked: Sequence[Candidate], baseline: Candidat
     few = chosen.batches.accumulation == 1 and topology.replicas > 1
     if few and chosen.node_sent.between_bytes > baseline.node_sent.between_bytes:
         warnings.append(
-            "with one micro-step per optimizer step the second hop in float32 sends more between nodes than full "
+            "with one micro-step per optimizer step, the second hop in float32 sends more between nodes than full "
             "sharding does: use a larger global batch, or inter_node_reduce_dtype=bfloat16"
         )
     if topology.nodes_per_partition_group > 8:

@@ -2,14 +2,14 @@
 
 The partition group is the smallest whole number of nodes that holds the model states (MiCS, section 3.1).
 
-Caching and accumulating is bytes sent against memory; it never sends more. On nodes it takes memory on each rank: of M
-bytes of parameters M/k, with k ranks of a partition group on a node, and the gradients' size / k. Where memory is left
-for one of them only, parameters come first: over s micro-steps their cache saves 2s-1 times M bytes between nodes,
-accumulated gradients s-1 times.
+Caching parameters and accumulating gradients trades memory for traffic. On nodes, with M bytes of parameters and k
+ranks of a partition group per node, the cache takes M/k bytes of each rank, and accumulated gradients take their size
+/ k. If memory is left for only one of them, parameters take precedence: over s micro-steps their cache saves 2s-1
+times M bytes of inter-node traffic, accumulated gradients save s-1 times.
 
-On ranks it takes the whole M, and the gradients' whole size. Links inside a node are fast, and who shards does so to
-save memory, so "auto" does it only where nothing would have to be sharded: where the model states of the whole model
-fit a rank, as DDP has them. Optimizer states stay sharded, so it takes less than DDP then.
+On ranks, the cache takes M bytes, and accumulated gradients take their full size. Links inside a node are fast, and
+sharding is there to save memory, so "auto" does it only if the unsharded model states, as in DDP, would fit a rank.
+Optimizer states stay sharded, so this takes less memory than DDP.
 
 Strategies, plans and recipes all choose by :func:`choose`, so that they never disagree.
 """
@@ -28,13 +28,13 @@ from lightning_mics.topology import Topology
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """How a model is to be sharded over a job, and why so.
+    """How to shard a model over a job, with reasons.
 
     Attributes:
-        topology: Ranks, nodes and partition groups.
-        communication: The options of :func:`~lightning_mics.sharding.shard_model.shard_model`, none of them "auto".
-        reasons: The reason for each value that may be "auto", in a few words, by the option's name.
-        states_bytes: Model states of a rank, with what is unsharded at the peak, in bytes.
+        topology: Topology of the job.
+        communication: Options of :func:`~lightning_mics.sharding.shard_model.shard_model`, none of them "auto".
+        reasons: Reason for each value that may be "auto", by the name of the option.
+        states_bytes: Model states of a rank, with the unsharded parameters and gradients of the peak, in bytes.
         cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
         capacity_bytes: Memory of a rank's device, in bytes.
     """
@@ -48,7 +48,7 @@ class Choice:
 
     @property
     def fits(self) -> bool:
-        """Whether all of it leaves enough of the device for activations."""
+        """Whether model states and caches leave enough of the device for activations."""
         return self.states_bytes + self.cached_bytes <= USABLE_SHARE * self.capacity_bytes
 
 
@@ -64,15 +64,15 @@ def choose(
     """Replace "auto" by what memory allows.
 
     Args:
-        size: The model's, from :func:`~lightning_mics.policy.memory.measure_model`.
+        size: Size of the model, from :func:`~lightning_mics.policy.memory.measure_model`.
         world_size: Ranks in the job.
         ranks_per_node: Ranks on each node.
         capacity_bytes: Memory of one rank's device, of which ``USABLE_SHARE`` is for model states and caches.
         partition_size: Ranks per partition group, or "auto".
-        communication: What the user has asked for.
+        communication: Options of the user.
 
     Raises:
-        TypeError: If the partition size is no integer.
+        TypeError: If the partition size is not an integer.
         ValueError: If it does not fit the job, or ``hierarchical=True`` does not fit it.
     """
     reasons = {"partition_size": "given"}
@@ -84,7 +84,7 @@ def choose(
         why = (
             "the fewest whole nodes that hold the model states"
             if hold
-            else "all, and they hardly hold the model states"
+            else "all ranks, which hardly hold the model states"
         )
         reasons["partition_size"] = f'"auto": {why}'
     topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
@@ -94,7 +94,7 @@ def choose(
         topology=topology,
         in_stages=hierarchical or topology.local_ranks_per_partition_group == 1,
         free_bytes=int(USABLE_SHARE * capacity_bytes) - states_bytes,
-        holds_whole=fits(size, 1, capacity_bytes),
+        fits_unsharded=fits(size, 1, capacity_bytes),
     )
     cache = _weigh(communication.cache_parameters, size.gathered_bytes, memory)
     memory = replace(memory, free_bytes=memory.free_bytes - cache.bytes)
@@ -126,8 +126,8 @@ def choose(
 class _Memory:
     topology: Topology
     in_stages: bool  # whether inter-node collectives are a stage of their own
-    free_bytes: int  # what model states leave
-    holds_whole: bool  # whether a rank could hold the model states of the whole model
+    free_bytes: int  # left by model states
+    fits_unsharded: bool  # whether the unsharded model states would fit a rank
 
 
 @dataclass(frozen=True)
@@ -137,26 +137,26 @@ class _Place:
     bytes: int = 0
 
 
-def _weigh(wanted: str, whole_bytes: int, memory: _Memory) -> _Place:
-    """Where something of ``whole_bytes`` is held until the boundary: on ranks, on nodes, or nowhere."""
+def _weigh(wanted: str, unsharded_bytes: int, memory: _Memory) -> _Place:
+    """Where ``unsharded_bytes`` are cached until the boundary: on ranks, on nodes, or nowhere."""
     if memory.topology.partition_size == 1:
         return _Place(None, "a partition group is one rank")
-    node_bytes = -(-whole_bytes // memory.topology.local_ranks_per_partition_group)
-    on_rank, on_node = f"{in_gib(whole_bytes)} per rank", f"{in_gib(node_bytes)} per rank"
+    node_bytes = -(-unsharded_bytes // memory.topology.local_ranks_per_partition_group)
+    on_rank, on_node = f"{in_gib(unsharded_bytes)} per rank", f"{in_gib(node_bytes)} per rank"
     no_node = _why_not_on_nodes(memory)
     left = f"{in_gib(max(0, memory.free_bytes))}"
     if wanted == "rank":
-        return _Place("rank", f"for {on_rank}", whole_bytes)
+        return _Place("rank", f"for {on_rank}", unsharded_bytes)
     if wanted == "node":
         return _Place(None, no_node) if no_node else _Place("node", f"for {on_node}", node_bytes)
     if wanted != "auto":
         return _Place(None, f'"rank" would take {on_rank}' if no_node else f'"node" would take {on_node}')
-    if memory.holds_whole and whole_bytes <= memory.free_bytes:
-        return _Place("rank", f'"auto": {on_rank} of {left} that model states leave', whole_bytes)
+    if memory.fits_unsharded and unsharded_bytes <= memory.free_bytes:
+        return _Place("rank", f'"auto": {on_rank} of {left} that model states leave', unsharded_bytes)
     if no_node:
-        not_whole = "a rank does not hold the whole model states"
+        too_large = "unsharded model states do not fit a rank"
         full = f'"rank" would take {on_rank}, and model states leave {left}'
-        return _Place(None, f'"auto": {full if memory.holds_whole else not_whole}; {no_node}')
+        return _Place(None, f'"auto": {full if memory.fits_unsharded else too_large}; {no_node}')
     if node_bytes <= memory.free_bytes:
         return _Place("node", f'"auto": {on_node} of {left} that model states leave', node_bytes)
     return _Place(None, f'"auto": "node" would take {on_node}, and model states leave {left}')

@@ -1,4 +1,4 @@
-"""How much memory a rank needs for model states, and the partition size that follows from it.
+"""Memory that a rank needs for model states, and the partition size that follows from it.
 
 MiCS, section 3.1: the partition group is the smallest whole number of nodes whose memory holds the model states.
 Activations depend on the batch and are not counted; a share of the device is left for them.
@@ -27,16 +27,16 @@ ADAM_STATES = 2  # optimizers are made after sharding, so the most usual one is 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """What a model keeps, in bytes.
+    """Sizes of a model, in bytes.
 
     Attributes:
-        states_bytes: Parameters, gradients and the optimizer's states, all ranks of a partition group together.
-        root_bytes: What no block holds, as gathered; it stays from the forward to the end of the backward.
-        root_reduced_bytes: The gradients of that, in the dtype they are reduced in.
-        block_bytes: The largest block, as gathered.
-        block_reduced_bytes: The gradients of that, in the dtype they are reduced in.
-        gathered_bytes: All parameters, as gathered.
-        reduced_bytes: All gradients, in the dtype they are reduced in.
+        states_bytes: Parameters, gradients and optimizer states, over all ranks of a partition group.
+        root_bytes: Unsharded parameters outside of all blocks; they stay from the forward to the end of the backward.
+        root_reduced_bytes: Gradients of the root, in the dtype of the reduction.
+        block_bytes: Unsharded parameters of the largest block.
+        block_reduced_bytes: Gradients of the largest block, in the dtype of the reduction.
+        gathered_bytes: All unsharded parameters.
+        reduced_bytes: All gradients, in the dtype of the reduction.
     """
 
     states_bytes: int
@@ -50,19 +50,32 @@ class ModelSize:
     def per_rank_bytes(self, partition_size: int) -> int:
         """Bytes on each rank at the peak of a backward, without activations.
 
-        Besides its part of the model states a rank holds the root with its gradients, and either the block at work with
-        its gradients, the next one already gathered, and the one before being reduced; or, at the end, the root being
+        A rank holds its shard of the model states, the root with its gradients, and either the current block with its
+        gradients, the next block already unsharded, and the previous one being reduced; or, at the end, the root being
         reduced.
+
+        Args:
+            partition_size: Ranks per partition group.
         """
         in_blocks = 3 * self.block_bytes + self.block_reduced_bytes
         return -(-self.states_bytes // partition_size) + 2 * self.root_bytes + max(in_blocks, self.root_reduced_bytes)
 
     def at_head_bytes(self, partition_size: int) -> int:
-        """Bytes on each rank when the backward begins, without activations: no block has gradients yet."""
+        """Bytes on each rank when the backward begins, without activations: no block has gradients yet.
+
+        Args:
+            partition_size: Ranks per partition group.
+        """
         return -(-self.states_bytes // partition_size) + 2 * self.root_bytes + self.block_bytes
 
     def rank_bytes(self, partition_size: int, activations: Activations, *, cached_bytes: int = 0) -> int:
-        """Bytes on each rank at the peak of a step, with ``activations`` and what is cached until the boundary."""
+        """Bytes on each rank at the peak of a step, with activations and caches.
+
+        Args:
+            partition_size: Ranks per partition group.
+            activations: Activations of a micro-batch.
+            cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
+        """
         at_head = self.at_head_bytes(partition_size) + activations.at_head
         in_blocks = self.per_rank_bytes(partition_size) + activations.in_blocks
         return cached_bytes + math.ceil(max(at_head, in_blocks))
@@ -70,7 +83,14 @@ class ModelSize:
     def largest_micro_batch(
         self, partition_size: int, sample: Activations, *, free_bytes: int, cached_bytes: int = 0
     ) -> int:
-        """How many samples fit into ``free_bytes`` beside the model states; 0 if not even one does."""
+        """Number of samples whose activations fit into ``free_bytes`` with the model states; 0 if none does.
+
+        Args:
+            partition_size: Ranks per partition group.
+            sample: Activations of one sample.
+            free_bytes: Memory of a rank for model states, caches and activations, in bytes.
+            cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
+        """
         at_head = (free_bytes - cached_bytes - self.at_head_bytes(partition_size)) // sample.at_head
         in_blocks = (free_bytes - cached_bytes - self.per_rank_bytes(partition_size)) // sample.in_blocks
         return max(0, int(min(at_head, in_blocks)))
@@ -86,10 +106,10 @@ def measure_model(
     """Measure a model before it is sharded; it may be on the meta device.
 
     Args:
-        model: The whole model.
-        blocks: What is gathered together.
-        gathered_dtype: Dtype of gathered parameters; None is that of the parameters.
-        reduce_dtype: Dtype of gradient sums; None is that of the gradients.
+        model: The model, not sharded.
+        blocks: Blocks of the model, each a parameter group.
+        gathered_dtype: Dtype of unsharded parameters; None is the dtype of the parameters.
+        reduce_dtype: Dtype of gradient sums; None is the dtype of the gradients.
     """
     blocks = set(blocks)
     root = _unit_parameters(model, blocks)
@@ -110,10 +130,10 @@ def measure_model(
 
 
 def smallest_partition_size(size: ModelSize, *, world_size: int, ranks_per_node: int, capacity_bytes: int) -> int:
-    """The smallest whole number of nodes, in ranks, that holds the model states; the whole job if none does.
+    """The smallest whole number of nodes, in ranks, that holds the model states; all ranks if none does.
 
     Args:
-        size: From :func:`measure_model`.
+        size: Size of the model, from :func:`measure_model`.
         world_size: Ranks in the job.
         ranks_per_node: Ranks on each node.
         capacity_bytes: Memory of one rank's device, of which ``USABLE_SHARE`` is for model states.
@@ -124,19 +144,31 @@ def smallest_partition_size(size: ModelSize, *, world_size: int, ranks_per_node:
 
 
 def fits(size: ModelSize, partition_size: int, capacity_bytes: int, *, cached_bytes: int = 0) -> bool:
-    """Whether model states, and what is cached beside them, leave enough of a device for activations."""
+    """Whether model states and caches leave enough of a device for activations.
+
+    Args:
+        size: Size of the model, from :func:`measure_model`.
+        partition_size: Ranks per partition group.
+        capacity_bytes: Memory of one rank's device, in bytes.
+        cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
+    """
     return size.per_rank_bytes(partition_size) + cached_bytes <= USABLE_SHARE * capacity_bytes
 
 
 def device_memory_bytes(device: torch.device, *, processes: int) -> int:
-    """Memory of a rank's device: of its GPU, or its part of the machine's, which has so many ``processes``."""
+    """Memory of a rank's device in bytes: its GPU, or an equal part of the machine's memory.
+
+    Args:
+        device: Device of the rank.
+        processes: Number of ranks on the machine.
+    """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
 
 
 def in_gib(size_bytes: int) -> str:
-    """``size_bytes`` for people: three digits, or all before the point, and the unit."""
+    """``size_bytes`` in GiB for display: three digits, or all before the decimal point."""
     size = size_bytes / 2**30
     return f"{size:,.0f} GiB" if size >= 1000 else f"{size:.3g} GiB"
 
@@ -154,8 +186,8 @@ class Activations:
     """The most bytes that are allocated at any moment of a forward and backward.
 
     Attributes:
-        at_head: Until the backward of the last block begins: what blocks keep, and the loss.
-        in_blocks: After that: what blocks keep, and one block at work.
+        at_head: Peak in bytes until the backward of the last block: saved activations of all blocks, and the loss.
+        in_blocks: Peak in bytes after that: saved activations of all blocks, and the work of one block.
     """
 
     at_head: float
@@ -163,7 +195,7 @@ class Activations:
 
     @property
     def peak(self) -> float:
-        """At any moment."""
+        """Peak of the forward and backward, in bytes."""
         return max(self.at_head, self.in_blocks)
 
     def __add__(self, other: Activations) -> Activations:

@@ -28,7 +28,7 @@ class PolicyOptions(TypedDict, total=False):
         cache_parameters: Where unsharded parameters are cached until the gradient accumulation boundary: ``"never"``,
             they are gathered at every use; on each ``"node"``, spread over its ranks, they are gathered between nodes
             once per step; on each ``"rank"``, they are gathered once per step. ``"auto"``, the default, is ``"rank"``
-            if a rank's memory would hold the whole model states, else ``"node"`` if memory allows, else ``"never"``.
+            if the unsharded model states would fit a rank, else ``"node"`` if memory allows, else ``"never"``.
         accumulate_gradients: Where gradients are accumulated until the boundary: in each rank's ``"shard"``, reduced
             in every micro-step; on each ``"node"``, reduced between nodes once per step; on each ``"rank"``, reduced
             once per step. ``"auto"``, the default, chooses as for ``cache_parameters``, from the memory it leaves.
@@ -39,9 +39,9 @@ class PolicyOptions(TypedDict, total=False):
         block_classes: Classes of the blocks to shard, or their names; None, the default, takes the model's
             ``_no_split_modules``, else the longest list of equal modules.
         activation_checkpointing: Whether blocks are recomputed in backward, False by default; classes or names choose
-            other modules, patterns some of the blocks by their names: ``"network.transformer.h.*[02468]"``.
+            other modules, patterns choose blocks by FQN: ``"network.transformer.h.*[02468]"``.
         two_hop: Whether gradients are reduced over replicas at the boundary only, True by default; False does so in
-            every micro-step, as hybrid sharding by itself does. For measurements.
+            every micro-step, as hybrid sharding does. For measurements.
     """
 
     partition_size: int | Literal["auto"]
@@ -60,7 +60,7 @@ Documented = TypeVar("Documented", bound=Callable[..., object])
 
 
 def documented(taker: Documented) -> Documented:
-    """Decorate what takes ``**policy``: its docstring lists the options in place of that entry.
+    """Decorate a class or constructor that takes ``**policy``: its docstring lists the options in place of that entry.
 
     Args:
         taker: A class or its constructor, with a line ``policy:`` in the ``Args:`` of its docstring.
@@ -80,11 +80,11 @@ def check_names(owner: type, options: Mapping[str, object]) -> None:
     """Check that all options exist.
 
     Args:
-        owner: The class that takes them as ``**policy``, beside options of its own.
-        options: What it was given.
+        owner: Class that takes the options as ``**policy``, in addition to options of its own.
+        options: Options that it was given, by name.
 
     Raises:
-        TypeError: If there is no option of a name; the message names the nearest.
+        TypeError: If an option does not exist; the message names the nearest.
     """
     known = [name for name in inspect.signature(owner).parameters if name != "policy"]
     known += PolicyOptions.__annotations__

@@ -1,4 +1,4 @@
-"""How a model is to be sharded, once it and the job are known: what all adapters to frameworks have in common."""
+"""How to shard a model, once model and job are known: the part that all integrations have in common."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from lightning_mics.topology import Topology
 
 
 class Policy:
-    """MiCS: which ranks share the model states, and when parameters and gradients travel where.
+    """MiCS: which ranks share the model states, and when parameters and gradients are communicated.
 
     Args:
         timeout: Longest duration of a collective of any group; None is the backend's default.
         policy: Options of sharding, as in :class:`~lightning_mics.policy.options.PolicyOptions`.
 
     Raises:
-        TypeError: If there is no such option.
-        ValueError: If an option's value cannot be.
+        TypeError: If an option does not exist.
+        ValueError: If the value of an option is invalid.
     """
 
     def __init__(self, *, timeout: timedelta | None = default_pg_timeout, **policy: Unpack[PolicyOptions]) -> None:
@@ -57,15 +57,15 @@ class Policy:
         self._timeout = timeout
 
     def check(self, *, world_size: int, local_size: int) -> None:
-        """Refuse a job that cannot work, with the same error on every rank and before any rank waits for another.
+        """Reject a job that cannot work, with the same error on every rank and before any rank waits for another.
 
         Args:
-            world_size: Ranks in all.
+            world_size: Ranks in the job.
             local_size: Ranks that the launcher has started on each machine.
 
         Raises:
             ValueError: If the options do not fit the job.
-            RuntimeError: If they need a newer torch.
+            RuntimeError: If the options need a newer torch.
         """
         node_size = self._node_size(local_size)
         size = node_size if self.partition_size == "auto" else self.partition_size
@@ -74,13 +74,13 @@ class Policy:
             self._check_collectives(topology)
 
     def shard(self, model: nn.Module, *, precision: str, device: torch.device, local_size: int) -> Sharded:
-        """Shard ``model`` in place; every rank calls it, after all have met.
+        """Shard ``model`` in place; every rank calls it, once the process group is initialized.
 
         Args:
-            model: A plain module, as of :func:`~lightning_mics.sharding.shard_model.shard_model`.
+            model: Module that is not sharded; see :func:`~lightning_mics.sharding.shard_model.shard_model`.
             precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
-            device: Of this rank.
-            local_size: As of :meth:`check`.
+            device: Device of this rank.
+            local_size: Ranks that the launcher has started on each machine.
 
         Raises:
             TypeError: If the model cannot be sharded.
@@ -88,7 +88,7 @@ class Policy:
         """
         mixed_precision = mixed_precision_policy(precision, reduce_dtype=self._reduce_dtype)
         blocks = find_blocks(model, self._block_classes)
-        find_recomputed(model, blocks, self._activation_checkpointing)  # refuses before ranks wait for each other
+        find_recomputed(model, blocks, self._activation_checkpointing)  # raises before ranks wait for each other
         size = measure_model(
             model,
             blocks.values(),
@@ -121,16 +121,16 @@ class Policy:
         return Sharded(groups, schedule, start_report(choice, reduce_dtype=reduce_dtype), tuple(blocks.values()))
 
     def choose(self, size: ModelSize, *, world_size: int, local_size: int, capacity_bytes: int) -> Choice:
-        """How a model is to be sharded: these options, with "auto" replaced by what memory allows.
+        """Choose how to shard a model: these options, with "auto" replaced by what memory allows.
 
         Args:
-            size: The model's, from :func:`~lightning_mics.policy.memory.measure_model`.
+            size: Size of the model, from :func:`~lightning_mics.policy.memory.measure_model`.
             world_size: Ranks in the job.
             local_size: Ranks that the launcher starts on each machine.
             capacity_bytes: Memory of one rank's device.
 
         Raises:
-            TypeError: If the partition size is no integer.
+            TypeError: If the partition size is not an integer.
             ValueError: If an option does not fit the job.
         """
         choice = choose(
@@ -145,17 +145,21 @@ class Policy:
         return choice
 
     def check_kept(self, model: nn.Module, sharded: Sharded) -> None:
-        """Refuse a model that is sharded already and no longer, or not in this way.
+        """Check that an already sharded model is still fully sharded, and with this partition size.
+
+        Args:
+            model: The sharded model.
+            sharded: Groups and schedule that it was sharded with.
 
         Raises:
-            RuntimeError: If it has got parameters since.
+            RuntimeError: If parameters were added after it was sharded.
             ValueError: If its partition groups have another size than this policy's.
         """
         for name, parameter in model.named_parameters():
             if not isinstance(parameter, DTensor):
                 raise RuntimeError(
                     f"parameter {name!r} appeared after the model was sharded; let `configure_model` return at once if "
-                    "the model is there already"
+                    "the model exists already"
                 )
         topology = sharded.groups.topology
         if self.partition_size not in ("auto", topology.partition_size):
@@ -174,7 +178,7 @@ class Policy:
 
 
 def _capacity_bytes(device: torch.device, *, local_size: int) -> int:
-    """Memory of the smallest device of the job: all ranks must come to the same partition size."""
+    """Memory of the smallest device of the job: all ranks must choose the same partition size."""
     smallest = torch.tensor(device_memory_bytes(device, processes=local_size), device=device)
     dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
     return int(smallest)

@@ -1,4 +1,4 @@
-"""The table that rank 0 logs at start: who talks to whom, which techniques are on and why, what memory it takes."""
+"""The table that rank 0 logs at start: groups, techniques that are on and why, and memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lightning_mics.topology import Topology
 
 
 def start_report(choice: Choice, *, reduce_dtype: torch.dtype) -> str:
-    """A few lines on a job's groups, techniques and estimated memory.
+    """Describe the groups, techniques and estimated memory of a job in a few lines.
 
     Args:
-        choice: How the model is sharded, and why.
+        choice: Choice of how to shard the model.
         reduce_dtype: Dtype in which gradients are reduced and added up.
     """
     t, options, why = choice.topology, choice.communication, choice.reasons
@@ -46,10 +46,10 @@ def start_report(choice: Choice, *, reduce_dtype: torch.dtype) -> str:
 
 def _why_two_hop(topology: Topology, two_hop: bool) -> str:
     if topology.replicas == 1:
-        return "off: there is one replica only"
+        return "off: there is only one replica"
     if not two_hop:
-        return "off: two_hop=False, so gradients cross replicas in every micro-step"
-    return "on: gradients cross replicas at the boundary only"
+        return "off: two_hop=False, so gradients are reduced over replicas in every micro-step"
+    return "on: gradients are reduced over replicas at the boundary only"
 
 
 def _inter_node_gathers(topology: Topology, options: CommunicationOptions) -> str:

@@ -1,4 +1,4 @@
-"""The end of a run that has diverged: on all ranks together, and before it spoils a checkpoint."""
+"""Stopping a diverged run, on all ranks together and before a diverged checkpoint is saved."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class DivergedError(RuntimeError):
 
 
 class StopIfDiverged(L.Callback):
-    """Stops a run whose loss is not a finite number any more; no checkpoint is saved from then on.
+    """Stops a run once its loss is not finite; no checkpoint is saved from then on.
 
-    Each rank looks at the loss of each micro-step where it is, so that no GPU is waited for. What they have seen is
-    compared every ``log_every_n_steps``, before a validation and before a checkpoint: all ranks raise the same error.
+    Each rank checks the loss of each micro-step on its device, without synchronization. The results are reduced over
+    ranks every ``log_every_n_steps``, before a validation and before a checkpoint: all ranks raise the same error.
 
-    Weights are looked at before a checkpoint, because gradients may overflow where the loss does not. Lightning asks
-    callbacks before it saves whole checkpoints; those with ``save_weights_only`` are not looked at.
+    Weights are checked before a checkpoint, because gradients may overflow where the loss does not. Lightning calls
+    callbacks before it saves complete checkpoints only: those with ``save_weights_only`` are not checked.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class StopIfDiverged(L.Callback):
         self._check_losses(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loss = trainer.callback_metrics.get("val_loss")  # the mean over all ranks
+        loss = trainer.callback_metrics.get("val_loss")  # mean over all ranks
         if trainer.state.fn == "fit" and loss is not None and not torch.isfinite(loss):
             raise self._diverged(f"the validation loss is {loss.item()} after step {trainer.global_step}")
 
@@ -73,17 +73,17 @@ class StopIfDiverged(L.Callback):
     def _diverged(self, what: str) -> DivergedError:
         if not self._last_good:
             return DivergedError(
-                f"training has diverged: {what}; nothing is saved yet, begin anew with a lower optimizer.lr"
+                f"training has diverged: {what}; no checkpoint is saved yet, start again with a lower optimizer.lr"
             )
         return DivergedError(
-            f"training has diverged: {what}; the last good checkpoint is {self._last_good}. Go on from it with "
-            f"resume={self._last_good} and a smaller trainer.gradient_clip_val, or begin anew with a lower "
-            "optimizer.lr, which a resumed run does not take: its schedule comes from the checkpoint"
+            f"training has diverged: {what}; the last good checkpoint is {self._last_good}. Resume it by "
+            f"resume={self._last_good} and a smaller trainer.gradient_clip_val, or start again with a lower "
+            "optimizer.lr; a resumed run ignores it, because its schedule comes from the checkpoint"
         )
 
 
 def _when(step: int, rank: int, *, ranks: int) -> int:
-    """One number, the smallest of which is of the earliest step, and in it of the lowest rank."""
+    """Encode step and rank in one number that orders by step, then by rank."""
     return step * ranks + rank
 
 

@@ -1,4 +1,4 @@
-"""The size of the gradients, which often tells of trouble before the loss does."""
+"""The norm of the gradients, which often shows instability before the loss does."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from recipes.callbacks.log_steps import is_log_step
 
 
 class GradientNorm(L.Callback):
-    """Logs ``grad_norm``, of all parameters together before clipping, every ``log_every_n_steps``.
+    """Logs ``grad_norm``, the norm of all gradients before clipping, every ``log_every_n_steps``.
 
-    Lightning's ``grad_norm`` takes one norm per parameter, each of them a collective where parameters are sharded.
+    Lightning's ``grad_norm`` computes one norm per parameter, which costs a collective for each sharded parameter.
     """
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -23,10 +23,10 @@ class GradientNorm(L.Callback):
 
 
 def gradient_norm(module: torch.nn.Module) -> Tensor:
-    """The 2-norm of all gradients of ``module``, as clipping takes it; every rank calls it if parameters are sharded.
+    """The 2-norm of all gradients of ``module``, as for clipping; every rank calls it if parameters are sharded.
 
     Returns:
-        A scalar on the device of the gradients: nothing waits for its value.
+        Scalar on the device of the gradients, without synchronization.
     """
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)

@@ -1,4 +1,4 @@
-"""How much memory a run takes at most."""
+"""Peak memory of a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from recipes.callbacks.log_steps import at_log_step
 
 
 class PeakMemory(L.Callback):
-    """Logs the most that a rank has taken since it began: of its GPU by tensors, else of the machine.
+    """Logs the peak memory of ranks since the start: memory of tensors on the GPU, or of the process without a GPU.
 
-    ``peak_memory_gib`` is that of the rank which has taken most, ``least_peak_memory_gib`` that of the one which has
-    taken least: far apart, they tell of work that is divided unequally.
+    ``peak_memory_gib`` is the largest over all ranks, ``least_peak_memory_gib`` the smallest. A large difference shows
+    that work is divided unequally.
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -29,8 +29,8 @@ class PeakMemory(L.Callback):
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process has taken of a GPU by tensors, or of the machine in all."""
+    """Peak memory of this process in bytes: of tensors on a GPU, or in all on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2) counts bytes there, KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2) counts bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""A progress bar that counts optimizer steps of the whole run, and one lasting line per validation."""
+"""A progress bar over all optimizer steps of a run, and a line for each validation."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ AFTER_VALIDATION = {"train_loss": ".3f", "val_loss": ".3f", "val_masked_accuracy
 
 
 class StepProgressBar(ProgressBar):
-    """A bar over optimizer steps, and a line that stays for each validation.
+    """A bar over optimizer steps, and a permanent line for each validation.
 
-    Where the output is no terminal, as in the log file of a job, there is a line now and then instead of a bar.
-    Lightning's ``RichProgressBar`` counts micro-steps against ``max_steps``, so that under accumulation it runs past
-    its end, begins anew in each epoch, and has no lines: a subclass would replace each of its hooks.
+    Without a terminal, as in the log file of a job, it prints a line every few steps instead of a bar. Lightning's
+    ``RichProgressBar`` counts micro-steps against ``max_steps``, so that with accumulation it runs past its end,
+    restarts in each epoch, and has no lines: a subclass would replace each of its hooks.
 
     Args:
-        refresh_rate: Steps between two looks at the metrics.
-        line_every_n_steps: Steps between two lines where there is no terminal.
-        console: Where to write; None is the standard output.
+        refresh_rate: Steps between two updates of the metrics.
+        line_every_n_steps: Steps between two lines without a terminal.
+        console: Console to write to; None is the standard output.
     """
 
     def __init__(self, *, refresh_rate: int, line_every_n_steps: int, console: Console | None = None) -> None:
@@ -39,7 +39,7 @@ class StepProgressBar(ProgressBar):
 
     @property
     def is_enabled(self) -> bool:
-        """Whether bars are shown; the strategy asks for the sake of its own, of checkpoints that take long."""
+        """Whether bars are shown. The strategy reads this for its own bars, of checkpoints that take long."""
         return self._shown and self.console.is_terminal
 
     def disable(self) -> None:
@@ -100,7 +100,7 @@ class StepProgressBar(ProgressBar):
 
 
 def _metrics(trainer: L.Trainer, shown: dict[str, str]) -> str:
-    """Those of the metrics that are ``shown``, by name in their format, in one line."""
+    """One line of the metrics in ``shown``, which maps names to formats."""
     values = {name: value.item() for name, value in trainer.callback_metrics.items() if name in shown}
     values["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
     return "  ".join(f"{name} {values[name]:{form}}" for name, form in shown.items() if name in values)

@@ -1,4 +1,4 @@
-"""How fast a run is, in the units of the paper."""
+"""The throughput of a run, in the units of the paper."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from recipes.models.language_model import LanguageModel
 
 
 class Throughput(L.Callback):
-    """Logs what all ranks have done per second since the last time, every ``log_every_n_steps``, without validation.
+    """Logs the throughput of all ranks since the last log, every ``log_every_n_steps``, without validation.
 
-    ``samples_per_s``, ``tokens_per_s``, ``hfu_tflops_per_gpu`` and ``mfu_tflops_per_gpu`` (with what is recomputed and
-    without; :mod:`recipes.models.flops`), and where the peak is known ``hfu_percent`` and ``mfu_percent``.
-    FLOPs are left out for mixtures of experts, of which a token uses some matrices only.
+    Metrics are ``samples_per_s``, ``tokens_per_s``, ``hfu_tflops_per_gpu`` (with recomputation) and
+    ``mfu_tflops_per_gpu`` (without; see :mod:`recipes.models.flops`), and ``hfu_percent`` and ``mfu_percent`` if the
+    peak is known. FLOPs are not logged for mixtures of experts, where a token uses only some of the matrices.
 
-    Lightning's ``ThroughputMonitor`` takes one number of FLOPs for both utilisations, waits for the GPU in every
+    Lightning's ``ThroughputMonitor`` takes one number of FLOPs for both utilizations, waits for the GPU in every
     micro-step, and averages over a window of batches rather than from one logged step to the next. Its
-    ``measure_flops`` counts the matrix products of a network once; the tests hold the formula against it.
+    ``measure_flops`` counts the matrix products of a network once; the tests check the formula against it.
 
     Args:
         sequence_length: Tokens in a sequence.
-        peak_tflops: Of one GPU; None where unknown.
-        activation_checkpointing: As the strategy has it.
+        peak_tflops: Peak of one GPU, in TFLOP/s; None if unknown.
+        activation_checkpointing: Activation checkpointing of the strategy: a bool, or classes or patterns of modules.
     """
 
     def __init__(self, *, sequence_length: int, peak_tflops: float | None, activation_checkpointing: Any) -> None:
@@ -38,8 +38,8 @@ class Throughput(L.Callback):
         self.activation_checkpointing = (
             OmegaConf.to_object(activation_checkpointing) if is_list else activation_checkpointing
         )
-        self._flops: dict[str, float] = {}  # of a sequence, as "hfu" and "mfu" count them
-        self._paused_at: float | None = None  # while validation runs
+        self._flops: dict[str, float] = {}  # FLOPs of a sequence, by "hfu" and "mfu"
+        self._paused_at: float | None = None  # start of the current validation, in seconds
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
         if all(parameter.ndim <= 2 for parameter in pl_module.parameters()):
@@ -52,7 +52,7 @@ class Throughput(L.Callback):
         self._paused_at = time.perf_counter()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        if self._paused_at is not None:  # and here, not when validation ends, which is followed by a checkpoint
+        if self._paused_at is not None:  # here, because a checkpoint follows the end of validation
             self._since += time.perf_counter() - self._paused_at
             self._paused_at = None
 
@@ -62,12 +62,12 @@ class Throughput(L.Callback):
         self._sequences += pl_module.sequences_in(batch) * trainer.world_size
         if at_log_step(trainer):
             if trainer.strategy.root_device.type == "cuda":
-                torch.cuda.synchronize()  # or steps would count that the GPU has not begun yet
+                torch.cuda.synchronize()  # or steps would count that the GPU has not started yet
             pl_module.log_dict(self.rates(gpus=trainer.world_size))
             self._restart()
 
     def rates(self, *, gpus: int) -> dict[str, float]:
-        """What is logged."""
+        """The metrics to log, by name."""
         per_s = self._sequences / (time.perf_counter() - self._since)
         rates = {"samples_per_s": per_s, "tokens_per_s": per_s * self.sequence_length}
         for name, flops in self._flops.items():
@@ -80,4 +80,4 @@ class Throughput(L.Callback):
     def _restart(self) -> None:
         self._sequences = 0
         self._since = time.perf_counter()
-        self._paused_at = None  # a run that is resumed is validated before it trains
+        self._paused_at = None  # a resumed run is validated before it trains

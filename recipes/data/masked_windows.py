@@ -1,4 +1,4 @@
-"""Windows of tokens with some of them masked, for the masked objective of BERT."""
+"""Windows of tokens, some of them masked, for the masked objective of BERT."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from recipes.data.token_windows import TokenSequence, TokenWindows
 
 
 class MaskedWindows(Dataset):
-    """``{"input_ids": [length], "labels": [length]}``, int64; labels are -100 where nothing is to be predicted.
+    """``{"input_ids": [length], "labels": [length]}``, int64; labels are -100 at tokens that are not masked.
 
     Windows run over the ends of documents, as RoBERTa's do ("FULL-SENTENCES" in its section 4.2), and do not overlap.
     Each begins and ends with the tokenizer's cls and sep tokens if it has them. The collator of ``transformers`` masks
     15 %.
 
     The masks of a window are drawn from the seed, the window and the epoch alone: they are the same on any number of
-    ranks and workers and after a resume. Sample ``epoch * len(self) + window`` is what ``window`` is in ``epoch``; in
-    epoch 0 it is always the same, as a validation needs it.
+    ranks and workers and after a resume. Sample ``epoch * len(self) + window`` is ``window`` with masks of ``epoch``.
+    Validation uses epoch 0, so its masks are always the same.
 
     Args:
         tokens: One or several long sequences ``[tokens]``.
@@ -59,7 +59,7 @@ class MaskedWindows(Dataset):
         return len(self._windows)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """The windows of epoch 0; a plain loop over numbers would go on into all epochs."""
+        """The windows of epoch 0; iteration by index would not end, because indices extend to all epochs."""
         return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ class MaskedWindows(Dataset):
 
 
 class EpochSampler(ResumableSampler):
-    """Tells :class:`MaskedWindows` the epoch with each sample, also in workers that have begun before it."""
+    """Encodes the epoch in each index for :class:`MaskedWindows`, so that persistent workers know it as well."""
 
     def own_order(self) -> Iterator[int]:
         windows = len(self.dataset)
@@ -83,7 +83,11 @@ class EpochSampler(ResumableSampler):
 
 
 def check_mask_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError if there is none."""
+    """Check that a tokenizer has a mask token.
+
+    Raises:
+        ValueError: If it has none.
+    """
     if tokenizer.mask_token_id is None:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path} has no mask token, which a masked model needs; use the tokenizer "
@@ -92,7 +96,7 @@ def check_mask_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def edge_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """The tokens before and after each sequence: one each as in BERT, or none."""
+    """The tokens ``[edge]`` before and after each sequence: one each as in BERT, or none."""
     tokens = (tokenizer.cls_token_id, tokenizer.sep_token_id)
     begin, end = ([] if token is None else [token] for token in tokens)
     return torch.tensor(begin, dtype=torch.int64), torch.tensor(end, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Tokens that have been made elsewhere: flat files, mapped where they are."""
+"""Data that is already tokenized: flat files of tokens, memory-mapped in place."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from recipes.data.text_data import check_vocab_size
 from recipes.data.token_data import TokenData, split_tail
 from recipes.data.tokenizer import LARGEST_UINT16_VOCAB, load_tokenizer
 
-LOOKED_AT = 2**20  # tokens at each end of a file: reading all of a large corpus would take too long
+CHECKED_TOKENS = 2**20  # at each end of a file: reading all of a large corpus would take too long
 
 
 class ShardData(TokenData):
-    """Token windows of files that hold nothing but tokens, end to end.
+    """Token windows of files that consist of tokens only.
 
     Args:
         train_files: Paths or patterns.
@@ -27,7 +27,7 @@ class ShardData(TokenData):
         dtype: Type of the tokens, ``"uint16"`` or ``"uint32"``, in the byte order of this machine.
         tokenizer: Tokenizer that made the tokens: a folder or a name on the hub.
         vocab_size: Size of the vocabulary.
-        windows: See :class:`~recipes.data.token_data.TokenData`.
+        windows: Further arguments of :class:`~recipes.data.token_data.TokenData`.
 
     Raises:
         FileNotFoundError: If a pattern matches no file.
@@ -77,7 +77,7 @@ class ShardData(TokenData):
     def prepare(self) -> None:
         for path in self.train_files + self.val_files:
             tokens = np.memmap(path, dtype=self.dtype, mode="r")
-            for part in (tokens[:LOOKED_AT], tokens[-LOOKED_AT:]):
+            for part in (tokens[:CHECKED_TOKENS], tokens[-CHECKED_TOKENS:]):
                 check_tokens(part, vocab_size=self.vocab_size, where=path)
 
     def open(self) -> tuple[PreTrainedTokenizerBase, list[np.ndarray], list[np.ndarray]]:
@@ -91,13 +91,22 @@ class ShardData(TokenData):
 
 
 def check_tokens(tokens: np.ndarray, *, vocab_size: int, where: Path) -> None:
-    """Raises ValueError if ``tokens`` cannot be of that vocabulary and dtype."""
+    """Check that tokens fit the vocabulary and the dtype.
+
+    Args:
+        tokens: Tokens ``[tokens]``.
+        vocab_size: Size of the vocabulary.
+        where: File with the tokens, for errors.
+
+    Raises:
+        ValueError: If they do not fit.
+    """
     if tokens.max() >= vocab_size:
         raise ValueError(
             f"{where} holds token {tokens.max()} but data.vocab_size={vocab_size} allows at most {vocab_size - 1}; "
             f"is data.dtype={tokens.dtype} right?"
         )
-    if tokens.dtype == np.uint16 and len(tokens) > 64 and not tokens[1::2].any():  # as small numbers in 4 bytes are
+    if tokens.dtype == np.uint16 and len(tokens) > 64 and not tokens[1::2].any():  # like small numbers in 4 bytes
         raise ValueError(f"every second token of {where} is 0: it looks like uint32, not data.dtype={tokens.dtype}")
 
 

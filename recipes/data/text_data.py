@@ -1,4 +1,4 @@
-"""Text from a source, tokenized once and kept in a folder, by ``datasets``."""
+"""Text from a source, tokenized once and cached in a folder by ``datasets``."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from recipes.data.token_data import TokenData, split_tail
 from recipes.data.tokenize import token_rows, tokenizer_of
 from recipes.data.tokenizer import check_trained_vocab, load_tokenizer, token_dtype, tokenizer_digest
 
-FORMAT = 3  # version of the folder's content; a new number has everything tokenized again
+FORMAT = 3  # version of the folder's content; tokens of another version are not used
 
 
 class TextData(TokenData):
     """Token windows of a source of text.
 
-    One process tokenizes, on whichever machine is first, while others wait for its lock; the tokens are a dataset of
-    ``datasets`` under ``cache_dir``, complete or not there, and mapped into memory by all ranks. In a folder that all
-    nodes share they are made once for all; in one that each node has for itself, once on each::
+    The first process tokenizes while the others wait for its lock. The tokens are a dataset of ``datasets`` under
+    ``cache_dir``, written atomically and memory-mapped by all ranks. In a folder that all nodes share, text is
+    tokenized once in all; in a local folder, once on each node::
 
         CACHE_DIR/NAME-DIGEST/tokenizer.json ...    the tokenizer, as ``save_pretrained`` writes it
         CACHE_DIR/NAME-DIGEST/generator/...         the tokens, as ``Dataset.from_generator`` writes them
@@ -38,12 +38,12 @@ class TextData(TokenData):
         source: Source of the text; see :class:`~recipes.data.sources.text_source.TextSource`.
         tokenizer: A folder or a name on the hub; None trains a byte-level BPE of ``vocab_size`` tokens.
         vocab_size: Tokens of the BPE; at least as many as ``tokenizer`` has.
-        cache_dir: Folder where tokenizer and tokens are kept between runs.
-        tokenizer_sample_mb: Megabytes of text that a BPE is trained on, if there is more.
-        windows: See :class:`~recipes.data.token_data.TokenData`.
+        cache_dir: Folder for tokenizers and tokens, reused between runs.
+        tokenizer_sample_mb: Megabytes of text to train a BPE on, at most.
+        windows: Further arguments of :class:`~recipes.data.token_data.TokenData`.
 
     Raises:
-        FileNotFoundError: If the source has nothing where it should be.
+        FileNotFoundError: If the source does not exist.
         ValueError: If tokenizer, ``vocab_size`` and objective do not fit each other.
     """
 
@@ -85,11 +85,13 @@ class TextData(TokenData):
 
     def prepare(self) -> None:
         if not any(self.folder.rglob("dataset_info.json")):
-            print(f"{self.folder} is not there yet: making it, or waiting for another process that does", flush=True)
+            print(
+                f"{self.folder} does not exist yet: creating it, or waiting for another process that does", flush=True
+            )
         self._stored(self._tokenize)
 
     def _stored(self, rows: Callable[[], Iterator[dict[str, np.ndarray]]]) -> Dataset:
-        """The dataset of the folder, made of ``rows`` if it is not there."""
+        """The dataset of the folder, created from ``rows`` if it does not exist."""
         column = List(Value(self._dtype.name))
         features = Features({"train": column, "val": column})
         try:
@@ -99,7 +101,7 @@ class TextData(TokenData):
         except DatasetGenerationError as error:
             raise (error.__cause__ or error) from None
         except (pa.ArrowException, OSError) as error:
-            if getattr(error, "errno", None) is not None:  # of the file system, not of what is in the files
+            if getattr(error, "errno", None) is not None:  # an error of the file system, not of the content of files
                 raise
             raise self._corrupted(str(error)) from error
         expected = stored.info.splits["train"].num_examples
@@ -108,7 +110,7 @@ class TextData(TokenData):
         return stored
 
     def _corrupted(self, what: str) -> ValueError:
-        return ValueError(f"{self.folder} is corrupted ({what}); delete it, and it is made again")
+        return ValueError(f"{self.folder} is corrupted ({what}); delete it to tokenize again")
 
     @property
     def _dtype(self) -> np.dtype:
@@ -138,7 +140,7 @@ class TextData(TokenData):
     def open(self) -> tuple[PreTrainedTokenizerBase, list[pa.ChunkedArray], list[pa.ChunkedArray]]:
         stored = self._stored(self._missing)
         train, val = ([flat(stored, split)] for split in ("train", "val"))
-        if not len(train[0]) and not self.source.has_val:  # as may happen with very few documents
+        if not len(train[0]) and not self.source.has_val:  # possible with very few documents
             train, val = val, train
         if not len(val[0]):
             train, val = split_tail(train, fraction=self.val_fraction)
@@ -146,19 +148,32 @@ class TextData(TokenData):
 
     def _missing(self) -> Iterator[dict[str, np.ndarray]]:
         raise FileNotFoundError(
-            f"{self.folder} is not there, though it was prepared: do all nodes see the same source, with the same "
-            "times of change? If not, let data.cache_dir be a folder that each node has for itself"
+            f"{self.folder} does not exist, though it was prepared: do all nodes see the same source, with the same "
+            "modification times? If not, set data.cache_dir to a local folder of each node"
         )
 
 
 def flat(dataset: Dataset, column: str) -> pa.ChunkedArray:
-    """The tokens ``[tokens]`` in the rows of a column end to end, mapped as the dataset is."""
+    """The tokens ``[tokens]`` of all rows of a column, concatenated and memory-mapped like the dataset.
+
+    Args:
+        dataset: Dataset with a list of tokens in each row.
+        column: Name of the column.
+    """
     rows = dataset.data.column(column)
     return pa.chunked_array([chunk.flatten() for chunk in rows.chunks], type=rows.type.value_type)
 
 
 def check_vocab_size(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> None:
-    """Raises ValueError if a tokenizer has more tokens than that."""
+    """Check that a tokenizer has at most ``vocab_size`` tokens.
+
+    Args:
+        tokenizer: Tokenizer of the data.
+        vocab_size: Size of the vocabulary.
+
+    Raises:
+        ValueError: If it has more.
+    """
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"data.vocab_size={vocab_size} is less than the {len(tokenizer)} tokens of data.tokenizer="

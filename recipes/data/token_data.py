@@ -1,4 +1,4 @@
-"""Batches of token windows for a Trainer, wherever the tokens are from."""
+"""Batches of token windows for a Trainer, from any source of tokens."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from recipes.data.masked_windows import EpochSampler, MaskedWindows, edge_tokens
 from recipes.data.token_windows import TokenSequence, TokenWindows
 from recipes.data.window_loader import WindowLoader
 
-PROMPT_MASK_EVERY = 6  # about as many as in training
+PROMPT_MASK_EVERY = 6  # tokens; about the 15 % of training
 
 
 class TokenData(L.LightningDataModule):
-    """Windows of tokens, each rank its own. Subclasses say where the tokens come from.
+    """Windows of tokens, different ones on each rank. Subclasses provide the tokens.
 
     A causal model gets ``[batch, sequence_length + 1]``: inputs and, one further, targets. A masked model gets
     ``{"input_ids", "labels"}``, both ``[batch, sequence_length]``, see
@@ -35,16 +35,17 @@ class TokenData(L.LightningDataModule):
         vocab_size: Size of the vocabulary, at most.
         sequence_length: Inputs in a window.
         batch_size: Windows per rank and micro-step.
-        val_batch_size: Windows per rank and step of validation, which needs less memory.
+        val_batch_size: Windows per rank and step of validation.
         val_windows: Windows of the validation set, spread evenly over the held-out tokens.
-        val_fraction: Fraction that is held out where the source has no text for validation.
-        prompt: Text that a sample of the model continues; a masked model gets it with some tokens masked.
+        val_fraction: Fraction that is held out if the source has no text for validation.
+        prompt: Text that the model continues for a sample; for a masked model, some of its tokens are masked.
         objective: ``"causal"`` or ``"masked"``.
-        num_workers: Processes per rank that make batches ahead; 0 makes them in between. A resumed run keeps it.
+        num_workers: Processes per rank that prepare batches in advance; 0 uses the main process. It cannot change when
+            a run is resumed.
         seed: Seed of the order of the training windows, and of masks.
 
     Raises:
-        ValueError: If ``objective`` or ``val_fraction`` is not one of those.
+        ValueError: If ``objective`` or ``val_fraction`` is invalid.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -82,20 +83,21 @@ class TokenData(L.LightningDataModule):
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Where the tokenizer's files are, for an export; None if it has but a name."""
+        """Folder of the tokenizer's files, for an export; None for a name on the hub."""
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """What one process of a machine does for all; others wait, and may be on machines that share its files."""
+        """Prepare files in one process per machine while others wait; machines may share the files."""
         raise NotImplementedError
 
     def open(self) -> tuple[PreTrainedTokenizerBase, list[TokenSequence], list[TokenSequence]]:
-        """The tokenizer, and training and validation tokens, mapped: the ranks of a machine share one copy."""
+        """The tokenizer, and training and validation tokens, memory-mapped: ranks of a machine share one copy."""
         raise NotImplementedError
 
     def prepare_data(self) -> None:
-        """Keeps what goes wrong for ``setup``, where ranks can tell each other: raised here, it would be lost on those
-        that wait, and they would miss files instead.
+        """Run :meth:`prepare` and store its error for :meth:`setup`, where all ranks can raise it.
+
+        Raised here, it would not reach the waiting ranks, which would fail later with missing files.
         """
         self._failure = None
         try:
@@ -104,8 +106,8 @@ class TokenData(L.LightningDataModule):
             self._failure = failure
 
     def setup(self, stage: str) -> None:
-        """Raises on all ranks what fails on one, before a model is built."""
-        agreed(self._raise_failure)  # by itself, or ranks that miss the files would say only that
+        """Open the tokens; an error on one rank is raised on all, before a model is built."""
+        agreed(self._raise_failure)  # first, or other ranks would report missing files instead
         agreed(lambda: self._open_windows(stage))
 
     def _raise_failure(self) -> None:
@@ -114,7 +116,7 @@ class TokenData(L.LightningDataModule):
 
     def _open_windows(self, stage: str) -> None:
         self.tokenizer, train, val = self.open()
-        # of several files the first is enough to count tokens in
+        # the first of several files is enough for the baselines
         self.train_tokens, self.val_tokens = train[0], val[0]
         self.train = self._windows(train, name="the training text", split=0)
         self.val = self._windows(val, name="the validation text", split=1, count=self.val_windows)
@@ -167,13 +169,13 @@ class TokenData(L.LightningDataModule):
     def _loading(self) -> dict[str, object]:
         return {
             "num_workers": self.num_workers,
-            # workers that are not forked would each get a copy of what is mapped
+            # workers that are not forked would each copy the memory-mapped tokens
             "multiprocessing_context": "fork" if self.num_workers else None,
             "pin_memory": self.trainer.strategy.root_device.type == "cuda",
         }
 
     def val_targets(self) -> np.ndarray:
-        """The tokens ``[targets]`` that the validation loss is over, for models that it is compared with."""
+        """The target tokens ``[targets]`` of the validation loss, for baselines."""
         return _targets(self.val)
 
     def decode(self, tokens: Tensor) -> str:
@@ -182,7 +184,7 @@ class TokenData(L.LightningDataModule):
 
 
 def agreed(action: Callable[[], None]) -> None:
-    """Run ``action`` on all ranks of the job, if there are several; what one raises, all raise."""
+    """Run ``action`` on all ranks of the job; an error on one is raised on all."""
     if dist.is_initialized():
         on_all_ranks(action)
     else:
@@ -190,7 +192,12 @@ def agreed(action: Callable[[], None]) -> None:
 
 
 def split_tail(tokens: Sequence[TokenSequence], *, fraction: float) -> tuple[list[TokenSequence], list[TokenSequence]]:
-    """All but the last ``fraction`` of sequences of tokens, and that, for text of which no document is held out."""
+    """Split sequences of tokens without held-out documents: all but the last ``fraction``, and the rest.
+
+    Args:
+        tokens: Sequences ``[tokens]``.
+        fraction: Fraction of all tokens for validation, 0 to 1.
+    """
     left = int(sum(map(len, tokens)) * fraction)
     train, val = [], []
     for sequence in reversed(tokens):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-TokenSequence = np.ndarray | pa.ChunkedArray  # both give a part without reading the rest
+TokenSequence = np.ndarray | pa.ChunkedArray  # slices of both are read on demand
 
 
 class TokenWindows(Dataset):
@@ -19,8 +19,8 @@ class TokenWindows(Dataset):
     With an overlap of 1 the targets (all tokens but the first) of windows do not overlap.
 
     Args:
-        tokens: One or several long sequences ``[tokens]``; no window spans two, and the rest at their ends is dropped.
-        length: Tokens from the start of a window to that of the next.
+        tokens: One or several long sequences ``[tokens]``; no window spans two, and remainders are dropped.
+        length: Tokens from the start of a window to the start of the next.
         overlap: Tokens that a window has in common with the next.
         count: Number of windows to take, evenly spread; None takes all.
         name: Name of the tokens in errors.
@@ -54,7 +54,7 @@ class TokenWindows(Dataset):
         return self._taken
 
     def __getitem__(self, index: int) -> Tensor:
-        if not 0 <= index < self._taken:  # so that a plain loop ends
+        if not 0 <= index < self._taken:  # so that iteration by index ends
             raise IndexError(f"window {index} of {self._taken}")
         window = index * self._available // self._taken
         sequence = int(np.searchsorted(self._ends, window, side="right"))

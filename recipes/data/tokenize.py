@@ -1,4 +1,4 @@
-"""From a source of text to rows of tokens, as they are read: memory does not grow with the corpus."""
+"""Streaming tokenization of a source of text: memory does not grow with the corpus."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ PIECES_AT_ONCE = 128  # enough for every core, and few enough for their lists of
 def tokenizer_of(
     source: TextSource, *, vocab_size: int, val_fraction: float, sample_bytes: int
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer that is trained on the training documents of ``source``.
+    """Train a tokenizer on the training documents of ``source``.
 
     Args:
         source: Source of the text.
         vocab_size: Tokens of the tokenizer, at most.
         val_fraction: Fraction of the documents that is held out, for a source without a split of its own.
-        sample_bytes: Bytes of text to train on; more makes the tokenizer hardly better, but slower. They are evenly
-            spread where the source knows its size, else they are its first ones.
+        sample_bytes: Bytes of text to train on, evenly spread if the source knows its size, else the first ones.
     """
     share = min(1.0, sample_bytes / max(1, source.total_bytes() or 1))
 
@@ -69,11 +68,19 @@ def token_rows(
             else:
                 yield {"train": row["tokens"], "val": none}
     if empty:
-        raise ValueError(f"the source {source.name!r} holds no text: all of its documents are empty, or it has none")
+        raise ValueError(f"the source {source.name!r} holds no text: it has no documents, or all of them are empty")
 
 
 def tokenize(pieces: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[np.ndarray]]:
-    """The tokens ``[tokens]`` of each of a batch of pieces, with the end of a document where one ends."""
+    """Tokenize a batch of pieces, adding the end-of-document token where a document ends.
+
+    Args:
+        pieces: Lists of the fields of :class:`~recipes.data.sources.text_source.Piece`.
+        tokenizer: Tokenizer.
+
+    Returns:
+        Tokens ``[tokens]`` of each piece, as "tokens".
+    """
     dtype, end = token_dtype(len(tokenizer)), end_of_document(tokenizer)
     encoded = encode(tokenizer, pieces["text"])
     endings = [[end] if ends else [] for ends in pieces["ends"]]

@@ -1,4 +1,4 @@
-"""Tokenizers of ``transformers``: one that is trained here, or one that has a name or a folder."""
+"""Tokenizers of ``transformers``: trained here, or loaded from a folder or the hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ LARGEST_UINT16_VOCAB = 2**16
 
 
 def check_trained_vocab(vocab_size: int) -> None:
-    """Raises ValueError if a tokenizer that is trained here cannot have so few tokens."""
+    """Check that a trained tokenizer can have ``vocab_size`` tokens.
+
+    Raises:
+        ValueError: If it needs more.
+    """
     if vocab_size < SMALLEST_VOCAB:
         raise ValueError(
             f"data.vocab_size={vocab_size} is less than {SMALLEST_VOCAB}: one token per byte, and {END_OF_TEXT}, "
@@ -30,7 +34,12 @@ def check_trained_vocab(vocab_size: int) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of ``texts``; of fewer tokens than ``vocab_size`` if they have nothing more to merge."""
+    """Train a byte-level BPE.
+
+    Args:
+        texts: Texts to train on.
+        vocab_size: Tokens of the tokenizer; it has fewer if the texts have no more pairs to merge.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +54,11 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
 
 
 def load_tokenizer(name: str | Path, *, key: str = "data.tokenizer") -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, or of a name on the hub.
+    """Load the tokenizer of a folder, or of a name on the hub.
+
+    Args:
+        name: Folder, or name on the hub.
+        key: Key of the configuration that holds the name, for errors.
 
     Raises:
         ValueError: If there is none, or it has no token that can end a document.
@@ -55,7 +68,7 @@ def load_tokenizer(name: str | Path, *, key: str = "data.tokenizer") -> PreTrain
         tokenizer = AutoTokenizer.from_pretrained(str(folder if folder.is_dir() else name))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{key}={name} is neither a folder with a tokenizer nor a name on the hub that can be reached: {error}"
+            f"{key}={name} is neither a folder with a tokenizer nor a reachable name on the hub: {error}"
         ) from error
     if end_of_document(tokenizer) is None:
         raise ValueError(f"{key}={name} has neither an eos nor a sep token, with which a document could end")
@@ -63,17 +76,17 @@ def load_tokenizer(name: str | Path, *, key: str = "data.tokenizer") -> PreTrain
 
 
 def end_of_document(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that is put after each document."""
+    """The token that follows each document."""
     return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
 def token_dtype(tokens: int) -> np.dtype:
-    """What holds the numbers of so many different tokens."""
+    """The smaller dtype, uint16 or uint32, that holds ``tokens`` different tokens."""
     return np.dtype(np.uint16 if tokens <= LARGEST_UINT16_VOCAB else np.uint32)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Another for each tokenizer that gives other tokens."""
+    """A digest that differs between tokenizers with different tokens."""
     if tokenizer.is_fast:
         content = tokenizer.backend_tokenizer.to_str()
     else:
@@ -82,8 +95,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each text, without special tokens around it, on all cores."""
-    if tokenizer.is_fast:  # without the offsets and masks that `tokenizer(texts)` makes as well
+    """Tokenize texts on all cores, without special tokens around them.
+
+    Args:
+        tokenizer: Tokenizer.
+        texts: Texts.
+    """
+    if tokenizer.is_fast:  # faster than `tokenizer(texts)`, which also computes offsets and masks
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""A loader that goes on where it was, and says so if it cannot."""
+"""A loader that resumes at its saved position, or raises an error that explains why it cannot."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 
 class WindowLoader(StatefulDataLoader):
-    """torchdata's loader; a position that was saved with another number of workers ends in a bare assertion there."""
+    """The loader of torchdata, with an error for positions that were saved with another number of workers."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError if the position is of a loader with another number of workers."""
+        """Restore a saved position.
+
+        Raises:
+            ValueError: If it was saved with another number of workers.
+        """
         # as torchdata 0.11 writes it; without workers there is no snapshot
         saved = state_dict.get("_snapshot", {}).get("_main_snapshot", {}).get("_num_workers", 0)
         if state_dict and saved != self.num_workers:

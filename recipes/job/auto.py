@@ -1,7 +1,7 @@
-"""What "auto" stands for in a configuration: it follows from the model, the cluster and the global batch.
+"""Choosing the values that are "auto" in a configuration, from the model, the cluster and the global batch.
 
-In this order: devices, precision, partition size, caches, micro-batch, accumulation. The strategy's own options are
-chosen by the strategy's own policy. Nothing here depends on what a rank sees alone, so all ranks come to the same.
+The order is devices, precision, partition size, caches, micro-batch, accumulation. The policy of the strategy chooses
+the options of the strategy. No value depends on the rank, so all ranks choose the same.
 """
 
 from __future__ import annotations
@@ -25,17 +25,24 @@ from recipes.job.machine import Launched
 from recipes.job.workload import measure_run
 from recipes.models.language_model import LanguageModel
 
-CPU_PROCESSES = 4  # two "nodes" of two: the smallest job that has all kinds of groups
+CPU_PROCESSES = 4  # two "nodes" of two: the smallest job with all kinds of groups
 
 
 @dataclass
 class Choices:
-    """Values with where they come from, for people to read."""
+    """Values and where they come from, for display."""
 
     rows: dict[str, str] = field(default_factory=dict)
 
     def take(self, name: str, given: Any, chosen: Any, why: str) -> Any:
-        """``given``, or what is ``chosen`` for "auto"."""
+        """Return ``given``, or ``chosen`` if it is "auto", and record the reason.
+
+        Args:
+            name: Name of the value, for display.
+            given: Value in the configuration.
+            chosen: Value in place of "auto".
+            why: Reason of ``chosen``.
+        """
         value, reason = (chosen, f'"auto": {why}') if given == "auto" else (given, "given")
         self.rows[name] = f"{value} ({reason})"
         return value
@@ -50,10 +57,10 @@ class ChosenJob:
     """A run without "auto".
 
     Attributes:
-        config: The configuration, with the values that were chosen.
-        choices: A table of what was chosen and why, for people.
-        sharding: How the model is sharded, as the strategy will choose it.
-        workload: What the run has to do.
+        config: Configuration without "auto".
+        choices: Table of the chosen values and their reasons, for display.
+        sharding: Sharding of the model; the strategy will choose the same.
+        workload: Sizes of the model, and memory and FLOPs of a sequence.
     """
 
     config: DictConfig
@@ -66,8 +73,8 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
     """Replace "auto" in a copy of ``config``.
 
     Args:
-        config: As ``conf/train.yaml`` composes it.
-        model: The model of the run, not built yet.
+        config: Configuration, as composed by ``conf/train.yaml``.
+        model: Model of the run, not built yet.
 
     Raises:
         ValueError: If the global batch cannot be split as asked; the message names the nearest that can.
@@ -124,13 +131,13 @@ def _capacity_bytes(cluster: DictConfig) -> int:
 
 
 def policy_of(config: DictConfig) -> Policy:
-    """The policy that the strategy of ``config`` makes of its options."""
+    """The policy that the strategy of ``config`` creates from its options."""
     strategy = OmegaConf.to_container(config.strategy, resolve=True)
     return Policy(**{name: strategy[name] for name in PolicyOptions.__annotations__ if name in strategy})
 
 
 def _largest_micro_batch(sharding: Choice, workload: Workload) -> int:
-    """Sequences whose activations fit beside the model states; 0 if not even one does."""
+    """Number of sequences whose activations fit with the model states; 0 if none does."""
     return workload.size.largest_micro_batch(
         sharding.topology.partition_size,
         workload.sample,
@@ -157,17 +164,17 @@ def _choose_batches(config: DictConfig, choices: Choices, largest_micro_batch: i
         largest_micro=max(1, largest_micro_batch),
     )
     choices.rows["global batch"] = f"{config.global_batch_size} sequences of {data.sequence_length} tokens"
-    fitting = f"up to {largest_micro_batch} fit beside the model states"
+    fitting = f"up to {largest_micro_batch} fit with the model states"
     data.batch_size = choices.take("micro-batch", data.batch_size, batches.micro, fitting)
     trainer.accumulate_grad_batches = choices.take(
-        "accumulation", trainer.accumulate_grad_batches, batches.accumulation, "what makes up the global batch"
+        "accumulation", trainer.accumulate_grad_batches, batches.accumulation, "it makes up the global batch"
     )
     if data.val_batch_size == "auto":
         data.val_batch_size = data.batch_size
 
 
 def _choose_validation(config: DictConfig) -> None:
-    """Lightning counts micro-steps between validations; people count steps."""
+    """Convert the interval of validations from optimizer steps to micro-steps, which Lightning counts."""
     trainer = config.trainer
     if config.validate_every_n_steps == "auto":
         config.validate_every_n_steps = max(1, min(500, trainer.max_steps // 10))

@@ -1,4 +1,4 @@
-"""Whether what a logger needs is there: asked before a run does anything that takes long."""
+"""Checking that the packages of loggers are installed, before anything that takes long."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-PACKAGES = {"TensorBoardLogger": "tensorboard", "WandbLogger": "wandb"}  # which Lightning does not bring along
+PACKAGES = {"TensorBoardLogger": "tensorboard", "WandbLogger": "wandb"}  # not among Lightning's dependencies
 
 
 def check_loggers(loggers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check the configured ``loggers``, by name.
+    """Check that the packages of the configured ``loggers``, by name, are installed.
 
     Raises:
-        ModuleNotFoundError: If a package is missing, with how to install it.
+        ModuleNotFoundError: If a package is missing; the message names the command to install it.
     """
     for name, logger in loggers.items():
         package = PACKAGES.get(logger["_target_"].rpartition(".")[2])

@@ -1,4 +1,4 @@
-"""Whether the job that was launched is the one that ``cluster=`` asks for; if not, what to type instead."""
+"""Checking that the launched job is the one that ``cluster=`` describes, or printing the commands that launch it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ONE = "torchrun --standalone --nproc-per-node={devices} train.py"
 
 @dataclass(frozen=True, kw_only=True)
 class Launched:
-    """What launchers tell a process about the job; None where nothing does.
+    """The job as described by the launcher.
 
     Attributes:
-        by: The launcher, for people.
-        nodes: How many there are.
-        ranks_per_node: Processes on each node.
+        by: Name of the launcher, for display.
+        nodes: Number of nodes; None if unknown.
+        ranks_per_node: Processes on each node; None if unknown.
     """
 
     by: str
@@ -32,7 +32,7 @@ class Launched:
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Launched:
-        """From the variables of torchrun, SLURM, or Lightning's own launcher."""
+        """Read the environment variables of torchrun, SLURM, or Lightning's own launcher."""
         if "TORCHELASTIC_RUN_ID" in environment:
             local = int(environment["LOCAL_WORLD_SIZE"])
             return cls(by="torchrun", nodes=int(environment["WORLD_SIZE"]) // local, ranks_per_node=local)
@@ -45,23 +45,23 @@ class Launched:
 
 
 def check_machine(cluster: Mapping[str, Any], *, overrides: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Exit, with what to type, if this process is not part of the job that ``cluster`` describes.
+    """Exit with the commands to launch the job if this process is not part of the job that ``cluster`` describes.
 
-    One process of each node speaks and fails; the others leave without an error, or a launcher that has seen theirs
-    could end the one that speaks before it does.
+    One process of each node prints them and fails; the others exit without an error, because a launcher that sees an
+    error could kill the first process before it prints.
 
     Args:
-        cluster: As in ``conf/cluster``.
-        overrides: What the user has typed after ``train.py``.
-        environment: The process's.
+        cluster: Configuration of the cluster, as in ``conf/cluster``.
+        overrides: Arguments of ``train.py``.
+        environment: Environment variables of the process.
     """
     message = _wrong_count(cluster)
     if message is None:
         problem = find_problem(cluster, Launched.read(environment), gpus=torch.cuda.device_count())
         message = problem and f"{problem}\n\n{how_to_launch(cluster, overrides=overrides)}"
     if message is not None:
-        speaks = int(environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", 0))) == 0
-        sys.exit(message if speaks else 0)
+        is_first = int(environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", 0))) == 0
+        sys.exit(message if is_first else 0)
 
 
 def _wrong_count(cluster: Mapping[str, Any]) -> str | None:
@@ -77,12 +77,12 @@ def _wrong_count(cluster: Mapping[str, Any]) -> str | None:
 
 
 def find_problem(cluster: Mapping[str, Any], launched: Launched, *, gpus: int) -> str | None:
-    """What does not fit, in a sentence; None if all does.
+    """Describe in a sentence how the launched job differs from the configuration; None if it does not.
 
     Args:
-        cluster: As in ``conf/cluster``; ``devices: auto`` takes what there is.
-        launched: What the launcher says.
-        gpus: GPUs that this machine has.
+        cluster: Configuration of the cluster, as in ``conf/cluster``; ``devices: auto`` fits any number.
+        launched: Job as described by the launcher.
+        gpus: Number of GPUs of this machine.
     """
     nodes, devices = cluster["num_nodes"], cluster["devices"]
     there = []
@@ -101,7 +101,12 @@ def find_problem(cluster: Mapping[str, Any], launched: Launched, *, gpus: int) -
 
 
 def how_to_launch(cluster: Mapping[str, Any], *, overrides: Sequence[str]) -> str:
-    """The commands that start this job on its cluster, and the one that rehearses it here."""
+    """The commands that launch this job on its cluster, and the command that rehearses it on this machine.
+
+    Args:
+        cluster: Configuration of the cluster, as in ``conf/cluster``.
+        overrides: Arguments of ``train.py``.
+    """
     typed = "".join(f" {shlex.quote(override)}" for override in overrides)
     nodes, devices = cluster["num_nodes"], cluster["devices"]
     torchrun = (ONE if nodes == 1 else MANY).format(nodes=nodes, devices="gpu" if devices == "auto" else devices)

@@ -71,7 +71,7 @@ def find_saved_runs(
 
 
 def steps_to_reach(max_steps: int, saved: SavedRun | None) -> int:
-    """The optimizer step to stop at: ``max_steps``, or as many more if the saved run has reached that already.
+    """The optimizer step to stop at: ``max_steps``, or ``max_steps`` more if the saved run has reached it already.
 
     Args:
         max_steps: Optimizer steps of a run.
@@ -83,7 +83,7 @@ def steps_to_reach(max_steps: int, saved: SavedRun | None) -> int:
 
 
 def _is_checkpoint(path: StoragePath) -> bool:
-    """Whether there is one: a link may be dangling, and a folder in a store may be the remains of a killed job."""
+    """Whether a path is a checkpoint: a link may be dangling, a folder in a store may be left by a killed job."""
     return exists(path) and (is_local(path) or path.is_file() or is_sharded(path))
 
 

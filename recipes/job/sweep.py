@@ -1,4 +1,4 @@
-"""Several jobs in one process, as a sweep on one machine runs them (``python train.py -m ...``)."""
+"""Several jobs in one process, one after another, for a sweep on one machine (``python train.py -m ...``)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 
 @contextmanager
 def one_job(overrides: Sequence[str]) -> Iterator[None]:
-    """Leave the process as the job has found it, so that the next one can be started in it, also if the job fails.
+    """Restore the state of the process after a job, even if it fails, so that the next job can start.
 
     Args:
-        overrides: Those of this job alone. Lightning starts the other ranks by the command line, and that of a sweep
-            would have each of them run the whole sweep.
+        overrides: Overrides of this job alone. Lightning starts other ranks with the command line of this process, and
+            with the command line of a sweep each rank would run the sweep itself.
     """
     arguments, environment = sys.argv[1:], dict(os.environ)
     sys.argv[1:] = overrides
@@ -43,15 +43,15 @@ def _wait_for_other_ranks() -> None:
 
 
 def _kill_other_ranks() -> None:
-    """Before they fail as well: Lightning kills this process, and with it the jobs to come, when one of them does."""
+    """Kill ranks before they fail as well: Lightning would then kill this process, and with it the remaining jobs."""
     for watcher in _watchers():
         ranks = list(watcher._child_processes)
-        watcher._child_processes.clear()  # without any to watch, it ends
+        watcher._child_processes.clear()  # a watcher without processes ends
         for rank in ranks:
             rank.kill()
             rank.wait()
 
 
 def _watchers() -> list[_ChildProcessObserver]:
-    """The threads in which Lightning looks after ranks that it has started; it has no hook for them (2.6)."""
+    """The threads in which Lightning watches the ranks that it has started; it has no hook for them (2.6)."""
     return [thread for thread in threading.enumerate() if isinstance(thread, _ChildProcessObserver)]

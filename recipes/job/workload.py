@@ -1,4 +1,4 @@
-"""What a run has to do, measured once and without weights: "auto", the plan and the dry run all go by it."""
+"""The workload of a run, measured once and without weights, for "auto", the plan and the dry run."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from recipes.models.language_model import LanguageModel
 def measure_run(config: DictConfig, model: LanguageModel) -> Workload:
     """Measure the model of the run and one sequence of it.
 
-    Activations are those of two and four blocks, extrapolated: blocks are alike. Thus the whole network is built once,
-    on the meta device.
+    Activations are extrapolated from networks of two and four blocks, because blocks are alike. So the full network is
+    built only once, on the meta device.
 
     Args:
-        config: The run's, with devices and precision chosen.
-        model: The model of the run, not built yet.
+        config: Configuration of the run, with devices and precision chosen.
+        model: Model of the run, not built yet.
     """
     precision, length = config.cluster.precision, config.data.sequence_length
     reduce_dtype = config.strategy.reduce_dtype and getattr(torch, config.strategy.reduce_dtype)
@@ -58,7 +58,7 @@ def measure_run(config: DictConfig, model: LanguageModel) -> Workload:
 def _activations(
     model: LanguageModel, network: nn.Module, length: int, *, recompute: Any, share: float, precision: str
 ) -> Activations:
-    """What training on one more sequence takes on a rank."""
+    """Activations of one sequence on a rank."""
     dims = {dim for parameter in network.parameters() for dim in parameter.shape}
     sequences = next(count for count in itertools.count(3) if count * length not in dims)
     taken = partial(_extrapolated, model, sequences, length, mixed=precision == "bf16-mixed")
@@ -70,7 +70,7 @@ def _activations(
 
 
 def _extrapolated(model: LanguageModel, sequences: int, length: int, *, mixed: bool, recompute: Any) -> Activations:
-    """From networks of two and of four blocks: each block more takes the same."""
+    """Extrapolate from networks of two and four blocks: each further block takes the same."""
 
     def taken(blocks: int) -> Activations:
         return peak_activations(
@@ -92,7 +92,7 @@ def _make_network(model: LanguageModel, *, recompute: Any) -> nn.ModuleDict:
 
 
 def _as_in_training(network: nn.Module) -> nn.ModuleDict:
-    """Blocks have the names that they have in a LanguageModel, for patterns."""
+    """Give blocks the FQNs that they have in a LanguageModel, for patterns."""
     return nn.ModuleDict({"network": network})
 
 

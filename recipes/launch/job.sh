@@ -2,7 +2,7 @@
 # The part of a SLURM job that is the same on every cluster; the .sbatch files source it after their own settings.
 #
 # One task per GPU: Lightning reads ranks from SLURM. A job whose time is nearly up, that is preempted, or that loses a
-# node is queued again and goes on from its last checkpoint. It starts in the root of the repository:
+# node is queued again and resumes from its last checkpoint. It starts in the root of the repository:
 # sbatch --nodes=N recipes/launch/FAMILY.sbatch ARGUMENTS OF train.py
 
 set -u
@@ -17,7 +17,7 @@ preempted() {
 }
 
 time_is_up=0
-# By #SBATCH --signal. The ranks hear of it by SIGTERM, upon which all save and leave together. It goes to the steps of the
+# By #SBATCH --signal. The ranks receive SIGTERM, upon which all save and leave together. It goes to the steps of the
 # job, not to this script (scancel's manual) and not to srun, which would kill its tasks at once.
 trap 'time_is_up=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 

@@ -18,9 +18,9 @@ class CausalLM(LanguageModel):
     Batches are token windows ``[batch, length + 1]``: all but the last token are inputs, all but the first are targets.
 
     Args:
-        sample_tokens: How many tokens a sample of generated text has, if the model has so many positions.
-        temperature: Of the sample; below 1 the model keeps to what it finds likely.
-        **options: As of :class:`~recipes.models.language_model.LanguageModel`.
+        sample_tokens: Tokens of a sample of generated text, at most as many as the model has positions.
+        temperature: Temperature of sampling; below 1 likely tokens become more likely.
+        **options: Further arguments of :class:`~recipes.models.language_model.LanguageModel`.
     """
 
     objective = "causal"

@@ -1,4 +1,4 @@
-"""How many floating-point operations training takes, as the paper counts them (MiCS, section 5; Megatron-LM's way).
+"""Floating-point operations of training, as the paper counts them (MiCS, section 5; Megatron-LM's way).
 
 Matrix multiplications only, two operations per multiply-add; attention as if no position were masked. A backward takes
 twice its forward. *Model* FLOPs are those of the mathematics (for MFU); *hardware* FLOPs count what is recomputed
@@ -20,7 +20,7 @@ from recipes.models.language_model import LanguageModel
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerShape:
-    """What the count depends on.
+    """The dimensions of a transformer that determine its FLOPs.
 
     Attributes:
         layers: Transformer blocks.
@@ -79,8 +79,8 @@ def shape_of(network: nn.Module, config: Any, activation_checkpointing: Any) -> 
 
     Args:
         network: The network, with the names that it has in training; it may be on the meta device.
-        config: Its configuration, of transformers.
-        activation_checkpointing: As the strategy has it.
+        config: Configuration of the network, of ``transformers``.
+        activation_checkpointing: Activation checkpointing of the strategy: a bool, or classes or patterns of modules.
     """
     blocks = find_blocks(network)
     matrices = sum(p.numel() for block in blocks.values() for p in block.parameters() if p.ndim >= 2)

@@ -31,9 +31,9 @@ def hf_model(
     Args:
         name: A folder that ``save_pretrained`` or ``python -m lightning_mics export`` has made, or a name on the hub.
         pretrained: Start from its weights; else only its shape is taken.
-        objective: What to train it on; ``"auto"`` is what it was made for.
+        objective: Objective of training; ``"auto"`` is the objective of its architecture.
         causal: Arguments that only :class:`~recipes.models.causal_lm.CausalLM` has.
-        **options: As of :class:`~recipes.models.language_model.LanguageModel`.
+        **options: Further arguments of :class:`~recipes.models.language_model.LanguageModel`.
 
     Raises:
         FileNotFoundError: If there is neither such a folder nor such a name, or the folder has no ``config.json``.

@@ -1,4 +1,4 @@
-"""What language models of ``transformers`` have in common as LightningModules, whatever they predict."""
+"""The common part of language models of ``transformers`` as LightningModules."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LanguageModel(L.LightningModule, ABC):
     @staticmethod
     @abstractmethod
     def sequences_in(batch: Any) -> int:
-        """How many sequences a batch has."""
+        """Number of sequences in a batch."""
 
     @staticmethod
     @abstractmethod

@@ -1,4 +1,4 @@
-"""How unlikely a model finds its targets: in float32, and without whole copies of the logits in it."""
+"""The negative log-likelihood of targets in float32, without full float32 copies of the logits."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Training(nn.Module):
     """The network as a LightningModule holds it, whose forward is the training loss of a batch.
 
     Args:
-        model: Whose network and loss.
+        model: Model with the network and the loss.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -44,13 +44,13 @@ def dry_run(config: DictConfig, model: LanguageModel, *, command: Sequence[str])
     """Print the plan of the run and its rehearsal, and write ``plan.html`` and ``plan.json`` to its folder.
 
     Args:
-        config: As ``conf/train.yaml`` composes it.
-        model: Of the run, not built yet.
+        config: Configuration, as composed by ``conf/train.yaml``.
+        model: Model of the run, not built yet.
         command: What was typed, in words.
 
     Raises:
-        ValueError: If the job cannot be: a batch that nothing divides, a rank that is not there, a block that is too
-            large for a device.
+        ValueError: If the job is invalid: the batch cannot be split, the rank does not exist, or a block does not fit
+            a device.
     """
     console, begin = Console(width=max(WIDTH, Console().width)), time.perf_counter()
     job = choose_automatically(config, model)
@@ -138,8 +138,8 @@ def rehearse_run(job: ChosenJob, model: LanguageModel, *, rank: int = 0) -> Rehe
 
     Args:
         job: The run without "auto"; see :func:`~recipes.job.auto.choose_automatically`.
-        model: Of the run.
-        rank: Which rank to be.
+        model: Model of the run, not built yet.
+        rank: Rank to rehearse.
 
     Raises:
         ValueError: If there is no such rank, or an option does not fit.

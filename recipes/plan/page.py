@@ -39,15 +39,15 @@ def write_plan_page(
     """Write the page.
 
     Args:
-        path: Of the HTML file.
-        title: Its heading.
-        command: What was typed, in words.
-        choices: The table of what "auto" has chosen.
-        planned: None where rates of the machines are unknown.
+        path: Path of the HTML file.
+        title: Heading of the page.
+        command: Command line, in words.
+        choices: Table of the values chosen for "auto".
+        planned: Plan of the run; None if the rates of the machines are unknown.
         scaling: Plans for growing clusters.
-        rehearsal: Of the chosen job.
-        hardware: Of each node, with a plan.
-        config: Of the run, without "auto".
+        rehearsal: Rehearsal of the chosen job.
+        hardware: Hardware of each node; None without a plan.
+        config: Configuration of the run, without "auto".
     """
     body = [f"<h1>{html.escape(title)}</h1>", f"<pre>{html.escape(shlex.join(command))}</pre>"]
     if planned is not None and hardware is not None:

@@ -48,7 +48,12 @@ def plan_table(planned: Plan, *, config: DictConfig) -> Table:
 
 
 def cells(candidate: Candidate, planned: Plan) -> list[str]:
-    """What is said of one way to run the job."""
+    """The cells of a candidate, one per column.
+
+    Args:
+        candidate: Candidate of the plan, or its baseline.
+        planned: The plan.
+    """
     seconds, sent = candidate.seconds, candidate.node_sent
     over = candidate.memory_bytes - planned.capacity_bytes
     return [
@@ -125,7 +130,7 @@ def collective_rows(rehearsal: Rehearsal) -> list[list[str]]:
         when = "after" if ran.micro_step == 0 else str(last) if ran.times == 1 else f"{ran.micro_step} to {last}, each"
         key = (c.kind, group, str(c.dtype).removeprefix("torch."), when)
         counts[key] += 1
-        largest[key] = max(largest.get(key, 0), c.whole_bytes)
+        largest[key] = max(largest.get(key, 0), c.total_bytes)
         both = sent.setdefault(key, [0.0, 0.0])
         both[0] += c.sent.inside_bytes
         both[1] += c.sent.between_bytes

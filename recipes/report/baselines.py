@@ -2,7 +2,7 @@
 
 Interpolated Kneser-Ney (Chen and Goodman, "An empirical study of smoothing techniques for language modeling", 1998,
 section 2.7): each order subtracts a discount from its counts and gives what that frees to the next lower order, whose
-counts are of distinct left neighbours. It is the strongest of the classical n-gram models of that order.
+counts are of distinct left neighbors. It is the strongest of the classical n-gram models of that order.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _keys(tokens: np.ndarray, order: int, vocab_size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Counts:
-    """How often each n-gram occurs, and in how many ways each context (all but its last token) goes on."""
+    """How often each n-gram occurs, and in how many ways each context (all but its last token) continues."""
 
     keys: np.ndarray  # [types], sorted
     counts: np.ndarray  # [types]

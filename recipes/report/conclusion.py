@@ -1,4 +1,4 @@
-"""What came out of a run, for the terminal and for the report."""
+"""The results of a run, for the terminal and for the report."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def conclude(
     Without a ``History`` among the callbacks there is no report.
 
     Args:
-        config: The run's, without "auto".
-        trainer: That has trained.
-        command: What was typed, in words.
-        choices: The table of what "auto" has chosen.
-        final: What the last validation logged.
-        sample: Text that the model has made.
+        config: Configuration of the run, without "auto".
+        trainer: Trainer that has trained the model.
+        command: Command line, in words.
+        choices: Table of the values chosen for "auto".
+        final: Metrics of the last validation.
+        sample: Text that the model has generated.
     """
     name, reached, baselines = MEASURED[trainer.lightning_module.objective]
     counted = baselines(trainer.datamodule)
@@ -58,7 +58,7 @@ def conclude(
     width = max(map(len, results))
     print(f"\nSample:\n\n{sample}\n\n" + "\n".join(f"  {key:<{width}}  {value}" for key, value in results.items()))
     report = "report.html, " if history is not None else ""
-    print(f"\n{config.run_dir}: {report}csv/; {config.checkpoint_dir}: checkpoints (go on with resume=last)")
+    print(f"\n{config.run_dir}: {report}csv/; {config.checkpoint_dir}: checkpoints (resume with resume=last)")
 
 
 def _facts(config: DictConfig, trainer: L.Trainer) -> dict[str, str]:

@@ -18,8 +18,8 @@ class Panel:
     """One picture of one quantity.
 
     Attributes:
-        title: What it is.
-        unit: Of its axis.
+        title: Name of the quantity.
+        unit: Unit of its axis.
         lines: Label of each line by the name of its series.
         from_zero: Whether the axis begins at zero, as it should where sizes are compared.
     """
@@ -61,9 +61,9 @@ def draw(series: Series, panels: Sequence[Panel], *, references: References | No
     """A figure with those of ``panels`` that have points.
 
     Args:
-        series: What was measured.
-        panels: What to draw of it, two in a row.
-        references: What series are held against.
+        series: Measured series.
+        panels: Panels to draw, two in a row.
+        references: Baselines of series.
 
     Returns:
         A ``matplotlib.figure.Figure``.

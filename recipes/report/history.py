@@ -12,15 +12,15 @@ from recipes.report.curves import LOSSES, Series, draw
 
 
 class History(L.Callback):
-    """Notes every metric that is logged and draws the losses into ``path``, anew at every validation.
+    """Records every logged metric and draws the losses into ``path``, anew at every validation.
 
-    Training metrics are noted every ``log_every_n_steps``, those of validation, which are called ``val_...``, at its
+    Training metrics are recorded every ``log_every_n_steps``, those of validation, which are called ``val_...``, at its
     end. The training loss is the mean of rank 0's micro-steps since the last time, not the last of them alone.
 
     Put it behind the callbacks that log.
 
     Args:
-        path: Of the picture; its ending says the format.
+        path: Path of the picture; the suffix is its format.
     """
 
     def __init__(self, *, path: str) -> None:

@@ -1,4 +1,4 @@
-"""What came out of a run, on one page that needs no other file."""
+"""The results of a run, on one self-contained page."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def write_report(
     """Write the page.
 
     Args:
-        path: Of the HTML file.
-        title: Its heading.
-        command: What was typed, in words.
-        facts: On model, data and machine.
-        results: What was reached, next to what it is held against.
-        tables: Those that are printed at start.
-        series: What was measured over steps.
-        references: What series are held against; see :func:`~recipes.report.curves.draw`.
-        sample: Text that the model has made.
+        path: Path of the HTML file.
+        title: Heading of the page.
+        command: Command line, in words.
+        facts: Facts on model, data and machine.
+        results: Results and their baselines.
+        tables: Tables that are printed at start.
+        series: Measured series, over steps.
+        references: Baselines of series; see :func:`~recipes.report.curves.draw`.
+        sample: Text that the model has generated.
     """
     versions = {
         "lightning_mics": metadata.version("lightning_mics"),

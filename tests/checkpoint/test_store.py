@@ -93,7 +93,7 @@ def _round_trip(url: str) -> dict[str, Any]:
     if dist.get_rank() == 0:
         for name in ("notes.txt", "20200101T000000-0123abcd/__0_0.distcp"):  # the user's, and a killed job's
             (path / name).write_bytes(b"there")
-        (path.with_name("b.ckpt-v1") / MANIFEST_FILE).write_bytes(b"a neighbour's")
+        (path.with_name("b.ckpt-v1") / MANIFEST_FILE).write_bytes(b"a neighbor's")
     dist.barrier()
     _save(path, _model(seed=2), meta="second")
     facts["overwritten"] = _names(path)

@@ -128,7 +128,7 @@ def test_what_the_user_says_is_done_whatever_it_takes():
 def test_without_a_stage_between_nodes_there_is_nothing_to_hold_on_nodes(topology, options, reason):
     auto = chosen(60, topology=topology, **options)
     assert facts(auto) == ("never", "shard", 0)
-    assert auto.reasons["cache_parameters"] == f'"auto": a rank does not hold the whole model states; {reason}'
+    assert auto.reasons["cache_parameters"] == f'"auto": unsharded model states do not fit a rank; {reason}'
     asked = chosen(60, topology=topology, cache_parameters="node", accumulate_gradients="node", **options)
     assert facts(asked) == ("never", "shard", 0)
     assert asked.reasons["cache_parameters"] == reason

@@ -55,11 +55,11 @@ def test_the_table_names_groups_techniques_and_memory():
         '  partition groups       4 of 4 ranks ("auto": the fewest whole nodes that hold the model states)',
         "  replication groups     4 of 4 ranks",
         "  hierarchical           off: a partition group is inside one node",
-        "  two-hop                on: gradients cross replicas at the boundary only",
+        "  two-hop                on: gradients are reduced over replicas at the boundary only",
         "  gradients              reduced, and summed over micro-steps, in bfloat16",
-        '  cache parameters       never ("auto": a rank does not hold the whole model states; '
+        '  cache parameters       never ("auto": unsharded model states do not fit a rank; '
         "a partition group is inside one node)",
-        '  accumulate gradients   shard ("auto": a rank does not hold the whole model states; '
+        '  accumulate gradients   shard ("auto": unsharded model states do not fit a rank; '
         "a partition group is inside one node)",
         "  inter-node gathers     none: a partition group is inside one node",
         "  inter-node reductions  once per step, by the second hop",
@@ -67,7 +67,7 @@ def test_the_table_names_groups_techniques_and_memory():
     ]
     assert report(16, 4, 8).splitlines()[4:] == [
         "  hierarchical           on: a partition group spans 2 nodes",
-        "  two-hop                on: gradients cross replicas at the boundary only",
+        "  two-hop                on: gradients are reduced over replicas at the boundary only",
         "  gradients              reduced, and summed over micro-steps, in bfloat16",
         '  cache parameters       node ("auto": 0.25 GiB per rank of 2 GiB that model states leave)',
         '  accumulate gradients   node ("auto": 0.5 GiB per rank of 1.75 GiB that model states leave)',
@@ -107,18 +107,21 @@ def test_a_partition_group_of_one_rank_has_no_traffic_of_its_own():
 
 
 def test_without_replicas_there_is_no_second_hop():
-    assert re.search("two-hop +off: there is one replica only", report(8, 4, 8))
+    assert re.search("two-hop +off: there is only one replica", report(8, 4, 8))
 
 
 def test_states_that_exceed_the_device_or_fill_it_are_warned_of():
     assert "the model states alone exceed the device" in report(8, 4, 8, states=5 * GIB)
     assert "leave little of the device" in report(8, 4, 8, states=4 * GIB)
-    assert '("auto": all, and they hardly hold the model states)' in report(8, 4, "auto", states=4 * GIB)
+    assert '("auto": all ranks, which hardly hold the model states)' in report(8, 4, "auto", states=4 * GIB)
     assert "warning" not in report(8, 4, 8)
 
 
 def test_hops_that_are_not_two_are_named():
     rows = report(8, 4, 4, communication=replace(CommunicationOptions.AUTO, two_hop=False))
-    assert "two-hop                off: two_hop=False, so gradients cross replicas in every micro-step\n" in rows
+    assert (
+        "two-hop                off: two_hop=False, so gradients are reduced over replicas in every micro-step\n"
+        in rows
+    )
     assert "inter-node reductions  in every micro-step, by the second hop\n" in rows
     assert "accumulate gradients   shard (two_hop=False reduces in every micro-step)\n" in rows

@@ -1,7 +1,7 @@
-"""How much memory one micro-step takes beside the model states: what its forward and backward allocate at their peak.
+"""Peak memory of the forward and backward of a micro-step, in addition to the model states.
 
-Nothing is computed: the step runs on fake tensors, which have shapes only, and every allocation and release is counted.
-So it holds for any model and loss, for recomputed blocks, and for what attention saves on the CPU; CUDA's flash
+The step runs on fake tensors, which have shapes but no values, and every allocation and release is counted. So it holds
+for any model and loss, for recomputed blocks, and for the tensors that attention saves on the CPU; CUDA's flash
 attention saves the same: queries, keys, values, the output and one sum per query.
 """
 
@@ -30,18 +30,18 @@ def peak_activations(
     autocast_dtype: torch.dtype | None = None,
     find_blocks: Callable[[nn.Module], Mapping[str, nn.Module]] = find_blocks,
 ) -> Activations:
-    """What a forward and backward of ``batch`` allocates.
+    """Measure the peak memory of a forward and backward of ``batch``.
 
-    Parameters and their gradients are not counted: they are model states. Whatever has a parameter's shape is taken for
-    a gradient, so the batch should have another number of tokens than the model has rows or columns anywhere.
+    Parameters and their gradients are not counted: they are model states. Every tensor with the shape of a parameter is
+    taken for a gradient, so the number of tokens in the batch should differ from all dimensions of parameters.
 
     Args:
-        make_model: Builds the model; it is called under fake tensors, so any size will do.
-        batch: Tensors, in any nest of lists and dictionaries; only their shapes matter.
-        loss: Runs the model on the batch.
-        dtype: Of the parameters that the forward sees.
-        autocast_dtype: What autocast computes in; None is without.
-        find_blocks: Finds the blocks of the model, the last one first.
+        make_model: Function that builds the model. It is called under fake tensors, so the model may have any size.
+        batch: Tensors in any nest of lists and dictionaries; only shapes matter.
+        loss: Function of model and batch that returns the loss, a scalar.
+        dtype: Dtype of the parameters in the forward.
+        autocast_dtype: Dtype of autocast; None disables autocast.
+        find_blocks: Function that returns the blocks of the model by FQN, the last one first.
     """
     head_peaks: list[int] = []
     with FakeTensorMode() as fake:
@@ -71,7 +71,7 @@ def peak_activations(
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Build in ``dtype`` what is built inside."""
+    """Set the default dtype to ``dtype`` inside the context."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,8 +1,8 @@
-"""What is allocated while operations run, real or on fake tensors: bytes by category, now and at the peak.
+"""Allocations of operations on real or fake tensors: bytes by category, now and at the peak.
 
-Every tensor that an operation makes counts until the last reference to it is gone, or FSDP2 has emptied its storage.
-What a tensor is for often shows only later, when a collective takes it or a parameter owns it; it is given its category
-then, for the peak as well if it lived at it.
+Every tensor that an operation creates counts until the last reference to it is gone, or FSDP2 empties its storage. The
+purpose of a tensor is often known only later, when a collective takes it or a parameter owns it; its category is
+assigned then, and also for the peak if the tensor existed at the peak.
 """
 
 from __future__ import annotations
@@ -17,28 +17,31 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from lightning_mics._torch.fake import tree_leaves, watched_resizes
+from lightning_mics.planning.rehearsal.observed import Observer
 
-UNKNOWN = "activations"  # what nobody else claims
+UNKNOWN = "activations"  # every tensor without another category
 
 
-GATHERED = "gathered parameters"  # whose storages FSDP2 empties and fills, and no others
+GATHERED = "gathered parameters"  # the only tensors whose storages FSDP2 empties and fills
 
 
 @dataclass
 class _Block:
     category: str
     size_bytes: int
-    born: int  # the number of allocations before it
+    born: int  # number of the allocation
 
 
-class Allocations:
-    """Counts the bytes of all tensors that operations make; to be told of them by
-    :class:`~lightning_mics.planning.rehearsal.observed.Observed`, and entered with it.
+class Allocations(Observer):
+    """Counts the bytes of all tensors that operations create.
+
+    To be entered together with :class:`~lightning_mics.planning.rehearsal.observed.Observed`.
 
     Args:
-        counts: Whether a tensor counts; None is all.
+        counts: Predicate of the tensors that count; None counts all.
     """
 
     def __init__(self, *, counts: Callable[[Tensor], bool] | None = None) -> None:
@@ -50,7 +53,7 @@ class Allocations:
         self.reset_peak()
 
     def reset_peak(self) -> None:
-        """Forget the peak so far: it is what is there now."""
+        """Set the peak to the current bytes."""
         self._peak = Counter(self._live)
         self._peak_bytes = self._live.total()
         self._peak_at = self._allocations
@@ -62,21 +65,21 @@ class Allocations:
 
     @property
     def peak(self) -> dict[str, int]:
-        """Bytes when there were the most, by category."""
+        """Bytes at the peak of the total, by category."""
         return dict(+self._peak)
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes that were there at any moment."""
+        """Most bytes at any moment since :meth:`reset_peak`."""
         return self._peak_bytes
 
     def assign(self, category: str, tensors: Iterable[Tensor], *, over: str | None = None) -> None:
-        """Say what ``tensors`` are for; what is not known is left out.
+        """Assign a category to ``tensors``; tensors that are not counted are ignored.
 
         Args:
-            category: What they are.
-            tensors: Real, fake, or DTensors, whose local part is meant.
-            over: Only where that was their category.
+            category: Category to assign.
+            tensors: Real or fake tensors ``[...]``; of DTensors the local part.
+            over: Category that is replaced; None replaces any.
         """
         for tensor in tensors:
             local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
@@ -95,14 +98,16 @@ class Allocations:
     def __exit__(self, *error: Any) -> None:
         self._entered.close()
 
+    @override
     def before(self, operation: Any, args: tuple[Any, ...]) -> None:
-        """Nothing has been allocated yet."""
+        """Do nothing: ``operation`` has not allocated yet."""
 
+    @override
     def after(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Count what ``operation`` has made."""
+        """Count the tensors that ``operation`` has created."""
         if operation.is_view:
             return
-        for tensor in _plain_tensors(result):
+        for tensor in _local_tensors(result):
             known = tensor.untyped_storage()._cdata in self._blocks
             if not known and (self._counts is None or self._counts(tensor)) and not _is_view(tensor, args, kwargs):
                 self._add(tensor.untyped_storage())
@@ -134,13 +139,13 @@ class Allocations:
         self._grow(GATHERED, block.size_bytes)
 
 
-def _plain_tensors(values: Any) -> Iterator[Tensor]:
+def _local_tensors(values: Any) -> Iterator[Tensor]:
     for value in tree_leaves(values):
         if isinstance(value, Tensor) and not isinstance(value, DTensor):
             yield value
 
 
 def _is_view(result: Tensor, *arguments: Any) -> bool:
-    """Whether an operation has returned memory of what it was given."""
+    """Whether the result of an operation shares memory with its arguments."""
     storage = result.untyped_storage()._cdata
-    return any(given.untyped_storage()._cdata == storage for given in _plain_tensors(arguments))
+    return any(given.untyped_storage()._cdata == storage for given in _local_tensors(arguments))

@@ -1,4 +1,4 @@
-"""Every collective that a piece of code runs, real or rehearsed."""
+"""The collectives that operations run, real or rehearsed."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_mics._torch.fake import group_of, tree_leaves
 from lightning_mics.collectives.traffic import Kind, sent_by
 from lightning_mics.cost.collective import KINDS, Collective
+from lightning_mics.planning.rehearsal.observed import Observer
 from lightning_mics.topology import Topology
 
 
-class Collectives:
-    """Calls ``seen`` with each collective before it runs; to be told of operations by
-    :class:`~lightning_mics.planning.rehearsal.observed.Observed`.
+class Collectives(Observer):
+    """Calls ``seen`` with each collective before it runs.
 
     Args:
-        topology: Where every rank is.
-        gloo: Whether gloo runs them.
-        seen: What to do with each, and with the tensors that it takes.
+        topology: Topology of the job.
+        gloo: Whether gloo runs the collectives.
+        seen: Function to call with each collective and the tensors that it takes.
     """
 
     def __init__(self, topology: Topology, *, gloo: bool, seen: Callable[[Collective, list[Tensor]], None]) -> None:
@@ -29,8 +30,9 @@ class Collectives:
         self._gloo = gloo
         self._seen = seen
 
+    @override
     def before(self, operation: Any, args: tuple[Any, ...]) -> None:
-        """Note ``operation`` if it is a collective."""
+        """Record ``operation`` if it is a collective."""
         if operation.namespace not in ("c10d", "_c10d_functional"):
             return
         kind = KINDS.get(operation._schema.name.partition("::")[2])
@@ -39,13 +41,14 @@ class Collectives:
             tensors = [tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
             self._seen(self._collective(kind, group, tensors), tensors)
 
+    @override
     def after(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        """All is noted already."""
+        """Do nothing: the collective was recorded before it ran."""
 
     def _collective(self, kind: Kind, group: dist.ProcessGroup, tensors: list[Tensor]) -> Collective:
         ranks = dist.get_process_group_ranks(group)
         nodes = [self._topology.node_of(rank) for rank in ranks]
-        elements = sum(tensor.numel() for tensor in tensors) if kind == "all_reduce" else _whole(tensors)
+        elements = sum(tensor.numel() for tensor in tensors) if kind == "all_reduce" else _largest_elements(tensors)
         dtype = tensors[0].dtype
         return Collective(
             kind=kind,
@@ -58,6 +61,6 @@ class Collectives:
         )
 
 
-def _whole(tensors: list[Tensor]) -> int:
-    """Of input and output the larger one."""
+def _largest_elements(tensors: list[Tensor]) -> int:
+    """Number of elements of the larger one of input and output."""
     return max(tensor.numel() for tensor in tensors)

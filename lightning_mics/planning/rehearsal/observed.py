@@ -1,4 +1,4 @@
-"""Watching the operations of torch that a piece of code runs, by any number of observers at the price of one."""
+"""Observing the operations of torch, by any number of observers in one dispatch mode."""
 
 from __future__ import annotations
 
@@ -11,20 +11,32 @@ from lightning_mics._torch.fake import TorchDispatchMode
 
 
 class Observer(Protocol):
-    """What is told of each operation on plain tensors; those on DTensors run others on their local parts."""
+    """Receives each operation on tensors; operations on DTensors run others on local tensors, which count instead."""
 
     def before(self, operation: Any, args: tuple[Any, ...]) -> None:
-        """``operation`` is about to run."""
+        """Called before ``operation`` runs.
+
+        Args:
+            operation: Operation of torch.
+            args: Positional arguments of the operation.
+        """
 
     def after(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        """``operation`` has run."""
+        """Called after ``operation`` has run.
+
+        Args:
+            operation: Operation of torch.
+            args: Positional arguments of the operation.
+            kwargs: Keyword arguments of the operation.
+            result: Result of the operation.
+        """
 
 
 class Observed(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tells ``observers`` of each operation that runs while it is entered.
+    """Passes each operation that runs inside the context to ``observers``.
 
     Args:
-        observers: In the order in which they are told.
+        observers: Observers, in the order in which they are called.
     """
 
     def __init__(self, *observers: Observer) -> None:
@@ -45,5 +57,11 @@ class Observed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def run(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run it."""
+        """Run an operation; subclasses may replace its result.
+
+        Args:
+            operation: Operation of torch.
+            args: Positional arguments of the operation.
+            kwargs: Keyword arguments of the operation.
+        """
         return operation(*args, **kwargs)

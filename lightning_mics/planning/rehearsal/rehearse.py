@@ -1,11 +1,11 @@
-"""A job rehearsed in one process: what one of its ranks does, seen from the program itself and not from formulas.
+"""A rehearsal runs one rank of a job in one process, to record its collectives and memory without formulas.
 
 The model is sharded by the real ``shard_model``, trained by the real schedule and stepped by the real optimizer, but
-the other ranks do not exist (torch's fake process group) and tensors have shapes only. So a rank of a job of any size
-runs within seconds, and every collective and every allocation is counted. Two optimizer steps run, because optimizers
-make their states in the first; the second is what is reported.
+the other ranks do not exist (torch's fake process group), and tensors have shapes but no values. So a rank of a job of
+any size runs within seconds, and every collective and allocation is counted. Two optimizer steps run, because
+optimizers create their states in the first; the second is reported.
 
-Micro-steps between the second and the boundary do what the second does, so it stands for them.
+All micro-steps between the first and the boundary do the same, so only one of them runs.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from lightning_mics.topology import Topology
 PARAMETERS, GRADIENTS, STATES = "parameters", "gradients", "optimizer states"
 
 
-KEPT, REDUCING = "cached until the boundary", "gradients being reduced"
+CACHED, REDUCING = "cached until the boundary", "gradients being reduced"
 
 
-CATEGORIES = (PARAMETERS, GRADIENTS, STATES, KEPT, GATHERED, REDUCING, UNKNOWN)
+CATEGORIES = (PARAMETERS, GRADIENTS, STATES, CACHED, GATHERED, REDUCING, UNKNOWN)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutedCollective:
-    """One collective of the step that was rehearsed.
+    """One collective of the rehearsed step.
 
     Attributes:
-        micro_step: In which it ran, from 1; 0 is after the last, when gradients are clipped and weights are updated.
-        times: How many micro-steps this one stands for.
-        collective: What ran.
+        micro_step: Number of the micro-step, from 1; 0 is after the last, for clipping and the update of weights.
+        times: Number of micro-steps that this one stands for.
+        collective: The collective.
     """
 
     micro_step: int
@@ -61,14 +61,14 @@ class ExecutedCollective:
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """What one rank does in one optimizer step.
+    """Collectives and memory of one rank in one optimizer step.
 
     Attributes:
-        topology: Where every rank is.
-        rank: The one that was rehearsed.
-        micro_steps: In the step.
-        ran: Its collectives, in order.
-        peak: Bytes by category when they were the most, in the order of ``CATEGORIES``.
+        topology: Topology of the job.
+        rank: The rehearsed rank.
+        micro_steps: Micro-steps per optimizer step.
+        ran: Collectives of the rank, in order.
+        peak: Bytes by category at the peak of the total, in the order of ``CATEGORIES``.
         states: Bytes of parameters, gradients and optimizer states at the end of the last backward.
     """
 
@@ -81,11 +81,11 @@ class Rehearsal:
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes of tensors that this rank holds at any moment of the step."""
+        """Most bytes of tensors that this rank holds at any moment of the step."""
         return sum(self.peak.values())
 
     def sent(self) -> dict[str, Sent]:
-        """What this rank sends per step, by kind of collective and group, as in "all_gather in rail"."""
+        """Bytes that this rank sends per step, by kind of collective and group, as in "all_gather in rail"."""
         totals: dict[str, Sent] = {}
         for ran in self.ran:
             name = f"{ran.collective.kind} in {ran.collective.group}"
@@ -112,26 +112,25 @@ def rehearse(
     reduce_dtype: torch.dtype | None = None,
     activation_checkpointing: bool | ModuleClasses = False,
 ) -> Rehearsal:
-    """Run one optimizer step of one rank of a job of any size, without its machines and without memory.
+    """Run one optimizer step of one rank of a job of any size, without its machines and without allocating tensors.
 
-    What is rehearsed is training itself: not the data, callbacks, ``torch.compile``. Autocast is that of the CPU.
+    Only training runs: no data loading, no callbacks, no ``torch.compile``. Autocast is the CPU's.
 
     Args:
-        make_model: Builds the model; it is called under fake tensors, so any size will do.
-        batch: What one micro-step of one rank gets: tensors in any nest of lists and dictionaries, of which only shapes
-            matter.
-        loss: Runs the model on the batch.
-        topology: Where every rank is.
-        rank: Which one to be.
-        micro_steps: Per optimizer step.
-        make_optimizer: Called with the sharded model; None is fused AdamW.
-        gradient_clip_val: The largest norm of all gradients; None clips nothing.
+        make_model: Function that builds the model. It is called under fake tensors, so the model may have any size.
+        batch: Micro-batch of one rank: tensors in any nest of lists and dictionaries; only shapes matter.
+        loss: Function of model and batch that returns the loss, a scalar.
+        topology: Topology of the job.
+        rank: Rank to rehearse.
+        micro_steps: Micro-steps per optimizer step.
+        make_optimizer: Function from the sharded model to its optimizer; None is fused AdamW.
+        gradient_clip_val: Largest 2-norm of all gradients; None does not clip.
         precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
-        backend: What runs collectives. gloo takes others than nccl for some.
-        communication: How the collectives run.
-        block_classes: The blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
-        reduce_dtype: What gradients are reduced in; None follows the precision.
-        activation_checkpointing: What is recomputed in backward.
+        backend: Backend of the collectives; gloo replaces some collectives of nccl by others.
+        communication: Options of the collectives, without "auto".
+        block_classes: Classes of the blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
+        reduce_dtype: Dtype in which gradients are reduced; None follows the precision.
+        activation_checkpointing: Whether blocks are recomputed in backward; classes or patterns choose modules.
 
     Raises:
         RuntimeError: If ``torch.distributed`` is in use.
@@ -144,7 +143,7 @@ def rehearse(
         raise ValueError(f"rank={rank} is not one of the {topology.world_size} ranks of the job")
     with rehearsed_job(world_size=topology.world_size, rank=rank):
         groups = create_partition_groups(topology, device_type="cpu", hierarchical=communication.hierarchical)
-        groups = replace(groups, backend=backend)  # the job's; this process has torch's fake one
+        groups = replace(groups, backend=backend)  # the backend of the job; this process has torch's fake backend
         watch = _Watch(topology, gloo=backend == "gloo")
         with watch.entered() as fake:
             with default_dtype(torch.bfloat16 if precision == "bf16-true" else torch.float32):
@@ -183,7 +182,7 @@ def rehearse(
 
 
 def _stand_for(micro_steps: int) -> dict[int, int]:
-    """The micro-steps that run, and how many each stands for; the last is the boundary."""
+    """Micro-steps that run, with the number of micro-steps that each stands for; the last is the boundary."""
     return {
         step: max(1, micro_steps - 2) if step == 2 < micro_steps else 1
         for step in {1, min(2, micro_steps), micro_steps}
@@ -204,7 +203,7 @@ def _optimizer_step(
     watch: _Watch,
     gradient_clip_val: float | None,
 ) -> None:
-    """As Lightning does it: gradients of the step before are there until the first forward has run."""
+    """Like Lightning: gradients of the previous step are freed after the first forward."""
     for micro_step, times in sorted(micro_steps.items()):
         watch.now(micro_step, times)
         with schedule.micro_step(boundary=micro_step == max(micro_steps)):
@@ -223,7 +222,7 @@ def _optimizer_step(
 
 
 class _Watch:
-    """Sees what a job does."""
+    """Records the collectives and memory of the rehearsed rank."""
 
     def __init__(self, topology: Topology, *, gloo: bool) -> None:
         self.ran: list[ExecutedCollective] = []
@@ -242,7 +241,7 @@ class _Watch:
         return self._allocations.peak
 
     def model(self, model: nn.Module, schedule: AccumulationSchedule, optimizer: Optimizer) -> None:
-        """Watch the memory of these."""
+        """Watch the memory of a model, its schedule and its optimizer."""
         self._model, self._schedule, self._optimizer = model, schedule, optimizer
         self._units = list(fsdp_modules(model).values())
         self._hooked: set[nn.Parameter] = set()
@@ -250,7 +249,7 @@ class _Watch:
         self._allocations.assign(PARAMETERS, model.buffers())
 
     def begin(self) -> None:
-        """What comes now is reported."""
+        """Report everything from now on."""
         for parameter in (p for unit in self._units for p in unsharded_parameters(unit)):
             parameter.register_post_accumulate_grad_hook(self._claim_gradient)  # type: ignore[no-untyped-call]
         self.ran.clear()
@@ -263,9 +262,9 @@ class _Watch:
         self._micro_step, self._times = micro_step, times
 
     def claim(self) -> None:
-        """Give tensors that last the categories that their owners tell."""
+        """Assign categories to the tensors that the schedule, FSDP2 and the optimizer own."""
         assign = self._allocations.assign
-        assign(KEPT, [*self._schedule.cache.tensors(), *self._schedule.window.tensors()])
+        assign(CACHED, [*self._schedule.cache.tensors(), *self._schedule.window.tensors()])
         for unit in self._units:
             assign(GRADIENTS, partial_sums(unit))
             assign(GRADIENTS, (p.grad for p in sharded_parameters(unit) if p.grad is not None))
@@ -282,7 +281,7 @@ class _Watch:
 
 
 class _WithoutValues(Observed):  # type: ignore[no-untyped-call]
-    """Answers what tensors without values cannot: numbers are 0, conditions do not hold, and equals are equal."""
+    """Replaces values that fake tensors do not have: numbers are 0, conditions are False, comparisons are equal."""
 
     def run(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if operation is torch.ops.aten.equal.default:

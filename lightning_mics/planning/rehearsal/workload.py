@@ -1,4 +1,4 @@
-"""What a job has to do whatever the cluster: the sizes of its model, and memory and arithmetic of a sample."""
+"""The workload of a job, independent of the cluster: sizes of its model, activations and FLOPs of a sample."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from lightning_mics.sharding.shard_model import mixed_precision_policy
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A model and what one sample of it takes.
+    """Sizes of a model, and memory and FLOPs of one sample.
 
     Attributes:
-        units: What is gathered and reduced at once.
-        size: What the model keeps.
-        parameters: How many there are.
+        units: Parameter groups: the root and the blocks.
+        size: Sizes of model states.
+        parameters: Number of parameters.
         sample: Activations of one sample.
-        model_flops: Of a forward and a backward of one sample, by the mathematics.
-        hardware_flops: The same with what is recomputed.
-        gathered_dtype: Of gathered parameters.
-        reduce_dtype: Of gradient sums.
+        model_flops: FLOPs of a forward and backward of one sample, without recomputation.
+        hardware_flops: FLOPs of a forward and backward of one sample, with recomputation.
+        gathered_dtype: Dtype of unsharded parameters.
+        reduce_dtype: Dtype of gradient sums.
     """
 
     units: tuple[Unit, ...]
@@ -56,17 +56,17 @@ def measure_workload(
     block_classes: ModuleClasses | None = None,
     activation_checkpointing: bool | ModuleClasses = False,
 ) -> Workload:
-    """Measure a model of any size, without memory and without numbers.
+    """Measure a model of any size on fake tensors, which take no memory.
 
     Args:
-        make_model: Builds it.
-        batch: Tensors in any nest of lists and dictionaries, of which only shapes matter.
-        samples: That ``batch`` has.
-        loss: Runs the model on the batch.
+        make_model: Function that builds the model.
+        batch: Tensors in any nest of lists and dictionaries; only shapes matter.
+        samples: Number of samples in ``batch``.
+        loss: Function of model and batch that returns the loss, a scalar.
         precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
-        reduce_dtype: What gradients are reduced in; None follows the precision.
-        block_classes: The blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
-        activation_checkpointing: What is recomputed in backward; see
+        reduce_dtype: Dtype in which gradients are reduced; None follows the precision.
+        block_classes: Classes of the blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
+        activation_checkpointing: Whether blocks are recomputed in backward; classes or patterns choose modules, see
             :func:`~lightning_mics.sharding.shard_model.shard_model`.
 
     Raises:

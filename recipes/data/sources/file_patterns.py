@@ -11,7 +11,7 @@ def matching_files(patterns: str | Sequence[str], *, key: str) -> list[Path]:
     """The files of ``patterns`` (paths, or patterns with ``*`` and ``**``), each once, sorted.
 
     Args:
-        patterns: One or several.
+        patterns: One or several paths or patterns.
         key: Key of the configuration that holds them, for errors.
 
     Raises:
@@ -25,7 +25,7 @@ def matching_files(patterns: str | Sequence[str], *, key: str) -> list[Path]:
 
 
 def file_facts(paths: Sequence[Path]) -> list[list[str | int]]:
-    """Path, bytes and time of the last change of each: what differs if a file does."""
+    """Path, size in bytes and modification time in nanoseconds of each file, to detect changes."""
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 

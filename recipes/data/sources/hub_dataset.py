@@ -1,4 +1,4 @@
-"""A dataset of the hub, or one that ``datasets`` has on disk, as a source of text."""
+"""A dataset of the hub, or of ``datasets`` on disk, as a source of text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from recipes.data.sources.file_patterns import file_facts
 from recipes.data.sources.text_readers import read_rows
 from recipes.data.sources.text_source import Piece
 
-MARKS_OF_SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
+MARKS_OF_SAVED = ("dataset_dict.json", "state.json")  # files that save_to_disk writes
 
 
 class HubDataset:
-    """Each row is a document. Rows are streamed, from the hub too: no second copy of the corpus is made.
+    """Each row is a document. Rows are streamed, also from the hub, without a copy of the corpus on disk.
 
     Args:
         path: A name on the hub, a folder that ``save_to_disk`` has made, or a folder of files of a kind
@@ -30,7 +30,7 @@ class HubDataset:
             dataset has changed on the hub.
 
     Raises:
-        FileNotFoundError: If ``path`` looks like a folder and there is none.
+        FileNotFoundError: If ``path`` looks like a folder and does not exist.
     """
 
     def __init__(

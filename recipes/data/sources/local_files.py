@@ -46,7 +46,7 @@ class LocalFiles:
         self._files = {"train": train, "val": val}
         for key in ("files", "val_files") if self.has_val else ("files",):
             _reject_empty(self._files["val" if key == "val_files" else "train"], key=f"data.source.{key}")
-        # documents keep their names, and so their split, when the folder of all is moved
+        # relative names, so that documents stay in their split when the common folder is moved
         self._folder = Path(os.path.commonpath([path.parent for path in train + val]))
 
     def facts(self) -> Any:

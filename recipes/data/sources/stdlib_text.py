@@ -1,4 +1,4 @@
-"""Text that is on every machine: the source files of Python's standard library. Nothing is downloaded."""
+"""Text that exists on every machine: the source files of Python's standard library. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from recipes.data.sources.local_files import LocalFiles
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests"} | {
     "encodings",
     "pydoc_data",
-}  # generated: no code
+}  # generated
 
 
 def stdlib_text() -> LocalFiles:
@@ -22,7 +22,7 @@ def source_files() -> list[Path]:
     """The library's .py files without tests and installed packages, sorted.
 
     Raises:
-        RuntimeError: If there are none, as where the library is zipped or stripped to bytecode.
+        RuntimeError: If there are none, as in a library that is zipped or stripped to bytecode.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(p for p in library.rglob("*.py") if not SKIPPED_FOLDERS & set(p.relative_to(library).parts))

@@ -1,7 +1,7 @@
 """Reading documents from text files, JSON lines and the rows of ``datasets``, a piece at a time.
 
-Text and JSON lines are read here: ``load_dataset("text")`` holds all of a document at once, and
-``load_dataset("json")`` wants the same columns in all rows of all files; neither says in which file or line it failed.
+Text and JSON lines are read here, because ``load_dataset("text")`` holds a complete document in memory, and
+``load_dataset("json")`` needs the same columns in all rows of all files; errors of neither name the file and line.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_documents(path: Path, *, name: str, field: str, encoding_errors: str) -
         encoding_errors: Treatment of bytes that are not UTF-8, as for ``open``.
 
     Raises:
-        ValueError: If the content is not what the suffix says, or rows have no such field, or text is not UTF-8.
+        ValueError: If the content does not match the suffix, or rows have no such field, or text is not UTF-8.
     """
     if path.suffix == ".parquet":
         yield from _read_parquet(path, field=field)
@@ -51,7 +51,7 @@ def read_rows(rows: Dataset | IterableDataset, *, field: str, where: str) -> Ite
         where: Name of the dataset in errors.
 
     Raises:
-        ValueError: If there is no such column, or it holds something else than text.
+        ValueError: If there is no such column, or it does not hold text.
     """
     if rows.column_names is not None:
         check_field(field, rows.column_names, where=where)
@@ -61,7 +61,16 @@ def read_rows(rows: Dataset | IterableDataset, *, field: str, where: str) -> Ite
 
 
 def check_field(field: str, fields: Iterable[str], *, where: str) -> None:
-    """Raises ValueError if ``field`` is not one of ``fields``."""
+    """Check that ``field`` is one of ``fields``.
+
+    Args:
+        field: Name of the field with the text.
+        fields: Names of the fields that exist.
+        where: Name of the data in errors.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if field not in fields:
         raise ValueError(f"{where} has no field {field!r}; it has {', '.join(sorted(fields))}; set data.source.field")
 

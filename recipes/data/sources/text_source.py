@@ -1,4 +1,4 @@
-"""What every source of text offers, and which of its documents are held out for validation."""
+"""The interface of all sources of text, and the choice of documents that are held out for validation."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class TextSource(Protocol):
     has_val: bool
 
     def facts(self) -> Any:
-        """All that the text depends on, as json can write it; cheap, for every rank asks.
+        """Everything that the text depends on, serializable as JSON; cheap, because every rank calls it.
 
         Raises:
-            FileNotFoundError: If there is nothing where it should be.
+            FileNotFoundError: If the source does not exist.
         """
 
     def total_bytes(self) -> int | None:
@@ -51,8 +51,12 @@ class TextSource(Protocol):
 def is_held_out(document: str, *, fraction: float) -> bool:
     """Whether a document is one of the ``fraction`` for validation.
 
-    The SHA-256 of its identity decides: the same documents are held out whatever else is there, and never one row of
-    two equal ones.
+    The SHA-256 of its identity decides, so that the choice does not depend on other documents, and equal documents are
+    in the same split.
+
+    Args:
+        document: Identity of the document.
+        fraction: Fraction of the documents to hold out, 0 to 1.
     """
     digest = hashlib.sha256(document.encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64

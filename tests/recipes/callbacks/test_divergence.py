@@ -71,7 +71,7 @@ def test_nan_on_one_rank_stops_all_and_names_its_step_and_the_last_good_checkpoi
     good = tmp_path / "step=3.ckpt"
     assert message.startswith(
         f"training has diverged: the training loss of rank 2 is not finite in step 4; the last good"
-        f" checkpoint is {good}. Go on from it with resume={good} and a smaller"
+        f" checkpoint is {good}. Resume it by resume={good} and a smaller"
     )
     assert saved(tmp_path) == ["step=3.ckpt"]
 
@@ -80,7 +80,8 @@ def test_no_checkpoint_is_saved_between_the_loss_and_the_step_that_is_logged(
     tmp_path: Path, on_shared_ranks: Run
 ) -> None:
     for message, stopped_after in on_shared_ranks(_fit, str(tmp_path), Diverges(step=1), 50, 2):
-        assert "rank 2 is not finite in step 1; nothing is saved yet, begin anew with a lower optimizer.lr" in message
+        advice = "no checkpoint is saved yet, start again with a lower optimizer.lr"
+        assert f"rank 2 is not finite in step 1; {advice}" in message
         assert stopped_after == 2
     assert not saved(tmp_path)
 

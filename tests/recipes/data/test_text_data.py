@@ -132,7 +132,7 @@ def test_too_little_text_for_a_window_is_rejected(tmp_path: Path) -> None:
 
 def test_a_folder_that_another_machine_has_prepared_is_missed(tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"is not there, though it was prepared: do all nodes see the same source"
+        FileNotFoundError, match=r"does not exist, though it was prepared: do all nodes see the same source"
     ):
         text(tmp_path).setup("fit")
 
@@ -187,7 +187,7 @@ def test_who_waits_says_so_and_a_killed_process_blocks_nobody(
     holder.kill()
     waiter.join(60)
     assert waiter.exitcode == 0
-    assert "is not there yet: making it, or waiting for another process that does" in capfd.readouterr().out
+    assert "does not exist yet: creating it, or waiting for another process that does" in capfd.readouterr().out
     assert np.asarray(opened(text(tmp_path, files=files)).train_tokens).tolist() == [7] * 900
 
 
@@ -222,7 +222,7 @@ def test_corrupted_tokens_are_not_used(tmp_path: Path, left: float) -> None:
     (stored,) = data.folder.rglob("*.arrow")
     stored.write_bytes(stored.read_bytes()[: int(left * stored.stat().st_size)])
     for start in (data.prepare, data.open):
-        with pytest.raises(ValueError, match=r"is corrupted \(.*\); delete it, and it is made again"):
+        with pytest.raises(ValueError, match=r"is corrupted \(.*\); delete it to tokenize again"):
             start()
 
 

@@ -61,7 +61,7 @@ def test_the_dtype_holds_every_token(tokens: int, dtype: type) -> None:
 
 def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=rf"data\.tokenizer={tmp_path} is neither a folder with a tokenizer nor a name"
+        ValueError, match=rf"data\.tokenizer={tmp_path} is neither a folder with a tokenizer nor a reachable name"
     ):
         load_tokenizer(str(tmp_path))
 
