@@ -112,7 +112,16 @@ def load_full(
 ) -> dict[str, Any]:
     """Load a full file into a sharded model and its optimizers, in place; every rank calls it.
 
-    For the arguments, the result and the errors see :func:`~lightning_mics.checkpoint.loading.load`.
+    For the result and the errors see :func:`~lightning_mics.checkpoint.loading.load`.
+
+    Args:
+        path: The file.
+        model: The sharded model.
+        optimizers: Optimizers of the model, in the order in which they were saved.
+        rank_state: Tensors of this rank, filled if the file has them.
+        names: Names under which Fabric saved model and optimizers; None for the Trainer's.
+        strict: Whether every parameter and buffer of the model must be in the file.
+        weights_only: Whether plain data and tensors only are unpickled.
     """
     content: Any = load_value(path, name=str(path), weights_only=weights_only, mapped=True)
     if isinstance(content, dict):

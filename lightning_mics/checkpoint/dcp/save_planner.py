@@ -31,7 +31,7 @@ class HostBuffers:
 
         Args:
             index: Entry of the checkpoint, by which the buffer is found again.
-            values: Tensor of any shape.
+            values: Tensor to copy, [any shape].
 
         Returns:
             The buffer, of the same shape.

@@ -10,7 +10,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from recipes.data.masked_windows import EpochSampler, MaskedWindows
 from recipes.data.tokenizer import train_tokenizer
-from tests.support.tokenizers import word_tokenizer
+from tests.support.small_tokenizers import word_tokenizer
 
 WORDS = word_tokenizer(words=60)  # w0 is token 5
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recipes.data.shard_data import ShardData
-from tests.support.tokenizers import saved, word_tokenizer
+from tests.support.small_tokenizers import saved, word_tokenizer
 
 WINDOWS = {"sequence_length": 8, "batch_size": 2, "val_batch_size": 4, "val_windows": 8, "prompt": "w1 w2"}
 

@@ -17,7 +17,7 @@ from recipes.data.sources.local_files import LocalFiles
 from recipes.data.sources.text_source import is_held_out
 from recipes.data.text_data import TextData
 from tests.support.forked import RankError
-from tests.support.tokenizers import saved, word_tokenizer
+from tests.support.small_tokenizers import saved, word_tokenizer
 from tests.support.trainers import make_trainer, on_ranks
 
 FORK = multiprocessing.get_context("fork")

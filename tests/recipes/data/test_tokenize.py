@@ -9,7 +9,7 @@ import pytest
 from recipes.data import tokenize
 from recipes.data.sources.text_source import Piece, is_held_out
 from recipes.data.tokenize import token_rows, tokenizer_of
-from tests.support.tokenizers import word_tokenizer
+from tests.support.small_tokenizers import word_tokenizer
 
 TEXTS = [f"document {number} says {number * number}" for number in range(60)]
 SAMPLE = {"vocab_size": 300, "val_fraction": 0.2, "sample_bytes": 10**6}

@@ -19,7 +19,7 @@ from recipes.data.tokenizer import (
     train_tokenizer,
 )
 from recipes.data.vocabulary import vocabulary_of
-from tests.support.tokenizers import saved, word_tokenizer
+from tests.support.small_tokenizers import saved, word_tokenizer
 
 TEXTS = [f"def square_{n}(x):\n    return x * x  # größer {n}\n" for n in range(40)]
 
