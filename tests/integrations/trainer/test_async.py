@@ -11,8 +11,7 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_mics import checkpoint
-from lightning_mics.checkpoint.storage.folder import CheckpointFolder
+from lightning_mics.checkpoint.storage.folder import CheckpointFolder, is_sharded
 from tests.support.fits import fit, same, whole_weights
 from tests.support.trainers import mics, on_ranks
 
@@ -128,7 +127,7 @@ def test_a_save_that_fails_is_reported_on_all_ranks_and_leaves_the_previous_one(
 def _save_after_the_fit(folder: Path) -> bool:
     trainer, _ = fit(folder, strategy=mics(async_save=True))
     trainer.save_checkpoint(folder / "mine.ckpt")
-    return checkpoint.is_sharded(folder / "mine.ckpt")
+    return is_sharded(folder / "mine.ckpt")
 
 
 def test_a_save_after_the_fit_is_synchronous(tmp_path: Path) -> None:
@@ -161,4 +160,4 @@ def _link_before_anything_is_written(folder: Path) -> str:
 def test_the_first_checkpoint_of_a_new_folder_can_be_linked_before_it_is_there(tmp_path: Path) -> None:
     (name, other) = on_ranks(_link_before_anything_is_written, tmp_path, world_size=2)
     assert name == other
-    assert checkpoint.is_sharded(tmp_path / "new" / name)
+    assert is_sharded(tmp_path / "new" / name)
