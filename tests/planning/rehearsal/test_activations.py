@@ -86,7 +86,9 @@ def test_a_step_without_numbers_takes_what_a_real_one_does(config: Any, recomput
     with torch.random.fork_rng():
         real = really_allocated(build(config, recompute=recompute), dtype)
     largest_gradients = 2 * max(parameter.numel() for parameter in build(config, recompute=False).parameters())
-    assert real - largest_gradients * dtype.itemsize * 1.1 <= predicted <= real * 1.05
+    # 2 %: workspaces of kernels, which some processors need for bfloat16
+    assert real - largest_gradients * dtype.itemsize * 1.1 <= predicted * 1.02
+    assert predicted <= real * 1.05
 
 
 def test_recomputed_blocks_keep_only_what_goes_into_them() -> None:
