@@ -135,8 +135,8 @@ class CountedGroup:
         dist.all_to_all_single(parts, source, group=self._group)
         return parts.view(self.size, -1)
 
-    def _count(self, kind: Kind, whole_bytes: int, technique: str, *, gloo: bool = False) -> None:
-        sent = sent_by(kind, whole_bytes, nodes=self._nodes, position=self.rank, gloo=gloo)
+    def _count(self, kind: Kind, total_bytes: int, technique: str, *, gloo: bool = False) -> None:
+        sent = sent_by(kind, total_bytes, nodes=self._nodes, position=self.rank, gloo=gloo)
         self._traffic.record(technique, sent)
 
 

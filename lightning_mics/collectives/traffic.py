@@ -33,19 +33,19 @@ class Sent:
         return Sent(self.inside_bytes - other.inside_bytes, self.between_bytes - other.between_bytes)
 
 
-def sent_by(kind: Kind, whole_bytes: float, *, nodes: Sequence[int], position: int, gloo: bool = False) -> Sent:
+def sent_by(kind: Kind, total_bytes: float, *, nodes: Sequence[int], position: int, gloo: bool = False) -> Sent:
     """Bytes that one rank sends in a collective.
 
     Args:
         kind: Kind of the collective.
-        whole_bytes: Bytes that are gathered, reduced or exchanged, over all ranks.
+        total_bytes: Bytes that are gathered, reduced or exchanged, over all ranks.
         nodes: Node of each rank, in the order of the group: [ranks].
         position: Position of the rank in the group.
         gloo: Whether the backend is gloo, whose reduce-scatter is an all-reduce.
     """
     n = len(nodes)
     twice = kind == "all_reduce" or (kind == "reduce_scatter" and gloo)
-    sent_bytes = (2 if twice else 1) * whole_bytes * (n - 1) / n
+    sent_bytes = (2 if twice else 1) * total_bytes * (n - 1) / n
     if kind == "all_to_all":
         between_share = pair_share(nodes, position)
     else:
