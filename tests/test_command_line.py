@@ -14,9 +14,9 @@ from lightning_mics.__main__ import main
 
 def test_each_command_gets_its_own_arguments(tmp_path: Path, capsys: Any) -> None:
     assert main(["inspect", str(tmp_path)]) == 2
-    assert f"{tmp_path} is no sharded checkpoint" in capsys.readouterr().err
+    assert f"{tmp_path} is not a sharded checkpoint" in capsys.readouterr().err
     assert main(["export", str(tmp_path), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 2
-    assert "is no sharded checkpoint" in capsys.readouterr().err
+    assert "is not a sharded checkpoint" in capsys.readouterr().err
     for command, argument in (("inspect", "checkpoint"), ("export", "--shard-size"), ("run", "--strategy")):
         with pytest.raises(SystemExit) as left:
             main([command, "--help"])

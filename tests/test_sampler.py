@@ -94,5 +94,5 @@ def test_a_place_that_ranks_cannot_have_reached_is_refused() -> None:
     state["_sampler_iter_state"]["sampler_iter_state"]["samples_of_all_ranks"] = 6
     resumed = loader(0, 4)
     resumed.load_state_dict(state)
-    with pytest.raises(ValueError, match="left after 6 samples, which 4 ranks cannot have taken equally"):
+    with pytest.raises(ValueError, match="interrupted after 6 samples, which 4 ranks cannot have taken equally"):
         iter(resumed)

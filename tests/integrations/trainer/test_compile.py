@@ -89,7 +89,7 @@ class CompiledByDefault(TinyModule):
 
 
 def fit_with_inductor(folder: str) -> float:
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{torch.distributed.get_rank()}"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # of both ranks: what one has built the other loads
     module = CompiledByDefault()
     make_trainer(folder, strategy=mics(partition_size=2), devices=RANKS).fit(module, loader(16))
     return float(module.trainer.callback_metrics["train_loss"])
@@ -99,7 +99,7 @@ def fit_with_inductor(folder: str) -> float:
 def test_blocks_compile_into_one_kernel_graph_each(tmp_path: Path) -> None:
     losses = on_ranks(fit_with_inductor, str(tmp_path), world_size=RANKS)
     assert losses[0] == losses[1] > 0
-    assert list(tmp_path.glob("0/**/*.so"))  # kernels were built
+    assert list(tmp_path.glob("**/*.so"))  # kernels were built
 
 
 def test_a_compiled_lightning_module_is_rejected(tmp_path: Path) -> None:
