@@ -15,6 +15,7 @@ from torch._subclasses import fake_tensor
 
 # FSDP2's communication interface has no public path yet (https://github.com/pytorch/pytorch/pull/155189).
 from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.distributed.tensor import _sharding_prop
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -48,11 +49,31 @@ def rehearsed_job(*, world_size: int, rank: int) -> Iterator[None]:
     fsdp_param: Any = _fsdp_param
     chunk_with_empty, fsdp_param._chunk_with_empty = fsdp_param._chunk_with_empty, _Chunks
     try:
-        yield
+        with _no_strided_shards():
+            yield
     finally:
         fsdp_param._chunk_with_empty = chunk_with_empty
         dist.destroy_process_group()
         _forget_meshes()
+
+
+@contextmanager
+def _no_strided_shards() -> Iterator[None]:
+    """Spare DTensor its search for strided shards, which tensor parallelism makes and FSDP2 alone does not.
+
+    torch 2.13 looks at all tensors of an operation on a list for each of them: with the thousand parameters of a large
+    model it takes as long as the rest of an optimizer step.
+    """
+    module: Any = _sharding_prop
+    search = getattr(module, "_propagate_use_strided_shard_flag", None)
+    if search is None:  # older torch does not
+        yield
+        return
+    module._propagate_use_strided_shard_flag = lambda strategy, schema: None
+    try:
+        yield
+    finally:
+        module._propagate_use_strided_shard_flag = search
 
 
 def group_of(operation: Any, args: tuple[Any, ...]) -> dist.ProcessGroup | None:

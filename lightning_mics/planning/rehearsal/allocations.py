@@ -140,7 +140,7 @@ class Allocations(Observer):
 
 
 def _local_tensors(values: Any) -> Iterator[Tensor]:
-    for value in tree_leaves(values):
+    for value in (values,) if isinstance(values, Tensor) else tree_leaves(values):
         if isinstance(value, Tensor) and not isinstance(value, DTensor):
             yield value
 

@@ -2,8 +2,9 @@
 
 The model is sharded by the real ``shard_model``, trained by the real schedule and stepped by the real optimizer, but
 the other ranks do not exist (torch's fake process group), and tensors have shapes but no values. So a rank of a job of
-any size runs within seconds, and every collective and allocation is counted. Two optimizer steps run, because
-optimizers create their states in the first; the second is reported.
+any size runs within seconds, and every collective and allocation is counted. One optimizer step runs, on what the step
+before it leaves behind: buffers of unsharded parameters, gradients and optimizer states. All trainable parameters have
+these, also one that the loss does not use.
 
 All micro-steps between the first and the boundary do the same, so only one of them runs.
 """
@@ -165,12 +166,18 @@ def rehearse(
                 with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                     return loss(model, batch)
 
-            train = partial(
-                _optimizer_step, forward, model, optimizer, schedule, watch=watch, gradient_clip_val=gradient_clip_val
-            )
-            train({1: 1})
+            _leave_a_step_behind(model, optimizer, gradient_clip_val=gradient_clip_val)
+            watch.claim()
             watch.begin()
-            train(_stand_for(micro_steps))
+            _optimizer_step(
+                forward,
+                model,
+                optimizer,
+                schedule,
+                _stand_for(micro_steps),
+                watch=watch,
+                gradient_clip_val=gradient_clip_val,
+            )
     return Rehearsal(
         topology=topology,
         rank=rank,
@@ -191,6 +198,27 @@ def _stand_for(micro_steps: int) -> dict[int, int]:
 
 def _adamw(model: nn.Module) -> Optimizer:
     return AdamW(model.parameters(), fused=True)
+
+
+def _leave_a_step_behind(model: nn.Module, optimizer: Optimizer, *, gradient_clip_val: float | None) -> None:
+    """Allocate what is there after a first step, without its forward and backward.
+
+    Gradients are clipped although they are zero: DTensor runs each new operation on tensors of the unsharded shapes
+    first, to learn those of the result, and the peak must not count them.
+    """
+    for unit in fsdp_modules(model).values():
+        unit.unshard()
+        unit.reshard()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    _clip_and_step(model, optimizer, gradient_clip_val)
+
+
+def _clip_and_step(model: nn.Module, optimizer: Optimizer, gradient_clip_val: float | None) -> None:
+    if gradient_clip_val is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), gradient_clip_val)
+    optimizer.step()
 
 
 def _optimizer_step(
@@ -215,9 +243,7 @@ def _optimizer_step(
             watch.claim()
         watch.claim()
     watch.now(0, 1)
-    if gradient_clip_val is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), gradient_clip_val)
-    optimizer.step()
+    _clip_and_step(model, optimizer, gradient_clip_val)
     watch.claim()
 
 
