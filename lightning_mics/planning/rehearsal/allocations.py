@@ -107,10 +107,15 @@ class Allocations(Observer):
         """Count the tensors that ``operation`` has created."""
         if operation.is_view:
             return
-        for tensor in _local_tensors(result):
-            known = tensor.untyped_storage()._cdata in self._blocks
-            if not known and (self._counts is None or self._counts(tensor)) and not _is_view(tensor, args, kwargs):
-                self._add(tensor.untyped_storage())
+        new = [tensor for tensor in _local_tensors(result) if tensor.untyped_storage()._cdata not in self._blocks]
+        if not new:
+            return
+        given = {tensor.untyped_storage()._cdata for tensor in _local_tensors((args, kwargs))}
+        for tensor in new:
+            storage = tensor.untyped_storage()
+            is_seen = storage._cdata in given or storage._cdata in self._blocks
+            if not is_seen and (self._counts is None or self._counts(tensor)):
+                self._add(storage)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -143,9 +148,3 @@ def _local_tensors(values: Any) -> Iterator[Tensor]:
     for value in (values,) if isinstance(values, Tensor) else tree_leaves(values):
         if isinstance(value, Tensor) and not isinstance(value, DTensor):
             yield value
-
-
-def _is_view(result: Tensor, *arguments: Any) -> bool:
-    """Whether the result of an operation shares memory with its arguments."""
-    storage = result.untyped_storage()._cdata
-    return any(given.untyped_storage()._cdata == storage for given in _local_tensors(arguments))
