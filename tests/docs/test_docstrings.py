@@ -36,7 +36,7 @@ def without_shape(item: Documented) -> list[str]:
     return [f"{item.place}: {name}" for name in tensors if name not in described | item.shapes and not one_line]
 
 
-@pytest.mark.parametrize("folder", ["lightning_mics", "recipes", "benchmarks"])
+@pytest.mark.parametrize("folder", ["lightning_mics", "recipes", "benchmarks", "tests"])
 def test_no_entry_completes_its_own_name(folder: str) -> None:
     assert [line for item in documented(ROOT / folder) for line in fragments(item)] == []
 

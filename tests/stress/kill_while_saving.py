@@ -66,7 +66,7 @@ class Report:
     Attributes:
         resumed: The step it began at; None before it has.
         finished: Steps whose checkpoint was finished.
-        losses: By step and rank.
+        losses: Losses by step and rank.
         failures: What went wrong other than by SIGKILL.
     """
 

@@ -29,7 +29,7 @@ class Job:
     Attributes:
         shape: Ranks, ranks per node, partition size.
         communication: How collectives run.
-        precision: As Lightning names it.
+        precision: Precision by Lightning's name.
         reduce_dtype: Dtype in which gradients are reduced; None follows the precision.
         activation_checkpointing: Whether blocks are recomputed in backward.
     """

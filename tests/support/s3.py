@@ -38,7 +38,7 @@ class Fault:
         """Cut each connection in the middle of such a request, or before the answer to it, as long as this is open.
 
         Args:
-            beginning: Of the request, as in ``PUT /bucket/name``; a regular expression.
+            beginning: Beginning of the request, as in ``PUT /bucket/name``; a regular expression.
             answers: Whether requests arrive, and nothing comes back.
         """
         self._answers.value, self._hits.value = answers, 0
@@ -72,7 +72,7 @@ class Proxy:
     """Hands on what it gets to another port of this machine, except where there is a fault.
 
     Args:
-        port: Of the server.
+        port: Port of the server.
         fault: What goes wrong.
     """
 
