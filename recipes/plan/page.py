@@ -21,9 +21,6 @@ from recipes.report.page import picture, write_page
 BLUE, ORANGE, GREEN, GREY = "#2b5c8a", "#e07b39", "#5b9a68", "#9aa0a6"
 
 
-SHADES = (BLUE, "#5d87b0", "#92b2d0", GREEN, ORANGE, "#f0a878", GREY)
-
-
 def write_plan_page(
     path: Path,
     *,
