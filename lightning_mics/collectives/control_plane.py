@@ -321,7 +321,7 @@ class Watcher:
             except Exception as error:  # the store is gone, with the rank or the agent that held it
                 _log.debug("the control plane has lost its store: %r", error)
                 return
-            if plane.verdict is not None:
+            if plane.verdict is not None and dist.group.WORLD is self._job:
                 _log.error("rank %d: %s", self._rank, plane.verdict)
                 abort_groups()
                 self.hear()
