@@ -13,7 +13,7 @@ import torch.distributed as dist
 CPU = torch.device("cpu")
 
 
-def job_store(prefix: str) -> dist.Store | None:
+def job_store(prefix: str) -> Any:
     """A connection of its own to the store of the default process group; None in a job that is only rehearsed.
 
     Args:
@@ -21,10 +21,11 @@ def job_store(prefix: str) -> dist.Store | None:
     """
     if dist.get_backend() == "fake":
         return None
-    store = dist.distributed_c10d._get_default_store()
+    c10d: Any = dist.distributed_c10d
+    store = c10d._get_default_store()
     with suppress(RuntimeError, NotImplementedError):  # a store without copies is shared: none of our calls blocks
         store = store.clone()
-    return dist.PrefixStore(prefix, store)
+    return c10d.PrefixStore(prefix, store)
 
 
 def gloo_group(ranks: Sequence[int], *, timeout: timedelta | None) -> dist.ProcessGroup:
@@ -62,7 +63,7 @@ def abort_groups() -> None:
     waits in them: https://github.com/pytorch/gloo, ``UnboundBuffer::waitRecv``. Nothing else can use the groups then.
     """
     for group in list(dist.distributed_c10d._world.pg_map):
-        if group is dist.GroupMember.NON_GROUP_MEMBER or group.size() == 1:
+        if group.size() == 1:
             continue
         backend: Any = group._get_backend(CPU) if "cpu" in _device_types(group) else None
         if backend is not None and backend.name() == "gloo":

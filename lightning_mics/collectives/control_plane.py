@@ -25,16 +25,11 @@ that raises an exception, or whose program ends, posts that as well, and does no
 
 from __future__ import annotations
 
-import atexit
 import hashlib
-import json
-import logging
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
@@ -43,22 +38,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_mics._torch.control import abort_groups, exchange, gloo_group, job_store, was_cut_off
+from lightning_mics._torch.control import exchange, gloo_group, job_store, was_cut_off
+from lightning_mics.collectives import watcher
+from lightning_mics.collectives.watcher import RAISES, Waiting, Watcher, difference, kind
 
-PATIENCE = 1.0  # seconds in a meeting before the others are asked
-TICK = 0.5  # seconds between two looks of a watcher into the store
-ANSWER = 3.0  # seconds in which a failed collective is explained
 RECENT = 8192  # entries that a stream can be asked for: a rank that need not wait is at most some steps ahead
 RECORD = 384  # bytes of a record in a meeting
-RAISES = "raises "  # an exception, whichever it is
-
-_log = logging.getLogger(__name__)
 
 
 class RanksDifferError(RuntimeError):
     """Ranks called different units, or the same ones in another order or number; or one of them has raised."""
 
-    __module__ = "lightning_mics"
     raised_by_all_ranks = True
 
 
@@ -128,28 +118,9 @@ class Stream:
         found = [_of_record(record) for record in records]
         if len({digest for digest, _ in found}) > 1:
             self._plane.declare(
-                _difference({rank: words for rank, (_, words) in zip(sorted(self.ranks), found, strict=True)})
+                difference({rank: words for rank, (_, words) in zip(sorted(self.ranks), found, strict=True)})
             )
             self._plane.check()
-
-
-@dataclass
-class Waiting:
-    """A meeting that this rank waits in.
-
-    Attributes:
-        entry: What it wants to do.
-        position: Position in the stream.
-        micro_step: Micro-step of this rank, from 1.
-        since: Time at which it came, seconds.
-        told: Whether the others have been asked.
-    """
-
-    entry: str
-    position: int
-    micro_step: int
-    since: float
-    told: bool = False
 
 
 class ControlPlane:
@@ -165,7 +136,7 @@ class ControlPlane:
         has_raised: Whether this rank has raised an exception, which matters more than its verdict.
     """
 
-    def __init__(self, store: dist.Store | None, *, timeout: timedelta | None) -> None:
+    def __init__(self, store: Any, *, timeout: timedelta | None) -> None:
         self.verdict: str | None = None
         self.micro_step = 1
         self.has_raised = False
@@ -263,126 +234,14 @@ class ControlPlane:
 
     def explained(self, error: BaseException) -> BaseException:
         """The job's error in place of ``error``, if that one is its effect; waits a moment until it is known."""
-        until = time.monotonic() + ANSWER
+        until = time.monotonic() + watcher.ANSWER
         while was_cut_off(error) and self._watcher is not None:
             if self.verdict is not None:
                 return RanksDifferError(self.verdict)
             if time.monotonic() > until:
                 break
-            time.sleep(TICK / 5)
+            time.sleep(watcher.TICK / 5)
         return error
-
-
-class Watcher:
-    """The thread of one rank that looks for entries of others that differ from its own, and for the verdict.
-
-    Args:
-        plane: Control plane of this process, whose job the thread ends with.
-        store: Store of the job.
-        streams: Streams of the plane, by their ranks.
-    """
-
-    def __init__(self, plane: ControlPlane, store: dist.Store, streams: dict[tuple[int, ...], Stream]) -> None:
-        self._plane = plane
-        self._store = store
-        self._job = dist.group.WORLD
-        self._streams = streams
-        self._rank = dist.get_rank()
-        self._asked = 0  # questions of others that were read
-        self._open: list[dict[str, Any]] = []  # those that this rank cannot answer yet
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="mics control plane", daemon=True)
-        self._thread.start()
-        atexit.register(self._end)
-        self._report, sys.excepthook = sys.excepthook, self._report_and_tell
-
-    def post(self, verdict: str) -> str:
-        """Post a verdict; returns the one that holds, which another rank may have posted before."""
-        with self._lock:
-            return self._store.compare_set("verdict", "", verdict).decode()
-
-    def tell_end(self, entry: str) -> None:
-        """Post that this rank will not take part any more, in all of its streams."""
-        for stream in self._streams.values():
-            self._ask(stream, entry, stream.add(entry), self._plane.micro_step)
-
-    def _ask(self, stream: Stream, entry: str, position: int, micro_step: int) -> None:
-        question = {"rank": self._rank, "ranks": stream.ranks, "entry": entry, "at": position, "step": micro_step}
-        with self._lock:
-            number = self._store.add("asked", 1)
-            self._store.set(f"question/{number}", json.dumps(question))
-
-    def _watch(self) -> None:
-        plane = self._plane
-        while not self._stop.wait(TICK) and dist.group.WORLD is self._job:
-            try:
-                self._look(plane)
-            except Exception as error:  # the store is gone, with the rank or the agent that held it
-                _log.debug("the control plane has lost its store: %r", error)
-                return
-            if plane.verdict is not None and dist.group.WORLD is self._job:
-                _log.error("rank %d: %s", self._rank, plane.verdict)
-                abort_groups()
-                self.hear()
-                return
-
-    def _look(self, plane: ControlPlane) -> None:
-        now = time.monotonic()
-        for stream in list(self._streams.values()):
-            waiting = stream.waiting
-            if waiting is not None and not waiting.told and now - waiting.since > PATIENCE:
-                waiting.told = True
-                self._ask(stream, waiting.entry, waiting.position, waiting.micro_step)
-        with self._lock:
-            asked = self._store.add("asked", 0)
-            keys = [f"question/{number}" for number in range(self._asked + 1, asked + 1)]
-            if keys and self._store.check(keys):
-                self._open += [json.loads(self._store.get(key)) for key in keys]
-                self._asked = asked
-        self._open = [question for question in self._open if not self._answer(plane, question)]
-        with self._lock:
-            if plane.verdict is None and self._store.check(["verdict"]):
-                plane.verdict = self._store.get("verdict").decode()
-
-    def _answer(self, plane: ControlPlane, question: dict[str, Any]) -> bool:
-        """Compare an entry of another rank with this rank's; returns whether that is done."""
-        stream = self._streams.get(tuple(question["ranks"]))
-        if stream is None or question["rank"] == self._rank:
-            return True
-        own = stream.at(question["at"])
-        if own is None:
-            return False
-        if _kind(own[0]) != _kind(question["entry"]):
-            theirs = f"{question['entry']} (micro-step {question['step']})"
-            words = {question["rank"]: theirs, self._rank: f"{own[0]} (micro-step {own[1]})"}
-            plane.verdict = self.post(_difference(words))
-        return True
-
-    def hear(self) -> None:
-        """Count this rank among those that know why the job ends."""
-        with self._lock, suppress(RuntimeError):
-            self._store.add("heard", 1)
-
-    def _report_and_tell(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        """Report an exception that ends this program, and stay until the others know: the store may end with it."""
-        self._report(kind, error, trace)
-        if dist.group.WORLD is not self._job:
-            return
-        self._plane.raised(error)
-        self.hear()
-        until = time.monotonic() + ANSWER
-        with suppress(RuntimeError):
-            while time.monotonic() < until and self._store.add("heard", 0) < dist.get_world_size():
-                time.sleep(TICK / 5)
-
-    def _end(self) -> None:
-        """Post the end of this program, and stop; before the interpreter ends, which no thread survives."""
-        if self._plane.verdict is None and not self._plane.has_raised and dist.group.WORLD is self._job:
-            with suppress(RuntimeError):  # the store is gone, so the job is over
-                self.tell_end("ends its program")
-        self._stop.set()
-        self._thread.join(timeout=2)
 
 
 @dataclass(frozen=True)
@@ -406,7 +265,7 @@ def control_plane(timeout: timedelta | None = None) -> ControlPlane:
 
 
 def _record(waiting: Waiting) -> bytes:
-    entry = _kind(waiting.entry)
+    entry = kind(waiting.entry)
     digest = hashlib.sha256(f"{waiting.position} {entry}".encode()).digest()
     words = f"{waiting.entry} (micro-step {waiting.micro_step})".encode()
     return (digest + words[: RECORD - len(digest)]).ljust(RECORD, b"\0")
@@ -414,27 +273,3 @@ def _record(waiting: Waiting) -> bytes:
 
 def _of_record(record: bytes) -> tuple[bytes, str]:
     return record[:32], record[32:].rstrip(b"\0").decode(errors="replace")
-
-
-def _kind(entry: str) -> str:
-    return RAISES if entry.startswith(RAISES) else entry
-
-
-def _difference(words: dict[int, str]) -> str:
-    """What each rank does, in one sentence; ranks that do the same together."""
-    ranks: dict[str, list[int]] = {}
-    for rank, entry in words.items():
-        ranks.setdefault(entry, []).append(rank)
-    sides = sorted(ranks.items(), key=lambda side: (not side[0].startswith(RAISES), len(side[1]), side[1]))
-    does = ", while ".join(f"{_named(of)} {entry}" for entry, of in sides)
-    if sides[0][0].startswith(RAISES):
-        return f"{does}: all ranks stop, as the others would wait for it for ever"
-    return (
-        f"ranks take different ways: {does}. All ranks must call the same units, in the same order and as often; if "
-        "it depends on a rank's own data which of them are used in training, pass allow_unused=True"
-    )
-
-
-def _named(ranks: list[int]) -> str:
-    others = ", ".join(map(str, ranks[1:]))
-    return f"rank {ranks[0]} (like {others})" if others else f"rank {ranks[0]}"

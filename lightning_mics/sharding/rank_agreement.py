@@ -119,7 +119,8 @@ class _Reduction:
         self._words: dict[tuple[int, bool], str] = {}
 
     def agree(self, with_gradient: int, all_reduced: bool) -> None:
-        over_replicas = all_reduced and self._replication is not None
+        replication = self._replication if all_reduced else None
+        over_replicas = replication is not None
         words = self._words.get((with_gradient, over_replicas))
         if words is None:
             parameters = [str(index) for index in range(with_gradient.bit_length()) if with_gradient >> index & 1]
@@ -128,8 +129,8 @@ class _Reduction:
             self._words[with_gradient, over_replicas] = words
         if self._partition is not None:
             self._partition.agree(words)
-        if over_replicas:
-            self._replication.agree(words)
+        if replication is not None:
+            replication.agree(words)
 
 
 def _nothing() -> None:

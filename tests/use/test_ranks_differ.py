@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mics import CommunicationOptions, RanksDifferError, Topology, create_partition_groups, shard_model
-from lightning_mics.collectives import control_plane
+from lightning_mics.collectives import control_plane, watcher
 from tests.support.models import DIM, Stack, TinyModule, tokens
 from tests.support.trainers import cases_on_ranks, loader, make_trainer, mics
 
@@ -230,7 +230,7 @@ FITS = ("should_stop", "a batch fewer", "a forward on rank 0", "an exception", "
 
 def _in_new_job(function: Callable[[], Any], store: Path) -> Any:
     """Run in a new default process group: after an error the old one is of no use. The watchers are quick here."""
-    control_plane.PATIENCE, control_plane.TICK = 0.2, 0.05
+    watcher.PATIENCE, watcher.TICK = 0.2, 0.05
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
