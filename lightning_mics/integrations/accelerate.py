@@ -39,6 +39,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
 from lightning_mics import checkpoint
+from lightning_mics._torch.numbers import taking_whole_values
 from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin
@@ -204,6 +205,9 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     for optimizer in _optimizers(accelerator):
         handle.schedule.optimizer_hooks.follow_zero_grad(optimizer)
     _abandon_window_when_loading(accelerator, handle.schedule)
+    accelerator.log, accelerator.gather, accelerator.reduce = map(
+        taking_whole_values, (accelerator.log, accelerator.gather, accelerator.reduce)
+    )
     vars(model)["set_requires_gradient_sync"] = _GradientSync(model, handle.schedule)
     if precision == "bf16-mixed":
         _compute_under_autocast(accelerator, model)

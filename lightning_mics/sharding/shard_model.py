@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from lightning_mics._torch.numbers import read_whole_numbers
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, find_blocks
 from lightning_mics.sharding.communication import Communication
@@ -72,6 +73,7 @@ def shard_model(
             initial_weights.place(owner)
             fully_shard(owner, mesh=groups.mesh, mp_policy=mixed_precision or MixedPrecisionPolicy())
     recompute_in_backward(recomputed)
+    read_whole_numbers()
     load_sources(model)
     verify_replicas(model, groups)
     assert isinstance(model, FSDPModule)

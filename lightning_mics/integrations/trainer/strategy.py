@@ -34,6 +34,7 @@ from lightning_mics.checkpoint.storage.store import CheckpointStore
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
 from lightning_mics.integrations.trainer import resuming
+from lightning_mics.integrations.trainer.logged_numbers import log_whole_numbers
 from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
 from lightning_mics.integrations.trainer.preemption import stop_when_signaled
@@ -138,6 +139,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         )
         if not module.automatic_optimization:
             unshard_whenever_used(module, sharded.blocks)
+        log_whole_numbers(module)
         rank_zero_info(sharded.report)
         return sharded
 
