@@ -1,4 +1,4 @@
-"""Numbers of sharded tensors are those of the unsharded tensors: ``float(t)``, ``t.item()``, ``bool(t)``, ``f"{t:.3f}"``.
+"""Numbers of sharded tensors are those of the unsharded ones: ``float(t)``, ``t.item()``, ``bool(t)``, ``f"{t:.3f}"``.
 
 A reduction of a DTensor, such as ``parameter.grad.norm()``, leaves each rank with its own part until somebody asks for
 the whole. torch's ``item()`` does not ask: it returns the rank's part. Here it asks, by a reduction over the ranks that
@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 PATIENCE = timedelta(seconds=120)  # longest time that ranks may be apart when a line asks for the first time
 
@@ -42,6 +43,28 @@ def read_whole_numbers() -> None:
     of_class.tolist = lambda tensor: numbers.whole(tensor).tolist()
     of_class.numpy = lambda tensor, **options: numbers.whole(tensor).numpy(**options)
     of_class.__array__ = lambda tensor, dtype=None, copy=None: numbers.whole(tensor).__array__(dtype)
+
+
+def reduce_dot_products() -> None:
+    """Reduce dot products of sharded vectors at once; torch adds up rank's parts of them, and cannot scale by these."""
+    _handlers()[torch.ops.aten.dot.default] = _reduced_dot
+
+
+def _reduced_dot(_operation: Any, args: tuple[Any, ...], _kwargs: Any) -> DTensor:
+    one, other = args
+    if not isinstance(one, DTensor):
+        one, other = other, one
+    placements, mesh = one.placements, one.device_mesh
+    if isinstance(other, DTensor) and other.placements == placements:
+        parts = torch.dot(one.to_local(), other.to_local())
+        partial = [placement if placement.is_replicate() else Partial() for placement in placements]
+        return DTensor.from_local(parts, mesh, partial, run_check=False).redistribute(placements=_replicated(mesh))
+    product = torch.dot(*whole_values((one, other)))
+    return DTensor.from_local(product, mesh, _replicated(mesh), run_check=False)
+
+
+def _replicated(mesh: DeviceMesh) -> list[Placement]:
+    return [Replicate()] * mesh.ndim
 
 
 def whole_values(values: Any) -> Any:

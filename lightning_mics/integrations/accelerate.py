@@ -203,6 +203,7 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     allow_evaluation(model)  # see [Note: Hooks on the root, in order]
     handle.schedule.optimizer_hooks.follow_steps()
     for optimizer in _optimizers(accelerator):
+        handle.schedule.optimizer_hooks.adopt(optimizer)
         handle.schedule.optimizer_hooks.follow_zero_grad(optimizer)
     _abandon_window_when_loading(accelerator, handle.schedule)
     accelerator.log, accelerator.gather, accelerator.reduce = map(

@@ -149,6 +149,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         assert self.model is not None
         sharded = set(self.model.parameters())
         for index, optimizer in enumerate(self.optimizers):
+            self._state().schedule.optimizer_hooks.adopt(optimizer)
             foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in sharded]
             if foreign:
                 raise ValueError(
