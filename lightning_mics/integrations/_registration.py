@@ -3,14 +3,17 @@
 Modules of Lightning that are imported already are handled immediately. For the others, a finder at the head of
 ``sys.meta_path`` wraps the loader that the other finders return, so that the registration follows the import. A
 strategy's own module is imported when the strategy is first requested by name. ``pytorch_lightning`` and
-``lightning_fabric`` are copies of the same code with other classes; ``"mics"`` is not registered there.
+``lightning_fabric`` are copies of the same code with other classes, which take no strategy of ``lightning``: there the
+name and the object raise an error that says what to import.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -19,6 +22,9 @@ from types import ModuleType
 from typing import Any
 
 from lightning_mics.integrations.trainer.module_loading import read_directories_too
+
+COPIES = {"pytorch_lightning": "lightning.pytorch", "lightning_fabric": "lightning.fabric"}
+
 
 NAME, DESCRIPTION = "mics", "MiCS: sharding inside partition groups, on FSDP2"
 
@@ -31,6 +37,8 @@ def register() -> None:
                 "lightning.fabric.strategies": _register_with_fabric,
                 "lightning.pytorch.strategies": _register_with_the_trainer,
                 "lightning.pytorch.core.saving": read_directories_too,
+                "pytorch_lightning.trainer.connectors.accelerator_connector": _say_what_to_import,
+                "lightning_fabric.connector": _say_what_to_import,
             }
         ).start()
 
@@ -53,6 +61,27 @@ def _register_with_the_trainer(strategies: Any) -> None:
 
     if NAME not in strategies.StrategyRegistry:
         strategies.StrategyRegistry.register(NAME, make, description=DESCRIPTION)
+
+
+def _say_what_to_import(connectors: Any) -> None:
+    """Reject ``"mics"`` and its strategies in a copy of Lightning whose classes they do not inherit from."""
+    copy = connectors.__name__.partition(".")[0]
+    name = "_AcceleratorConnector" if copy == "pytorch_lightning" else "_Connector"
+    original, module = getattr(connectors, name), COPIES[copy]
+    initialize = original.__init__
+
+    @wraps(initialize)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        strategy = inspect.signature(initialize).bind_partial(self, *args, **kwargs).arguments.get("strategy")
+        named = isinstance(strategy, str) and strategy.lower() == NAME
+        if named or type(strategy).__module__.partition(".")[0] == __name__.partition(".")[0]:
+            raise ValueError(
+                f"strategy {NAME!r} is one of {module}, and this is {copy}, a copy of it with classes of its own: "
+                f"write `import {module}` in place of `import {copy}`, also for callbacks, loggers and modules"
+            )
+        initialize(self, *args, **kwargs)
+
+    original.__init__ = checked
 
 
 class AfterImport(MetaPathFinder):
