@@ -15,7 +15,6 @@ parameter's shape are sharded between steps.
 
 from __future__ import annotations
 
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics.sharding.optimizers.lbfgs import StepOnOneVector
@@ -35,6 +34,21 @@ REJECTED: dict[str, str] = {
     "torch.optim.Adam or AdamW, and nn.Embedding(sparse=False)",
     "torch.distributed.optim.zero_redundancy_optimizer.ZeroRedundancyOptimizer": "shards the states of an optimizer, "
     "which are sharded already, as parameters and gradients are: use the optimizer_class that it wraps",
+}
+
+
+SHARD_BY_SHARD = {
+    "torch.optim.adadelta.Adadelta",
+    "torch.optim.adagrad.Adagrad",
+    "torch.optim.adam.Adam",
+    "torch.optim.adamax.Adamax",
+    "torch.optim.adamw.AdamW",
+    "torch.optim.asgd.ASGD",
+    "torch.optim.nadam.NAdam",
+    "torch.optim.radam.RAdam",
+    "torch.optim.rmsprop.RMSprop",
+    "torch.optim.rprop.Rprop",
+    "torch.optim.sgd.SGD",
 }
 
 
@@ -58,6 +72,6 @@ def adapt_optimizer(optimizer: Optimizer) -> None:
         vars(optimizer)["_mics_substitution"] = found(optimizer)
 
 
-def holds_shards(optimizer: Optimizer) -> bool:
-    """Whether an optimizer holds sharded parameters."""
-    return any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"])
+def may_send(optimizer: Optimizer) -> bool:
+    """Whether the step of an optimizer may communicate: all may but those that are known to work shard by shard."""
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}" not in SHARD_BY_SHARD
