@@ -11,9 +11,9 @@ REJECTED: dict[type[Callback], str] = {
     StochasticWeightAveraging: "copies the unsharded model, which no rank holds with strategy 'mics'; remove it",
     WeightAveraging: "copies the unsharded model, which no rank holds with strategy 'mics'; remove it",
     ModelPruning: (
-        "puts a mask and a new parameter in the place of each parameter, which strategy 'mics' has replaced by a shard; "
-        "prune the model before training with torch.nn.utils.prune, or multiply parameters by masks of their own shape "
-        "in `on_train_batch_end`, with `parameter.mul_(mask)`, where both are DTensors"
+        "puts a mask and a new parameter in the place of each parameter, which strategy 'mics' has replaced by a "
+        "shard; prune the model before training with torch.nn.utils.prune, or set weights to zero in "
+        "`on_train_batch_end`, as in `parameter.mul_(parameter.abs() > threshold)`"
     ),
 }
 
