@@ -19,6 +19,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,7 +43,7 @@ def read_whole_numbers() -> None:
     of_class.__format__ = lambda tensor, specification: numbers.formatted(tensor, specification)
     of_class.tolist = lambda tensor: numbers.whole(tensor).tolist()
     of_class.numpy = lambda tensor, **options: numbers.whole(tensor).numpy(**options)
-    of_class.__array__ = lambda tensor, dtype=None, copy=None: numbers.whole(tensor).__array__(dtype)
+    of_class.__array__ = lambda tensor, dtype=None, copy=None: numpy.asarray(numbers.whole(tensor).numpy(), dtype)
 
 
 def reduce_dot_products() -> None:
@@ -116,8 +117,7 @@ class WholeNumbers:
         shared = [axis for axis, placement in enumerate(tensor.placements) if not placement.is_replicate()]
         for axis in shared:
             self._meet(tensor.device_mesh.get_group(axis))
-        unsharded: Tensor = tensor.detach().full_tensor() if shared else tensor.detach().to_local()
-        return unsharded
+        return (tensor.full_tensor() if shared else tensor.to_local()).detach()
 
     def formatted(self, tensor: DTensor, specification: str) -> str:
         """The text of a number, as in ``f"{norm:.3f}"``; without a specification the description of the DTensor.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.distributed.fsdp import StateDictType
 
-from lightning_mics.integrations._registration import AfterImport
+from lightning_mics.integrations._after_import import AfterImport
 
 
 def save_sharded_models(plugin_class: type) -> None:
@@ -31,7 +31,8 @@ def _patched(save_model: Any, plugin_class: type) -> Any:
     @wraps(save_model)
     def save_either(trainer: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
         plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-        if not isinstance(plugin, plugin_class) or plugin.state_dict_type == StateDictType.FULL_STATE_DICT:  # type: ignore[attr-defined]
+        is_ours = isinstance(plugin, plugin_class)
+        if not is_ours or plugin.state_dict_type == StateDictType.FULL_STATE_DICT:
             save_model(trainer, output_dir, _internal_call)
         elif _internal_call and output_dir is not None and not trainer.args.push_to_hub:
             if trainer.args.should_save:

@@ -117,7 +117,7 @@ def norm_alone() -> float:
 
 
 def log_with_fabric() -> tuple[list[Any], float]:
-    fabric = start()
+    fabric = start(devices=2)
     model, _ = set_up_in_one_call(fabric)
     fabric._loggers = [rows := Rows()]
     fabric.backward(model(tokens(2)))
@@ -137,7 +137,7 @@ def log_with_accelerate() -> tuple[list[Any], list[float]]:
 
 
 def ask_alone() -> str | None:
-    fabric: Fabric = start()
+    fabric: Fabric = start(devices=2)
     model, _ = set_up_in_one_call(fabric)
     handlers = DTensor._op_dispatcher._custom_op_handlers
     numbers = handlers[torch.ops.aten._local_scalar_dense.default]
@@ -146,7 +146,7 @@ def ask_alone() -> str | None:
     together, message = [], None
     for _ in range(2):
         together.append(float(model.embed.weight.norm()))
-    if fabric.global_rank == 2:
+    if fabric.global_rank == 1:
         try:
             float(model.embed.weight.norm())
         except RuntimeError as error:
@@ -160,12 +160,15 @@ def ask_alone() -> str | None:
 def results() -> dict[str, list[Any]]:
     return cases_on_ranks(
         {
-            "over nodes": partial(fit, strategy=mics(partition_size=4, cache_parameters="never")),
-            "accumulating": partial(fit, strategy=mics(partition_size=2), accumulate_grad_batches=2),
+            "over nodes": partial(
+                fit, devices=2, strategy=mics(ranks_per_node=1, partition_size=2, cache_parameters="never")
+            ),
+            "accumulating": partial(fit, devices=2, strategy=mics(partition_size=2), accumulate_grad_batches=2),
             "fabric": log_with_fabric,
             "accelerate": log_with_accelerate,
             "alone": ask_alone,
-        }
+        },
+        world_size=2,
     )
 
 
@@ -204,17 +207,17 @@ def test_fabric_and_accelerate_log_and_gather_the_norm_of_one_process(results: d
     norm = pytest.approx(norm_alone(), abs=1e-5)
     for rows, total in results["fabric"]:
         assert rows == [{"norm": norm}]
-        assert total / 4 == norm
+        assert total / 2 == norm
     assert results["accelerate"][0][0] == [{"norm": norm}]
     for _, gathered in results["accelerate"]:
-        assert [value == norm for value in gathered] == [True] * 4
+        assert [value == norm for value in gathered] == [True] * 2
 
 
 def test_a_rank_that_asks_alone_raises_an_error_that_names_the_line(results: dict[str, list[Any]]) -> None:
     messages = results["alone"]
-    assert [message is None for message in messages] == [True, True, False, True]
-    assert "test_numbers_of_shards.py:" in messages[2]
-    assert "ranks [2, 3] hold together" in messages[2]
+    assert [message is None for message in messages] == [True, False]
+    assert "test_numbers_of_shards.py:" in messages[1]
+    assert "ranks [0, 1] hold together" in messages[1]
     assert (
-        "ranks [3] did not ask for it there: call `.item()`, `float()` or `full_tensor()` on all ranks" in messages[2]
+        "ranks [0] did not ask for it there: call `.item()`, `float()` or `full_tensor()` on all ranks" in messages[1]
     )

@@ -7,42 +7,33 @@ import sys
 
 import pytest
 
+from lightning_mics.integrations._registration import COPIES
+
 PROGRAM = """
 import warnings; warnings.filterwarnings("ignore")
-import {first}
-import {second}
-from {package} import {host}
-for strategy in ({strategies}):
-    try:
-        {host}(strategy=strategy, accelerator="cpu", devices=1)
-        print("taken")
-    except Exception as error:
-        print(type(error).__name__, error)
+import pytorch_lightning
+import lightning_mics
+import lightning_fabric.connector
+from lightning_fabric import Fabric
+from pytorch_lightning import Trainer
+hosts = (Trainer, lightning_mics.MiCSStrategy), (Fabric, lightning_mics.MiCSFabricStrategy)
+for host, strategy in hosts:
+    for given in ("mics", "MiCS", strategy(), "auto", "ddp"):
+        try:
+            host(strategy=given, accelerator="cpu", devices=1)
+            print("taken")
+        except Exception as error:
+            print(type(error).__name__, error)
 """
 
 
-def run(package: str, host: str, strategy: str, *, ours_first: bool) -> list[str]:
-    first, second = ("lightning_mics", package) if ours_first else (package, "lightning_mics")
-    strategies = f"'mics', 'MiCS', lightning_mics.{strategy}(), 'auto', 'ddp'"
-    program = PROGRAM.format(first=first, second=second, package=package, host=host, strategies=strategies)
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    return finished.stdout.splitlines()
-
-
 @pytest.mark.launch
-@pytest.mark.parametrize(
-    ("package", "host", "strategy", "ours_first", "module"),
-    [
-        ("pytorch_lightning", "Trainer", "MiCSStrategy", False, "lightning.pytorch"),
-        ("lightning_fabric", "Fabric", "MiCSFabricStrategy", True, "lightning.fabric"),
-    ],
-)
-def test_copies_of_lightning_reject_mics_and_say_what_to_import(
-    package: str, host: str, strategy: str, ours_first: bool, module: str
-) -> None:
-    lines = run(package, host, strategy, ours_first=ours_first)
-    message = (
-        f"ValueError strategy 'mics' is one of {module}, and this is {package}, a copy of it with classes of its own: "
-        f"write `import {module}` in place of `import {package}`, also for callbacks, loggers and modules"
-    )
-    assert lines == [message, message, message, "taken", "taken"]
+def test_copies_of_lightning_reject_mics_and_say_what_to_import() -> None:
+    finished = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    lines = finished.stdout.splitlines()
+    for index, (copy, module) in enumerate(COPIES.items()):
+        message = (
+            f"ValueError strategy 'mics' is one of {module}, and this is {copy}, a copy of it with classes of its own: "
+            f"write `import {module}` in place of `import {copy}`, also for callbacks, loggers and modules"
+        )
+        assert lines[5 * index : 5 * index + 5] == [message, message, message, "taken", "taken"]

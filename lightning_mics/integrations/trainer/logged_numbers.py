@@ -10,18 +10,20 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import nn
 from torchmetrics import Metric
 
 from lightning_mics._torch.numbers import taking_whole_values
 
 
-def log_whole_numbers(module: pl.LightningModule) -> None:
+def log_whole_numbers(module: nn.Module) -> None:
     """Make ``self.log``, the metrics in ``module`` and Lightning's ``grad_norm`` take DTensors; all ranks call these.
 
     Args:
         module: LightningModule that is sharded, or about to be.
     """
-    vars(module)["log"] = taking_whole_values(module.log)
+    if isinstance(module, pl.LightningModule):
+        vars(module)["log"] = taking_whole_values(module.log)
     for metric in module.modules():
         if isinstance(metric, Metric):  # it wraps its own `update` in the same way, and leaves it out of copies
             metric.update = taking_whole_values(metric.update)  # type: ignore[method-assign]

@@ -15,12 +15,14 @@ parameter's shape are sharded between steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch.optim import Optimizer
 
 from lightning_mics.sharding.optimizers.lbfgs import StepOnOneVector
-from lightning_mics.sharding.optimizers.substitutes import StepOnShards, StepOnWholeParameters, Substitution
+from lightning_mics.sharding.optimizers.substitutes import StepOnShards, StepOnWholeParameters
 
-SUBSTITUTIONS: dict[str, type[Substitution]] = {
+SUBSTITUTIONS: dict[str, Callable[[Optimizer], object]] = {
     "torch.optim.rprop.Rprop": StepOnShards,
     "torch.optim.Adafactor": StepOnWholeParameters,
     "torch.optim._adafactor.Adafactor": StepOnWholeParameters,

@@ -111,5 +111,5 @@ def _with_mean_loss(closure: Callable[[], Any] | None, device: torch.device) -> 
 
 
 def _local(tensor: Any) -> Tensor:
-    local: Tensor = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
-    return local
+    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach()

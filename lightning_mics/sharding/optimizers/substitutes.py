@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -145,18 +145,18 @@ def _step_whole(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Param
 
 @contextmanager
 def _substituted(
-    optimizer: Optimizer, groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]
-) -> Iterator[dict[Tensor, dict[str, Any]]]:
+    optimizer: Optimizer, groups: list[dict[str, Any]], states: Mapping[Any, dict[str, Any]]
+) -> Iterator[dict[Any, dict[str, Any]]]:
     """Give the optimizer other groups and states inside the context."""
     before = optimizer.param_groups, optimizer.state
-    optimizer.param_groups, optimizer.state = groups, defaultdict(dict, states)
+    optimizer.param_groups, optimizer.state = groups, defaultdict(dict, dict(states))
     try:
         yield optimizer.state
     finally:
         optimizer.param_groups, optimizer.state = before
 
 
-def _sharded_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+def _sharded_parameters(optimizer: Optimizer) -> list[Any]:
     return [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)]
 
 
@@ -179,7 +179,7 @@ def _local(parameter: nn.Parameter) -> nn.Parameter:
     """A parameter that shares the memory of this rank's shard, with the shard of the gradient."""
     if not isinstance(parameter, DTensor):
         return parameter
-    local = nn.Parameter(parameter.detach().to_local(), requires_grad=parameter.requires_grad)
+    local = nn.Parameter(_local_value(parameter.detach()), requires_grad=parameter.requires_grad)
     local.grad = _local_value(parameter.grad)
     return local
 
