@@ -20,7 +20,7 @@ from lightning.pytorch.core import saving
 from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_mics
-from lightning_mics.integrations._registration import AfterImport
+from lightning_mics.integrations._after_import import AfterImport
 
 NAMES = [*lightning_mics.__all__, "MiCSPlugin"]
 

@@ -20,10 +20,12 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from lightning_mics._torch.numbers import read_whole_numbers
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, find_blocks
 from lightning_mics.sharding.communication import Communication
 from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0, verify_replicas
+from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.pretrained import load_sources
 from lightning_mics.sharding.schedule import AccumulationSchedule
@@ -66,16 +68,20 @@ def shard_model(
     communication = communication.fitted_to(groups)
     blocks = find_blocks(model, block_classes)
     recomputed = find_recomputed(model, blocks, activation_checkpointing)
+    unsharded = UnshardedParameters(model)
     initial_weights = InitialWeights(model, blocks.values(), groups.device)
     with seeded_by_rank_0(groups.device):
         for owner in (*blocks.values(), model):
             initial_weights.place(owner)
             fully_shard(owner, mesh=groups.mesh, mp_policy=mixed_precision or MixedPrecisionPolicy())
     recompute_in_backward(recomputed)
+    read_whole_numbers()
     load_sources(model)
     verify_replicas(model, groups)
     assert isinstance(model, FSDPModule)
-    return Communication(groups, communication).install(model)
+    schedule = Communication(groups, communication).install(model)
+    schedule.optimizer_hooks.unsharded = unsharded
+    return schedule
 
 
 def mixed_precision_policy(precision: str, *, reduce_dtype: torch.dtype | None = None) -> MixedPrecisionPolicy:
