@@ -11,15 +11,19 @@ import torch.distributed as dist
 import torch.distributed.tensor.debug
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch._subclasses.fake_tensor import is_fake
 from torch.distributed.fsdp import FSDPModule
 
 # FSDP2's communication interface has no public path yet (https://github.com/pytorch/pytorch/pull/155189).
 from torch.distributed.fsdp._fully_shard import _fsdp_api
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "OptimizedModule",
+    "is_fake",
+    "is_traceable_wrapper_subclass",
 ]
 
 
