@@ -8,14 +8,17 @@ autograd sees. Both show what the original one had::
     register_post_accumulate_grad_hook         on the sharded parameter: the reduced gradient, once per boundary
     attributes                                 on both
 
+    class                                      on both, for ``isinstance``
+
 The parameters share one dictionary of hooks, the original's, so that handles stay valid. Hooks that are registered
-later, on either parameter, are shared at the next forward or backward.
+later, on either parameter, are shared at the next forward or backward of the module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,9 +55,34 @@ def carry_over(source: Tensor, target: Any, *, attributes: dict[str, Any] | None
     if source is target:
         return
     vars(target).update(vars(source) if attributes is None else attributes)
+    if isinstance(source, nn.Parameter) and type(source) is not nn.Parameter:
+        vars(target).setdefault(_CLASS, type(source))
+        _show_original_classes()
     for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         if (hooks := getattr(source, kind)) is not None:
             setattr(target, kind, hooks)
+
+
+_CLASS = "_class_before_sharding"  # attribute of parameters whose class was one of the user's
+
+
+def _show_original_classes() -> None:
+    """Let ``isinstance`` of a class of parameters be true for sharded parameters that were of that class."""
+    meta: Any = type(nn.Parameter)
+    check = meta.__instancecheck__
+    if hasattr(check, "__wrapped__"):
+        return
+
+    @wraps(check)
+    def check_both(kind: type, instance: Any) -> bool:
+        return check(kind, instance) or (isinstance(instance, Tensor) and issubclass(_class_before(instance), kind))
+
+    meta.__instancecheck__ = check_both
+
+
+def _class_before(tensor: Tensor) -> type:
+    kind: type = vars(tensor).get(_CLASS, object)
+    return kind
 
 
 class ParameterHooks:
@@ -68,7 +96,10 @@ class ParameterHooks:
     """
 
     def __init__(self, module: FSDPModule, *, at_boundary: Callable[[], bool]) -> None:
-        self._parameters: list[Any] = [p for group in _param_groups(module) for p in group.fsdp_params]
+        groups: list[Any] = list(_param_groups(module))
+        self._parameters: list[Any] = [p for group in groups for p in group.fsdp_params]
+        for group in groups:
+            group.pre_backward = partial(self._pre_backward, group)
         self._at_boundary = at_boundary
         self._empty = [p for p in self._parameters if p.sharded_param.numel() == 0]
         self._with_attributes = False
@@ -95,6 +126,10 @@ class ParameterHooks:
             self._with_attributes = True
             for parameter in self._parameters:
                 _copy_attributes(parameter.sharded_param, parameter._unsharded_param)
+
+    def _pre_backward(self, group: Any, *args: Any) -> None:
+        type(group).pre_backward(group, *args)
+        self.share()
 
     def _run_once_per_gradient(self, hooks: dict[int, Any]) -> None:
         for key, hook in hooks.items():

@@ -1,8 +1,8 @@
 """The bytes that collectives send inside nodes and between nodes, by technique.
 
-The counts follow from the sizes of buffers and the algorithms of backends: a ring for all-gather, reduce-scatter and
-all-reduce and broadcast, pairs for all-to-all. In a ring over several nodes a few ranks send to other nodes for all; a rank counts
-the average of the ranks on its node, so a node sends ``ranks_per_node`` times the count of one of its ranks.
+The counts follow from the sizes of buffers and the algorithms of backends: a ring for all-gather, reduce-scatter,
+all-reduce and broadcast, pairs for all-to-all. In a ring over several nodes a few ranks send to other nodes for all; a
+rank counts the average of the ranks on its node, so a node sends ``ranks_per_node`` times what one of them counts.
 """
 
 from __future__ import annotations

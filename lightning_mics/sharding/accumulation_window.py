@@ -123,8 +123,6 @@ class AccumulationWindow:
         Raises:
             RuntimeError: If such a group has pending gradients already.
         """
-        for hooks in self._hooks.values():
-            hooks.share()
         if self._unsharded_gradients:  # each parameter has a gradient of its own until the boundary
             return
         for name, module in self._modules.items():

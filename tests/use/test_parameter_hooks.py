@@ -191,6 +191,51 @@ def _attributes() -> list[Any]:
     return [*sharded, *unsharded, net.blocks[1].up.weight._no_weight_decay]
 
 
+class Scale(nn.Parameter):
+    """A class of parameters that a program tells from others."""
+
+
+def test_classes_of_parameters_are_still_told_apart(run_shared):
+    assert run_shared(4, _told_apart) == [[True, False, True, True, True]] * 4
+
+
+def _told_apart() -> list[bool]:
+    net = Net()
+    net.blocks[0].up.bias = Scale(net.blocks[0].up.bias.detach())
+    net.last.bias = Scale(net.last.bias.detach())
+    schedule = shard(net)
+    sharded = [isinstance(net.blocks[0].up.bias, Scale), isinstance(net.blocks[0].up.weight, Scale)]
+    with schedule.micro_step(boundary=True):
+        net(rank_inputs(0)).sum().backward()
+    net(rank_inputs(0)).sum()  # the root stays unsharded
+    return [
+        *sharded,
+        isinstance(net.last.bias, Scale),
+        isinstance(net.last.bias, nn.Parameter),
+        net.first.bias.requires_grad,
+    ]
+
+
+def test_a_hook_registered_between_forward_and_backward_runs_in_this_backward(run_shared):
+    assert run_shared(4, _register_before_backward) == [[0.0, 0.0, 1.0]] * 4
+
+
+def _register_before_backward() -> list[float]:
+    net = Net()
+    schedule = shard(net)
+    reduced: list[Tensor] = []
+    with schedule.micro_step(boundary=False):
+        loss = net(rank_inputs(0)).sum()
+        net.blocks[1].up.weight.register_hook(lambda grad: grad * 0)
+        net.last.bias.register_hook(lambda grad: grad * 0)
+        net.blocks[0].up.bias.register_post_accumulate_grad_hook(reduced.append)
+        loss.backward()
+    with schedule.micro_step(boundary=True):
+        net(rank_inputs(1)).sum().backward()
+    masked: list[Any] = [net.blocks[1].up.weight.grad, net.last.bias.grad]
+    return [*(float(grad.full_tensor().abs().max()) for grad in masked), float(len(reduced))]
+
+
 # -- modules whose weights are computed --------------------------------------------------------------------------------
 
 
