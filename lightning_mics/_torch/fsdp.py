@@ -23,8 +23,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 __all__ = [
     "OptimizedModule",
     "is_fake",
-    "is_traceable_wrapper_subclass",
 ]
+
+
+def has_inner_tensors(tensor: Tensor) -> bool:
+    """Whether the data of ``tensor`` are other tensors, as those of quantized weights and of DTensors are."""
+    return bool(is_traceable_wrapper_subclass(tensor))
 
 
 class _OrdinaryBuffers:

@@ -15,6 +15,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fully_shard import _unimplemented_deepcopy, cls_to_fsdp_cls
 
+from lightning_mics._torch.parameter_hooks import keeping_attributes
+
 
 def prepare_class(module: nn.Module) -> None:
     """Make the class that ``fully_shard`` will give to ``module``.
@@ -36,20 +38,27 @@ def prepare_class(module: nn.Module) -> None:
     cls_to_fsdp_cls[original] = made
 
 
+def _apply(module: Any, *args: Any, **kwargs: Any) -> Any:
+    module.reshard()
+    with keeping_attributes(module):
+        return FSDPModule._apply(module, *args, **kwargs)
+
+
 def _made(original: type, *bases: type) -> type:
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     position = {"_orig_cls_mro_index": len(bases)}  # of the original, after the new class and the other bases
-    made: type = type(original.__name__, bases, {"__deepcopy__": _unimplemented_deepcopy, **names, **position})
+    methods = {"__deepcopy__": _unimplemented_deepcopy, "_apply": _apply}
+    made: type = type(original.__name__, bases, {**methods, **names, **position})
     return made
 
 
 def _can_become(module: nn.Module, kind: type) -> bool:
     original = type(module)
     try:
-        module.__class__ = kind  # type: ignore[assignment]
+        module.__class__ = kind
     except TypeError:
         return False
-    module.__class__ = original  # type: ignore[assignment]
+    module.__class__ = original
     return True
 
 

@@ -44,6 +44,20 @@ def carrying_over(module: nn.Module) -> Iterator[None]:
         carry_over(parameter, owner._parameters[name], attributes=attributes[parameter])
 
 
+@contextmanager
+def keeping_attributes(module: nn.Module) -> Iterator[None]:
+    """Keep attributes of sharded parameters that ``module.to()`` and the like exchange for others inside."""
+    before = [
+        (owner, name, dict(vars(parameter)))
+        for owner in module.modules()
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    yield
+    for owner, name, attributes in before:
+        now = vars(owner._parameters[name])
+        now.update({key: value for key, value in attributes.items() if key not in now})
+
+
 def carry_over(source: Tensor, target: Any, *, attributes: dict[str, Any] | None = None) -> None:
     """Give ``target`` the hooks and attributes of ``source``.
 

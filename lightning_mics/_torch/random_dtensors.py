@@ -51,14 +51,19 @@ def draw_as_unsharded(mesh: DeviceMesh) -> None:
     if mesh.device_type != "cpu":
         return
     for operation in (*IN_PLACE, *LIKE):
-        DTensor._op_dispatcher._custom_op_handlers.setdefault(operation, _draw)
+        _handlers().setdefault(operation, _draw)
+
+
+def _handlers() -> dict[Any, Any]:
+    handlers: Any = DTensor._op_dispatcher._custom_op_handlers
+    return handlers  # type: ignore[no-any-return]
 
 
 def _initializing_whole(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def initialize(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(tensor, DTensor) or tensor.device_mesh not in _meshes:
-            return function(tensor, *args, **kwargs)
+            return function(tensor, *args, **kwargs)  # type: ignore[no-any-return]
         whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.to_local().device)
         function(whole, *args, **kwargs)
         with torch.no_grad():
@@ -74,7 +79,7 @@ def _sharded(whole: Tensor, like: DTensor) -> DTensor:
 def _draw(operation: Any, args: Any, kwargs: Any) -> Any:
     target = args[0]
     if target._spec.mesh not in _meshes or any(placement.is_partial() for placement in target.placements):
-        handlers = DTensor._op_dispatcher._custom_op_handlers
+        handlers = _handlers()
         del handlers[operation]
         try:
             return operation(*args, **kwargs)

@@ -184,6 +184,7 @@ def _attributes() -> list[Any]:
     net.first.weight.optim_group = net.blocks[0].up.bias.optim_group = "norms"
     net.blocks[1].up.weight._no_weight_decay = True
     shard(net)
+    net.to("cpu")  # as integrations do, for state besides parameters
     sharded = [net.last.weight.optim_group, net.blocks[0].up.bias.optim_group]
     net(rank_inputs(0)).sum()  # the root stays unsharded
     net.blocks[0].unshard()
@@ -204,6 +205,7 @@ def _told_apart() -> list[bool]:
     net.blocks[0].up.bias = Scale(net.blocks[0].up.bias.detach())
     net.last.bias = Scale(net.last.bias.detach())
     schedule = shard(net)
+    net.to("cpu")
     sharded = [isinstance(net.blocks[0].up.bias, Scale), isinstance(net.blocks[0].up.weight, Scale)]
     with schedule.micro_step(boundary=True):
         net(rank_inputs(0)).sum().backward()

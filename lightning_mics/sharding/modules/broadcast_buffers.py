@@ -110,5 +110,6 @@ class BufferBroadcast:
         sent = torch.cat([buffer.contiguous().view(-1).view(torch.uint8) for buffer in buffers])
         assert self._group is not None
         self._group.broadcast(sent, technique=TECHNIQUE)
-        for buffer, part in zip(buffers, sent.split([buffer.nbytes for buffer in buffers]), strict=True):
+        parts = torch.split(sent, [buffer.nbytes for buffer in buffers])
+        for buffer, part in zip(buffers, parts, strict=True):
             buffer.data.copy_(part.view(buffer.dtype).view(buffer.shape))  # not counted by autograd, as in one process

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from lightning_mics._torch.fsdp import is_traceable_wrapper_subclass
+from lightning_mics._torch.fsdp import has_inner_tensors
 
 
 def is_container(module: nn.Module) -> bool:
@@ -41,7 +41,7 @@ def check_shardable(model: nn.Module) -> None:
             raise TypeError(
                 f"{kind} {name!r} has no shape yet: run one forward of the lazy module before it is sharded"
             )
-        if is_traceable_wrapper_subclass(tensor):
+        if has_inner_tensors(tensor):
             raise TypeError(
                 f"{kind} {name!r} is a {type(tensor).__name__}, whose data are other tensors, as of quantized weights "
                 "or float8 gathers; use ordinary tensors in float32 or bfloat16"
