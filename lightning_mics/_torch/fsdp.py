@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed.tensor.debug
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch._subclasses.fake_tensor import is_fake
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
@@ -19,10 +20,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_api, _fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "OptimizedModule",
+    "is_fake",
 ]
+
+
+def has_inner_tensors(tensor: Tensor) -> bool:
+    """Whether the data of ``tensor`` are other tensors, as those of quantized weights and of DTensors are."""
+    return bool(is_traceable_wrapper_subclass(tensor))
 
 
 class _OrdinaryBuffers:

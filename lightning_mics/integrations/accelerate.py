@@ -128,6 +128,7 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
             ValueError: If no model was prepared with a :class:`MiCSPlugin`.
         """
         model = _prepared_model(accelerator)
+        sharded(model).schedule.buffers.make_equal()
         checkpoint.save_sharded(
             storage_path(path),
             model_state=get_model_state_dict(model),
@@ -210,10 +211,10 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     for optimizer in _optimizers(accelerator):
         handle.schedule.optimizer_hooks.adopt(optimizer)
         handle.schedule.optimizer_hooks.follow_zero_grad(optimizer)
-    _abandon_window_when_loading(accelerator, handle.schedule)
     accelerator.log, accelerator.gather, accelerator.reduce = map(
         taking_whole_values, (accelerator.log, accelerator.gather, accelerator.reduce)
     )
+    _prepare_for_states(accelerator, handle.schedule)
     vars(model)["set_requires_gradient_sync"] = _GradientSync(model, handle.schedule)
     if precision == "bf16-mixed":
         _compute_under_autocast(accelerator, model)
@@ -222,15 +223,20 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     return model
 
 
-def _abandon_window_when_loading(accelerator: Accelerator, schedule: AccumulationSchedule) -> None:
-    """Abandon the open window when weights are loaded. The hook must not keep the model alive."""
+def _prepare_for_states(accelerator: Accelerator, schedule: AccumulationSchedule) -> None:
+    """Make buffers equal before Accelerate saves, abandon the open window when it loads. Hooks must not keep models."""
     known = weakref.ref(schedule)
 
     def abandon(*_: Any) -> None:
         if (alive := known()) is not None:
             alive.window.abandon()
 
+    def make_equal(*_: Any) -> None:
+        if (alive := known()) is not None:
+            alive.buffers.make_equal()
+
     accelerator.register_load_state_pre_hook(abandon)
+    accelerator.register_save_state_pre_hook(make_equal)
 
 
 def _precision(accelerator: Accelerator, model: nn.Module) -> str:

@@ -179,6 +179,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
 
     def _save(self, path: StoragePath, parts: _Parts, filter: Filter) -> None:
         full = not self._save_distributed_checkpoint
+        sharded(parts.model).schedule.buffers.make_equal()
         optimizers = {
             key: optimizer_state(parts.model, optimizer, sharded=not full)
             for key, optimizer in parts.optimizers.items()

@@ -135,6 +135,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             precision=self.precision_plugin.precision,
             device=self.root_device,
             local_size=self.num_processes,
+            training=fitting,
         )
         if not module.automatic_optimization:
             unshard_whenever_used(module, sharded.blocks)
@@ -268,6 +269,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._state().schedule.buffers.make_equal()
         if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
             return get_model_state_dict(self._root())
         return super().lightning_module_state_dict()

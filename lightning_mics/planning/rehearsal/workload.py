@@ -71,7 +71,7 @@ def measure_workload(
             :func:`~lightning_mics.sharding.shard_model.shard_model`.
 
     Raises:
-        TypeError: If the model has no blocks.
+        TypeError: If the model has no parameters, or such that cannot be sharded.
         ValueError: If ``samples`` is not positive, or shapes in the model depend on values.
     """
     if samples < 1:
