@@ -100,7 +100,10 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
 
 
 def test_mics_is_known_in_whatever_order_things_are_imported(said: list[list[str]]) -> None:
-    expected = ["MiCSStrategy MiCSFabricStrategy DamagedCheckpointError", "finders: 0"]
+    expected = [
+        "MiCSStrategy MiCSFabricStrategy DamagedCheckpointError",
+        "finders: 1",
+    ]  # it waits for copies of Lightning
     assert [lines[-2:] for lines in said[: len(ORDERS)]] == [expected] * len(ORDERS)
 
 
@@ -137,10 +140,11 @@ def test_errors_of_checkpoints_say_where_they_are_imported_from() -> None:
 
 def test_a_reload_registers_nothing_twice() -> None:
     before, load = dict(StrategyRegistry), saving.pl_load
+    finders = sum(isinstance(finder, AfterImport) for finder in sys.meta_path)
     importlib.reload(lightning_mics)
     assert dict(StrategyRegistry) == before and "mics" in STRATEGY_REGISTRY
     assert saving.pl_load is load
-    assert not any(isinstance(finder, AfterImport) for finder in sys.meta_path)
+    assert sum(isinstance(finder, AfterImport) for finder in sys.meta_path) == finders
 
 
 # -- the finder --------------------------------------------------------------------------------------------------------
@@ -203,7 +207,7 @@ def test_an_error_after_the_import_is_a_warning(package: Path) -> None:
         raise KeyError("registry")
 
     AfterImport({"followed.one": fail}).start()
-    with pytest.warns(UserWarning, match=r"could not register strategy='mics' with followed\.one: KeyError"):
+    with pytest.warns(UserWarning, match=r"could not adapt followed\.one: KeyError"):
         assert importlib.import_module("followed.one").value == 1
 
 

@@ -6,7 +6,8 @@ saved all are made equal as well, so that what is evaluated is what is saved, an
 
 Most buffers never differ: masks, frequencies, power iterations. Only those that did are broadcast in a window. Which
 they are is found where ranks compare checksums of all buffers: before an evaluation, before a checkpoint, and at the
-beginning of windows 2, 3, 5, 9, 17 and so on. A model without buffers has no part in this.
+beginning of windows 2, 3, 5, 9, 17 and so on, if a buffer has changed since the last time. A model without buffers has
+no part in this, and one whose buffers stay as they are communicates in evaluations and checkpoints only.
 """
 
 from __future__ import annotations
@@ -41,12 +42,14 @@ class BufferBroadcast:
         self._differing: set[str] = set()  # names of buffers that have differed
         self._forwards = 0  # of the root, that are running now: a forward may call itself
         self._windows = 0  # that have begun
+        self._compared: Tensor | None = None  # [buffers]: checksums when they were found equal
         self._next_comparison = 2  # window that begins with a comparison of all buffers
         self._begins_window = False
         self._trained = self._may_differ = False  # since buffers were made equal: by a training forward, by any
         if group is not None and self._buffers():
             root.register_forward_pre_hook(self._before_forward)
             root.register_forward_hook(self._after_forward, always_call=True)
+            self._compared = self._checksums()
 
     def make_equal(self) -> None:
         """Give all ranks the buffers of rank 0 if a forward has run since the last time; every rank calls it."""
@@ -68,7 +71,8 @@ class BufferBroadcast:
         self._windows += 1
         if self._windows + 1 >= self._next_comparison:
             self._next_comparison = 2 * self._next_comparison - 1
-            self._compare()
+            if self._have_changed():
+                self._compare()
         else:
             self._broadcast()
 
@@ -88,10 +92,19 @@ class BufferBroadcast:
         return {name: buffer for name, buffer in buffers.items() if buffer.device == device}
 
     @torch.no_grad()
+    def _checksums(self) -> Tensor:
+        return torch.stack([checksum(buffer) for buffer in self._buffers().values()])  # [buffers]
+
+    def _have_changed(self) -> bool:
+        """Whether this rank's buffers have changed since the last comparison; waits for the device."""
+        now, before = self._checksums(), self._compared
+        return is_fake(now) or before is None or now.shape != before.shape or not torch.equal(now, before)
+
+    @torch.no_grad()
     def _compare(self) -> None:
         """Find the buffers that differ, and broadcast them; waits for the device."""
         buffers = self._buffers()
-        sums = torch.stack([checksum(buffer) for buffer in buffers.values()])  # [buffers]
+        sums = self._checksums()
         if is_fake(sums):  # a rehearsal has no values
             return
         largest = torch.stack([sums, ~sums])  # the complement orders the other way
@@ -99,6 +112,7 @@ class BufferBroadcast:
         equal = (largest[0] == ~largest[1]).tolist()
         self._differing |= {name for name, same in zip(buffers, equal, strict=True) if not same}
         self._broadcast()
+        self._compared = self._checksums()
 
     @torch.no_grad()
     def _broadcast(self) -> None:
