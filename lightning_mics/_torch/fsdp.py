@@ -29,7 +29,7 @@ __all__ = [
 
 
 def has_inner_tensors(tensor: Tensor) -> bool:
-    """Whether the data of ``tensor`` are other tensors, as those of quantized weights and of DTensors are."""
+    """Whether the data of ``tensor``, [any], are other tensors, as those of quantized weights and of DTensors are."""
     return bool(is_traceable_wrapper_subclass(tensor))
 
 
