@@ -5,9 +5,9 @@ first forward of an accumulation window begins with rank 0's buffers. Before an 
 saved all are made equal as well, so that what is evaluated is what is saved, and a resumed run goes on from it.
 
 Most buffers never differ: masks, frequencies, power iterations. Only those that did are broadcast in a window. Which
-they are is found where ranks compare checksums of all buffers: before an evaluation, before a checkpoint, and at the
-beginning of windows 2, 3, 5, 9, 17 and so on, if a buffer has changed since the last time. A model without buffers has
-no part in this, and one whose buffers stay as they are communicates in evaluations and checkpoints only.
+they are is found where ranks compare checksums of all buffers: before an evaluation, before a checkpoint, and after the
+last forward of windows 1, 3, 5, 9, 17 and so on. All ranks do so, whether or not their own buffers have changed. A
+model without buffers has no part in this.
 """
 
 from __future__ import annotations
@@ -41,20 +41,19 @@ class BufferBroadcast:
         self._at_boundary = at_boundary
         self._differing: set[str] = set()  # names of buffers that have differed
         self._forwards = 0  # of the root, that are running now: a forward may call itself
-        self._windows = 0  # that have begun
-        self._compared: Tensor | None = None  # [buffers]: checksums when they were found equal
-        self._next_comparison = 2  # window that begins with a comparison of all buffers
+        self._windows = 0  # whose last forward has run
+        self._next_comparison = 1  # window that ends with a comparison of all buffers
         self._begins_window = False
         self._trained = self._may_differ = False  # since buffers were made equal: by a training forward, by any
         if group is not None and self._buffers():
             root.register_forward_pre_hook(self._before_forward)
             root.register_forward_hook(self._after_forward, always_call=True)
-            self._compared = self._checksums()
 
     def make_equal(self) -> None:
         """Give all ranks the buffers of rank 0 if a forward has run since the last time; every rank calls it."""
         if self._may_differ:
             self._compare()
+            self._broadcast()
             self._may_differ = self._trained = self._begins_window = False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -66,14 +65,7 @@ class BufferBroadcast:
             if self._trained:
                 self.make_equal()
             return
-        if not self._begins_window:
-            return
-        self._windows += 1
-        if self._windows + 1 >= self._next_comparison:
-            self._next_comparison = 2 * self._next_comparison - 1
-            if self._have_changed():
-                self._compare()
-        else:
+        if self._begins_window:
             self._broadcast()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -85,6 +77,15 @@ class BufferBroadcast:
         if torch.is_grad_enabled():
             self._trained = True
             self._begins_window = self._at_boundary()
+            if self._begins_window:
+                self._end_window()
+
+    def _end_window(self) -> None:
+        """Compare after some windows. The broadcast waits for the next: a backward may still need the buffers."""
+        self._windows += 1
+        if self._windows == self._next_comparison:
+            self._next_comparison = max(3, 2 * self._next_comparison - 1)
+            self._compare()
 
     def _buffers(self) -> dict[str, Tensor]:
         buffers = dict(self._root.named_buffers())
@@ -92,27 +93,16 @@ class BufferBroadcast:
         return {name: buffer for name, buffer in buffers.items() if buffer.device == device}
 
     @torch.no_grad()
-    def _checksums(self) -> Tensor:
-        return torch.stack([checksum(buffer) for buffer in self._buffers().values()])  # [buffers]
-
-    def _have_changed(self) -> bool:
-        """Whether this rank's buffers have changed since the last comparison; waits for the device."""
-        now, before = self._checksums(), self._compared
-        return is_fake(now) or before is None or now.shape != before.shape or not torch.equal(now, before)
-
-    @torch.no_grad()
     def _compare(self) -> None:
-        """Find the buffers that differ, and broadcast them; waits for the device."""
+        """Find the buffers that differ; waits for the device."""
         buffers = self._buffers()
-        sums = self._checksums()
+        sums = torch.stack([checksum(buffer) for buffer in buffers.values()])  # [buffers]
         if is_fake(sums):  # a rehearsal has no values
             return
         largest = torch.stack([sums, ~sums])  # the complement orders the other way
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         equal = (largest[0] == ~largest[1]).tolist()
         self._differing |= {name for name, same in zip(buffers, equal, strict=True) if not same}
-        self._broadcast()
-        self._compared = self._checksums()
 
     @torch.no_grad()
     def _broadcast(self) -> None:
