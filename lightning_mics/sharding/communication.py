@@ -38,9 +38,13 @@ class Communication:
     Args:
         groups: Process groups of this rank.
         options: Options of communication, with ``hierarchical`` as the groups were made.
+        broadcast_buffers: Whether all ranks get the buffers of rank 0 where they are used or saved.
     """
 
-    def __init__(self, groups: PartitionGroups, options: CommunicationOptions) -> None:
+    def __init__(
+        self, groups: PartitionGroups, options: CommunicationOptions, *, broadcast_buffers: bool = True
+    ) -> None:
+        self._broadcast_buffers = broadcast_buffers
         self._topology = groups.topology
         self._options = options
         self._backend = groups.backend
@@ -66,6 +70,8 @@ class Communication:
             if self._replication is not None:
                 self._set_second_hop(name, module, self._replication)
         self._agreement.follow(root)
+        all_ranks = dist.group.WORLD
+        assert all_ranks is not None
         schedule = AccumulationSchedule(
             root,
             replicas=self._topology.replicas,
@@ -74,6 +80,7 @@ class Communication:
             caches=[*self._caches, *self._on_rank.values()],
             unsharded_gradients=self._options.accumulate_gradients == "rank" and self._topology.partition_size > 1,
             two_hop=self._options.two_hop,
+            all_ranks=self._counted(all_ranks) if self._broadcast_buffers else None,
         )
         if self._options.allow_unused:
             dropped = [] if self._options.cache_parameters == "rank" else list(self._on_rank.values())
