@@ -197,16 +197,17 @@ class ControlPlane:
                 raise
             raise explained from error
 
-    def largest(self, values: torch.Tensor) -> torch.Tensor:
+    def largest(self, values: torch.Tensor, entry: str = "compares a value with all ranks") -> torch.Tensor:
         """The elementwise maximum over all ranks, [any], on the CPU; every rank calls it.
 
         Args:
             values: Values of this rank on the CPU: [any].
+            entry: What is done, in words.
 
         Raises:
             RanksDifferError: If other ranks do something else.
         """
-        with self.together("compares a value with all ranks"):
+        with self.together(entry):
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
         return values
 

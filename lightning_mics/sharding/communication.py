@@ -80,6 +80,7 @@ class Communication:
             caches=[*self._caches, *self._on_rank.values()],
             unsharded_gradients=self._options.accumulate_gradients == "rank" and self._topology.partition_size > 1,
             two_hop=self._options.two_hop,
+            control=self._control,
             all_ranks=self._counted(all_ranks) if self._broadcast_buffers else None,
         )
         if self._options.allow_unused:

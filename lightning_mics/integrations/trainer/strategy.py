@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,12 @@ from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
 from lightning_mics.integrations.trainer import resuming
 from lightning_mics.integrations.trainer.callbacks import check_callbacks
-from lightning_mics.integrations.trainer.exceptions import raise_cause, tell_of_exceptions, without_other_ranks
+from lightning_mics.integrations.trainer.exceptions import (
+    agree_on_batches,
+    raise_cause,
+    tell_of_exception,
+    without_other_ranks,
+)
 from lightning_mics.integrations.trainer.logged_numbers import log_whole_numbers
 from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
@@ -128,7 +133,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
                 _optimizers_to_device(self.optimizers, self.root_device)
         control = self._state().groups.control
         stop_when_signaled(trainer, reduce_max=control.largest, wait_for_checkpoints=self.wait_for_checkpoints)
-        tell_of_exceptions(trainer, control)
+        agree_on_batches(trainer, control)
 
     def _shard(self, module: nn.Module, *, fitting: bool) -> Sharded:
         if fitting and self._layer_sync is not None:
@@ -207,6 +212,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        tell_of_exception(self._trainer, self._control)
         self._abandon_window()
         try:
             self.wait_for_checkpoints()
@@ -253,6 +259,12 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             raise RuntimeError("the model is sharded when the Trainer runs; it has no groups and no schedule before")
         return self._sharded
 
+    @override
+    def _together(self, entry: str) -> AbstractContextManager[None]:
+        if self._control is not None:
+            tell_of_exception(self._trainer, self._control)
+        return super()._together(entry)
+
     # -- reductions --------------------------------------------------------------------------------------------------
 
     @override
@@ -268,21 +280,29 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         """The state by FQN, sharded; for a full checkpoint unsharded and by number, on rank 0 only."""
         assert self.model is not None
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return optimizer_state(self.model, inner, sharded=self._save_distributed_checkpoint)
+        with without_other_ranks(self._control), self._together("prepares an optimizer's state"):
+            return optimizer_state(self.model, inner, sharded=self._save_distributed_checkpoint)
+        return {}
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        self._state().schedule.buffers.make_equal()
-        if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
-            return get_model_state_dict(self._root())
-        return super().lightning_module_state_dict()
+        with without_other_ranks(self._control), self._together("prepares the model's state"):
+            self._state().schedule.buffers.make_equal()
+            if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
+                return get_model_state_dict(self._root())
+            return super().lightning_module_state_dict()
+        return {}
 
     @override
     def save_checkpoint(self, state: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None:
             super().save_checkpoint(state, filepath, storage_options)  # raises the error
         answered = all_ranks_answer(f"saving {filepath}", timeout=self._timeout)
-        with without_other_ranks(filepath, self._control), answered, self._together("saves a checkpoint"):
+        with (
+            without_other_ranks(self._control, lost=f"{filepath} was not saved"),
+            answered,
+            self._together("saves a checkpoint"),
+        ):
             self._save(self._shared_path(filepath), state)
 
     def _save(self, path: StoragePath, state: dict[str, Any]) -> None:
