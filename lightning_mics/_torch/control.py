@@ -1,4 +1,7 @@
-"""What a control plane needs of torch: the job's store, an exchange on gloo, and a way out of a blocked collective."""
+"""What a control plane needs of torch: the job's store, an exchange on gloo, and a way out of a blocked collective.
+
+See [Note: Agreement without waiting].
+"""
 
 from __future__ import annotations
 

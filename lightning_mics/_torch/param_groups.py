@@ -36,7 +36,13 @@ class NotedAllGather:
         self._explained = explained
 
     def allocate(self, size: Any, *, dtype: Any, device: Any) -> Tensor:
-        """Memory for the result, [size]."""
+        """Memory for the result, [size].
+
+        Args:
+            size: Number of elements.
+            dtype: Type of the elements.
+            device: Device of this rank.
+        """
         memory: Tensor = self._gather.allocate(size, dtype=dtype, device=device)
         return memory
 

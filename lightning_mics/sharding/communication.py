@@ -21,9 +21,9 @@ from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, r
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.sharding.options import CommunicationOptions
-from lightning_mics.sharding.rank_agreement import RankAgreement
+from lightning_mics.sharding.ranks.agreement import RankAgreement
+from lightning_mics.sharding.ranks.unused import UnusedUnits
 from lightning_mics.sharding.schedule import AccumulationSchedule
-from lightning_mics.sharding.unused import UnusedUnits
 from lightning_mics.techniques.flat import FlatAllGather, FlatReduceScatter
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.techniques.once_per_step import NodeCache, NodeReduceScatter, ParameterCache, RankCache

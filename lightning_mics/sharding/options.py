@@ -51,7 +51,7 @@ class CommunicationOptions:
             as hybrid sharding without MiCS does. For measurements.
         allow_unused: Whether ranks may use different units in training, as with layer drop, early exit or experts by
             rank. Every rank then gathers all units before a forward and reduces all gradients after its backward, which
-            takes the bytes of both on each rank; see :mod:`~lightning_mics.sharding.unused`.
+            takes the bytes of both on each rank; see :mod:`~lightning_mics.sharding.ranks.unused`.
 
     Raises:
         ValueError: If a value is unknown, or ``two_hop=False`` leaves no gradients to accumulate until the boundary.

@@ -1,16 +1,19 @@
-"""Exceptions and stops of one rank: the others hear of them at once, and nothing hides them."""
+"""Exceptions and stops of one rank: the others hear of them at once, and nothing hides them.
+
+How they hear of them: [Note: Agreement without waiting].
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from typing_extensions import override
 
 from lightning_mics.collectives.control_plane import ControlPlane, RanksDifferError
 
@@ -40,25 +43,32 @@ def agree_on_batches(trainer: pl.Trainer, control: ControlPlane) -> None:
     epoch_loop._broadcast_sigterm_tensor = partial(control.agree, "begins a batch of training")
 
 
-@contextmanager
-def without_other_ranks(control: ControlPlane | None, *, lost: str | None = None) -> Iterator[None]:
-    """Save inside; after an exception of this rank alone the others do not come, and it is the one to be seen.
+class WithoutOtherRanks(AbstractContextManager[None]):
+    """Ends what saves after an exception of this rank alone, in which the others take no part: the exception matters.
 
     Args:
         control: Control plane of all ranks, if a model is sharded.
         lost: What is lost, for the warning; None gives none.
     """
-    try:
-        yield
-    except RanksDifferError as error:
-        if control is None or not control.has_raised:
-            raise
-        if lost is not None:
-            rank_zero_warn(f"{lost}, as other ranks do not take part: {error}")
+
+    def __init__(self, control: ControlPlane | None, *, lost: str | None = None) -> None:
+        self._control = control
+        self._lost = lost
+
+    @override
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        alone = isinstance(error, RanksDifferError) and self._control is not None and self._control.has_raised
+        if alone and self._lost is not None:
+            rank_zero_warn(f"{self._lost}, as other ranks do not take part: {error}")
+        return alone
 
 
 def raise_cause(exception: BaseException, control: ControlPlane | None) -> None:
     """Raise what has cut off a collective, if ``exception`` is the effect of another rank's.
+
+    Args:
+        exception: What has ended the run on this rank.
+        control: Control plane of all ranks, if a model is sharded.
 
     Raises:
         RanksDifferError: If it is.

@@ -34,10 +34,10 @@ from lightning_mics.integrations._lightning import LightningStrategy, check_prec
 from lightning_mics.integrations.trainer import resuming
 from lightning_mics.integrations.trainer.callbacks import check_callbacks
 from lightning_mics.integrations.trainer.exceptions import (
+    WithoutOtherRanks,
     agree_on_batches,
     raise_cause,
     tell_of_exception,
-    without_other_ranks,
 )
 from lightning_mics.integrations.trainer.logged_numbers import log_whole_numbers
 from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
@@ -280,13 +280,13 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         """The state by FQN, sharded; for a full checkpoint unsharded and by number, on rank 0 only."""
         assert self.model is not None
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        with without_other_ranks(self._control), self._together("prepares an optimizer's state"):
+        with WithoutOtherRanks(self._control), self._together("prepares an optimizer's state"):
             return optimizer_state(self.model, inner, sharded=self._save_distributed_checkpoint)
         return {}
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        with without_other_ranks(self._control), self._together("prepares the model's state"):
+        with WithoutOtherRanks(self._control), self._together("prepares the model's state"):
             self._state().schedule.buffers.make_equal()
             if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
                 return get_model_state_dict(self._root())
@@ -299,7 +299,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             super().save_checkpoint(state, filepath, storage_options)  # raises the error
         answered = all_ranks_answer(f"saving {filepath}", timeout=self._timeout)
         with (
-            without_other_ranks(self._control, lost=f"{filepath} was not saved"),
+            WithoutOtherRanks(self._control, lost=f"{filepath} was not saved"),
             answered,
             self._together("saves a checkpoint"),
         ):

@@ -10,7 +10,7 @@ gradients stay unsharded until the backward has ended, and are then reduced in t
 A parameter that some rank has used gets the mean over all ranks, with zeros from those that have not; one that no rank
 has used in the window keeps its gradient, which is None after ``zero_grad()``: as with DistributedDataParallel and its
 ``find_unused_parameters=True``. For this the ranks compare which parameters they have used, on the control plane, once
-per step.
+per step, see [Note: Agreement without waiting].
 
 It takes the memory of ``cache_parameters="rank"`` and ``accumulate_gradients="rank"``, and nothing overlaps. With a
 smaller ``cache_parameters`` the units are kept until the end of each backward only.
