@@ -5,6 +5,7 @@ See [Note: Agreement without waiting].
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -16,15 +17,21 @@ import torch.distributed as dist
 CPU = torch.device("cpu")
 
 
-def job_store(prefix: str) -> Any:
-    """A connection of its own to the store of the default process group; None in a job that is only rehearsed.
+def is_rehearsed() -> bool:
+    """Whether the job has one process that stands for all ranks."""
+    return str(dist.get_backend()) == "fake"
+
+
+def job_store(group: dist.ProcessGroup) -> Any:
+    """A connection of its own to the store of the default process group, with keys that no other job has used.
+
+    The store may be older than the job: restarted ranks of ``torchrun`` find all that was written in earlier attempts.
 
     Args:
-        prefix: Beginning of all keys.
+        group: Gloo group of all ranks, all of which call.
     """
-    if dist.get_backend() == "fake":
-        return None
     c10d: Any = dist.distributed_c10d
+    prefix = f"lightning_mics/{exchange(group, secrets.token_bytes(16))[0].hex()}"
     store = c10d._get_default_store()
     with suppress(RuntimeError, NotImplementedError):  # a store without copies is shared: none of our calls blocks
         store = store.clone()

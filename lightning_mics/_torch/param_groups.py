@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-from lightning_mics._torch.fsdp import AllGather, _param_groups
+from lightning_mics._torch.fsdp import AllGather, _param_groups, fsdp_modules
 
 
 def in_backward(module: FSDPModule) -> bool:
@@ -60,16 +60,14 @@ def note_reductions(
     module: FSDPModule,
     *,
     before: Callable[[int, bool], None],
-    after: Callable[[], None],
     explained: Callable[[BaseException], BaseException],
 ) -> None:
-    """Call functions around the end of each backward of ``module`` itself, where its gradients are reduced.
+    """Call functions at the end of each backward of ``module`` itself, where its gradients are reduced.
 
     Args:
         module: FSDP module.
         before: Called as ``before(with_gradient, all_reduced)`` before a reduction: the parameters that take part in
             it, as bits in their order, and whether it goes on over the replicas.
-        after: Called at the end of each backward, with and without a reduction.
         explained: Returns the error to raise in place of one of a collective.
     """
     for group in _param_groups(module):
@@ -87,7 +85,6 @@ def note_reductions(
                 inner()
             except RuntimeError as error:
                 raise explained(error) from error
-            after()
 
         group.wait_for_unshard = wait_for_unshard  # type: ignore[method-assign]
         group.post_backward = post_backward  # type: ignore[method-assign]
@@ -109,6 +106,29 @@ def _with_gradient(group: FSDPParamGroup) -> int:
     return bits
 
 
+def around_end_of_backward(
+    root: FSDPModule, *, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
+) -> None:
+    """Call functions around the end of each backward, where FSDP2 ends the last units.
+
+    Args:
+        root: The sharded model.
+        before: Called before it.
+        after: Called after it.
+    """
+    for module in fsdp_modules(root).values():  # the one whose backward begins first calls it
+        state: Any = module._get_fsdp_state()
+
+        def wrapped(end: Callable[[], None] = state._root_post_backward_final_callback) -> None:
+            if before is not None:
+                before()
+            end()
+            if after is not None:
+                after()
+
+        state._root_post_backward_final_callback = wrapped
+
+
 def gather_and_keep(module: FSDPModule) -> None:
     """Gather the parameters of ``module`` itself, if they are sharded, and show their shards again."""
     for group in _param_groups(module):
@@ -119,7 +139,7 @@ def gather_and_keep(module: FSDPModule) -> None:
 
 
 class DeferredReductions:
-    """The reductions of one module itself, which wait for the end of each backward.
+    """The reductions of one module itself, which wait until they are asked for.
 
     FSDP2 accumulates unsharded gradients until then, as it does without gradient synchronization.
 
@@ -128,7 +148,6 @@ class DeferredReductions:
     """
 
     def __init__(self, module: FSDPModule) -> None:
-        self._state: Any = module._get_fsdp_state()
         self._groups = list(_param_groups(module))
         self._reduce = [group.post_backward for group in self._groups]
 
@@ -149,13 +168,8 @@ class DeferredReductions:
             for parameter in group.fsdp_params
         ]
 
-    def defer(self, end_of_backward: Callable[[], None], after_backward: Callable[[], None]) -> None:
-        """Accumulate where FSDP2 would reduce, and call functions at the end of each backward.
-
-        Args:
-            end_of_backward: Called before FSDP2 ends the backward.
-            after_backward: Called after it.
-        """
+    def defer(self) -> None:
+        """Accumulate where FSDP2 would reduce."""
         for group in self._groups:
 
             def accumulate(*_: Any, group: FSDPParamGroup = group) -> None:
@@ -166,14 +180,6 @@ class DeferredReductions:
                     group.reduce_grads = reduce
 
             group.post_backward = accumulate  # type: ignore[method-assign]
-        final = self._state._root_post_backward_final_callback
-
-        def end() -> None:
-            end_of_backward()
-            final()
-            after_backward()
-
-        self._state._root_post_backward_final_callback = end
 
     def reduce(self) -> None:
         """Reduce the gradients of all trainable parameters, zeros where there are none, unless they accumulate."""

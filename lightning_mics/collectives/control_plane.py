@@ -38,7 +38,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_mics._torch.control import exchange, gloo_group, job_store, was_cut_off
+from lightning_mics._torch.control import exchange, gloo_group, is_rehearsed, job_store, was_cut_off
 from lightning_mics.collectives import watcher
 from lightning_mics.collectives.watcher import RAISES, Waiting, Watcher, difference, kind
 
@@ -127,7 +127,6 @@ class ControlPlane:
     """Agreement and errors of all ranks of a job; one per default process group, from :func:`control_plane`.
 
     Args:
-        store: Store of the job; None in a job that is only rehearsed, where all ranks agree.
         timeout: Longest time of a meeting; None is gloo's default.
 
     Attributes:
@@ -136,19 +135,18 @@ class ControlPlane:
         has_raised: Whether this rank has raised an exception, which matters more than its verdict.
     """
 
-    def __init__(self, store: Any, *, timeout: timedelta | None) -> None:
+    def __init__(self, *, timeout: timedelta | None) -> None:
         self.verdict: str | None = None
         self.micro_step = 1
         self.has_raised = False
-        self._store = store
         self._timeout = timeout
         self._streams: dict[tuple[int, ...], Stream] = {}
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._group: dist.ProcessGroup | None = None
         self._watcher: Watcher | None = None
-        if store is not None and self._size > 1:
+        if self._size > 1 and not is_rehearsed():  # in a rehearsal all ranks agree
             self._group = gloo_group(range(self._size), timeout=timeout)
-            self._watcher = Watcher(self, store, self._streams)
+            self._watcher = Watcher(self, job_store(self._group), self._streams)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -253,7 +251,7 @@ class _Job:
 
 @lru_cache(maxsize=1)
 def _plane_of(job: _Job) -> ControlPlane:
-    return ControlPlane(job_store("lightning_mics"), timeout=job.timeout)
+    return ControlPlane(timeout=job.timeout)
 
 
 def control_plane(timeout: timedelta | None = None) -> ControlPlane:

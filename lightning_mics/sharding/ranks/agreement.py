@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_mics._torch.fsdp import AllGather, fsdp_modules, sharded_parameters
-from lightning_mics._torch.param_groups import NotedAllGather, in_backward, note_reductions
+from lightning_mics._torch.param_groups import NotedAllGather, around_end_of_backward, in_backward, note_reductions
 from lightning_mics.collectives.control_plane import Stream
 from lightning_mics.techniques.once_per_step import NodeCache
 from lightning_mics.techniques.partition_groups import PartitionGroups
@@ -71,12 +71,8 @@ class RankAgreement:
             return
         for name, module in fsdp_modules(root).items():
             reduction = _Reduction(name, self._partition, self._replication)
-            note_reductions(
-                module,
-                before=reduction.agree,
-                after=self._count_micro_step if module is root else _nothing,
-                explained=self._control.explained,
-            )
+            note_reductions(module, before=reduction.agree, explained=self._control.explained)
+        around_end_of_backward(root, after=self._count_micro_step)
         self._follow_steps(root)
 
     def _count_micro_step(self) -> None:
@@ -131,7 +127,3 @@ class _Reduction:
             self._partition.agree(words)
         if replication is not None:
             replication.agree(words)
-
-
-def _nothing() -> None:
-    """Do nothing."""

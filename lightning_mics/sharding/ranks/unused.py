@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics._torch.fsdp import ever_unsharded, fsdp_modules
-from lightning_mics._torch.param_groups import DeferredReductions, gather_and_keep
+from lightning_mics._torch.param_groups import DeferredReductions, around_end_of_backward, gather_and_keep
 from lightning_mics.collectives.control_plane import ControlPlane
 from lightning_mics.techniques.once_per_step import RankCache
 
@@ -61,7 +61,8 @@ class UnusedUnits:
         self._used: list[bool] = []  # [parameters], by this rank since the last boundary
         self._without_gradient: list[nn.Parameter | None] = []  # [parameters], at the beginning of the window
         for reductions in self._reductions:
-            reductions.defer(self._end_of_backward, self._after_backward)
+            reductions.defer()
+        around_end_of_backward(root, before=self._end_of_backward, after=self._after_backward)
         assert isinstance(root, nn.Module)
         root.register_forward_pre_hook(self._gather)  # after FSDP2's own: see [Note: Hooks on the root, in order]
 
