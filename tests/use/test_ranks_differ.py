@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mics import CommunicationOptions, RanksDifferError, Topology, create_partition_groups, shard_model
 from lightning_mics.collectives import control_plane, watcher
+from tests.support.campaign import campaign
 from tests.support.models import DIM, Stack, TinyModule, tokens
 from tests.support.trainers import cases_on_ranks, loader, make_trainer, mics
 
@@ -117,18 +118,20 @@ def _boundary_on_one_rank(model: Any, micro_step: Any, rank: int) -> None:
 
 DIFFERENT: dict[str, tuple[Callable[..., Any], str]] = {
     "another order": (partial(_steps, _other_order), "'layers.1'"),
-    "another order, over all ranks": (partial(_steps, _other_order, size=4), "'layers.1'"),
     "another order from the start": (partial(_steps, _other_order, differs_at=0), "'layers.1'"),
     "another order, replicated": (partial(_steps, _other_order, size=1), "'layers.2'"),
-    "another order, cached": (partial(_steps, _other_order, cache="rank"), "'layers.1'"),
     "a block left out": (partial(_steps, _one_left_out), "'layers.1'"),
-    "a block left out, replicated": (partial(_steps, _one_left_out, size=1), "'layers.1'"),
     "other parameters of a block": (partial(_steps, _other_parameters_of_a_block), "parameters 1"),
     "a forward more": (partial(_steps, _forward_on_one_rank), "'the root'"),
-    "a backward more": (partial(_steps, _backward_more_on_one_rank), "'the root'"),
     "a backward more, replicated": (partial(_steps, _backward_more_on_one_rank, size=1), "steps SGD"),
     "a micro-step fewer": (partial(_steps, _micro_step_fewer_on_one_rank), "'layers.2'"),
     "another boundary": (partial(_steps, _boundary_on_one_rank), "over the replicas"),
+}
+IN_CAMPAIGN: dict[str, tuple[Callable[..., Any], str]] = {
+    "another order, over all ranks": (partial(_steps, _other_order, size=4), "'layers.1'"),
+    "another order, cached": (partial(_steps, _other_order, cache="rank"), "'layers.1'"),
+    "a block left out, replicated": (partial(_steps, _one_left_out, size=1), "'layers.1'"),
+    "a backward more": (partial(_steps, _backward_more_on_one_rank), "'the root'"),
 }
 
 
@@ -237,17 +240,21 @@ def _in_new_job(function: Callable[[], Any], store: Path) -> Any:
     return function()
 
 
+def _different(in_campaign: bool) -> dict[str, tuple[Callable[..., Any], str]]:
+    return DIFFERENT | IN_CAMPAIGN if in_campaign else DIFFERENT
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results(tmp_path_factory: pytest.TempPathFactory, in_campaign: bool) -> Any:
     folder = tmp_path_factory.mktemp("jobs")
-    cases: dict[str, Callable[[], Any]] = {name: case for name, (case, _) in DIFFERENT.items()} | ALIKE
+    cases: dict[str, Callable[[], Any]] = {name: case for name, (case, _) in _different(in_campaign).items()} | ALIKE
     cases |= {name: partial(_fit, name, folder) for name in (*FITS, "an exception on all ranks")}
     stores = {name: folder / f"store {number}" for number, name in enumerate(cases)}
     jobs = {name: partial(_in_new_job, case, stores[name]) for name, case in cases.items()}
     return cases_on_ranks(jobs), folder
 
 
-@pytest.mark.parametrize("name", DIFFERENT)
+@pytest.mark.parametrize("name", [*DIFFERENT, *map(campaign, IN_CAMPAIGN)])
 def test_a_rank_that_takes_another_way_is_one_error_of_all_ranks(name, results):
     first = results[0][name][0]
     for of_rank in results[0][name]:
@@ -256,7 +263,7 @@ def test_a_rank_that_takes_another_way_is_one_error_of_all_ranks(name, results):
         assert message == first[0]
         assert "rank 1 " in message
         assert "(micro-step " in message
-        assert DIFFERENT[name][1] in message
+        assert _different(True)[name][1] in message
         assert seconds < LIMIT
 
 

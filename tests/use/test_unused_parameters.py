@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mics import CommunicationOptions, RanksDifferError, Topology, create_partition_groups, shard_model
+from tests.support.campaign import campaign
 from tests.support.models import Block
 
 DIM, LAYERS = 6, 4
@@ -94,7 +95,13 @@ def _both(name: str, micro_steps: int) -> list[Any]:
     return found
 
 
-CASES = [("experts by rank", 1), ("orders", 1), ("layer drop", 2), ("early exit", 2), ("the same twice on some", 2)]
+CASES = [
+    ("experts by rank", 1),
+    ("the same twice on some", 2),
+    ("early exit", 2),
+    campaign("orders", 1),
+    campaign("layer drop", 2),
+]
 
 
 @pytest.mark.parametrize(("name", "micro_steps"), CASES)
