@@ -19,9 +19,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_mics._torch.fsdp import AllGather, fsdp_modules, sharded_parameters
+from lightning_mics._torch.optimizer_steps import call_before_steps
 from lightning_mics._torch.param_groups import NotedAllGather, around_end_of_backward, in_backward, note_reductions
 from lightning_mics.collectives.control_plane import Stream
 from lightning_mics.techniques.once_per_step import NodeCache
@@ -81,13 +81,7 @@ class RankAgreement:
     def _follow_steps(self, root: FSDPModule) -> None:
         self._modules = fsdp_modules(root)
         self._known: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
-        agreement = weakref.ref(self)  # the parameter groups keep it alive, torch's hook must not
-
-        def before_step(optimizer: Optimizer, *_: Any) -> None:
-            if (alive := agreement()) is not None and alive._trains(optimizer):
-                alive._agree_on_step(optimizer)
-
-        weakref.finalize(self, register_optimizer_step_pre_hook(before_step).remove)
+        call_before_steps(self._agree_on_step)
 
     def _trains(self, optimizer: Optimizer) -> bool:
         """Whether ``optimizer`` holds parameters of this model; it is asked again when groups were added."""
@@ -99,6 +93,8 @@ class RankAgreement:
         return self._known[optimizer][1]
 
     def _agree_on_step(self, optimizer: Optimizer) -> None:
+        if not self._trains(optimizer):
+            return
         self._control.check()
         for stream in (self._partition, self._replication):
             if stream is not None:
