@@ -24,6 +24,7 @@ from lightning_mics.checkpoint.optimizer_states import copy_state, dotted, load_
 from lightning_mics.checkpoint.storage.location import checkpoint_location
 from lightning_mics.checkpoint.storage.path import StoragePath
 from lightning_mics.collectives.agreement import on_rank_0
+from lightning_mics.collectives.control_plane import control_plane
 
 NAMES_KEY = "mics_names"  # in a full file
 
@@ -73,7 +74,7 @@ def gather_rank_states(rank_state: Mapping[str, Tensor]) -> dict[str, Mapping[st
         On rank 0 every rank's ``rank_state``, under the key of the rank; on the others nothing.
     """
     states: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(rank_state, states)
+    dist.gather_object(rank_state, states, group=control_plane().group)
     return {rank_key(rank): state for rank, state in enumerate(states or [])}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +17,7 @@ from lightning_mics._torch.numbers import whole_values
 from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.async_save import ShardedSaving
 from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
+from lightning_mics.collectives.control_plane import ControlPlane
 from lightning_mics.policy.options import PolicyOptions, check_names, documented
 from lightning_mics.policy.policy import Policy
 
@@ -68,6 +70,7 @@ class LightningStrategy:
         self._policy = Policy(timeout=timeout, **policy)
         self._weights_only = weights_only
         self._saving = ShardedSaving(asynchronous=async_save, timeout=timeout)
+        self._control: ControlPlane | None = None  # once a model is sharded
         self._initialize()
 
     def _initialize(self) -> None:
@@ -90,6 +93,34 @@ class LightningStrategy:
     def _check_before_communicating(self: Any) -> None:
         check_job(self.root_device, backend=self._get_process_group_backend())
         self._policy.check(world_size=self.world_size, local_size=self.num_processes)
+
+    def _together(self, entry: str) -> AbstractContextManager[None]:
+        """Run an operation of all ranks inside, once they agree on it."""
+        return nullcontext() if self._control is None else self._control.together(entry)
+
+    def barrier(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Wait for all ranks, as Lightning's strategies do; not for those that are known not to come.
+
+        Raises:
+            RanksDifferError: If another rank does something else.
+        """
+        if self._control is not None and self._control.has_raised and self._control.verdict is not None:
+            return
+        with self._together("waits at a barrier"):
+            super().barrier(*args, **kwargs)  # type: ignore[misc]
+
+    def broadcast(self: Any, obj: Any, src: int = 0) -> Any:
+        """Send a value from one rank to all, as Lightning's strategies do.
+
+        Args:
+            obj: The value, which must pickle.
+            src: Rank that sends it.
+
+        Raises:
+            RanksDifferError: If another rank does something else.
+        """
+        with self._together("broadcasts a value"):
+            return super().broadcast(obj, src)  # type: ignore[misc]
 
     def wait_for_checkpoints(self) -> None:
         """Wait until all checkpoints that are being written asynchronously are complete; every rank calls it.

@@ -88,6 +88,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         module.to(self.root_device)  # state besides parameters and buffers, such as metrics
         self._policy.check_kept(module, sharded(module))
         self._device_mesh = sharded(module).groups.mesh
+        self._control = sharded(module).groups.control
         sharded(module).schedule.window.abandon()
         if not any(module is known for known in self._models):
             allow_evaluation(module)
@@ -151,7 +152,8 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     @override
     def all_reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Any:
         """See :func:`~lightning_mics.integrations._lightning.reduce_in_place`."""
-        return reduce_in_place(tensor, group=group, op=reduce_op)
+        with self._together("reduces a value over all ranks") if group is None else nullcontext():
+            return reduce_in_place(tensor, group=group, op=reduce_op)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -174,7 +176,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
                 'state_dict_type="full"'
             )
         parts = _Parts.of(state, doing="save")
-        with all_ranks_answer(f"saving {path}", timeout=self._timeout):
+        with all_ranks_answer(f"saving {path}", timeout=self._timeout), self._together("saves a checkpoint"):
             self._save(self._shared_path(path), parts, filter or {})
 
     def _save(self, path: StoragePath, parts: _Parts, filter: Filter) -> None:
@@ -235,7 +237,8 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         return remainder
 
     def _load(self, path: StoragePath, parts: _Parts, strict: bool, weights_only: bool | None) -> dict[str, Any]:
-        with torch.inference_mode(False), all_ranks_answer(f"loading {path}", timeout=self._timeout):
+        answered = all_ranks_answer(f"loading {path}", timeout=self._timeout)
+        with torch.inference_mode(False), answered, self._together("loads a checkpoint"):
             remainder = checkpoint.load(
                 path,
                 model=parts.model,

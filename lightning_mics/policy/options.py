@@ -44,6 +44,9 @@ class PolicyOptions(TypedDict, total=False):
             and a step, an evaluation or a checkpoint uses them, True by default; False keeps each rank's own.
         two_hop: Whether gradients are reduced over replicas at the boundary only, True by default; False does so in
             every micro-step, as hybrid sharding does. For measurements.
+        allow_unused: Whether ranks may use different blocks in training, as with layer drop, early exit or experts by
+            rank, False by default; True trains them as DistributedDataParallel does with
+            ``find_unused_parameters=True``, and takes the bytes of all parameters and all gradients on each rank.
     """
 
     partition_size: int | Literal["auto"]
@@ -57,6 +60,7 @@ class PolicyOptions(TypedDict, total=False):
     activation_checkpointing: bool | ModuleClasses
     broadcast_buffers: bool
     two_hop: bool
+    allow_unused: bool
 
 
 Documented = TypeVar("Documented", bound=Callable[..., object])

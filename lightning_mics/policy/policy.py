@@ -51,6 +51,7 @@ class Policy:
             accumulate_gradients=policy.get("accumulate_gradients", "auto"),
             inter_node_reduce_dtype=floating_dtype("inter_node_reduce_dtype", policy.get("inter_node_reduce_dtype")),
             two_hop=policy.get("two_hop", True),
+            allow_unused=policy.get("allow_unused", False),
         )
         self._ranks_per_node = policy.get("ranks_per_node")
         self._reduce_dtype = floating_dtype("reduce_dtype", policy.get("reduce_dtype"))

@@ -12,7 +12,7 @@ Which part of hop 1 runs before the boundary depends on where gradients are accu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -73,6 +73,7 @@ class AccumulationWindow:
         self._defers = two_hop and (replicas > 1 or bool(self._pending_gradients) or unsharded_gradients)
         self._at_boundary = True
         self._is_open = False
+        self._when_abandoned: list[Callable[[], None]] = []
         self._ever_trainable = {name: trainable(module) for name, module in self._modules.items()}
         self._hooks = {m: ParameterHooks(m, at_boundary=lambda: self._at_boundary) for m in self._modules.values()}
 
@@ -180,7 +181,13 @@ class AccumulationWindow:
         for module in self._modules.values():
             drop_unreduced_gradients(module)
         self._cache.forget_comparisons()
+        for action in self._when_abandoned:
+            action()
         self._close()
+
+    def when_abandoned(self, action: Callable[[], None]) -> None:
+        """Run ``action`` whenever a window is abandoned."""
+        self._when_abandoned.append(action)
 
     def tensors(self) -> list[Tensor]:
         """Gradients pending now in addition to FSDP2's own, each [any]."""

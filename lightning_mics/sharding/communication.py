@@ -21,6 +21,8 @@ from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, r
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics.sharding.ranks.agreement import RankAgreement
+from lightning_mics.sharding.ranks.unused import UnusedUnits
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.flat import FlatAllGather, FlatReduceScatter
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
@@ -53,29 +55,45 @@ class Communication:
         self._node = self._counted(groups.node) if groups.node else None
         self._pending_gradients: dict[str, PendingGradients] = {}
         self._caches: list[ParameterCache] = []
+        self._on_rank: dict[str, RankCache] = {}
+        self._control = groups.control
+        self._agreement = RankAgreement(groups)
 
     def install(self, root: FSDPModule) -> AccumulationSchedule:
         """Set the collectives of every parameter group under ``root``; returns the schedule that drives them."""
         for name, module in fsdp_modules(root).items():
             if self._topology.partition_size > 1:
-                module.set_custom_all_gather(self._all_gather(module))
-                if self._options.cache_parameters == "rank":
-                    self._caches.append(RankCache(module))
+                module.set_custom_all_gather(self._agreement.before_gathers(name, module, self._all_gather(module)))
+                if self._options.cache_parameters == "rank" or self._options.allow_unused:
+                    self._on_rank[name] = RankCache(module)
                 module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
             if self._replication is not None:
                 self._set_second_hop(name, module, self._replication)
+        self._agreement.follow(root)
         all_ranks = dist.group.WORLD
         assert all_ranks is not None
-        return AccumulationSchedule(
+        schedule = AccumulationSchedule(
             root,
             replicas=self._topology.replicas,
             traffic=self._traffic,
             pending_gradients=self._pending_gradients,
-            caches=self._caches,
+            caches=[*self._caches, *self._on_rank.values()],
             unsharded_gradients=self._options.accumulate_gradients == "rank" and self._topology.partition_size > 1,
             two_hop=self._options.two_hop,
+            control=self._control,
             all_ranks=self._counted(all_ranks) if self._broadcast_buffers else None,
         )
+        if self._options.allow_unused:
+            dropped = [] if self._options.cache_parameters == "rank" else list(self._on_rank.values())
+            unused = UnusedUnits(
+                root,
+                control=self._control,
+                caches=self._on_rank,
+                dropped=dropped,
+                before_forward=schedule.window.before_forward,
+            )
+            schedule.window.when_abandoned(unused.forget)
+        return schedule
 
     def _all_gather(self, module: FSDPModule) -> AllGather:
         if self._rail is None:

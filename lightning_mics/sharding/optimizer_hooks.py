@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_mics._torch.fsdp import fsdp_modules, sharded_parameters
+from lightning_mics._torch.optimizer_steps import call_after_steps, call_before_steps
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from lightning_mics.sharding.optimizers.adapt import adapt_optimizer
 from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
@@ -21,7 +20,7 @@ class OptimizerHooks:
     """Hooks on the optimizers that hold parameters of one sharded model.
 
     A step drops the weight cache: see [Note: When cached weights are dropped]. Methods enable the other effects.
-    torch calls its hooks for all optimizers of a process; they hold this object weakly, and are removed with it.
+    torch calls its hooks for all optimizers of a process; they hold this object weakly.
 
     Args:
         root: The sharded model.
@@ -94,24 +93,16 @@ class OptimizerHooks:
         if self._is_registered:
             return
         self._is_registered = True
-        hooks = weakref.ref(self)
-
-        def before_step(optimizer: Optimizer, *_: Any) -> None:
-            if (alive := hooks()) is not None and alive._follows_steps and alive.trains_with(optimizer):
-                alive._before_step(optimizer)
-
-        def after_step(optimizer: Optimizer, *_: Any) -> None:
-            if (alive := hooks()) is not None and alive.trains_with(optimizer):
-                alive._after_step()
-
-        for handle in (register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)):
-            weakref.finalize(self, handle.remove)
+        call_before_steps(self._before_step)
+        call_after_steps(self._after_step)
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        if _changes_weights(optimizer):
+        if self._follows_steps and self.trains_with(optimizer) and _changes_weights(optimizer):
             self._window.after_backward()
 
-    def _after_step(self) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
+        if not self.trains_with(optimizer):
+            return
         self._cache.invalidate()
         if self._follows_steps:
             self._root.reshard()

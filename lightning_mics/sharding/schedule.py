@@ -37,6 +37,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics._torch.fsdp import fsdp_modules
+from lightning_mics.collectives.control_plane import ControlPlane
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
@@ -65,6 +66,7 @@ class AccumulationSchedule:
         caches: Caches of parameters, one per parameter group; empty where parameters are gathered at every use.
         unsharded_gradients: Whether FSDP2 accumulates unsharded gradients until the boundary, and runs hop 1 there.
         two_hop: Whether hop 2 runs at the boundary only; False runs it in every micro-step, as hybrid sharding does.
+        control: Control plane of all ranks.
         all_ranks: Process group of all ranks, over which buffers are broadcast; None keeps each rank's own.
 
     Attributes:
@@ -85,6 +87,7 @@ class AccumulationSchedule:
         caches: Sequence[ParameterCache] = (),
         unsharded_gradients: bool = False,
         two_hop: bool = True,
+        control: ControlPlane,
         all_ranks: CountedGroup | None = None,
     ) -> None:
         self.traffic = traffic
@@ -100,7 +103,9 @@ class AccumulationSchedule:
         self.optimizer_hooks = OptimizerHooks(root, window=self.window, cache=self.cache)
         self._register_hooks(root)
         assert isinstance(root, nn.Module)
-        self.buffers = BufferBroadcast(root, group=all_ranks, at_boundary=lambda: self.window.at_boundary)
+        self.buffers = BufferBroadcast(
+            root, group=all_ranks, control=control, at_boundary=lambda: self.window.at_boundary
+        )
 
     def micro_step(self, *, boundary: bool) -> AbstractContextManager[None]:
         """Run the forward and backward of one micro-step inside; hop 2 runs only if it is the ``boundary``.

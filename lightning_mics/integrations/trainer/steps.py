@@ -73,4 +73,5 @@ class StepsAsForward:
 
     def _end_evaluation(self: Any) -> None:
         self._reshard_root()
+        self._state().groups.control.agree("ends an evaluation")
         self._evaluation.close()

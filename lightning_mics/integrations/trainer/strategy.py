@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,12 @@ from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
 from lightning_mics.integrations.trainer import resuming
 from lightning_mics.integrations.trainer.callbacks import check_callbacks
+from lightning_mics.integrations.trainer.exceptions import (
+    WithoutOtherRanks,
+    agree_on_batches,
+    raise_cause,
+    tell_of_exception,
+)
 from lightning_mics.integrations.trainer.logged_numbers import log_whole_numbers
 from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
@@ -115,6 +121,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             if "_mics" not in vars(module):
                 vars(module)["_mics"] = self._shard(module, fitting=fitting)
             self.model, self._sharded = module, vars(module)["_mics"]
+            self._control = self._state().groups.control
             self.model_to_device()  # metrics, and the module's own `device`
             self._policy.check_kept(module, self._state())
             module._device_mesh = self._device_mesh = self._state().groups.mesh
@@ -124,7 +131,9 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             self.setup_precision_plugin()
             if fitting:
                 _optimizers_to_device(self.optimizers, self.root_device)
-        stop_when_signaled(trainer, reduce_max=self._reduce_max, wait_for_checkpoints=self.wait_for_checkpoints)
+        control = self._state().groups.control
+        stop_when_signaled(trainer, reduce_max=control.largest, wait_for_checkpoints=self.wait_for_checkpoints)
+        agree_on_batches(trainer, control)
 
     def _shard(self, module: nn.Module, *, fitting: bool) -> Sharded:
         if fitting and self._layer_sync is not None:
@@ -191,6 +200,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @override
     def on_train_end(self) -> None:
+        self._state().groups.control.agree("ends training")
         self._abandon_window()
         self.wait_for_checkpoints()
 
@@ -202,11 +212,13 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        tell_of_exception(self._trainer, self._control)
         self._abandon_window()
         try:
             self.wait_for_checkpoints()
         except (RuntimeError, OSError) as error:  # the exception is what users should see first
             rank_zero_warn(str(error))
+        raise_cause(exception, self._control)
 
     def _reshard_root(self) -> None:
         """Reshard the root, which FSDP2 leaves unsharded after a forward, for the backward that follows in training."""
@@ -247,16 +259,19 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             raise RuntimeError("the model is sharded when the Trainer runs; it has no groups and no schedule before")
         return self._sharded
 
+    @override
+    def _together(self, entry: str) -> AbstractContextManager[None]:
+        if self._control is not None:
+            tell_of_exception(self._trainer, self._control)
+        return super()._together(entry)
+
     # -- reductions --------------------------------------------------------------------------------------------------
 
     @override
     def reduce(self, tensor: Tensor | Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """See :func:`~lightning_mics.integrations._lightning.reduce_in_place`."""
-        return reduce_in_place(tensor, group=group, op=reduce_op)
-
-    def _reduce_max(self, tensor: Tensor) -> Tensor:
-        largest: Tensor = self.reduce(tensor.to(self.root_device), reduce_op="max")
-        return largest.cpu()
+        with self._together("reduces a value over all ranks") if group is None else nullcontext():
+            return reduce_in_place(tensor, group=group, op=reduce_op)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -265,20 +280,29 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         """The state by FQN, sharded; for a full checkpoint unsharded and by number, on rank 0 only."""
         assert self.model is not None
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return optimizer_state(self.model, inner, sharded=self._save_distributed_checkpoint)
+        with WithoutOtherRanks(self._control), self._together("prepares an optimizer's state"):
+            return optimizer_state(self.model, inner, sharded=self._save_distributed_checkpoint)
+        return {}
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        self._state().schedule.buffers.make_equal()
-        if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
-            return get_model_state_dict(self._root())
-        return super().lightning_module_state_dict()
+        with WithoutOtherRanks(self._control), self._together("prepares the model's state"):
+            self._state().schedule.buffers.make_equal()
+            if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
+                return get_model_state_dict(self._root())
+            return super().lightning_module_state_dict()
+        return {}
 
     @override
     def save_checkpoint(self, state: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None:
             super().save_checkpoint(state, filepath, storage_options)  # raises the error
-        with all_ranks_answer(f"saving {filepath}", timeout=self._timeout):
+        answered = all_ranks_answer(f"saving {filepath}", timeout=self._timeout)
+        with (
+            WithoutOtherRanks(self._control, lost=f"{filepath} was not saved"),
+            answered,
+            self._together("saves a checkpoint"),
+        ):
             self._save(self._shared_path(filepath), state)
 
     def _save(self, path: StoragePath, state: dict[str, Any]) -> None:
@@ -318,7 +342,8 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         fitting = self._trainer.state.fn == TrainerFn.FITTING
         self.wait_for_checkpoints()
         random_state = random_states.capture() if fitting else {}
-        with torch.inference_mode(False), all_ranks_answer(f"loading {checkpoint_path}", timeout=self._timeout):
+        answered = all_ranks_answer(f"loading {checkpoint_path}", timeout=self._timeout)
+        with torch.inference_mode(False), answered, self._together("loads a checkpoint"):
             meta = checkpoint.load(
                 self._shared_path(checkpoint_path),
                 model=self.model,

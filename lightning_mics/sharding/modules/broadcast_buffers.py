@@ -12,14 +12,15 @@ model without buffers has no part in this.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_mics._torch.fsdp import is_fake
+from lightning_mics.collectives.control_plane import ControlPlane
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.sharding.initialization import checksum
 
@@ -32,15 +33,20 @@ class BufferBroadcast:
     Args:
         root: The sharded model.
         group: Process group of all ranks; None keeps each rank's own buffers.
+        control: Control plane of all ranks.
         at_boundary: Returns whether a forward that runs now is a gradient accumulation boundary's.
     """
 
-    def __init__(self, root: nn.Module, *, group: CountedGroup | None, at_boundary: Callable[[], bool]) -> None:
+    def __init__(
+        self, root: nn.Module, *, group: CountedGroup | None, control: ControlPlane, at_boundary: Callable[[], bool]
+    ) -> None:
         self._root = root
         self._group = group
+        self._control = control
         self._at_boundary = at_boundary
         self._differing: set[str] = set()  # names of buffers that have differed
         self._forwards = 0  # of the root, that are running now: a forward may call itself
+        self._handled: BaseException | None = None  # exception that was being handled before the forward
         self._windows = 0  # whose last forward has run
         self._next_comparison = 1  # window that ends with a comparison of all buffers
         self._begins_window = False
@@ -61,6 +67,7 @@ class BufferBroadcast:
         self._forwards += 1
         if self._forwards > 1:
             return
+        self._handled = sys.exc_info()[1]
         if not torch.is_grad_enabled():
             if self._trained:
                 self.make_equal()
@@ -74,7 +81,8 @@ class BufferBroadcast:
         if self._forwards:
             return
         self._may_differ = True
-        if torch.is_grad_enabled():
+        failed = sys.exc_info()[1] is not self._handled  # this hook runs after exceptions as well
+        if torch.is_grad_enabled() and not failed:
             self._trained = True
             self._begins_window = self._at_boundary()
             if self._begins_window:
@@ -99,8 +107,8 @@ class BufferBroadcast:
         sums = torch.stack([checksum(buffer) for buffer in buffers.values()])  # [buffers]
         if is_fake(sums):  # a rehearsal has no values
             return
-        largest = torch.stack([sums, ~sums])  # the complement orders the other way
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        both = torch.stack([sums, ~sums]).cpu()  # the complement orders the other way
+        largest = self._control.largest(both, "compares buffers")
         equal = (largest[0] == ~largest[1]).tolist()
         self._differing |= {name for name, same in zip(buffers, equal, strict=True) if not same}
 
@@ -113,6 +121,7 @@ class BufferBroadcast:
         buffers.sort(key=lambda buffer: -buffer.itemsize)  # so that each begins at a multiple of its item size
         sent = torch.cat([buffer.contiguous().view(-1).view(torch.uint8) for buffer in buffers])
         assert self._group is not None
+        self._control.agree("broadcasts buffers")
         self._group.broadcast(sent, technique=TECHNIQUE)
         parts = torch.split(sent, [buffer.nbytes for buffer in buffers])
         for buffer, part in zip(buffers, parts, strict=True):
