@@ -22,6 +22,8 @@ __all__ = [
     "OptimizedModule",
 ]
 
+own_grad: Any = torch._C.TensorBase.grad  # of a tensor itself, where a subclass shows that of its shard
+
 
 class _OrdinaryBuffers:
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -85,7 +87,9 @@ def _version(parameter: Any) -> Hashable:
 
 def _has_unreduced_gradient(parameter: Any) -> bool:
     unsharded = getattr(parameter, "_unsharded_param", None)
-    return parameter.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
+    return parameter.unsharded_accumulated_grad is not None or (
+        unsharded is not None and own_grad.__get__(unsharded) is not None
+    )
 
 
 def replace_all_reduce(module: FSDPModule, reduce: Callable[[Tensor, Any], None]) -> None:
@@ -191,7 +195,7 @@ def drop_unreduced_gradients(module: FSDPModule) -> None:
         for parameter in group.fsdp_params:
             parameter.unsharded_accumulated_grad = None
             if hasattr(parameter, "_unsharded_param"):
-                parameter._unsharded_param.grad = None
+                own_grad.__set__(parameter._unsharded_param, None)
 
 
 def unshard(module: FSDPModule) -> None:

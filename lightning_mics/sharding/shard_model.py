@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, find_blocks
+from lightning_mics.sharding.changes import keep_changes
 from lightning_mics.sharding.communication import Communication
 from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0, verify_replicas
 from lightning_mics.sharding.options import CommunicationOptions
@@ -75,7 +76,9 @@ def shard_model(
     load_sources(model)
     verify_replicas(model, groups)
     assert isinstance(model, FSDPModule)
-    return Communication(groups, communication).install(model)
+    schedule = Communication(groups, communication).install(model)
+    keep_changes(model, groups.mesh)
+    return schedule
 
 
 def mixed_precision_policy(precision: str, *, reduce_dtype: torch.dtype | None = None) -> MixedPrecisionPolicy:
