@@ -74,8 +74,7 @@ def sharded_parameters(module: FSDPModule) -> list[nn.Parameter]:
 def weights_version(module: FSDPModule) -> Hashable:
     """The version of the sharded parameters of ``module`` itself; it changes with every update that torch records.
 
-    torch does not record changes through ``.data``, by ``torch._foreach_*`` functions, or in raw memory. See
-    [Note: When cached weights are dropped].
+    torch does not record changes in raw memory. See [Note: When cached weights are dropped].
     """
     return tuple(_version(p) for group in _param_groups(module) for p in group.fsdp_params)
 
@@ -198,12 +197,30 @@ def drop_unreduced_gradients(module: FSDPModule) -> None:
                 own_grad.__set__(parameter._unsharded_param, None)
 
 
+def drop_partial_sums(module: FSDPModule) -> None:
+    """Drop FSDP2's partial reductions of ``module`` itself."""
+    for group in _param_groups(module):
+        group._partial_reduce_output = None
+
+
 def unshard(module: FSDPModule) -> None:
     """Unshard ``module`` itself if it is sharded, and copy ``requires_grad`` of its shards to the parameters."""
     module.unshard()
     for group in _param_groups(module):
         for parameter in group.fsdp_params:
             parameter.unsharded_param.requires_grad_(parameter.sharded_param.requires_grad)
+
+
+def continue_forward(root: FSDPModule) -> None:
+    """Go on with a forward of ``root`` inside which another one of it has ended.
+
+    The inner one leaves FSDP2 idle, and so the outer one would reshard the root, for its backward to gather it again.
+    """
+    state: Any = root._get_fsdp_state()
+    state._training_state = TrainingState.FORWARD
+    state._state_ctx.iter_forward_root = state
+    for group in _param_groups(root):
+        group._training_state = TrainingState.FORWARD
 
 
 def expect_backward(root: FSDPModule, loss: Tensor) -> None:

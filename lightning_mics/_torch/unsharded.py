@@ -14,7 +14,7 @@ All ranks make the same changes, as replicas under DDP would have to, so each co
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_mics._torch.dtensor import accept_sharded_operands, know_parameter
 from lightning_mics._torch.fsdp import _param_groups, own_grad
@@ -43,16 +44,38 @@ class UnshardedChanges:
 
     def __init__(self, modules: Iterable[FSDPModule], *, root: FSDPModule) -> None:
         self._groups: list[_GroupChanges] = []
+        self._shown: list[FSDPParam] = []
         for module in modules:
             kind = _UnshardedRootParameter if module is root else _UnshardedParameter
             self._groups += [_GroupChanges(group, kind) for group in _param_groups(module)]
-        root._unsharded_changes = self
+        for parameter in (p for group in _param_groups(root) for p in group.fsdp_params):
+            free = partial(_free_unless_referenced, parameter, parameter.free_unsharded_param)
+            parameter.free_unsharded_param = free  # type: ignore[method-assign]
+            self._shown.append(parameter)
 
     def write(self) -> None:
         """Write changes of parameters that are unsharded now to their shards; parameters stay unsharded."""
         for group in self._groups:
             if group.is_unsharded:
                 group.write()
+
+
+    def shown_in(self, values: Any) -> bool:
+        """Whether tensors in ``values`` are unsharded parameters of the root itself, or views of them."""
+        memory = {output.untyped_storage()._cdata for p in self._shown for output in p.all_gather_outputs}
+        tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
+        return any(not isinstance(t, DTensor) and t.untyped_storage()._cdata in memory for t in tensors)
+
+
+REFERENCES = 3  # to the memory of an unsharded parameter: of its two tensors, and of the storage object that asks
+
+
+def _free_unless_referenced(parameter: FSDPParam, free: Callable[[], None]) -> None:
+    """Free an unsharded parameter, unless a user has kept it, or a view of it, from a step."""
+    for output in parameter.all_gather_outputs:
+        if torch._C._storage_Use_Count(output.untyped_storage()._cdata) > REFERENCES:
+            return
+    free()
 
 
 class _GroupChanges:

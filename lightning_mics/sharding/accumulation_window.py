@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics._torch.fsdp import (
+    drop_partial_sums,
     drop_unreduced_gradients,
     ever_unsharded,
     forget_iteration,
@@ -173,6 +174,16 @@ class AccumulationWindow:
             drop_unreduced_gradients(module)
         self._cache.forget_comparisons()
         self._close()
+
+    def drop_pending_gradients(self) -> None:
+        """Drop gradients that are pending until the boundary; the window stays open. Does not communicate."""
+        if not self._is_open:
+            return
+        for pending_gradients in self._pending_gradients.values():
+            pending_gradients.drop()
+        for module in self._modules.values():
+            drop_unreduced_gradients(module)
+            drop_partial_sums(module)
 
     def tensors(self) -> list[Tensor]:
         """Gradients pending now in addition to FSDP2's own, each [any]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -12,23 +13,43 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from lightning_mics._torch.dtensor import accept_changes
 from lightning_mics._torch.fsdp import fsdp_modules
 from lightning_mics._torch.unsharded import UnshardedChanges
+from lightning_mics.sharding.accumulation_window import AccumulationWindow
 
 
-def keep_changes(root: FSDPModule, mesh: DeviceMesh) -> None:
+def keep_changes(root: FSDPModule, mesh: DeviceMesh, window: AccumulationWindow) -> None:
     """Keep what users change on parameters of ``root``, sharded or not at that moment.
 
-    A step of an optimizer changes shards, so what was changed on unsharded parameters is written to them before it.
+    A step of an optimizer changes shards, so what was changed on unsharded parameters is written to them before it. The
+    model's ``zero_grad()`` drops pending gradients as well.
 
     Args:
         root: The sharded model.
         mesh: Device mesh of its parameters.
+        window: Accumulation window of the model.
     """
     accept_changes(mesh)
-    changes = UnshardedChanges(fsdp_modules(root).values(), root=root)
-    known = weakref.ref(changes)
+    changes = vars(root)["_unsharded_changes"] = UnshardedChanges(fsdp_modules(root).values(), root=root)
+    known, known_window = weakref.ref(changes), weakref.ref(window)
+    vars(root)["zero_grad"] = partial(_zero_grad, weakref.ref(root), known_window)
 
     def before_step(*_: Any) -> None:
         if (alive := known()) is not None:
             alive.write()
 
     weakref.finalize(changes, register_optimizer_step_pre_hook(before_step).remove)
+
+
+def shows_unsharded(root: FSDPModule, outputs: Any) -> bool:
+    """Whether tensors in ``outputs`` are unsharded parameters of the root itself, or views of them."""
+    changes: UnshardedChanges = vars(root)["_unsharded_changes"]
+    return changes.shown_in(outputs)
+
+
+def _zero_grad(
+    known: weakref.ref[Any], known_window: weakref.ref[AccumulationWindow], set_to_none: bool = True
+) -> None:
+    root, window = known(), known_window()
+    if root is not None:
+        type(root).zero_grad(root, set_to_none)
+    if window is not None:
+        window.drop_pending_gradients()

@@ -77,7 +77,7 @@ def shard_model(
     verify_replicas(model, groups)
     assert isinstance(model, FSDPModule)
     schedule = Communication(groups, communication).install(model)
-    keep_changes(model, groups.mesh)
+    keep_changes(model, groups.mesh, schedule.window)
     return schedule
 
 

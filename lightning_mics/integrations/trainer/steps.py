@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.hooks import ModelHooks
+from lightning.pytorch.strategies.strategy import _ForwardRedirection
+from typing_extensions import override
+
+from lightning_mics._torch.fsdp import continue_forward
+from lightning_mics.sharding.changes import shows_unsharded
+
+
+class StepRedirection(_ForwardRedirection):
+    """Runs a step inside the LightningModule's forward, where the step may call that forward itself."""
+
+    @override
+    def on_after_inner_forward(self, wrapper_module: Any, original_module: Any) -> None:
+        if original_module.automatic_optimization:  # else its backwards have come already
+            continue_forward(original_module)
 
 
 class StepsAsForward:
@@ -16,7 +32,9 @@ class StepsAsForward:
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the LightningModule's ``training_step`` as a forward; arguments and result are its own."""
         with self.precision_plugin.train_step_context():
-            return self._run_as_forward("training_step", *args, **kwargs)
+            output = self._run_as_forward("training_step", *args, **kwargs)
+        self._shows_weights = shows_unsharded(self._root(), output)
+        return output
 
     def validation_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the LightningModule's ``validation_step`` as a forward; arguments and result are its own."""
@@ -74,3 +92,14 @@ class StepsAsForward:
     def _end_evaluation(self: Any) -> None:
         self._reshard_root()
         self._evaluation.close()
+
+
+def sees_each_gradient(trainer: pl.Trainer) -> bool:
+    """Whether a hook runs after each backward, ``on_after_backward``, which sees and may change all gradients so far.
+
+    Then each micro-step reduces gradients completely, as if it were the boundary.
+    """
+    return any(
+        "on_after_backward" in vars(owner) or type(owner).on_after_backward is not base.on_after_backward
+        for owner, base in [(trainer.lightning_module, ModelHooks), *((c, pl.Callback) for c in trainer.callbacks)]
+    )

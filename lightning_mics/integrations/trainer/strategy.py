@@ -37,7 +37,7 @@ from lightning_mics.integrations.trainer import resuming
 from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
 from lightning_mics.integrations.trainer.preemption import stop_when_signaled
-from lightning_mics.integrations.trainer.steps import StepsAsForward
+from lightning_mics.integrations.trainer.steps import StepRedirection, StepsAsForward, sees_each_gradient
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.topology import Topology
@@ -56,8 +56,10 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @override
     def _initialize(self) -> None:
+        self._forward_redirection = StepRedirection()
         self._sharded: Sharded | None = None
         self._evaluation = ExitStack()
+        self._shows_weights = False  # whether the last training step returned a parameter, or a view of one
         self._resumed: resuming.ResumeState | None = None  # from loading a checkpoint until training starts
 
     # -- before the model --------------------------------------------------------------------------------------------
@@ -161,7 +163,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
     @override
     def block_backward_sync(self) -> Iterator[None]:
         """Run a micro-step before the boundary; Lightning also enters it for ``toggle_model(sync_grad=False)``."""
-        with self._state().schedule.micro_step(boundary=False):
+        with self._state().schedule.micro_step(boundary=sees_each_gradient(self._trainer)):
             yield
 
     @override
@@ -178,6 +180,9 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(*args, **kwargs)
         self._reshard_root()  # if no backward did: the next use must gather the new weights
+        if self._shows_weights:  # to the hooks after the step, which expect them as the step has left them
+            self._root().unshard()
+            self._reshard_root()
         return output
 
     @override
