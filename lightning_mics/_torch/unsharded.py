@@ -16,7 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_mics._torch.dtensor import accept_sharded_operands, know_parameter
+from lightning_mics._torch.dtensor_changes import accept_sharded_operands, know_parameter
 from lightning_mics._torch.fsdp import _param_groups, own_grad
 
 _data: Any = torch._C.TensorBase.data
@@ -58,7 +58,6 @@ class UnshardedChanges:
         for group in self._groups:
             if group.is_unsharded:
                 group.write()
-
 
     def shown_in(self, values: Any) -> bool:
         """Whether tensors in ``values`` are unsharded parameters of the root itself, or views of them."""
@@ -114,7 +113,7 @@ class _GroupChanges:
 
     def write(self) -> None:
         for unsharded, origin in self._watched:
-            if unsharded._version != origin.version or origin.touched:
+            if (unsharded._version != origin.version or origin.touched) and origin.is_changed(unsharded):
                 origin.write(unsharded)
 
 
@@ -136,6 +135,22 @@ class _Origin:
         self._group = weakref.ref(group)
         self.version = version
         self.touched = False
+        self.rounded = parameter.param_dtype is not None  # unsharded in a lower precision than the shard
+        self._before: Tensor | None = None  # [any], the values before the first touch, if rounded
+
+    def touch(self, values: Tensor) -> None:
+        """Note that users may change ``values``, [any], in a way that torch does not count."""
+        if self.rounded and self._before is None:
+            self._before = values.clone()
+        self.touched = True
+
+    def is_changed(self, unsharded: Tensor) -> bool:
+        """Whether the unsharded parameter, [any], has to be written; the same on all ranks."""
+        before, self._before = self._before, None
+        if before is None or unsharded._version != self.version or not torch.equal(_data.__get__(unsharded), before):
+            return True
+        self.touched = False
+        return False
 
     @property
     def shard(self) -> Any:
@@ -166,8 +181,9 @@ class _Origin:
         """Write this rank's rows of the unsharded parameter, [any], to its shard."""
         parameter: Any = self._parameter()
         values = _data.__get__(unsharded)
-        if parameter.param_dtype is not None and values.dtype != self.shard.dtype:
-            self._raise_rounded(values.dtype)
+        if self.rounded:
+            self.version, self.touched = unsharded._version, False
+            self.raise_rounded(values.dtype)
         self.shard._local_tensor.copy_(self.own_rows(values))
         torch.autograd.graph.increment_version(self.shard)
         gathered = parameter.all_gather_outputs[0]
@@ -182,11 +198,13 @@ class _Origin:
         group._wait_all_gather_streams_on_event(event)
         self.version, self.touched = unsharded._version, False
 
-    def _raise_rounded(self, dtype: torch.dtype) -> None:
+    def raise_rounded(self, dtype: torch.dtype) -> NoReturn:
+        """Raise the error for a change that cannot be exact."""
         raise RuntimeError(
-            f"parameter {self.name} was changed while it was unsharded in {dtype}, so the change would be rounded; "
-            "make it where the parameter is sharded and in full precision, as in on_train_batch_start, "
-            "on_train_batch_end or on_before_optimizer_step"
+            f"parameter {self.name} was changed while it was unsharded in {dtype}, in a step or between it and its "
+            f"backward, so the change would be rounded, and its shard is in {self.shard.dtype}; make it where the "
+            "parameter is sharded: in on_train_batch_start, on_train_batch_end or on_before_optimizer_step, or in a "
+            "loop of one's own after the backward"
         )
 
 
@@ -198,11 +216,14 @@ class _UnshardedParameter(nn.Parameter):
 
     @property
     def data(self) -> Tensor:
-        self._origin.touched = True
-        return _UnshardedData.of(_data.__get__(self))
+        values = _data.__get__(self)
+        self._origin.touch(values)
+        return _UnshardedData.of(values)
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        if self._origin.rounded:
+            self._origin.raise_rounded(self.dtype)
         _check_assigned(self, value, self._origin.name)
         whole = value.full_tensor() if isinstance(value, DTensor) else value.detach()
         self._origin.touched = True

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_mics._torch.dtensor import accept_changes
+from lightning_mics._torch.dtensor_changes import accept_changes
 from lightning_mics._torch.fsdp import fsdp_modules
 from lightning_mics._torch.unsharded import UnshardedChanges
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
@@ -37,6 +37,16 @@ def keep_changes(root: FSDPModule, mesh: DeviceMesh, window: AccumulationWindow)
             alive.write()
 
     weakref.finalize(changes, register_optimizer_step_pre_hook(before_step).remove)
+
+
+def write_changes(root: FSDPModule) -> None:
+    """Write changes of unsharded parameters of ``root`` to their shards now.
+
+    Raises:
+        RuntimeError: If they were changed in a lower precision than that of their shards.
+    """
+    changes: UnshardedChanges = vars(root)["_unsharded_changes"]
+    changes.write()
 
 
 def shows_unsharded(root: FSDPModule, outputs: Any) -> bool:

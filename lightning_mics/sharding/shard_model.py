@@ -24,6 +24,7 @@ from lightning_mics.sharding.activation_checkpointing import find_recomputed, re
 from lightning_mics.sharding.blocks import ModuleClasses, find_blocks
 from lightning_mics.sharding.changes import keep_changes
 from lightning_mics.sharding.communication import Communication
+from lightning_mics.sharding.copying import reject_copies
 from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0, verify_replicas
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.pretrained import load_sources
@@ -78,6 +79,7 @@ def shard_model(
     assert isinstance(model, FSDPModule)
     schedule = Communication(groups, communication).install(model)
     keep_changes(model, groups.mesh, schedule.window)
+    reject_copies(model)
     return schedule
 
 

@@ -38,6 +38,7 @@ from lightning_mics.integrations.trainer.manual_optimization import unshard_when
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
 from lightning_mics.integrations.trainer.preemption import stop_when_signaled
 from lightning_mics.integrations.trainer.steps import StepRedirection, StepsAsForward, sees_each_gradient
+from lightning_mics.sharding.changes import write_changes
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.topology import Topology
@@ -168,6 +169,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
+        write_changes(self._root())
         self._state().schedule.window.before_backward()
         if not self._root().automatic_optimization:
             expect_backward(self._root(), closure_loss)
