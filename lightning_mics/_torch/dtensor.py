@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,8 +58,9 @@ def is_of_one_shape(operands: Any) -> bool:
     """Whether unsharded operands can only be masks, factors or other values of the sharded one, not activations."""
     tensors = [t for t in tree_leaves(operands) if isinstance(t, Tensor)]
     shape = next(t.shape for t in tensors if isinstance(t, DTensor))
+    broadcast: Any = torch.broadcast_shapes
     try:
-        return torch.broadcast_shapes(*(t.shape for t in tensors)) == shape
+        return bool(broadcast(*(t.shape for t in tensors)) == shape)
     except RuntimeError:
         return False
 
@@ -87,6 +89,9 @@ VIEWS = (
     aten.squeeze.dim,
     aten.squeeze.default,
 )
+
+
+_dtensor: Any = partial(DTensor, requires_grad=False)
 
 
 class _Copy:
@@ -126,13 +131,15 @@ class _View(DTensor):
     def of(cls, local: Tensor, mesh: DeviceMesh, copy: _Copy) -> _View:
         meta = TensorMeta(local.shape, local.stride(), local.dtype)
         spec = DTensorSpec(mesh, (Replicate(),) * mesh.ndim, tensor_meta=meta)
-        view: Any = DTensor(local, spec, requires_grad=False)
+        view = _dtensor(local, spec)
         view.__class__ = cls
         view._copy = copy
         return view  # type: ignore[no-any-return]
 
     @classmethod
-    def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         views = [t for t in tree_leaves((args, kwargs)) if isinstance(t, _View)]
         for view in views:
             view._copy.refresh()
@@ -151,7 +158,7 @@ class _View(DTensor):
 
 
 def _as_dtensor(view: _View) -> Any:
-    return DTensor(view._local_tensor, view._spec, requires_grad=False)  # type: ignore[call-arg,arg-type]
+    return _dtensor(view._local_tensor, view._spec)
 
 
 def _still_view(out: DTensor, views: Iterable[_View]) -> DTensor:
@@ -188,7 +195,8 @@ def _dim(operation: Any, base: DTensor, args: Any) -> int | None:
 
 
 def _crosses(operation: Any, base: DTensor, args: Any) -> bool:
-    sharded = {placement.dim for placement in base.placements if placement.is_shard()}
+    placements: Any = base.placements
+    sharded = {placement.dim for placement in placements if placement.is_shard()}
     if operation is aten.diagonal.default:
         return True
     if operation is aten.squeeze.default:
@@ -201,5 +209,7 @@ def _crosses(operation: Any, base: DTensor, args: Any) -> bool:
 def _is_everything(operation: Any, base: DTensor, args: Any) -> bool:
     if operation is not aten.slice.Tensor:
         return False
-    _, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
-    return (start or 0) in (0, -base.size(dim)) and (end is None or end >= base.size(dim)) and step == 1
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    dim, start, end, step = (*args[1:], *defaults[len(args) - 1 :])
+    size = base.shape[dim]
+    return (start or 0) in (0, -size) and (end is None or end >= size) and bool(step == 1)

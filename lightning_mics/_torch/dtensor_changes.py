@@ -46,8 +46,17 @@ COMPARISONS = ["__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "equa
 IN_PLACE = [
     name
     for name in dir(Tensor)
-    if name.endswith("_") and not name.startswith("_") and hasattr(aten, name) and name not in ("set_", "resize_")
+    if name.endswith("_")
+    and not name.startswith("_")
+    and hasattr(aten, name)
+    and name not in ("set_", "resize_", "requires_grad_")
 ] + ["__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__"]
+BY_ROWS = {  # DTensor does these on each part by itself, or changes the placement of what it should change
+    *("addbmm_", "addmm_", "addmv_", "addr_", "baddbmm_", "cumprod_", "cumsum_", "fill_diagonal_", "index_add_"),
+    *("index_copy_", "index_fill_", "index_put_", "index_reduce_", "masked_scatter_", "put_", "renorm_", "scatter_"),
+    *("scatter_add_", "scatter_reduce_", "tril_", "triu_", "__setitem__"),
+}
+BY_ELEMENT = {"add_", "sub_", "mul_", "div_", "pow_", "lerp_", "addcmul_", "addcdiv_", "copy_", *IN_PLACE[-6:-1]}
 
 
 def accept_changes(mesh: DeviceMesh) -> None:
@@ -55,9 +64,9 @@ def accept_changes(mesh: DeviceMesh) -> None:
     meshes.add(mesh)
     if "data" in vars(DTensor):
         return
-    DTensor.data = property(_get_data, _set_data)  # type: ignore[assignment,method-assign]
+    DTensor.data = property(_get_data, _set_data)  # type: ignore[assignment]
     accept_unsharded_operands(DTensor)
-    handlers = DTensor._op_dispatcher._custom_op_handlers
+    handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers  # type: ignore[assignment]
     for view in VIEWS:
         handlers[view] = view_across
     for name in dir(aten):
@@ -113,7 +122,8 @@ def _set_data(tensor: DTensor, value: Tensor) -> None:
 def accept_unsharded_operands(kind: type[Tensor]) -> None:
     """Let the operators and in-place methods of ``kind`` mix sharded and unsharded tensors."""
     for name in IN_PLACE:
-        setattr(kind, name, _mixed_in_place(name))
+        if name not in vars(kind):
+            setattr(kind, name, _mixed_in_place(name))
     for name in OPERATORS + FUNCTIONS + COMPARISONS:
         setattr(kind, name, _mixed(name))
 
@@ -130,16 +140,16 @@ def _mixed_in_place(name: str) -> Callable[..., Any]:
     @wraps(method)
     def change(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         try:
-            return method(tensor, *args, **kwargs)
+            if name not in BY_ROWS or type(tensor) is not DTensor or not is_ours(tensor):
+                return method(tensor, *args, **kwargs)
+            if records_autograd((tensor, args, kwargs)):
+                return method(tensor, *args, **kwargs)
         except RuntimeError:
             if not _can_mix(tensor, args, kwargs) or records_autograd((tensor, args, kwargs)):
                 raise
-        if isinstance(tensor, DTensor):
-            try:
-                with implicit_replication():
-                    return method(tensor, *args, **kwargs)
-            except RuntimeError:
-                pass
+        if isinstance(tensor, DTensor) and name in BY_ELEMENT:  # each rank on its own part
+            with implicit_replication():
+                return method(tensor, *args, **kwargs)
         args, kwargs = tree_map_only(DTensor, all_values, (args, kwargs))
         if not isinstance(tensor, DTensor):
             return method(tensor, *args, **kwargs)
@@ -212,7 +222,7 @@ def _parts(operand: Any, changed: Any) -> Any:
     return [_part(value, like=target) for value, target in zip(operand, changed, strict=True)]
 
 
-def _part(value: Tensor, *, like: Tensor) -> Tensor:
+def _part(value: Any, *, like: Tensor) -> Tensor:
     """``value`` where ``like`` is: this rank's part if that is sharded, else all of it."""
     if not isinstance(like, DTensor):
         return all_values(value) if isinstance(value, DTensor) else value

@@ -189,7 +189,7 @@ class _Origin:
         gathered = parameter.all_gather_outputs[0]
         if values.data_ptr() != gathered.data_ptr():  # `.data` was assigned: back to the memory that FSDP2 fills
             gathered = gathered.as_strided(parameter._orig_size, parameter._contiguous_orig_stride, 0)
-            with torch.autograd._unsafe_preserve_version_counter(gathered):
+            with torch.autograd._unsafe_preserve_version_counter(gathered):  # type: ignore[attr-defined]
                 gathered.copy_(values)
             _data.__set__(unsharded, gathered)
         group: Any = self._group()

@@ -192,3 +192,52 @@ def test_data_of_another_shape_or_dtype_is_an_error_that_names_both(
     assert "net.last.weight is sharded and keeps its shape (5, 5)" in first[0]
     assert "keeps its dtype torch.float32" in first[1] and "torch.float64" in first[1]
     assert "keeps its shape torch.Size([5, 5])" in first[2]
+
+
+class _ChangingInStep(_Training):
+    """Changes a root parameter in the step, by one of several means."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.change = change
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        weight = self.net.last.weight
+        loss = super().training_step(batch, batch_idx)
+        if self.change == "in place":
+            with torch.no_grad():
+                weight.mul_(0.99)
+        elif self.change == "through data":
+            weight.data.mul_(0.99)
+        elif self.change == "to data":
+            weight.data = weight.data * 0.99
+        else:
+            assert weight.data.norm() > 0  # reading it is no change
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        with torch.no_grad():
+            self.net.last.weight.mul_(0.99)
+        self.net.last.bias.data = self.net.last.bias.data * 0.99
+
+
+def _change_when_rounded(folder: str) -> dict[str, str]:
+    messages = {}
+    for change in ("in place", "through data", "to data"):
+        torch.manual_seed(1)
+        with pytest.raises(RuntimeError) as caught:
+            fit(_ChangingInStep(change), folder, CACHES["gathered at every use"], precision="bf16-mixed")
+        messages[change] = str(caught.value)
+    module = fit(_ChangingInStep("none"), folder, CACHES["gathered at every use"], precision="bf16-mixed")
+    assert module.net.last.weight.dtype == torch.float32
+    return messages
+
+
+def test_a_change_that_would_be_rounded_is_an_error_that_names_the_hooks(
+    tmp_path: Path, on_shared_ranks: Callable[..., list[Any]]
+) -> None:
+    first, *others = on_shared_ranks(_change_when_rounded, str(tmp_path))
+    assert all(other == first for other in others)
+    for message in first.values():
+        assert message.startswith("parameter net.last.weight was changed while it was unsharded in torch.bfloat16")
+        assert "on_train_batch_end or on_before_optimizer_step" in message

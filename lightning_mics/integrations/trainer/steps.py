@@ -94,12 +94,16 @@ class StepsAsForward:
         self._evaluation.close()
 
 
-def sees_each_gradient(trainer: pl.Trainer) -> bool:
+def sees_each_gradient(trainer: Any) -> bool:
     """Whether a hook runs after each backward, ``on_after_backward``, which sees and may change all gradients so far.
 
     Then each micro-step reduces gradients completely, as if it were the boundary.
+
+    Args:
+        trainer: The Trainer, with its LightningModule and callbacks.
     """
+    owners = [(trainer.lightning_module, ModelHooks), *((callback, pl.Callback) for callback in trainer.callbacks)]
     return any(
         "on_after_backward" in vars(owner) or type(owner).on_after_backward is not base.on_after_backward
-        for owner, base in [(trainer.lightning_module, ModelHooks), *((c, pl.Callback) for c in trainer.callbacks)]
+        for owner, base in owners
     )
