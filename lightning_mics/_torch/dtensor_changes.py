@@ -69,6 +69,7 @@ def accept_changes(mesh: DeviceMesh) -> None:
     handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers  # type: ignore[assignment]
     for view in VIEWS:
         handlers[view] = view_across
+    handlers[aten.eye.m_out] = handlers[aten.eye.out] = _write_out
     for name in dir(aten):
         if name.startswith("_foreach_") and name.endswith("_"):
             for overload in getattr(aten, name).overloads():
@@ -203,6 +204,18 @@ def _change_each(operation: Any, args: Any, kwargs: Any) -> Any:
     operation(*parts[: len(args)], **dict(zip(kwargs, parts[len(args) :], strict=True)))
     torch.autograd.graph.increment_version(changed)
     return None
+
+
+def _write_out(operation: Any, args: Any, kwargs: Any) -> Any:
+    """An operation that writes to ``out``; DTensor would give a sharded one another placement."""
+    out = kwargs["out"]
+    if not is_ours(out):
+        return run_default(operation, args, kwargs)
+    whole = all_values(out).clone()
+    operation(*args, **{**kwargs, "out": whole})
+    out._local_tensor.copy_(own_part(whole, out))
+    torch.autograd.graph.increment_version(out)
+    return out
 
 
 def _alike(lists: list[Any]) -> bool:

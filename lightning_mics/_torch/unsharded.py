@@ -44,14 +44,15 @@ class UnshardedChanges:
 
     def __init__(self, modules: Iterable[FSDPModule], *, root: FSDPModule) -> None:
         self._groups: list[_GroupChanges] = []
-        self._shown: list[FSDPParam] = []
+        self._of_root: list[FSDPParam] = []
+        self._shown = False
         for module in modules:
             kind = _UnshardedRootParameter if module is root else _UnshardedParameter
             self._groups += [_GroupChanges(group, kind) for group in _param_groups(module)]
         for parameter in (p for group in _param_groups(root) for p in group.fsdp_params):
-            free = partial(_free_unless_referenced, parameter, parameter.free_unsharded_param)
+            free = partial(self._free_unless_shown, parameter, parameter.free_unsharded_param)
             parameter.free_unsharded_param = free  # type: ignore[method-assign]
-            self._shown.append(parameter)
+            self._of_root.append(parameter)
 
     def write(self) -> None:
         """Write changes of parameters that are unsharded now to their shards; parameters stay unsharded."""
@@ -60,21 +61,26 @@ class UnshardedChanges:
                 group.write()
 
     def shown_in(self, values: Any) -> bool:
-        """Whether tensors in ``values`` are unsharded parameters of the root itself, or views of them."""
-        memory = {output.untyped_storage()._cdata for p in self._shown for output in p.all_gather_outputs}
+        """Whether tensors in ``values`` are unsharded parameters of the root itself, or views of them.
+
+        Then their memory is not freed before the next call.
+        """
+        memory = {output.untyped_storage()._cdata for p in self._of_root for output in p.all_gather_outputs}
         tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
-        return any(not isinstance(t, DTensor) and t.untyped_storage()._cdata in memory for t in tensors)
+        self._shown = any(not isinstance(t, DTensor) and t.untyped_storage()._cdata in memory for t in tensors)
+        return self._shown
 
-
-REFERENCES = 3  # to the memory of an unsharded parameter: of its two tensors, and of the storage object that asks
-
-
-def _free_unless_referenced(parameter: FSDPParam, free: Callable[[], None]) -> None:
-    """Free an unsharded parameter, unless a user has kept it, or a view of it, from a step."""
-    for output in parameter.all_gather_outputs:
-        if torch._C._storage_Use_Count(output.untyped_storage()._cdata) > REFERENCES:
+    def _free_unless_shown(self, parameter: FSDPParam, free: Callable[[], None]) -> None:
+        """Free an unsharded parameter, unless a step has returned it or a user has kept it, or a view of it."""
+        if self._shown or any(
+            torch._C._storage_Use_Count(output.untyped_storage()._cdata) > REFERENCES
+            for output in parameter.all_gather_outputs
+        ):
             return
-    free()
+        free()
+
+
+REFERENCES = 3  # to the memory of an unsharded parameter, if no user has kept it: its two tensors, its storage
 
 
 class _GroupChanges:

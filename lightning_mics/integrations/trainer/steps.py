@@ -49,7 +49,9 @@ class StepsAsForward:
     def predict_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the LightningModule's ``predict_step`` as a forward; arguments and result are its own."""
         with self.precision_plugin.predict_step_context():
-            return self._run_as_forward("predict_step", *args, **kwargs)
+            predictions = self._run_as_forward("predict_step", *args, **kwargs)
+        shows_unsharded(self._root(), predictions)  # results outlive the prediction
+        return predictions
 
     def _run_as_forward(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         module, grad_enabled = self.lightning_module, torch.is_grad_enabled()
