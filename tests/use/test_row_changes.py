@@ -95,6 +95,7 @@ def _change_by_every_way(partition_size: int) -> dict[str, Tensor | str]:
         x = torch.ones(2, DIM)
         with torch.no_grad():
             results[f"{way}, used"] = net(x)
+        net.reshard()
         results[way] = unsharded(weight)
         results[f"{way}, of a gradient"] = unsharded(net.first.weight.grad)
     return results
