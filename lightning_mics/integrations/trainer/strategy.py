@@ -10,9 +10,7 @@ from typing import Any
 import lightning
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -34,9 +32,11 @@ from lightning_mics.checkpoint.storage.store import CheckpointStore
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
 from lightning_mics.integrations.trainer import resuming
+from lightning_mics.integrations.trainer.callbacks import check_callbacks
+from lightning_mics.integrations.trainer.logged_numbers import log_whole_numbers
 from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
-from lightning_mics.integrations.trainer.preemption import stop_when_signaled
+from lightning_mics.integrations.trainer.preemption import forget_signals, stop_when_signaled
 from lightning_mics.integrations.trainer.steps import StepRedirection, StepsAsForward, sees_each_gradient
 from lightning_mics.sharding.changes import write_changes
 from lightning_mics.sharding.initialization import verify_replicas
@@ -94,7 +94,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
     @override
     def _check_before_communicating(self) -> None:
         super()._check_before_communicating()
-        _check_no_weight_averaging(self._trainer)
+        check_callbacks(self._trainer)
 
     @contextmanager
     @override
@@ -138,9 +138,11 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             precision=self.precision_plugin.precision,
             device=self.root_device,
             local_size=self.num_processes,
+            training=fitting,
         )
         if not module.automatic_optimization:
             unshard_whenever_used(module, sharded.blocks)
+        log_whole_numbers(module)
         rank_zero_info(sharded.report)
         return sharded
 
@@ -150,6 +152,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         assert self.model is not None
         sharded = set(self.model.parameters())
         for index, optimizer in enumerate(self.optimizers):
+            self._state().schedule.optimizer_hooks.adopt(optimizer)
             foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in sharded]
             if foreign:
                 raise ValueError(
@@ -197,6 +200,12 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
     def on_train_end(self) -> None:
         self._abandon_window()
         self.wait_for_checkpoints()
+
+    @override
+    def teardown(self) -> None:
+        if self.lightning_module is not None:
+            forget_signals(self._trainer)
+        super().teardown()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -267,6 +276,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._state().schedule.buffers.make_equal()
         if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
             return get_model_state_dict(self._root())
         return super().lightning_module_state_dict()
@@ -343,12 +353,3 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             super().remove_checkpoint(path)
         elif self.is_global_zero:
             CheckpointStore(path).remove()
-
-
-def _check_no_weight_averaging(trainer: Any) -> None:
-    for callback in trainer.callbacks:
-        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            raise MisconfigurationException(
-                f"{type(callback).__name__} copies the unsharded model, which no rank holds with strategy 'mics'; "
-                "remove it"
-            )
