@@ -9,8 +9,9 @@ is still an error.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +41,8 @@ Kind = TypeVar("Kind", bound=type[Tensor])
 _data: Any = torch._C.TensorBase.data
 _parameters: weakref.WeakValueDictionary[int, FSDPParam] = weakref.WeakValueDictionary()  # by id of the sharded one
 
-OPERATORS = [f"__{side}{name}__" for name in ("add", "sub", "mul", "truediv", "pow") for side in ("", "r")]
+OPERATORS = [f"__{name}__" for name in ("add", "sub", "mul", "truediv", "pow")]
+REFLECTED = [f"__r{name.strip('_')}__" for name in OPERATORS]
 FUNCTIONS = ["add", "sub", "mul", "div", "lerp", "addcmul", "addcdiv", "where", "masked_fill", "maximum", "minimum"]
 COMPARISONS = ["__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "equal", "allclose", "isclose"]
 IN_PLACE = [
@@ -66,6 +68,8 @@ def accept_changes(mesh: DeviceMesh) -> None:
         return
     DTensor.data = property(_get_data, _set_data)  # type: ignore[assignment]
     accept_unsharded_operands(DTensor)
+    for name in REFLECTED:
+        setattr(DTensor, name, _mixed(name))
     handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers  # type: ignore[assignment]
     for view in VIEWS:
         handlers[view] = view_across
@@ -117,6 +121,35 @@ def _set_data(tensor: DTensor, value: Tensor) -> None:
     torch.autograd.graph.increment_version(tensor)
 
 
+@contextmanager
+def calling_before_gradients(function: Callable[[], None]) -> Iterator[None]:
+    """Inside, call ``function`` once, before the first ``.grad`` of a DTensor is read or set."""
+    kind: Any = DTensor
+    own: Any = torch._C.TensorBase.grad
+
+    def end() -> None:
+        if vars(kind).get("grad") is watched:
+            del kind.grad
+
+    def read(tensor: DTensor) -> Tensor | None:
+        end()
+        function()
+        gradient: Tensor | None = own.__get__(tensor)
+        return gradient
+
+    def write(tensor: DTensor, value: Tensor | None) -> None:
+        end()
+        function()
+        own.__set__(tensor, value)
+
+    watched = property(read, write, partial(write, value=None))
+    kind.grad = watched
+    try:
+        yield
+    finally:
+        end()
+
+
 # -- unsharded operands ------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +163,11 @@ def accept_unsharded_operands(kind: type[Tensor]) -> None:
 
 
 def accept_sharded_operands(kind: Kind) -> Kind:
-    """Class decorator: let a class of unsharded tensors take sharded operands."""
+    """Class decorator: let a class of unsharded tensors take sharded operands.
+
+    Not reflected operators: Python prefers a subclass's, and ``x / parameter`` would be another operation, rounded
+    otherwise. An unsharded left operand leaves it to the sharded right one.
+    """
     accept_unsharded_operands(kind)
     return kind
 

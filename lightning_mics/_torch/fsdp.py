@@ -245,6 +245,15 @@ def continue_forward(root: FSDPModule) -> None:
         group._training_state = TrainingState.FORWARD
 
 
+def finish_backward(root: FSDPModule) -> None:
+    """Reduce unreduced gradients of a model, as FSDP2 does at the end of a backward for modules that were not reached.
+
+    Args:
+        root: Root FSDP module.
+    """
+    root._get_fsdp_state()._root_post_backward_final_callback()
+
+
 def expect_backward(root: FSDPModule, loss: Tensor) -> None:
     """Prepare ``root`` for a backward that begins before its forward has returned.
 

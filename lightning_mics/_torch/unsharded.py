@@ -9,13 +9,18 @@ users set on the others would be lost at the next reshard::
     `.grad`, `requires_grad`                at once
 
 All ranks make the same changes, as replicas under DDP would have to, so each copies its own rows without communication.
+
+Unsharded parameters are of class ``nn.Parameter`` itself, which compilers and other libraries compare with. So it is
+the attributes of that class that look up where a parameter comes from; other parameters behave as ever.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
+from operator import gt
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +37,9 @@ from lightning_mics._torch.fsdp import _param_groups, own_grad
 
 _data: Any = torch._C.TensorBase.data
 _requires_grad: Any = torch._C.TensorBase.requires_grad
+_use_count: Any = torch._C._storage_Use_Count
+
+_origins: dict[int, _Origin] = {}  # by id of the unsharded parameter
 
 
 class UnshardedChanges:
@@ -43,16 +51,14 @@ class UnshardedChanges:
     """
 
     def __init__(self, modules: Iterable[FSDPModule], *, root: FSDPModule) -> None:
+        _watch_parameters()
         self._groups: list[_GroupChanges] = []
-        self._of_root: list[FSDPParam] = []
-        self._shown = False
+        self._memory: list[_Memory] = []
+        self._addresses: set[int] = set()
         for module in modules:
-            kind = _UnshardedRootParameter if module is root else _UnshardedParameter
-            self._groups += [_GroupChanges(group, kind) for group in _param_groups(module)]
+            self._groups += [_GroupChanges(group, of_root=module is root) for group in _param_groups(module)]
         for parameter in (p for group in _param_groups(root) for p in group.fsdp_params):
-            free = partial(self._free_unless_shown, parameter, parameter.free_unsharded_param)
-            parameter.free_unsharded_param = free  # type: ignore[method-assign]
-            self._of_root.append(parameter)
+            self._memory.append(_Memory(parameter))
 
     def write(self) -> None:
         """Write changes of parameters that are unsharded now to their shards; parameters stay unsharded."""
@@ -61,35 +67,60 @@ class UnshardedChanges:
                 group.write()
 
     def shown_in(self, values: Any) -> bool:
-        """Whether tensors in ``values`` are unsharded parameters of the root itself, or views of them.
-
-        Then their memory is not freed before the next call.
-        """
-        memory = {output.untyped_storage()._cdata for p in self._of_root for output in p.all_gather_outputs}
+        """Whether tensors in ``values`` are unsharded parameters of the root itself, or views of them."""
+        if not self._addresses:
+            self._addresses = {address for memory in self._memory for address in memory.addresses()}
         tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
-        self._shown = any(not isinstance(t, DTensor) and t.untyped_storage()._cdata in memory for t in tensors)
-        return self._shown
+        return any(not isinstance(t, DTensor) and t.untyped_storage()._cdata in self._addresses for t in tensors)
 
-    def _free_unless_shown(self, parameter: FSDPParam, free: Callable[[], None]) -> None:
-        """Free an unsharded parameter, unless a step has returned it or a user has kept it, or a view of it."""
-        if self._shown or any(
-            torch._C._storage_Use_Count(output.untyped_storage()._cdata) > REFERENCES
-            for output in parameter.all_gather_outputs
-        ):
+
+class _Memory:
+    """The memory of an unsharded parameter of the root, which stays while users hold the parameter, or a view of it.
+
+    A step may return a parameter, or keep it, as the root is unsharded in all of it. FSDP2 would free the memory under
+    the user's tensor. The next all-gather fills the same memory, so the tensor shows the weights of that moment.
+
+    Args:
+        parameter: FSDP2's record of the parameter.
+    """
+
+    def __init__(self, parameter: FSDPParam) -> None:
+        self._parameter = weakref.ref(parameter)
+        self._storages: list[Any] = []  # of the parameter: none before the first all-gather
+        self._own: list[int] = []  # references if no user holds the parameter
+        self._free = parameter.free_unsharded_param
+        parameter.free_unsharded_param = self._free_unless_held  # type: ignore[method-assign]
+        parameter.init_unsharded_param = self._first_init  # type: ignore[method-assign]
+
+    def addresses(self) -> list[int]:
+        """Identities of the memory, as torch's storages have them."""
+        return [storage._cdata for storage in self._storages]
+
+    def _first_init(self) -> None:
+        parameter: Any = self._parameter()
+        del parameter.init_unsharded_param
+        parameter.init_unsharded_param()
+        self._storages = [output.untyped_storage() for output in parameter.all_gather_outputs]
+        self._own = self._references(parameter)
+
+    def _references(self, parameter: Any) -> list[int]:
+        """References to the Python object of the parameter, and to the memory of each tensor."""
+        return [sys.getrefcount(parameter._unsharded_param), *map(_use_count, self.addresses())]
+
+    def _free_unless_held(self) -> None:
+        parameter: Any = self._parameter()
+        if self._storages and any(map(gt, self._references(parameter), self._own)):
             return
-        free()
-
-
-REFERENCES = 3  # to the memory of an unsharded parameter, if no user has kept it: its two tensors, its storage
+        self._free()
 
 
 class _GroupChanges:
     """The changes of one parameter group."""
 
-    def __init__(self, group: FSDPParamGroup, kind: type[_UnshardedParameter]) -> None:
+    def __init__(self, group: FSDPParamGroup, *, of_root: bool) -> None:
         self._group = group
-        self._kind = kind
-        self._watched: list[tuple[_UnshardedParameter, _Origin]] = []
+        self._of_root = of_root
+        self._watched: list[tuple[FSDPParam, _Origin]] = []
         for parameter in group.fsdp_params:
             know_parameter(parameter)
         group._to_unsharded = self._first_to_unsharded  # type: ignore[method-assign]
@@ -105,9 +136,10 @@ class _GroupChanges:
         group: Any = self._group
         for parameter in group.fsdp_params:
             unsharded = parameter._unsharded_param
-            unsharded.__class__ = self._kind
-            unsharded._origin = _Origin(parameter, group, version=unsharded._version)
-            self._watched.append((unsharded, unsharded._origin))
+            if type(unsharded) is nn.Parameter:  # no fake tensor of a rehearsal
+                origin = _origins[id(unsharded)] = _Origin(parameter, group, unsharded, of_root=self._of_root)
+                weakref.finalize(unsharded, _origins.pop, id(unsharded), None)
+                self._watched.append((parameter, origin))
         del group._to_unsharded
         group._to_unsharded()
 
@@ -115,12 +147,15 @@ class _GroupChanges:
         group: Any = self._group
         if not group.is_sharded:
             self.write()
+            for _, origin in self._watched:
+                origin.before = None
             type(group)._to_sharded(group)
 
     def write(self) -> None:
-        for unsharded, origin in self._watched:
-            if (unsharded._version != origin.version or origin.touched) and origin.is_changed(unsharded):
-                origin.write(unsharded)
+        for parameter, origin in self._watched:
+            unsharded = parameter._unsharded_param
+            if unsharded._version != origin.version or origin.before is not None:
+                origin.write_if_changed(unsharded)
 
 
 class _Origin:
@@ -129,34 +164,26 @@ class _Origin:
     Args:
         parameter: FSDP2's record of the parameter.
         group: Its parameter group.
-        version: Version of the unsharded parameter when it equals the shards.
+        unsharded: The unsharded parameter, equal to the shards now: [any].
+        of_root: Whether the parameter is the root's own, whose gradients users see too.
 
     Attributes:
         version: Version of the unsharded parameter when it last equalled the shards.
-        touched: Whether its ``data`` was read or assigned since, which torch does not count.
+        before: Values that it had then, [any], if its ``data`` was read or assigned since, which torch does not count.
     """
 
-    def __init__(self, parameter: FSDPParam, group: FSDPParamGroup, *, version: int) -> None:
+    def __init__(self, parameter: FSDPParam, group: FSDPParamGroup, unsharded: Tensor, *, of_root: bool) -> None:
         self._parameter = weakref.ref(parameter)
         self._group = weakref.ref(group)
-        self.version = version
-        self.touched = False
+        self.version = unsharded._version
+        self.before: Tensor | None = None
         self.rounded = parameter.param_dtype is not None  # unsharded in a lower precision than the shard
-        self._before: Tensor | None = None  # [any], the values before the first touch, if rounded
+        self._shows_grad = of_root
 
     def touch(self, values: Tensor) -> None:
         """Note that users may change ``values``, [any], in a way that torch does not count."""
-        if self.rounded and self._before is None:
-            self._before = values.clone()
-        self.touched = True
-
-    def is_changed(self, unsharded: Tensor) -> bool:
-        """Whether the unsharded parameter, [any], has to be written; the same on all ranks."""
-        before, self._before = self._before, None
-        if before is None or unsharded._version != self.version or not torch.equal(_data.__get__(unsharded), before):
-            return True
-        self.touched = False
-        return False
+        if self.before is None:
+            self.before = values.clone()
 
     @property
     def shard(self) -> Any:
@@ -170,10 +197,12 @@ class _Origin:
         return str(parameter._param_fqn or parameter._module_info.param_name)
 
     @property
-    def used_by_fsdp(self) -> bool:
-        """Whether FSDP2 collects gradients of the group now, and must see its own only."""
+    def shows_grad(self) -> bool:
+        """Whether users see the gradient of the shard: not where FSDP2 collects gradients, and must see its own."""
+        if not self._shows_grad:
+            return False
         group = self._group()
-        return group is None or group._training_state == TrainingState.POST_BACKWARD
+        return group is not None and group._training_state != TrainingState.POST_BACKWARD
 
     def own_rows(self, unsharded: Tensor) -> Tensor:
         """This rank's rows, [shard], of an unsharded tensor, [any]."""
@@ -183,26 +212,39 @@ class _Origin:
         return unsharded.narrow(0, min(start, unsharded.size(0) - rows), rows)
 
     @torch.no_grad()
-    def write(self, unsharded: Tensor) -> None:
-        """Write this rank's rows of the unsharded parameter, [any], to its shard."""
-        parameter: Any = self._parameter()
-        values = _data.__get__(unsharded)
-        if self.rounded:
-            self.version, self.touched = unsharded._version, False
+    def write_if_changed(self, unsharded: Tensor) -> None:
+        """Write the unsharded parameter, [any], to its shard if it has changed, which is the same on all ranks."""
+        values, before = _data.__get__(unsharded), self.before
+        changed = unsharded._version != self.version or not (before is None or torch.equal(values, before))
+        self.version = unsharded._version
+        if changed and self.rounded:
+            self.before = None
             self.raise_rounded(values.dtype)
-        self.shard._local_tensor.copy_(self.own_rows(values))
-        torch.autograd.graph.increment_version(self.shard)
+        if changed:
+            self.shard._local_tensor.copy_(self.own_rows(values))
+            torch.autograd.graph.increment_version(self.shard)
+        if before is not None:
+            self._show_gathered(unsharded, values)
+            before.copy_(values)
+        if changed:
+            self._let_gathers_wait()
+
+    def _show_gathered(self, unsharded: Tensor, values: Tensor) -> None:
+        """Go back to the memory that FSDP2 fills, if ``.data`` was assigned: ``values``, [any], stay the same."""
+        parameter: Any = self._parameter()
         gathered = parameter.all_gather_outputs[0]
-        if values.data_ptr() != gathered.data_ptr():  # `.data` was assigned: back to the memory that FSDP2 fills
+        if values.data_ptr() != gathered.data_ptr():
             gathered = gathered.as_strided(parameter._orig_size, parameter._contiguous_orig_stride, 0)
             with torch.autograd._unsafe_preserve_version_counter(gathered):  # type: ignore[attr-defined]
                 gathered.copy_(values)
             _data.__set__(unsharded, gathered)
+
+    def _let_gathers_wait(self) -> None:
+        """Let the streams of FSDP2's all-gathers wait for what was written on this one."""
         group: Any = self._group()
         event = group.device_handle.Event()
         event.record()
         group._wait_all_gather_streams_on_event(event)
-        self.version, self.touched = unsharded._version, False
 
     def raise_rounded(self, dtype: torch.dtype) -> NoReturn:
         """Raise the error for a change that cannot be exact."""
@@ -214,72 +256,70 @@ class _Origin:
         )
 
 
-@accept_sharded_operands
-class _UnshardedParameter(nn.Parameter):
-    """An unsharded parameter whose values and ``requires_grad`` reach its shard; operations are as fast as before."""
-
-    _origin: _Origin
-
-    @property
-    def data(self) -> Tensor:
-        values = _data.__get__(self)
-        self._origin.touch(values)
-        return _UnshardedData.of(values)
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        if self._origin.rounded:
-            self._origin.raise_rounded(self.dtype)
-        _check_assigned(self, value, self._origin.name)
-        whole = value.full_tensor() if isinstance(value, DTensor) else value.detach()
-        self._origin.touched = True
-        _data.__set__(self, whole.as_subclass(Tensor))
-
-    @property
-    def requires_grad(self) -> bool:
-        return bool(_requires_grad.__get__(self))
-
-    @requires_grad.setter
-    def requires_grad(self, value: bool) -> None:
-        self.requires_grad_(value)
-
-    def requires_grad_(self, requires_grad: bool = True) -> _UnshardedParameter:
-        shard = self._origin.shard
-        if shard is not None and shard.requires_grad != requires_grad:
-            shard.requires_grad_(requires_grad)
-        _requires_grad.__set__(self, requires_grad)
-        return self
+def _watch_parameters() -> None:
+    """Let the attributes of ``nn.Parameter`` carry changes of unsharded parameters over to the shards."""
+    if "data" in vars(nn.Parameter):
+        return
+    kind: Any = nn.Parameter
+    kind.data = property(_get_data, _set_data)
+    kind.grad = property(_get_grad, _set_grad, partial(_set_grad, value=None))
+    kind.requires_grad = property(_requires_grad.__get__, _set_requires_grad)
+    kind.requires_grad_ = _requires_grad_
+    accept_sharded_operands(nn.Parameter)
 
 
-class _UnshardedRootParameter(_UnshardedParameter):
-    """The same for the root's, whose gradients users see too: those of its shard, where FSDP2 does not look."""
+def _get_data(parameter: nn.Parameter) -> Tensor:
+    values: Tensor = _data.__get__(parameter)
+    origin = _origins.get(id(parameter))
+    if origin is None:
+        return values
+    origin.touch(values)
+    return values.as_subclass(_UnshardedData)
 
-    @property
-    def grad(self) -> Tensor | None:
-        own: Tensor | None = own_grad.__get__(self)
-        if own is not None or self._origin.used_by_fsdp:
-            return own
-        shard = self._origin.shard
-        return None if shard is None else shard.grad
 
-    @grad.setter
-    def grad(self, value: Tensor | None) -> None:
-        origin = self._origin
-        if origin.used_by_fsdp:
-            own_grad.__set__(self, value)
-            return
-        parameter: Any = origin._parameter()
-        parameter.unsharded_accumulated_grad = None
-        own_grad.__set__(self, None)
-        if value is None or isinstance(value, DTensor):
-            origin.shard.grad = value
-        else:
-            _check_assigned(origin.shard, value, f"{origin.name}.grad")
-            origin.shard.grad = parameter.to_sharded_dtensor(origin.own_rows(value.detach()).clone())
+def _set_data(parameter: nn.Parameter, value: Tensor) -> None:
+    origin = _origins.get(id(parameter))
+    if origin is not None:
+        if origin.rounded:
+            origin.raise_rounded(parameter.dtype)
+        _check_assigned(parameter, value, origin.name)
+        origin.touch(_data.__get__(parameter))
+        value = (value.full_tensor() if isinstance(value, DTensor) else value.detach()).as_subclass(Tensor)
+    _data.__set__(parameter, value)
 
-    @grad.deleter
-    def grad(self) -> None:
-        self.grad = None
+
+def _set_requires_grad(parameter: nn.Parameter, value: bool) -> None:
+    _requires_grad.__set__(parameter, value)
+    origin = _origins.get(id(parameter))
+    if origin is not None and origin.shard is not None and origin.shard.requires_grad != value:
+        origin.shard.requires_grad_(value)
+
+
+def _requires_grad_(parameter: nn.Parameter, requires_grad: bool = True) -> nn.Parameter:
+    _set_requires_grad(parameter, requires_grad)
+    return parameter
+
+
+def _get_grad(parameter: nn.Parameter) -> Tensor | None:
+    own: Tensor | None = own_grad.__get__(parameter)
+    if own is not None:
+        return own
+    origin = _origins.get(id(parameter))
+    return origin.shard.grad if origin is not None and origin.shows_grad else None
+
+
+def _set_grad(parameter: nn.Parameter, value: Tensor | None) -> None:
+    origin = _origins.get(id(parameter))
+    if origin is None or not origin.shows_grad:
+        own_grad.__set__(parameter, value)
+        return
+    record: Any = origin._parameter()
+    record.unsharded_accumulated_grad = None
+    own_grad.__set__(parameter, None)
+    if value is not None and not isinstance(value, DTensor):
+        _check_assigned(origin.shard, value, f"{origin.name}.grad")
+        value = record.to_sharded_dtensor(origin.own_rows(value.detach()).clone())
+    origin.shard.grad = value
 
 
 @accept_sharded_operands
@@ -287,10 +327,6 @@ class _UnshardedData(Tensor):
     """What ``data`` of an unsharded parameter returns: a tensor with the same memory."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Tensor:
-        return tensor.as_subclass(cls)
 
 
 def _check_assigned(target: Tensor, value: Tensor, name: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_mics._torch.dtensor_changes import accept_changes
+from lightning_mics._torch.dtensor_changes import accept_changes, calling_before_gradients
 from lightning_mics._torch.fsdp import fsdp_modules
 from lightning_mics._torch.unsharded import UnshardedChanges
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
@@ -53,6 +55,23 @@ def shows_unsharded(root: FSDPModule, outputs: Any) -> bool:
     """Whether tensors in ``outputs`` are unsharded parameters of the root itself, or views of them."""
     changes: UnshardedChanges = vars(root)["_unsharded_changes"]
     return changes.shown_in(outputs)
+
+
+@contextmanager
+def reducing_when_read(window: AccumulationWindow) -> Iterator[None]:
+    """Inside, reduce pending gradients when a ``.grad`` is read or set; every rank does so, or none.
+
+    For code that runs after each backward, and changes the gradients so far. Before the boundary they are pending, and
+    ``.grad`` is None. Runs that do not read it there reduce as ever.
+
+    Args:
+        window: Accumulation window of the model.
+    """
+    if window.at_boundary:
+        yield
+        return
+    with calling_before_gradients(window.reduce_pending_gradients):
+        yield
 
 
 def _zero_grad(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.core.hooks import ModelHooks
 from lightning.pytorch.strategies.strategy import _ForwardRedirection
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_mics._torch.fsdp import continue_forward
-from lightning_mics.sharding.changes import shows_unsharded
+from lightning_mics.sharding.changes import reducing_when_read, shows_unsharded
 
 
 class StepRedirection(_ForwardRedirection):
@@ -36,6 +35,17 @@ class StepsAsForward:
         self._shows_weights = shows_unsharded(self._root(), output)
         return output
 
+    def backward(self: Any, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the backward, with hooks after it that see all gradients so far, also before the boundary."""
+        self.pre_backward(closure_loss)
+        precision, module = self.precision_plugin, self.lightning_module
+        closure_loss = precision.pre_backward(closure_loss, module)
+        precision.backward(closure_loss, module, optimizer, *args, **kwargs)
+        with reducing_when_read(self._state().schedule.window):
+            loss: Tensor = precision.post_backward(closure_loss, module)
+        self.post_backward(loss)
+        return loss
+
     def validation_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the LightningModule's ``validation_step`` as a forward; arguments and result are its own."""
         with self.precision_plugin.val_step_context():
@@ -49,9 +59,7 @@ class StepsAsForward:
     def predict_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the LightningModule's ``predict_step`` as a forward; arguments and result are its own."""
         with self.precision_plugin.predict_step_context():
-            predictions = self._run_as_forward("predict_step", *args, **kwargs)
-        shows_unsharded(self._root(), predictions)  # results outlive the prediction
-        return predictions
+            return self._run_as_forward("predict_step", *args, **kwargs)
 
     def _run_as_forward(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         module, grad_enabled = self.lightning_module, torch.is_grad_enabled()
@@ -94,18 +102,3 @@ class StepsAsForward:
     def _end_evaluation(self: Any) -> None:
         self._reshard_root()
         self._evaluation.close()
-
-
-def sees_each_gradient(trainer: Any) -> bool:
-    """Whether a hook runs after each backward, ``on_after_backward``, which sees and may change all gradients so far.
-
-    Then each micro-step reduces gradients completely, as if it were the boundary.
-
-    Args:
-        trainer: The Trainer, with its LightningModule and callbacks.
-    """
-    owners = [(trainer.lightning_module, ModelHooks), *((callback, pl.Callback) for callback in trainer.callbacks)]
-    return any(
-        "on_after_backward" in vars(owner) or type(owner).on_after_backward is not base.on_after_backward
-        for owner, base in owners
-    )

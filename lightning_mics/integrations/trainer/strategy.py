@@ -37,7 +37,7 @@ from lightning_mics.integrations.trainer.logged_numbers import log_whole_numbers
 from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
 from lightning_mics.integrations.trainer.preemption import forget_signals, stop_when_signaled
-from lightning_mics.integrations.trainer.steps import StepRedirection, StepsAsForward, sees_each_gradient
+from lightning_mics.integrations.trainer.steps import StepRedirection, StepsAsForward
 from lightning_mics.sharding.changes import write_changes
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.sharded import Sharded
@@ -167,7 +167,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
     @override
     def block_backward_sync(self) -> Iterator[None]:
         """Run a micro-step before the boundary; Lightning also enters it for ``toggle_model(sync_grad=False)``."""
-        with self._state().schedule.micro_step(boundary=sees_each_gradient(self._trainer)):
+        with self._state().schedule.micro_step(boundary=False):
             yield
 
     @override
