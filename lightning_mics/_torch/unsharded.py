@@ -274,7 +274,8 @@ def _get_data(parameter: nn.Parameter) -> Tensor:
     if origin is None:
         return values
     origin.touch(values)
-    return values.as_subclass(_UnshardedData)
+    reader = sys._getframe(1).f_globals.get("__name__", "")
+    return values if reader.startswith("torch.") else values.as_subclass(_UnshardedData)  # torch compares classes
 
 
 def _set_data(parameter: nn.Parameter, value: Tensor) -> None:
