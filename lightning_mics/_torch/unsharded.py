@@ -53,12 +53,12 @@ class UnshardedChanges:
     def __init__(self, modules: Iterable[FSDPModule], *, root: FSDPModule) -> None:
         _watch_parameters()
         self._groups: list[_GroupChanges] = []
-        self._memory: list[_Memory] = []
+        self._of_root: list[_Memory] = []
         self._addresses: set[int] = set()
         for module in modules:
             self._groups += [_GroupChanges(group, of_root=module is root) for group in _param_groups(module)]
-        for parameter in (p for group in _param_groups(root) for p in group.fsdp_params):
-            self._memory.append(_Memory(parameter))
+            memory = [_Memory(p, of_root=module is root) for group in _param_groups(module) for p in group.fsdp_params]
+            self._of_root += memory if module is root else []
 
     def write(self) -> None:
         """Write changes of parameters that are unsharded now to their shards; parameters stay unsharded."""
@@ -69,22 +69,25 @@ class UnshardedChanges:
     def shown_in(self, values: Any) -> bool:
         """Whether tensors in ``values`` are unsharded parameters of the root itself, or views of them."""
         if not self._addresses:
-            self._addresses = {address for memory in self._memory for address in memory.addresses()}
+            self._addresses = {address for memory in self._of_root for address in memory.addresses()}
         tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
         return any(not isinstance(t, DTensor) and t.untyped_storage()._cdata in self._addresses for t in tensors)
 
 
 class _Memory:
-    """The memory of an unsharded parameter of the root, which stays while users hold the parameter, or a view of it.
+    """The memory of an unsharded parameter, which stays while users hold the parameter, or a view of one of the root's.
 
-    A step may return a parameter, or keep it, as the root is unsharded in all of it. FSDP2 would free the memory under
-    the user's tensor. The next all-gather fills the same memory, so the tensor shows the weights of that moment.
+    A forward may return a parameter, or keep it. FSDP2 would free the memory under the user's tensor. The next
+    all-gather fills the same memory, so the tensor shows the weights of that moment. Views of a block's parameters are
+    not looked for: autograd holds them from the block's forward until its backward.
 
     Args:
         parameter: FSDP2's record of the parameter.
+        of_root: Whether the parameter is the root's own, which no backward holds when it is freed.
     """
 
-    def __init__(self, parameter: FSDPParam) -> None:
+    def __init__(self, parameter: FSDPParam, *, of_root: bool) -> None:
+        self._views = of_root
         self._parameter = weakref.ref(parameter)
         self._storages: list[Any] = []  # of the parameter: none before the first all-gather
         self._own: list[int] = []  # references if no user holds the parameter
@@ -105,7 +108,8 @@ class _Memory:
 
     def _references(self, parameter: Any) -> list[int]:
         """References to the Python object of the parameter, and to the memory of each tensor."""
-        return [sys.getrefcount(parameter._unsharded_param), *map(_use_count, self.addresses())]
+        references = [sys.getrefcount(parameter._unsharded_param)]
+        return references + [_use_count(storage._cdata) for storage in self._storages] if self._views else references
 
     def _free_unless_held(self) -> None:
         parameter: Any = self._parameter()

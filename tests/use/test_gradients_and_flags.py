@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.use.teachers import Net, unsharded, weights
+from tests.use.teachers import Block, Net, unsharded, weights
 from tests.use.test_weight_changes import CACHES, fit
 
 
@@ -93,6 +93,24 @@ class _Returning(_Manual):
         return batches(2)
 
 
+class _ReturningBlock(Block):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), self.inner.weight
+
+
+class _Tying(_Manual):
+    """Uses the weight of a block, which its forward returns, after that forward; an output tied to an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = True
+        self.net.block = _ReturningBlock()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        hidden, weight = self.net.block(self.net.first(batch[0]))
+        return F.mse_loss(self.net.last(hidden) @ weight.t(), batch[1])
+
+
 def _train(
     kind: type[pl.LightningModule], folder: str, options: dict[str, Any] | None, accumulate: int
 ) -> dict[str, Tensor]:
@@ -109,8 +127,8 @@ def _train(
 @pytest.mark.parametrize("cache", ["gathered at every use", "cached by ranks"])
 @pytest.mark.parametrize(
     ("kind", "accumulate"),
-    [(_Manual, 1), (_Changing, 2), (_Returning, 1), (_Returning, 2)],
-    ids=["cleared and frozen in a step", "changed after each backward", "returned", "returned, accumulated"],
+    [(_Manual, 1), (_Changing, 2), (_Returning, 1), (_Returning, 2), (_Tying, 2)],
+    ids=["cleared and frozen in a step", "changed after each backward", "returned", "returned, accumulated", "tied"],
 )
 def test_what_users_set_and_see_is_that_of_one_process(
     kind: type[pl.LightningModule],

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from lightning_mics import MiCSStrategy
 from tests.support.trainers import make_trainer
-from tests.use.teachers import DIM, Block, Net, Teachers, batches, unsharded, weights
+from tests.use.teachers import (
+    DIM,
+    Block,
+    Net,
+    Teachers,
+    assign_data,
+    batches,
+    change_data,
+    lerp,
+    unsharded,
+    weights,
+)
 
 CACHES = {
     "gathered at every use": {"partition_size": 2, "cache_parameters": "never", "accumulate_gradients": "shard"},
@@ -108,6 +119,41 @@ def test_weights_clipped_in_a_forward_stay_clipped(
 ) -> None:
     expected = _clip(str(tmp_path), None, accumulate)
     for of_rank in on_shared_ranks(_clip, str(tmp_path), CACHES["cached by ranks"], accumulate):
+        for name, value in expected.items():
+            torch.testing.assert_close(of_rank[name], value, msg=lambda text, n=name: f"{n}: {text}")
+
+
+class _CompiledTeacher(pl.LightningModule):
+    """A compiled student and teacher, changed by three means in the step; one rank alone looks at weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.teacher = Net(), Net().requires_grad_(False)
+        for module in (self.net, self.teacher):
+            module.compile(backend="aot_eager")
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if self.global_rank == 0:
+            assert self.net.last.weight.data.norm() > 0  # reading is no change, for any rank
+        pairs = list(zip(self.teacher.parameters(), self.net.parameters(), strict=True))
+        for way in (lerp, assign_data, change_data):
+            way(pairs)
+        with torch.no_grad():
+            target = self.teacher(batch[0])
+        return F.mse_loss(self.net(batch[0]), batch[1] + 0.1 * target)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+
+def _follow_compiled(folder: str, options: dict[str, Any] | None) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return weights(fit(_CompiledTeacher(), folder, options, accumulate_grad_batches=2))
+
+
+def test_weights_of_compiled_modules_change_too(tmp_path: Path, on_shared_ranks: Callable[..., list[Any]]) -> None:
+    expected = _follow_compiled(str(tmp_path), None)
+    for of_rank in on_shared_ranks(_follow_compiled, str(tmp_path), CACHES["cached by nodes"]):
         for name, value in expected.items():
             torch.testing.assert_close(of_rank[name], value, msg=lambda text, n=name: f"{n}: {text}")
 
