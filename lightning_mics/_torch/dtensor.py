@@ -209,7 +209,7 @@ def _crosses(operation: Any, base: DTensor, args: Any) -> bool:
 def _is_everything(operation: Any, base: DTensor, args: Any) -> bool:
     if operation is not aten.slice.Tensor:
         return False
-    defaults: tuple[Any, ...] = (0, None, None, 1)
-    dim, start, end, step = (*args[1:], *defaults[len(args) - 1 :])
+    given: list[Any] = [*args[1:]]
+    dim, start, end, step = given + [0, None, None, 1][len(given) :]
     size = base.shape[dim]
     return (start or 0) in (0, -size) and (end is None or end >= size) and bool(step == 1)

@@ -66,11 +66,12 @@ def accept_changes(mesh: DeviceMesh) -> None:
     meshes.add(mesh)
     if "data" in vars(DTensor):
         return
-    DTensor.data = property(_get_data, _set_data)  # type: ignore[assignment]
+    kind: Any = DTensor
+    kind.data = property(_get_data, _set_data)
     accept_unsharded_operands(DTensor)
     for name in REFLECTED:
         setattr(DTensor, name, _mixed(name))
-    handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers  # type: ignore[assignment]
+    handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
     for view in VIEWS:
         handlers[view] = view_across
     handlers[aten.eye.m_out] = handlers[aten.eye.out] = _write_out
@@ -107,7 +108,8 @@ def _set_data(tensor: DTensor, value: Tensor) -> None:
             )
     with torch.no_grad():
         if isinstance(value, DTensor):
-            local = value.detach().redistribute(tensor.device_mesh, tensor.placements)._local_tensor
+            detached: Any = value.detach()
+            local = detached.redistribute(tensor.device_mesh, tensor.placements)._local_tensor
         else:
             local = own_part(value.detach(), tensor)
         parameter: Any = _parameters.get(id(tensor))
@@ -280,4 +282,5 @@ def _part(value: Any, *, like: Tensor) -> Tensor:
         return value if value.ndim == 0 else own_part(value, like)
     if value.ndim and value.placements != like.placements:
         value = value.redistribute(like.device_mesh, like.placements)
-    return value._local_tensor
+    local: Tensor = value._local_tensor
+    return local
