@@ -67,7 +67,7 @@ class Observed(TinyModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self.collectives.seen.clear()
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_after_backward(self) -> None:
         replicas = self.trainer.strategy.topology.replication_group(self.global_rank)
         self.run.all_reduces.append(len(self.collectives.of("all_reduce", replicas)) if len(replicas) > 1 else 0)
 
