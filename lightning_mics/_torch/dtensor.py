@@ -35,7 +35,12 @@ def is_ours(tensor: Any) -> bool:
 
 
 def own_part(whole: Tensor, like: DTensor) -> Tensor:
-    """This rank's part, [shard], of a tensor with equal values on all ranks, [any]; does not communicate."""
+    """This rank's part, [shard], of a tensor with equal values on all ranks; does not communicate.
+
+    Args:
+        whole: Tensor with equal values on all ranks: [any].
+        like: Sharded tensor whose part is at the same place: [any].
+    """
     part: Any = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
     local: Tensor = part._local_tensor
     return local
@@ -66,7 +71,13 @@ def is_of_one_shape(operands: Any) -> bool:
 
 
 def run_default(operation: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operation that has a handler here as DTensor itself does."""
+    """Run an operation that has a handler here as DTensor itself does.
+
+    Args:
+        operation: Overload of an operation of ``aten``.
+        args: Positional arguments, with sharded tensors among them.
+        kwargs: Keyword arguments.
+    """
     handlers = DTensor._op_dispatcher._custom_op_handlers
     handler = handlers.pop(operation)
     try:
@@ -170,7 +181,13 @@ def _still_view(out: DTensor, views: Iterable[_View]) -> DTensor:
 
 
 def view_across(operation: Any, args: Any, kwargs: Any) -> Any:
-    """Run a view operation; across the sharded dimension, on an unsharded copy whose changes are written back."""
+    """Run a view operation; across the sharded dimension, on an unsharded copy whose changes are written back.
+
+    Args:
+        operation: Overload of an operation of ``aten``.
+        args: Positional arguments, with sharded tensors among them.
+        kwargs: Keyword arguments.
+    """
     base = args[0]
     if not is_ours(base) or not any(p.is_shard() for p in base.placements) or _is_everything(operation, base, args):
         return run_default(operation, args, kwargs)

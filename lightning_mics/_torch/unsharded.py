@@ -167,7 +167,7 @@ class _Origin:
 
     Args:
         parameter: FSDP2's record of the parameter.
-        group: Its parameter group.
+        group: Parameter group of it.
         unsharded: The unsharded parameter, equal to the shards now: [any].
         of_root: Whether the parameter is the root's own, whose gradients users see too.
 

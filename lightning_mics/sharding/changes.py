@@ -52,7 +52,12 @@ def write_changes(root: FSDPModule) -> None:
 
 
 def shows_unsharded(root: FSDPModule, outputs: Any) -> bool:
-    """Whether tensors in ``outputs`` are unsharded parameters of the root itself, or views of them."""
+    """Whether tensors in ``outputs`` are unsharded parameters of the root itself, or views of them.
+
+    Args:
+        root: The sharded model.
+        outputs: Tensors and other objects in any nest of lists, tuples and dictionaries.
+    """
     changes: UnshardedChanges = vars(root)["_unsharded_changes"]
     return changes.shown_in(outputs)
 

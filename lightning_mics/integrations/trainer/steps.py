@@ -36,7 +36,14 @@ class StepsAsForward:
         return output
 
     def backward(self: Any, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the backward, with hooks after it that see all gradients so far, also before the boundary."""
+        """Run the backward, with hooks after it that see all gradients so far, also before the boundary.
+
+        Args:
+            closure_loss: Loss to begin at: [].
+            optimizer: Optimizer that will step, for the hooks of the precision.
+            args: Further arguments of the LightningModule's ``backward``.
+            kwargs: Keyword arguments of it.
+        """
         self.pre_backward(closure_loss)
         precision, module = self.precision_plugin, self.lightning_module
         closure_loss = precision.pre_backward(closure_loss, module)
