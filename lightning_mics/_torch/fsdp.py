@@ -27,6 +27,8 @@ __all__ = [
     "is_fake",
 ]
 
+own_grad: Any = torch._C.TensorBase.grad  # of a tensor itself, where a subclass shows that of its shard
+
 
 def has_inner_tensors(tensor: Tensor) -> bool:
     """Whether the data of ``tensor``, [any], are other tensors, as those of quantized weights and of DTensors are."""
@@ -82,8 +84,7 @@ def sharded_parameters(module: FSDPModule) -> list[nn.Parameter]:
 def weights_version(module: FSDPModule) -> Hashable:
     """The version of the sharded parameters of ``module`` itself; it changes with every update that torch records.
 
-    torch does not record changes through ``.data``, by ``torch._foreach_*`` functions, or in raw memory. See
-    [Note: When cached weights are dropped].
+    torch does not record changes in raw memory. See [Note: When cached weights are dropped].
     """
     return tuple(_version(p) for group in _param_groups(module) for p in group.fsdp_params)
 
@@ -95,7 +96,9 @@ def _version(parameter: Any) -> Hashable:
 
 def _has_unreduced_gradient(parameter: Any) -> bool:
     unsharded = getattr(parameter, "_unsharded_param", None)
-    return parameter.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
+    return parameter.unsharded_accumulated_grad is not None or (
+        unsharded is not None and own_grad.__get__(unsharded) is not None
+    )
 
 
 def replace_all_reduce(module: FSDPModule, reduce: Callable[[Tensor, Any], None]) -> None:
@@ -213,7 +216,13 @@ def drop_unreduced_gradients(module: FSDPModule) -> None:
         for parameter in group.fsdp_params:
             parameter.unsharded_accumulated_grad = None
             if hasattr(parameter, "_unsharded_param"):
-                parameter._unsharded_param.grad = None
+                own_grad.__set__(parameter._unsharded_param, None)
+
+
+def drop_partial_sums(module: FSDPModule) -> None:
+    """Drop FSDP2's partial reductions of ``module`` itself."""
+    for group in _param_groups(module):
+        group._partial_reduce_output = None
 
 
 def unshard(module: FSDPModule) -> None:
@@ -222,6 +231,27 @@ def unshard(module: FSDPModule) -> None:
     for group in _param_groups(module):
         for parameter in group.fsdp_params:
             parameter.unsharded_param.requires_grad_(parameter.sharded_param.requires_grad)
+
+
+def continue_forward(root: FSDPModule) -> None:
+    """Go on with a forward of ``root`` inside which another one of it has ended.
+
+    The inner one leaves FSDP2 idle, and so the outer one would reshard the root, for its backward to gather it again.
+    """
+    state: Any = root._get_fsdp_state()
+    state._training_state = TrainingState.FORWARD
+    state._state_ctx.iter_forward_root = state
+    for group in _param_groups(root):
+        group._training_state = TrainingState.FORWARD
+
+
+def finish_backward(root: FSDPModule) -> None:
+    """Reduce unreduced gradients of a model, as FSDP2 does at the end of a backward for modules that were not reached.
+
+    Args:
+        root: Root FSDP module.
+    """
+    root._get_fsdp_state()._root_post_backward_final_callback()
 
 
 def expect_backward(root: FSDPModule, loss: Tensor) -> None:

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics._torch.fsdp import (
+    drop_partial_sums,
     drop_unreduced_gradients,
     ever_unsharded,
+    finish_backward,
     forget_iteration,
     fsdp_modules,
     has_pending_gradients,
@@ -188,6 +190,30 @@ class AccumulationWindow:
     def when_abandoned(self, action: Callable[[], None]) -> None:
         """Run ``action`` whenever a window is abandoned."""
         self._when_abandoned.append(action)
+
+    def reduce_pending_gradients(self) -> None:
+        """Reduce pending gradients after a backward before the boundary, as the boundary would; the window stays open.
+
+        Every rank calls it. Later gradients of the window are added to these.
+        """
+        if not any(map(self._pending, self._modules)):
+            return
+        for pending_gradients in self._pending_gradients.values():
+            pending_gradients.remove_zeros()
+        at_boundary = self._at_boundary
+        self._set_boundary(True)
+        finish_backward(self._root)
+        self._set_boundary(at_boundary)
+
+    def drop_pending_gradients(self) -> None:
+        """Drop gradients that are pending until the boundary; the window stays open. Does not communicate."""
+        if not self._is_open:
+            return
+        for pending_gradients in self._pending_gradients.values():
+            pending_gradients.drop()
+        for module in self._modules.values():
+            drop_unreduced_gradients(module)
+            drop_partial_sums(module)
 
     def tensors(self) -> list[Tensor]:
         """Gradients pending now in addition to FSDP2's own, each [any]."""

@@ -137,8 +137,8 @@ class AccumulationSchedule:
     def invalidate_cache(self) -> None:
         """Drop cached parameters after weights were changed in a way that torch does not record; every rank calls it.
 
-        Needed inside an accumulation window or :meth:`cached_weights` only, after changes through ``.data``,
-        ``torch._foreach_*`` functions or raw memory. See [Note: When cached weights are dropped].
+        Needed inside an accumulation window or :meth:`cached_weights` only, after changes in raw memory. See
+        [Note: When cached weights are dropped].
         """
         self.cache.invalidate()
 

@@ -28,6 +28,8 @@ from lightning_mics.sharding.activation_checkpointing import find_recomputed, re
 from lightning_mics.sharding.blocks import ModuleClasses, aliased_parameters, find_blocks
 from lightning_mics.sharding.communication import Communication
 from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0, verify_replicas
+from lightning_mics.sharding.modules.changes import keep_changes
+from lightning_mics.sharding.modules.copying import reject_copies
 from lightning_mics.sharding.modules.dense_gradients import make_gradients_dense
 from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
 from lightning_mics.sharding.options import CommunicationOptions
@@ -93,7 +95,9 @@ def shard_model(
     verify_replicas(model, groups)
     assert isinstance(model, FSDPModule)
     schedule = Communication(groups, communication, broadcast_buffers=broadcast_buffers).install(model)
+    keep_changes(model, groups.mesh, schedule.window)
     schedule.optimizer_hooks.unsharded = unsharded
+    reject_copies(model)
     return schedule
 
 

@@ -43,8 +43,9 @@ from lightning_mics.integrations.trainer.logged_numbers import log_whole_numbers
 from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
 from lightning_mics.integrations.trainer.preemption import forget_signals, stop_when_signaled
-from lightning_mics.integrations.trainer.steps import StepsAsForward
+from lightning_mics.integrations.trainer.steps import StepRedirection, StepsAsForward
 from lightning_mics.sharding.initialization import verify_replicas
+from lightning_mics.sharding.modules.changes import write_changes
 from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.topology import Topology
 
@@ -62,8 +63,10 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @override
     def _initialize(self) -> None:
+        self._forward_redirection = StepRedirection()
         self._sharded: Sharded | None = None
         self._evaluation = ExitStack()
+        self._shows_weights = False  # whether the last training step returned a parameter, or a view of one
         self._resumed: resuming.ResumeState | None = None  # from loading a checkpoint until training starts
 
     # -- before the model --------------------------------------------------------------------------------------------
@@ -178,6 +181,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
+        write_changes(self._root())
         self._state().schedule.window.before_backward()
         if not self._root().automatic_optimization:
             expect_backward(self._root(), closure_loss)
@@ -190,6 +194,9 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(*args, **kwargs)
         self._reshard_root()  # if no backward did: the next use must gather the new weights
+        if self._shows_weights:  # to the hooks after the step, which expect them as the step has left them
+            self._root().unshard()
+            self._reshard_root()
         return output
 
     @override
