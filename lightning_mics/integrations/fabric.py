@@ -158,41 +158,48 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     ) -> None:
         """Save the model, its optimizers and everything else in ``state``; every rank calls it.
 
+        Without a model, as with ``model.state_dict()`` as the state, one file with unsharded tensors is written.
+
         Raises:
-            NotImplementedError: If a ``filter`` is given and checkpoints are sharded.
             TypeError: If ``storage_options`` are given, which are for a ``CheckpointIO``.
-            ValueError: If ``state`` holds no model that was set up, or more than one.
+            ValueError: If ``state`` holds more than one model that was set up.
         """
         if storage_options is not None:
             raise TypeError("strategy 'mics' takes no storage_options: pass a URL that fsspec has a driver for")
-        if filter and self._save_distributed_checkpoint:
-            raise NotImplementedError(
-                "a sharded checkpoint is always complete, so that it can be loaded; filter when exporting it, or use "
-                'state_dict_type="full"'
-            )
-        parts = _Parts.of(state, doing="save")
+        models = [value for value in state.values() if isinstance(value, nn.Module) and "_mics" in vars(value)]
         with all_ranks_answer(f"saving {path}", timeout=self._timeout):
-            self._save(self._shared_path(path), parts, filter or {})
+            if models:
+                self._save(self._shared_path(path), _Parts.of(state, doing="save"), filter or {})
+            else:
+                self._save_plain(self._shared_path(path), state, filter or {})
+
+    def _save_plain(self, path: StoragePath, state: dict[str, Any], filter: Filter) -> None:
+        """Save one file of whatever is in ``state``, such as a ``state_dict()``, with unsharded tensors."""
+        contents = {key: value.state_dict() if isinstance(value, _Stateful) else value for key, value in state.items()}
+        filtered = {key: _filtered(value, filter.get(key)) for key, value in contents.items()}
+        checkpoint.save_whole(path, filtered, write=torch.save, places=False)
 
     def _save(self, path: StoragePath, parts: _Parts, filter: Filter) -> None:
         full = not self._save_distributed_checkpoint
+        options = StateDictOptions(full_state_dict=full, cpu_offload=full)
+        model_state = get_model_state_dict(parts.model, options=options)
         optimizers = {
             key: optimizer_state(parts.model, optimizer, sharded=not full)
             for key, optimizer in parts.optimizers.items()
         }
         rest = {key: value.state_dict() if isinstance(value, _Stateful) else value for key, value in parts.rest.items()}
-        if not full:
-            self._saving.save(
-                path,
-                model_state=get_model_state_dict(parts.model),
-                optimizer_states=list(optimizers.values()),
-                meta={**rest, **origin(parts.model, sharded(parts.model).groups.topology)},
-            )
+        contents = {parts.key: model_state, **optimizers, **rest}
+        contents = {key: _filtered(value, filter.get(key)) for key, value in contents.items()}
+        if full:
+            checkpoint.save_whole(path, contents, write=torch.save)
             return
-        unsharded = get_model_state_dict(parts.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        contents = {parts.key: unsharded, **optimizers, **rest}
-        filtered = {key: _filtered(value, filter.get(key)) for key, value in contents.items()} | parts.names.plain()
-        checkpoint.save_full(path, write=lambda file: torch.save(filtered, file))
+        self._saving.save(
+            path,
+            model_state=contents[parts.key],
+            optimizer_states=[contents[key] for key in optimizers],
+            meta={**{key: contents[key] for key in rest}, **origin(parts.model, sharded(parts.model).groups.topology)},
+            names=parts.names,
+        )
 
     @override
     def load_checkpoint(

@@ -20,9 +20,12 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from lightning_mics._torch.pickling import refuse_shards
+from lightning_mics._torch.state_dict import accept_whole_tensors, keep_unsharded_in_steps
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, find_blocks
 from lightning_mics.sharding.communication import Communication
+from lightning_mics.sharding.full_state_dict import refuse_to_save_shards
 from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0, verify_replicas
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.pretrained import load_sources
@@ -71,6 +74,10 @@ def shard_model(
         for owner in (*blocks.values(), model):
             initial_weights.place(owner)
             fully_shard(owner, mesh=groups.mesh, mp_policy=mixed_precision or MixedPrecisionPolicy())
+    accept_whole_tensors(model)
+    keep_unsharded_in_steps(model)
+    refuse_to_save_shards(model)
+    refuse_shards(groups.mesh)
     recompute_in_backward(recomputed)
     load_sources(model)
     verify_replicas(model, groups)

@@ -96,7 +96,7 @@ def resume(trainer: pl.Trainer, saved: ResumeState) -> None:
         random_states.restore(saved.random_state)
     else:
         random_states.branch(saved.random_state, rank=trainer.global_rank, world_size=now.world_size)
-    if loop.restarted_mid_epoch:
+    if loop.restarted_mid_epoch or _goes_on_in_epoch(loop):
         _resume_in_epoch(trainer, now=now, saved=saved.geometry)
     else:
         _begin_next_epoch(loop, now=now, saved=saved.geometry)
@@ -155,6 +155,13 @@ def _resume_in_epoch(trainer: pl.Trainer, *, now: EpochGeometry, saved: EpochGeo
     if last and loop.epoch_loop.restarted_on_train_batch_end:  # nothing is left of the epoch
         loop.reset_restart_stage()  # otherwise Lightning begins the next epoch without counting it
         _renew_iterator(loop)
+
+
+def _goes_on_in_epoch(loop: Any) -> bool:
+    """Whether Lightning goes on in an epoch that ``max_steps``, ``should_stop`` or a time limit has cut: the checkpoint
+    was saved at its end, and batches are left.
+    """
+    return bool(loop.restarted_on_epoch_end and loop.restarting and not loop.epoch_loop.batch_progress.is_last_batch)
 
 
 def _begin_next_epoch(loop: Any, *, now: EpochGeometry, saved: EpochGeometry) -> None:
