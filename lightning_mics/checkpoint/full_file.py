@@ -118,6 +118,10 @@ def open_full(
         raise ValueError(f"{str(path)!r} does not point to a valid checkpoint: the file holds no 'state_dict'")
     place_whole(content, mesh)
     stated = content.pop(NAMES_KEY, None)
+    if names is not None and names.models and all(key in content for key in names.models):
+        content[names.model] = {
+            f"{key}.{name}": value for key in names.models for name, value in content.pop(key).items()
+        }
     own = None if "state_dict" in content else FullNames(**stated) if stated else _names_in(content, names)
     if own is None and "state_dict" not in content:
         raise ValueError(f"{str(path)!r} does not point to a valid checkpoint: the file holds no 'state_dict'")

@@ -23,14 +23,16 @@ class FullNames:
     Attributes:
         model: Key of the model's state.
         optimizers: Keys of the optimizers' states, in the order of the optimizers.
+        models: Keys of several models, which are one here: the FQNs of each begin with its key.
     """
 
     model: str
     optimizers: Sequence[str]
+    models: Sequence[str] = ()
 
     def plain(self) -> dict[str, Any]:
         """The names as plain data."""
-        return {"model": self.model, "optimizers": list(self.optimizers)}
+        return {"model": self.model, "optimizers": list(self.optimizers), "models": list(self.models)}
 
 
 @dataclass(frozen=True, kw_only=True)

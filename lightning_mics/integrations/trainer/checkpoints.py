@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.optim import Optimizer
@@ -30,6 +31,7 @@ from torch.optim import Optimizer
 from lightning_mics import checkpoint
 from lightning_mics.checkpoint import random_states
 from lightning_mics.checkpoint.compare import check_optimizer_count
+from lightning_mics.checkpoint.content.hyperparameters import to_save
 from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.loading import load_model, load_optimizers, load_rank_state, open_to_load, shown_to_hooks
@@ -87,6 +89,9 @@ class SavesAndLoads:
 
     def _save(self: Any, path: StoragePath, state: dict[str, Any]) -> None:
         random_state: dict[str, Tensor] = {}
+        hyperparameters = state.get(pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY)
+        if type(hyperparameters) is dict:
+            state[pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY], _ = to_save(hyperparameters)
         if "loops" in state:
             note_what_follows(state, self._trainer)
         if "optimizer_states" in state and self._trainer.state.fn is not None:  # a run can resume from it
@@ -190,6 +195,22 @@ class SavesAndLoads:
             super().remove_checkpoint(path)  # type: ignore[misc]
         elif self.is_global_zero:
             CheckpointStore(path).remove()
+
+
+def warn_of_hyperparameters(trainer: pl.Trainer) -> None:
+    """Warn before training of hyper-parameters that no checkpoint will hold.
+
+    Args:
+        trainer: The Trainer that is about to train.
+    """
+    for owner in (trainer.lightning_module, trainer.datamodule):  # type: ignore[attr-defined]
+        dropped = to_save(dict(owner.hparams))[1] if owner is not None and isinstance(owner.hparams, dict) else {}
+        for name, kind in dropped.items():
+            rank_zero_warn(
+                f"the hyper-parameter {name!r} of {type(owner).__name__}, a {kind}, cannot be pickled, so checkpoints "
+                f"are saved without it: save_hyperparameters(ignore=[{name.partition('.')[0]!r}]) avoids this, and "
+                "load_from_checkpoint takes it as an argument"
+            )
 
 
 def _hooks_look(trainer: pl.Trainer) -> bool:

@@ -22,7 +22,7 @@ from lightning_mics._torch.fsdp import expect_backward
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
 from lightning_mics.integrations.trainer import resuming
-from lightning_mics.integrations.trainer.checkpoints import SavesAndLoads
+from lightning_mics.integrations.trainer.checkpoints import SavesAndLoads, warn_of_hyperparameters
 from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
 from lightning_mics.integrations.trainer.preemption import stop_when_signaled
@@ -107,6 +107,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
             module._device_mesh = self._device_mesh = self._state().groups.mesh
             self._abandon_window()
             if fitting:
+                warn_of_hyperparameters(trainer)
                 self.setup_optimizers(trainer)
             self.setup_precision_plugin()
             if fitting:
