@@ -229,14 +229,26 @@ def place_whole(content: dict[str, Any], mesh: Callable[[], DeviceMesh]) -> None
         content: Content of the file, changed in place.
         mesh: Function that returns the mesh of the job.
     """
-    for place in content.pop(PLACES_KEY, ()):
-        *outer, last = place["path"]
-        holder: Any = content
-        for key in outer:
-            holder = holder[key]
-        whole = holder[last]
-        sharded = placed(whole.detach(), mesh(), place["dim"])
-        holder[last] = nn.Parameter(sharded, whole.requires_grad) if isinstance(whole, nn.Parameter) else sharded
+    dims = {tuple(place["path"]): place["dim"] for place in content.pop(PLACES_KEY, ())}
+    made: dict[int, Any] = {}  # by id of the unsharded tensor: one that is in several places stays one
+
+    def put(value: Any, path: tuple[Any, ...]) -> Any:
+        if path in dims:
+            if id(value) not in made:
+                sharded = placed(value.detach(), mesh(), dims[path])
+                wraps = nn.Parameter if isinstance(value, nn.Parameter) else Tensor.requires_grad_
+                made[id(value)] = wraps(sharded, value.requires_grad)
+            return made[id(value)]
+        if not any(known[: len(path)] == path for known in dims):
+            return value
+        if type(value) in (list, tuple):
+            return type(value)(put(entry, (*path, index)) for index, entry in enumerate(value))
+        for key in value:
+            value[key] = put(value[key], (*path, key))
+        return value
+
+    if dims:
+        put(content, ())
 
 
 _loading: ContextVar[LoadedEntries | None] = ContextVar("_loading", default=None)
