@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any
@@ -11,16 +12,25 @@ import torch.distributed as dist
 import torch.distributed.tensor.debug
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch._subclasses.fake_tensor import is_fake
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 # FSDP2's communication interface has no public path yet (https://github.com/pytorch/pytorch/pull/155189).
-from torch.distributed.fsdp._fully_shard import _fsdp_api
+from torch.distributed.fsdp._fully_shard import _fsdp_api, _fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "OptimizedModule",
+    "is_fake",
 ]
+
+
+def has_inner_tensors(tensor: Tensor) -> bool:
+    """Whether the data of ``tensor``, [any], are other tensors, as those of quantized weights and of DTensors are."""
+    return bool(is_traceable_wrapper_subclass(tensor))
 
 
 class _OrdinaryBuffers:
@@ -178,6 +188,18 @@ class ReusedUnshard:
 
 def _is_unsharding(group: FSDPParamGroup) -> bool:
     return group._all_gather_result is not None
+
+
+def use_as_default_mesh(mesh: DeviceMesh, *, model: nn.Module) -> None:
+    """Make ``fully_shard`` without a mesh shard over ``mesh`` in place of all ranks, as long as ``model`` is alive.
+
+    Args:
+        mesh: Mesh of the model.
+        model: A sharded model.
+    """
+    module: Any = _fully_shard
+    original, alive = module._init_default_mesh, weakref.ref(model)
+    module._init_default_mesh = lambda *args: mesh if alive() is not None else original(*args)
 
 
 def ever_unsharded(module: FSDPModule) -> bool:

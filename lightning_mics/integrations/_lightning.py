@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import Unpack
 
+from lightning_mics._torch.numbers import whole_values
 from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.async_save import ShardedSaving
 from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
@@ -98,6 +99,17 @@ class LightningStrategy:
         """
         self._saving.wait()
 
+    def all_gather(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Gather a tensor from all ranks, as Lightning's strategies do; of a DTensor the unsharded one.
+
+        Args:
+            tensor: Tensor of this rank: [any].
+            args: Group, and whether to synchronize gradients.
+            kwargs: The same by name.
+        """
+        gathered: Tensor = super().all_gather(whole_values(tensor), *args, **kwargs)  # type: ignore[misc]
+        return gathered
+
     def _reads_weights_only(self, weights_only: bool | None) -> bool:
         """The argument of a loading call if it is given, else the option."""
         return self._weights_only if weights_only is None else weights_only
@@ -162,6 +174,7 @@ def reduce_in_place(tensor: Any, *, group: Any, op: Any) -> Any:
         group: Process group to reduce over; None is all ranks.
         op: Reduction, a ``ReduceOp`` or its name; "mean" and "avg" divide by the number of ranks, and None sums.
     """
+    tensor = whole_values(tensor)  # the same on all ranks of a partition group
     if not isinstance(tensor, Tensor) or not dist.is_initialized():
         return tensor
     mean = isinstance(op, str) and op.lower() in ("mean", "avg")

@@ -108,12 +108,15 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         for optimizer, groups in zip(optimizers, names, strict=True):
             for group, of_group in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = [parameters[name] for name in of_group]
+            sharded(module).schedule.optimizer_hooks.adopt(optimizer)
             sharded(module).schedule.optimizer_hooks.follow_zero_grad(optimizer)
         return module, optimizers, scheduler
 
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         own = {id(parameter) for model in self._models for parameter in model.parameters()}
+        for model in self._models:
+            sharded(model).schedule.optimizer_hooks.adopt(optimizer)
         foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
         if foreign:
             raise ValueError(
@@ -181,6 +184,8 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
 
     def _save(self, path: StoragePath, parts: _Parts, filter: Filter) -> None:
         full = not self._save_distributed_checkpoint
+        for model in parts.models.values():
+            sharded(model).schedule.buffers.make_equal()
         options = StateDictOptions(full_state_dict=full, cpu_offload=full)
         model_state = get_model_state_dict(parts.model, options=options)
         optimizers = {

@@ -40,6 +40,8 @@ class PolicyOptions(TypedDict, total=False):
             ``_no_split_modules``, else the longest list of equal modules.
         activation_checkpointing: Whether blocks are recomputed in backward, False by default; classes or names choose
             other modules, patterns choose blocks by FQN: ``"network.transformer.h.*[02468]"``.
+        broadcast_buffers: Whether all ranks get the buffers of rank 0, such as running statistics, where they differ
+            and a step, an evaluation or a checkpoint uses them, True by default; False keeps each rank's own.
         two_hop: Whether gradients are reduced over replicas at the boundary only, True by default; False does so in
             every micro-step, as hybrid sharding does. For measurements.
     """
@@ -53,6 +55,7 @@ class PolicyOptions(TypedDict, total=False):
     reduce_dtype: torch.dtype | str | None
     block_classes: ModuleClasses | None
     activation_checkpointing: bool | ModuleClasses
+    broadcast_buffers: bool
     two_hop: bool
 
 

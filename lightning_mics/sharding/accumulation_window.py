@@ -29,6 +29,7 @@ from lightning_mics._torch.fsdp import (
     reduces_unused_parameters,
     trainable,
 )
+from lightning_mics._torch.parameter_hooks import ParameterHooks
 from lightning_mics.sharding.weight_cache import WeightCache
 from lightning_mics.techniques.pending_gradients import PendingGradients
 
@@ -73,11 +74,17 @@ class AccumulationWindow:
         self._at_boundary = True
         self._is_open = False
         self._ever_trainable = {name: trainable(module) for name, module in self._modules.items()}
+        self._hooks = {m: ParameterHooks(m, at_boundary=lambda: self._at_boundary) for m in self._modules.values()}
 
     @property
     def is_open(self) -> bool:
         """Whether a micro-step of the window has begun and its boundary has not ended."""
         return self._is_open
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether a micro-step that runs now is the gradient accumulation boundary."""
+        return self._at_boundary
 
     @contextmanager
     def micro_step(self, *, boundary: bool) -> Iterator[None]:
@@ -95,10 +102,11 @@ class AccumulationWindow:
             self._set_boundary(True)
 
     def before_forward(self, module: FSDPModule) -> None:
-        """Defer reductions of ``module``, if its forward is one before the boundary.
+        """Defer reductions of ``module``, if its forward is one before the boundary; share its parameters' hooks.
 
         Runs in a hook: see [Note: Hooks on the root, in order].
         """
+        self._hooks[module].share()
         if not (self._defers and not self._at_boundary and torch.is_grad_enabled()):
             return
         if self._unsharded_gradients:  # not earlier: FSDP2 reads gradients of parameters that were never unsharded

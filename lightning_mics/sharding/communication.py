@@ -36,9 +36,13 @@ class Communication:
     Args:
         groups: Process groups of this rank.
         options: Options of communication, with ``hierarchical`` as the groups were made.
+        broadcast_buffers: Whether all ranks get the buffers of rank 0 where they are used or saved.
     """
 
-    def __init__(self, groups: PartitionGroups, options: CommunicationOptions) -> None:
+    def __init__(
+        self, groups: PartitionGroups, options: CommunicationOptions, *, broadcast_buffers: bool = True
+    ) -> None:
+        self._broadcast_buffers = broadcast_buffers
         self._topology = groups.topology
         self._options = options
         self._backend = groups.backend
@@ -60,6 +64,8 @@ class Communication:
                 module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
             if self._replication is not None:
                 self._set_second_hop(name, module, self._replication)
+        all_ranks = dist.group.WORLD
+        assert all_ranks is not None
         return AccumulationSchedule(
             root,
             replicas=self._topology.replicas,
@@ -68,6 +74,7 @@ class Communication:
             caches=self._caches,
             unsharded_gradients=self._options.accumulate_gradients == "rank" and self._topology.partition_size > 1,
             two_hop=self._options.two_hop,
+            all_ranks=self._counted(all_ranks) if self._broadcast_buffers else None,
         )
 
     def _all_gather(self, module: FSDPModule) -> AllGather:

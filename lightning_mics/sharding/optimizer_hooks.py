@@ -5,12 +5,15 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_mics._torch.fsdp import fsdp_modules, sharded_parameters
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
+from lightning_mics.sharding.optimizers.adapt import adapt_optimizer
+from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
 from lightning_mics.sharding.weight_cache import WeightCache
 
 
@@ -24,6 +27,9 @@ class OptimizerHooks:
         root: The sharded model.
         window: Accumulation window of the model.
         cache: Weight cache of the model.
+
+    Attributes:
+        unsharded: Names of the parameters that the model had before it was sharded.
     """
 
     def __init__(self, root: FSDPModule, *, window: AccumulationWindow, cache: WeightCache) -> None:
@@ -33,6 +39,7 @@ class OptimizerHooks:
         self._cache = cache
         self._follows_steps = False
         self._is_registered = False
+        self.unsharded: UnshardedParameters | None = None
         if cache.enabled:
             self._register()
 
@@ -58,6 +65,25 @@ class OptimizerHooks:
         optimizer.__class__ = type(
             kind.__name__, (kind,), {"zero_grad": zero_all, "__module__": kind.__module__, "__doc__": kind.__doc__}
         )
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Let ``optimizer`` step on this model: with the shards in place of parameters from before the sharding.
+
+        The same holds for optimizers inside of it, such as the base optimizer of SAM or Lookahead.
+
+        Raises:
+            TypeError: If its class cannot work on sharded parameters.
+            ValueError: If it has stepped before the model was sharded.
+        """
+        inside = [inner for inner in vars(optimizer).values() if isinstance(inner, Optimizer)]
+        for inner in inside:
+            if _have_one_list(inner, optimizer):  # Accelerate has copied the groups that the two had in common
+                inner.param_groups = optimizer.param_groups
+        for each in (optimizer, *inside):
+            if self.unsharded is not None:
+                assert isinstance(self._root, nn.Module)
+                self.unsharded.exchange(each, self._root)
+            adapt_optimizer(each)
 
     def trains_with(self, optimizer: Optimizer) -> bool:
         """Whether ``optimizer`` holds parameters of this model."""
@@ -97,6 +123,11 @@ class OptimizerHooks:
         gradients, and clears these.
         """
         return self._window.is_open and all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+
+
+def _have_one_list(one: Optimizer, other: Optimizer) -> bool:
+    """Whether the groups of two optimizers hold their parameters in the same lists."""
+    return [id(group["params"]) for group in one.param_groups] == [id(group["params"]) for group in other.param_groups]
 
 
 def _changes_weights(optimizer: Optimizer) -> bool:

@@ -75,7 +75,7 @@ class SavesAndLoads:
 
     def lightning_module_state_dict(self: Any) -> dict[str, Any]:
         """The state by FQN, sharded; for a full checkpoint unsharded, on rank 0 only."""
-        self._shard_now()
+        self._shard_now().schedule.buffers.make_equal()
         if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
             return get_model_state_dict(self._root())
         return super().lightning_module_state_dict()  # type: ignore[misc, no-any-return]

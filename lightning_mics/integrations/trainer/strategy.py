@@ -8,9 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -22,10 +20,12 @@ from lightning_mics._torch.fsdp import expect_backward
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
 from lightning_mics.integrations.trainer import resuming
+from lightning_mics.integrations.trainer.callbacks import check_callbacks
 from lightning_mics.integrations.trainer.checkpoints import SavesAndLoads, warn_of_hyperparameters
+from lightning_mics.integrations.trainer.logged_numbers import log_whole_numbers
 from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
-from lightning_mics.integrations.trainer.preemption import stop_when_signaled
+from lightning_mics.integrations.trainer.preemption import forget_signals, stop_when_signaled
 from lightning_mics.integrations.trainer.steps import StepsAsForward
 from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.topology import Topology
@@ -82,7 +82,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
     @override
     def _check_before_communicating(self) -> None:
         super()._check_before_communicating()
-        _check_no_weight_averaging(self._trainer)
+        check_callbacks(self._trainer)
 
     @contextmanager
     @override
@@ -135,9 +135,11 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
             precision=self.precision_plugin.precision,
             device=self.root_device,
             local_size=self.num_processes,
+            training=fitting,
         )
         if not module.automatic_optimization:
             unshard_whenever_used(module, sharded.blocks)
+        log_whole_numbers(module)
         rank_zero_info(sharded.report)
         return sharded
 
@@ -147,6 +149,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
         assert self.model is not None
         sharded = set(self.model.parameters())
         for index, optimizer in enumerate(self.optimizers):
+            self._state().schedule.optimizer_hooks.adopt(optimizer)
             foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in sharded]
             if foreign:
                 raise ValueError(
@@ -190,6 +193,12 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
     def on_train_end(self) -> None:
         self._abandon_window()
         self.wait_for_checkpoints()
+
+    @override
+    def teardown(self) -> None:
+        if self.lightning_module is not None:
+            forget_signals(self._trainer)
+        super().teardown()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -248,12 +257,3 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
     def _reduce_max(self, tensor: Tensor) -> Tensor:
         largest: Tensor = self.reduce(tensor.to(self.root_device), reduce_op="max")
         return largest.cpu()
-
-
-def _check_no_weight_averaging(trainer: Any) -> None:
-    for callback in trainer.callbacks:
-        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            raise MisconfigurationException(
-                f"{type(callback).__name__} copies the unsharded model, which no rank holds with strategy 'mics'; "
-                "remove it"
-            )
