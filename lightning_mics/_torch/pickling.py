@@ -72,8 +72,8 @@ def _reduce(tensor: DTensor) -> Any:
     )
 
 
-def tensors_inside(values: Any) -> list[DTensor]:
-    """The DTensors that pickling ``values`` would come to, in order, each once.
+def tensors_inside(values: Any) -> list[Tensor]:
+    """The tensors that pickling ``values`` would come to, in order, each once.
 
     Raises:
         Exception: Whatever an object raises that cannot be pickled.
@@ -84,16 +84,17 @@ def tensors_inside(values: Any) -> list[DTensor]:
 
 
 class _Finder(pickle.Pickler):
-    """A pickler that skips the values of tensors, and notes those that are sharded."""
+    """A pickler that notes tensors, and skips their values."""
 
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream)
-        self.found: dict[int, DTensor] = {}
+        self.found: dict[int, Tensor] = {}
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, DTensor):
+        if isinstance(value, Tensor):
             self.found[id(value)] = value
-        if isinstance(value, Tensor | torch.UntypedStorage):
+            return dict, ()
+        if isinstance(value, torch.UntypedStorage):
             return dict, ()
         return NotImplemented
 

@@ -58,7 +58,8 @@ class ShardedEntries:
                 objects.append(value)
         try:
             for tensor in tensors_inside(objects):
-                entries._add(tensor)
+                if isinstance(tensor, DTensor):
+                    entries._add(tensor)
         except Exception as error:
             name, kind = first_unpicklable(meta) or ("", "")
             raise RuntimeError(f"the entry {name!r}, a {kind}, cannot be pickled: {error}") from error

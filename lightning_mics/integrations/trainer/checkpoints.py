@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from lightning_mics import checkpoint
 from lightning_mics.checkpoint import random_states
 from lightning_mics.checkpoint.compare import check_optimizer_count
-from lightning_mics.checkpoint.content.hyperparameters import to_save
+from lightning_mics.checkpoint.content.hyperparameters import copies_without_values, to_save
 from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.loading import load_model, load_optimizers, load_rank_state, open_to_load, shown_to_hooks
@@ -44,6 +44,8 @@ from lightning_mics.integrations.trainer.boundary import note_what_follows
 from lightning_mics.sharding.initialization import verify_replicas
 
 VERSION = "pytorch-lightning_version"  # in checkpoints of a Trainer; from others it loads model and optimizers
+
+COPIES = "_mics_hyperparameters"  # of a module: what is saved of hyper-parameters that hold parts of it
 
 
 class SavesAndLoads:
@@ -89,9 +91,10 @@ class SavesAndLoads:
 
     def _save(self: Any, path: StoragePath, state: dict[str, Any]) -> None:
         random_state: dict[str, Tensor] = {}
-        hyperparameters = state.get(pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY)
-        if type(hyperparameters) is dict:
-            state[pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY], _ = to_save(hyperparameters)
+        for owner in _with_hyperparameters(self._trainer):
+            if type(state.get(owner.CHECKPOINT_HYPER_PARAMS_KEY)) is dict:
+                copies = vars(owner).get(COPIES, {})
+                state[owner.CHECKPOINT_HYPER_PARAMS_KEY], _ = to_save(state[owner.CHECKPOINT_HYPER_PARAMS_KEY], copies)
         if "loops" in state:
             note_what_follows(state, self._trainer)
         if "optimizer_states" in state and self._trainer.state.fn is not None:  # a run can resume from it
@@ -197,20 +200,25 @@ class SavesAndLoads:
             CheckpointStore(path).remove()
 
 
-def warn_of_hyperparameters(trainer: pl.Trainer) -> None:
-    """Warn before training of hyper-parameters that no checkpoint will hold.
+def keep_hyperparameters(trainer: pl.Trainer) -> None:
+    """Copy networks in hyper-parameters, and warn of what no checkpoint will hold, before the model is sharded.
 
     Args:
-        trainer: The Trainer that is about to train.
+        trainer: The Trainer that is about to run.
     """
-    for owner in (trainer.lightning_module, trainer.datamodule):  # type: ignore[attr-defined]
-        dropped = to_save(dict(owner.hparams))[1] if owner is not None and isinstance(owner.hparams, dict) else {}
-        for name, kind in dropped.items():
+    for owner in _with_hyperparameters(trainer):
+        vars(owner)[COPIES] = copies_without_values(owner.hparams, trainer.lightning_module)
+        dropped = to_save(owner.hparams, vars(owner)[COPIES])[1]
+        for name, kind in dropped.items() if trainer.state.fn == TrainerFn.FITTING else ():
             rank_zero_warn(
                 f"the hyper-parameter {name!r} of {type(owner).__name__}, a {kind}, cannot be pickled, so checkpoints "
                 f"are saved without it: save_hyperparameters(ignore=[{name.partition('.')[0]!r}]) avoids this, and "
                 "load_from_checkpoint takes it as an argument"
             )
+
+
+def _with_hyperparameters(trainer: Any) -> list[Any]:
+    return [owner for owner in (trainer.lightning_module, trainer.datamodule) if owner is not None]
 
 
 def _hooks_look(trainer: pl.Trainer) -> bool:

@@ -21,7 +21,7 @@ from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
 from lightning_mics.integrations.trainer import resuming
 from lightning_mics.integrations.trainer.callbacks import check_callbacks
-from lightning_mics.integrations.trainer.checkpoints import SavesAndLoads, warn_of_hyperparameters
+from lightning_mics.integrations.trainer.checkpoints import SavesAndLoads, keep_hyperparameters
 from lightning_mics.integrations.trainer.logged_numbers import log_whole_numbers
 from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
@@ -107,7 +107,6 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
             module._device_mesh = self._device_mesh = self._state().groups.mesh
             self._abandon_window()
             if fitting:
-                warn_of_hyperparameters(trainer)
                 self.setup_optimizers(trainer)
             self.setup_precision_plugin()
             if fitting:
@@ -121,6 +120,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
         assert self.accelerator is not None and module is not None
         if "_mics" not in vars(module):
             self.accelerator.setup(trainer)
+            keep_hyperparameters(trainer)
             with torch.inference_mode(False):
                 vars(module)["_mics"] = self._shard(module, fitting=trainer.state.fn == TrainerFn.FITTING)
         self.model, self._sharded = module, vars(module)["_mics"]
