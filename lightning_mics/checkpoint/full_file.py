@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_mics.checkpoint.content.entries import entries_of_all_ranks, place_whole
+from lightning_mics.checkpoint.content.entries import LoadedEntries, entries_of_all_ranks, place_whole
 from lightning_mics.checkpoint.content.layout import FullNames
 from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
 from lightning_mics.checkpoint.dcp.unpickling import load_value
@@ -63,7 +63,7 @@ def save_whole(
         entries = entries_of_all_ranks(content)
     whole = entries.whole()
     unsharded = entries.put_whole(content, whole, places=places)
-    with entries.whole_inside_objects(whole):
+    with entries.as_calls(whole):
         save_full(path, write=lambda file: write(unsharded, file))
 
 
@@ -113,7 +113,8 @@ def open_full(
         names: Keys under which Fabric's user saved model and optimizers; None finds them by their content.
         weights_only: Whether plain data and tensors only are unpickled.
     """
-    content: Any = load_value(path, name=str(path), weights_only=weights_only, mapped=True)
+    with LoadedEntries(mesh).unpickled():
+        content: Any = load_value(path, name=str(path), weights_only=weights_only, mapped=True)
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} does not point to a valid checkpoint: the file holds no 'state_dict'")
     place_whole(content, mesh)

@@ -248,7 +248,7 @@ def _open_sharded(
     checkpoint: OpenCheckpoint, *, mesh: Callable[[], DeviceMesh], weights_only: bool
 ) -> OpenedCheckpoint:
     inside = LoadedEntries(mesh)
-    with inside.inside_objects():
+    with inside.unpickled():
         meta = checkpoint.meta(weights_only=weights_only)
     layout = Layout.taken_from(meta)
     metadata = checkpoint.reader.read_metadata()
@@ -271,13 +271,12 @@ def _open_sharded(
     for name, entry in metadata.state_dict_metadata.items():
         path = tuple(paths.get(name, name.split(".", 1)))
         trees[str(path[0])][path[1:]] = _stored(name, entry, fetch)
-    entries = inside.put(meta)
     read(inside.tensors())
     optimizers = sorted((key for key in trees if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
     return OpenedCheckpoint(
         model=nested(trees.get(MODEL_KEY, {})) if trees.get(MODEL_KEY) else {},
         optimizers=[nested(trees[key]) for key in optimizers],
-        entries=entries,
+        entries=meta,
         rank_states={key: nested(tree) for key, tree in trees.items() if key.startswith("rank_")},
         names=layout.names if layout else None,
         record=layout.record if layout else None,

@@ -109,24 +109,22 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, key: str, *, stored: 
     if not stored.values:
         return
     names = sharded_names(model)
-    own = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-    groups = _stored_groups(key, stored)
-    _check_groups(key, own, groups)
-    of_groups = {name for group in own for name in group}
-    shards = {name: shard for name, shard in named_shards(model).items() if name in of_groups}
-    _check_kind(key, optimizer, groups, stored, shards)
-    options = [
-        {**{option: value for option, value in group.items() if option != "params"}, **saved, "params": params}
-        for group, saved, params in zip(optimizer.param_groups, groups, own, strict=True)
+    own = [
+        {**group, "params": [names[id(parameter)] for parameter in group["params"]]} for group in optimizer.param_groups
     ]
-    optimizer.load_state_dict({"state": {}, "param_groups": options})  # they decide what a trial step makes
+    saved = _stored_groups(key, stored)
+    _check_groups(key, own, saved)
+    of_groups = {name for group in own for name in group["params"]}
+    shards = {name: shard for name, shard in named_shards(model).items() if name in of_groups}
+    _check_kind(key, optimizer, own, saved, stored, shards)
+    groups = [{**group, **options, "params": group["params"]} for group, options in zip(own, saved, strict=True)]
     rest = {path: value for path, value in leaves(stored.values) if path[0] != "param_groups"}
-    filled = stored.fill(_targets(key, optimizer, rest, stored.record, shards))
+    filled = stored.fill(_targets(key, optimizer, groups, rest, stored.record, shards))
     loaded = nested(filled) if filled else {}
     if stored.record is not None:
         loaded = stored.record.containers.restore(loaded, key)
-    optimizer.load_state_dict({**loaded, "state": loaded.get("state", {}), "param_groups": options})
-    _requantize(optimizer, key, stored, shards)
+    optimizer.load_state_dict({**loaded, "state": loaded.get("state", {}), "param_groups": groups})
+    _requantize(optimizer, key, groups, stored, shards)
 
 
 def numbered_as_named(
@@ -208,6 +206,7 @@ def _stored_groups(key: str, stored: StoredState) -> list[dict[str, Any]]:
 def _targets(
     key: str,
     optimizer: Optimizer,
+    groups: Sequence[Mapping[str, Any]],
     entries: Mapping[tuple[Any, ...], Any],
     record: StateRecord | None,
     shards: Mapping[str, nn.Parameter],
@@ -232,7 +231,7 @@ def _targets(
         else:
             unknown[path] = value
     if unknown:
-        tried = state_after_a_trial_step(optimizer, {path[1]: shards[path[1]] for path in unknown})
+        tried = state_after_a_trial_step(optimizer, groups, {path[1]: shards[path[1]] for path in unknown})
         for path, value in unknown.items():
             kind = _at(tried, path[1:])
             targets[path] = _empty(value, kind, shard_dim(kind)) if isinstance(kind, DTensor) else _empty(value)
@@ -274,12 +273,18 @@ def _at(state: Any, path: Sequence[Any]) -> Any:
     return state
 
 
-def _requantize(optimizer: Optimizer, key: str, stored: StoredState, shards: Mapping[str, nn.Parameter]) -> None:
+def _requantize(
+    optimizer: Optimizer,
+    key: str,
+    groups: Sequence[Mapping[str, Any]],
+    stored: StoredState,
+    shards: Mapping[str, nn.Parameter],
+) -> None:
     """Give tensors that the optimizer keeps in a form of its own that form again."""
     wanted = sorted(_quantized_slots(key, stored, shards))
     if not wanted:
         return
-    tried = state_after_a_trial_step(optimizer, {name: shards[name] for name, _ in wanted})
+    tried = state_after_a_trial_step(optimizer, groups, {name: shards[name] for name, _ in wanted})
     for name, slot in wanted:
         own = tried.get(name, {}).get(slot)
         if own is None:
@@ -300,8 +305,9 @@ def _quantized_slots(key: str, stored: StoredState, shards: Mapping[str, Any]) -
             yield path[1], path[2]
 
 
-def _check_groups(key: str, names: Sequence[Sequence[str]], stored: Sequence[Mapping[str, Any]]) -> None:
-    for index, own in enumerate(names):
+def _check_groups(key: str, groups: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any]]) -> None:
+    for index, group in enumerate(groups):
+        own = group["params"]
         saved = list(stored[index]["params"]) if index < len(stored) else []
         if index >= len(stored) or set(own) != set(saved):
             different = sorted(set(own) ^ set(saved))
@@ -309,27 +315,32 @@ def _check_groups(key: str, names: Sequence[Sequence[str]], stored: Sequence[Map
                 f"parameter group {index} of {key} has {len(own)} parameters, in the checkpoint {len(saved)}; only one "
                 f"has {different[:3]}"
             )
-    if len(stored) > len(names):
+    if len(stored) > len(groups):
         raise RuntimeError(
-            f"{key} has {len(names)} parameter groups, and {len(stored)} in the checkpoint: groups that were added "
+            f"{key} has {len(groups)} parameter groups, and {len(stored)} in the checkpoint: groups that were added "
             "while training must be there before it is loaded; add them in `configure_optimizers`, or in `on_fit_start`"
         )
 
 
 def _check_kind(
-    key: str, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], stored: StoredState, shards: Any
+    key: str,
+    optimizer: Optimizer,
+    groups: Sequence[Mapping[str, Any]],
+    saved: Sequence[Mapping[str, Any]],
+    stored: StoredState,
+    shards: Any,
 ) -> None:
     """Check that the checkpoint's options are the optimizer's. torch adds options over time, so that one kind of
     optimizer may lack some; another kind has others, too.
     """
-    if not groups or not optimizer.defaults:
+    if not saved or not optimizer.defaults:
         return
-    lacking = [option for option in optimizer.defaults if option not in groups[0]]
-    unknown = [option for option in groups[0] if option not in optimizer.param_groups[0]]
+    lacking = [option for option in optimizer.defaults if option not in saved[0]]
+    unknown = [option for option in saved[0] if option not in groups[0]]
     if not (lacking and unknown):
         return
     with_state = {path[1] for path in stored.under("state") if path[1] in shards}
-    tried = state_after_a_trial_step(optimizer, {name: shards[name] for name in sorted(with_state)[:1]})
+    tried = state_after_a_trial_step(optimizer, groups, {name: shards[name] for name in sorted(with_state)[:1]})
     missing = [
         f"{key}.state.{name}.{slot}"
         for name, slots in tried.items()

@@ -116,9 +116,8 @@ def prepare_sharded(
     content: list[bytes] = []  # filled on rank 0, which writes it
 
     def begin() -> None:
-        described = {**entries.marked(meta), LAYOUT_KEY: layout.plain()}
-        with entries.marked_inside_objects():
-            content.append(_serialized(described))
+        with entries.as_calls():
+            content.append(_serialized({**meta, LAYOUT_KEY: layout.plain()}))
         if isinstance(path, Path):  # now: a link to the checkpoint may be made there before it exists
             path.parent.mkdir(parents=True, exist_ok=True)
 

@@ -68,12 +68,11 @@ def read_whole(path: StoragePath, *, weights_only: bool = True, map_location: An
     checkpoint = open_checkpoint(path)
     checkpoint.check()
     inside = LoadedEntries(None)
-    with inside.inside_objects():
+    with inside.unpickled():
         meta = checkpoint.meta(weights_only=weights_only)
     layout, metadata = Layout.taken_from(meta), checkpoint.reader.read_metadata()
-    meta, entries = inside.put(meta), inside.tensors()
-    if entries:
-        checkpoint.read_into(dict(entries), weights_only=True, alone=True)
+    if inside.tensors():
+        checkpoint.read_into(inside.tensors(), weights_only=True, alone=True)
     state: dict[str, Any] = {
         name: _empty(entry) if isinstance(entry, TensorStorageMetadata) else None
         for name, entry in metadata.state_dict_metadata.items()

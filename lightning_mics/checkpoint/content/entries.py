@@ -1,8 +1,9 @@
 """Sharded tensors among the entries of a checkpoint that are neither the model's nor an optimizer's.
 
-A callback's moving averages, or what ``on_save_checkpoint`` adds, may be DTensors. Each is saved as the model's tensors
-are, all rows, and a marker takes its place among the entries. When they are loaded, each becomes a DTensor again, on
-the mesh of the job and placed like the model's parameters; a single process gets unsharded tensors.
+A callback's moving averages, or what ``on_save_checkpoint`` adds, may be DTensors, in containers or inside of objects.
+A sharded checkpoint holds them as it holds the model's tensors, all rows, and its entries are pickled with a call of
+:func:`sharded_entry` in their place. A full file has unsharded tensors in containers, and says which were sharded.
+When either is loaded, each becomes a DTensor again, on the mesh of the job; a single process gets unsharded tensors.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,16 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lightning_mics._torch.pickling import Reduced, first_unpicklable, replacing, tensors_inside
+from lightning_mics._torch.pickling import first_unpicklable, replacing, tensors_inside
 from lightning_mics.checkpoint.content.placing import WHOLE, empty_placed, placed, settled, shard_dim
 from lightning_mics.collectives.agreement import on_all_ranks
 
 ENTRIES_KEY = "entries"  # of the tensors, in the shards
 
 PLACES_KEY = "mics_placed"  # in a full file: of entries that were sharded
-
-_MARK = "mics_tensor"
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
 @dataclass
@@ -40,8 +38,7 @@ class ShardedEntries:
         found: The tensors, in order, each once.
     """
 
-    found: list[DTensor] = field(default_factory=list)
-    _number: dict[int, int] = field(default_factory=dict)  # by id of the tensor
+    found: list[DTensor]
 
     @classmethod
     def of(cls, meta: Any) -> ShardedEntries:
@@ -50,20 +47,11 @@ class ShardedEntries:
         Raises:
             RuntimeError: If an entry cannot be pickled; the message names it.
         """
-        entries, objects = cls(), []
-        for value in _values(meta):
-            if isinstance(value, DTensor):
-                entries._add(value)
-            elif not isinstance(value, (*_PLAIN, Tensor)):
-                objects.append(value)
         try:
-            for tensor in tensors_inside(objects):
-                if isinstance(tensor, DTensor):
-                    entries._add(tensor)
+            return cls([tensor for tensor in tensors_inside(meta) if isinstance(tensor, DTensor)])
         except Exception as error:
             name, kind = first_unpicklable(meta) or ("", "")
             raise RuntimeError(f"the entry {name!r}, a {kind}, cannot be pickled: {error}") from error
-        return entries
 
     def facts(self) -> list[tuple[Any, ...]]:
         """Shape, dtype and dimension of each tensor, to be compared between ranks."""
@@ -75,13 +63,12 @@ class ShardedEntries:
 
     def whole(self) -> list[Tensor | None]:
         """The tensors, unsharded on rank 0, and nothing on the others; every rank calls it."""
-        gathered = (tensor.detach().full_tensor() for tensor in self.found)
         first = dist.get_rank() == 0
-        return [tensor.to("cpu", copy=True) if first else None for tensor in gathered]
-
-    def marked(self, meta: Any) -> Any:
-        """``meta`` with a marker for each tensor in its containers; containers without one are the same objects."""
-        return self._replaced(meta, self._mark)
+        whole = []
+        for tensor in self.found:
+            gathered = tensor.detach().full_tensor()
+            whole.append(_like(tensor, gathered.to("cpu", copy=True)) if first else None)
+        return whole
 
     def put_whole(self, meta: dict[str, Any], whole: list[Tensor | None], *, places: bool) -> dict[str, Any]:
         """``meta`` with an unsharded tensor for each one in its containers.
@@ -91,61 +78,35 @@ class ShardedEntries:
             whole: Tensors of :meth:`whole`.
             places: Whether to add an entry that says which they are.
         """
-        found = [
-            {"path": list(path), "dim": shard_dim(value)}
-            for path, value in _paths(meta)
-            if isinstance(value, DTensor) and id(value) in self._number
-        ]
-        put = self._replaced(meta, lambda tensor: _like(tensor, whole[self._number[id(tensor)]]))
-        return {**put, PLACES_KEY: found} if found and places else dict(put)
+        unsharded = {id(tensor): each for tensor, each in zip(self.found, whole, strict=True)}
+        dims: list[dict[str, Any]] = []
+        put: dict[str, Any] = dict(_replaced(meta, unsharded, dims, ()))
+        return {**put, PLACES_KEY: dims} if dims and places else put
 
-    def marked_inside_objects(self) -> Any:
-        """A context in which objects are pickled with a marker for each tensor inside of them."""
-        return replacing({id(tensor): (_placed_now, (self._mark(tensor),)) for tensor in self.found})
-
-    def whole_inside_objects(self, whole: list[Tensor | None]) -> Any:
-        """A context in which objects are pickled with unsharded tensors.
+    def as_calls(self, whole: list[Tensor | None] | None = None) -> Any:
+        """A context in which tensors are pickled as calls of :func:`sharded_entry`.
 
         Args:
-            whole: Tensors of :meth:`whole`.
+            whole: Tensors of :meth:`whole` to pickle with them; None leaves them to the shards.
         """
-        reduced: dict[int, Reduced] = {}
-        for tensor, unsharded in zip(self.found, whole, strict=True):
-            if unsharded is not None:
-                reduced[id(tensor)] = _like(tensor, unsharded).__reduce_ex__(2)
-        return replacing(reduced)
+        values = [()] * len(self.found) if whole is None else [(tensor,) for tensor in whole]
+        return replacing(
+            {
+                id(tensor): (sharded_entry, (self._described(number), *value))
+                for number, (tensor, value) in enumerate(zip(self.found, values, strict=True))
+            }
+        )
 
-    def _add(self, tensor: DTensor) -> None:
-        if id(tensor) not in self._number:
-            self._number[id(tensor)] = len(self.found)
-            self.found.append(tensor)
-
-    def _mark(self, tensor: DTensor) -> dict[str, Any]:
+    def _described(self, number: int) -> dict[str, Any]:
+        tensor = self.found[number]
         return {
-            _MARK: self._number[id(tensor)],
+            "number": number,
             "size": list(tensor.shape),
             "dtype": tensor.dtype,
             "dim": shard_dim(tensor),
             "parameter": isinstance(tensor, nn.Parameter),
             "requires_grad": tensor.requires_grad,
         }
-
-    def _replaced(self, value: Any, replacement: Callable[[DTensor], Any]) -> Any:
-        if isinstance(value, DTensor):
-            return replacement(value) if id(value) in self._number else value
-        if isinstance(value, dict):
-            changed = {key: self._replaced(entry, replacement) for key, entry in value.items()}
-            if all(changed[key] is value[key] for key in value):
-                return value
-            again = copy(value)  # the same class
-            for key, entry in changed.items():
-                again[key] = entry
-            return again
-        if type(value) in (list, tuple):
-            entries = [self._replaced(entry, replacement) for entry in value]
-            same = all(new is old for new, old in zip(entries, value, strict=True))
-            return value if same else type(value)(entries)
-        return value
 
 
 def entries_of_all_ranks(meta: dict[str, Any]) -> ShardedEntries:
@@ -171,7 +132,7 @@ def entries_of_all_ranks(meta: dict[str, Any]) -> ShardedEntries:
 
 
 class LoadedEntries:
-    """The tensors that markers among loaded entries stand for: made empty, and filled afterwards.
+    """The tensors that loaded entries call for: made when they are unpickled, and filled afterwards.
 
     Args:
         mesh: Function that returns the mesh of the job when it is needed; None makes unsharded tensors.
@@ -180,47 +141,41 @@ class LoadedEntries:
     def __init__(self, mesh: Callable[[], DeviceMesh] | None) -> None:
         self._mesh = mesh
         self._made: dict[int, Any] = {}
+        self._unread: dict[str, Tensor] = {}
 
     @contextmanager
-    def inside_objects(self) -> Iterator[None]:
-        """A context in which markers inside of objects are replaced while these are unpickled."""
+    def unpickled(self) -> Iterator[None]:
+        """A context in which unpickled entries get their tensors from here."""
         token = _loading.set(self)
         try:
             yield
         finally:
             _loading.reset(token)
 
-    def put(self, meta: Any) -> Any:
-        """``meta`` with a tensor in the place of each marker."""
-        if isinstance(meta, dict) and _MARK in meta:
-            return self.make(meta)
-        if isinstance(meta, dict):
-            for key, entry in meta.items():
-                meta[key] = self.put(entry)
-            return meta
-        if type(meta) in (list, tuple):
-            return type(meta)(map(self.put, meta))
-        return meta
+    def make(self, described: Mapping[str, Any], whole: Tensor | None) -> Any:
+        """A tensor; one object for all calls with one number.
 
-    def make(self, marker: Mapping[str, Any]) -> Any:
-        """The tensor of a marker; one object for all markers of one number."""
-        number, size, dtype = marker[_MARK], torch.Size(marker["size"]), marker["dtype"]
+        Args:
+            described: Number, shape and sharding.
+            whole: The values, [any]; None leaves them to be read.
+        """
+        number, size, dtype, dim = (described[key] for key in ("number", "size", "dtype", "dim"))
         if number not in self._made:
-            empty = (
-                torch.empty(size, dtype=dtype)
-                if self._mesh is None
-                else empty_placed(size, dtype, self._mesh(), marker["dim"])
-            )
-            wraps = nn.Parameter if marker["parameter"] else Tensor.requires_grad_
-            self._made[number] = wraps(empty, marker["requires_grad"])
+            if whole is not None:
+                made = whole.detach() if self._mesh is None else placed(whole.detach(), self._mesh(), dim)
+            elif self._mesh is None:
+                made = torch.empty(size, dtype=dtype)
+            else:
+                made = empty_placed(torch.Size(size), dtype, self._mesh(), dim)
+            if whole is None:
+                own = made.to_local() if dim == WHOLE and isinstance(made, DTensor) else made
+                self._unread[_name(number)] = own.detach()
+            self._made[number] = _wrapped(made, described["parameter"], described["requires_grad"])
         return self._made[number]
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors to fill, by their names among the shards."""
-        return {
-            _name(number): tensor.detach() if _is_sharded(tensor) else _local(tensor.detach())
-            for number, tensor in self._made.items()
-        }
+        return dict(self._unread)
 
 
 def place_whole(content: dict[str, Any], mesh: Callable[[], DeviceMesh]) -> None:
@@ -237,8 +192,7 @@ def place_whole(content: dict[str, Any], mesh: Callable[[], DeviceMesh]) -> None
         if path in dims:
             if id(value) not in made:
                 sharded = placed(value.detach(), mesh(), dims[path])
-                wraps = nn.Parameter if isinstance(value, nn.Parameter) else Tensor.requires_grad_
-                made[id(value)] = wraps(sharded, value.requires_grad)
+                made[id(value)] = _wrapped(sharded, isinstance(value, nn.Parameter), value.requires_grad)
             return made[id(value)]
         if not any(known[: len(path)] == path for known in dims):
             return value
@@ -255,54 +209,55 @@ def place_whole(content: dict[str, Any], mesh: Callable[[], DeviceMesh]) -> None
 _loading: ContextVar[LoadedEntries | None] = ContextVar("_loading", default=None)
 
 
-def _placed_now(marker: Mapping[str, Any]) -> Any:
-    """Called by unpicklers of objects that a checkpoint was saved with."""
+def sharded_entry(described: Mapping[str, Any], whole: Tensor | None = None) -> Any:
+    """A tensor among the entries of a checkpoint; unpicklers call it.
+
+    Args:
+        described: Number, shape and sharding of the tensor.
+        whole: Its values, [any], if they are pickled with it.
+
+    Returns:
+        The tensor of the checkpoint that is being loaded; for a file that is read by itself its values, on the meta
+        device if they are elsewhere.
+    """
     loading = _loading.get()
-    if loading is None:  # the file was read by itself, and holds no values
-        return torch.empty(marker["size"], dtype=marker["dtype"], device="meta")
-    return loading.make(marker)
+    if loading is not None:
+        return loading.make(described, whole)
+    return torch.empty(described["size"], dtype=described["dtype"], device="meta") if whole is None else whole
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor) and shard_dim(tensor) != WHOLE
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+torch.serialization.add_safe_globals([sharded_entry])
 
 
 def _name(number: int) -> str:
     return f"{ENTRIES_KEY}.{number}"
 
 
-def _like(tensor: Tensor, unsharded: Tensor | None) -> Any:
-    if unsharded is None:
-        return None
-    wraps = nn.Parameter if isinstance(tensor, nn.Parameter) else Tensor.requires_grad_
-    return wraps(unsharded, tensor.requires_grad)
+def _like(tensor: Tensor, unsharded: Tensor) -> Any:
+    return _wrapped(unsharded, isinstance(tensor, nn.Parameter), tensor.requires_grad)
 
 
-def _values(value: Any) -> Iterator[Any]:
-    """Everything in nested containers that is no container."""
+def _wrapped(tensor: Tensor, parameter: bool, requires_grad: bool) -> Tensor:
+    return nn.Parameter(tensor, requires_grad) if parameter else tensor.requires_grad_(requires_grad)
+
+
+def _replaced(
+    value: Any, unsharded: Mapping[int, Tensor | None], dims: list[dict[str, Any]], path: tuple[Any, ...]
+) -> Any:
+    """The same nested containers with other tensors, whose places are noted; those without one are the same objects."""
+    if isinstance(value, DTensor) and id(value) in unsharded:
+        dims.append({"path": list(path), "dim": shard_dim(value)})
+        return unsharded[id(value)]
     if isinstance(value, dict):
-        for entry in value.values():
-            yield from _values(entry)
-        if type(value) is not dict:
-            yield type(value)
-    elif type(value) in (list, tuple):
-        for entry in value:
-            yield from _values(entry)
-    else:
-        yield value
-
-
-def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The same with the keys that lead to each."""
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            yield from _paths(entry, (*path, key))
-    elif type(value) in (list, tuple):
-        for index, entry in enumerate(value):
-            yield from _paths(entry, (*path, index))
-    else:
-        yield path, value
+        changed = {key: _replaced(entry, unsharded, dims, (*path, key)) for key, entry in value.items()}
+        if all(changed[key] is value[key] for key in value):
+            return value
+        again = copy(value)  # the same class
+        for key, entry in changed.items():
+            again[key] = entry
+        return again
+    if type(value) in (list, tuple):
+        entries = [_replaced(entry, unsharded, dims, (*path, index)) for index, entry in enumerate(value)]
+        same = all(new is old for new, old in zip(entries, value, strict=True))
+        return value if same else type(value)(entries)
+    return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 
-def state_after_a_trial_step(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
+def state_after_a_trial_step(
+    optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, dict[str, Any]]:
     """The state that a first step makes, by name and slot: zeros and counters. Every rank calls it.
 
     Args:
-        optimizer: The optimizer, whose options decide.
+        optimizer: The optimizer.
+        groups: Options of its groups, with the names of their parameters.
         parameters: Some of its parameters by name, sharded.
 
     Returns:
@@ -31,14 +34,11 @@ def state_after_a_trial_step(optimizer: Optimizer, parameters: Mapping[str, nn.P
     for name, hooks in vars(optimizer).items():
         if isinstance(hooks, OrderedDict) and name.endswith("_hooks"):
             vars(trial)[name] = OrderedDict()
-    stand_ins = {id(parameter): _zeros(parameter) for parameter in parameters.values()}
+    stand_ins = {name: _zeros(parameter) for name, parameter in parameters.items()}
     trial.state = defaultdict(dict)
     trial.param_groups = [
-        {
-            **{key: copy.deepcopy(value) for key, value in group.items() if key != "params"},
-            "params": [stand_ins[id(p)] for p in group["params"] if id(p) in stand_ins],
-        }
-        for group in optimizer.param_groups
+        {**copy.deepcopy(dict(group)), "params": [stand_ins[name] for name in group["params"] if name in stand_ins]}
+        for group in groups
     ]
     trial.param_groups = [group for group in trial.param_groups if group["params"]]
     step = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)  # without torch's hooks
@@ -48,7 +48,7 @@ def state_after_a_trial_step(optimizer: Optimizer, parameters: Mapping[str, nn.P
             step(trial)
     except Exception:  # an optimizer may raise anything
         return {}
-    return {name: dict(trial.state[stand_ins[id(parameter)]]) for name, parameter in parameters.items()}
+    return {name: dict(trial.state[stand_in]) for name, stand_in in stand_ins.items()}
 
 
 def _zeros(parameter: nn.Parameter) -> nn.Parameter:
