@@ -27,7 +27,7 @@ def note_what_follows(state: dict[str, Any], trainer: pl.Trainer) -> None:
     """
     if not _in_batch_end(trainer):
         return
-    validation, last = _validation_follows(trainer), trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    validation, last = validation_follows(trainer), trainer.fit_loop.epoch_loop._num_ready_batches_reached()
     if not (validation or last):
         return
     loops = deepcopy(state["loops"])
@@ -53,6 +53,7 @@ def _in_batch_end(trainer: pl.Trainer) -> bool:
     return done and not epoch_loop._should_accumulate()
 
 
-def _validation_follows(trainer: pl.Trainer) -> bool:
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether a validation comes after the batch that is ending."""
     fit = trainer.fit_loop
     return fit._data_fetcher is not None and fit.epoch_loop._should_check_val_fx(fit._data_fetcher)
