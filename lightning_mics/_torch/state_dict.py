@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,9 +58,8 @@ def accept_whole_tensors(model: nn.Module) -> None:
     """
     for module in fsdp_modules(model).values():
         for group in _param_groups(module):
-            owners = {id(owner): owner for parameter in group.fsdp_params for owner in _owners(parameter)}
-            for owner in owners.values():
-                owner.register_load_state_dict_pre_hook(partial(_shard_entries, group))
+            for owner in _owners_in(group):
+                owner.register_load_state_dict_pre_hook(_Hook(_shard_entries, group))
 
 
 def keep_unsharded_in_steps(model: nn.Module) -> None:
@@ -75,9 +73,22 @@ def keep_unsharded_in_steps(model: nn.Module) -> None:
     """
     for module in fsdp_modules(model).values():
         for group in _param_groups(module):
-            for owner in {id(o): o for parameter in group.fsdp_params for o in _owners(parameter)}.values():
-                owner.register_state_dict_pre_hook(partial(_show_shards, group))
-                owner.register_state_dict_post_hook(partial(_show_parameters_again, group))
+            for owner in _owners_in(group):
+                owner.register_state_dict_pre_hook(_Hook(_show_shards, group))
+                owner.register_state_dict_post_hook(_Hook(_show_parameters_again, group))
+
+
+class _Hook:
+    """A hook of a module that knows the parameter group of the module; copies of the module keep it."""
+
+    def __init__(self, function: Callable[..., None], group: Any) -> None:
+        self._function, self._group = function, group
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        self._function(self._group, module, *args)
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return self
 
 
 def _show_shards(group: Any, module: nn.Module, *_: Any) -> None:
@@ -96,6 +107,10 @@ def _show_parameters_again(group: Any, module: nn.Module, *_: Any) -> None:
         if parameter.sharded_state == ShardedState.UNSHARDED and module in _owners(parameter):
             parameter._setattr_on_modules(parameter._unsharded_param)
             group._sharded_state = ShardedState.UNSHARDED
+
+
+def _owners_in(group: Any) -> list[nn.Module]:
+    return list({id(owner): owner for parameter in group.fsdp_params for owner in _owners(parameter)}.values())
 
 
 def _owners(parameter: Any) -> Iterator[nn.Module]:
