@@ -47,7 +47,7 @@ def refuse_shards(mesh: DeviceMesh) -> None:
         mesh: Mesh of the job.
     """
     _meshes.add(mesh)
-    copyreg.pickle(DTensor, _reduce)  # type: ignore[arg-type]
+    copyreg.pickle(DTensor, _reduce)
 
 
 _meshes: set[DeviceMesh] = set()
@@ -59,12 +59,12 @@ def _reduce(tensor: DTensor) -> Any:
         return known
     copied = sys._getframe(1).f_globals.get("__name__") == "copy"
     if copied or tensor.device_mesh not in _meshes:
-        return tensor.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+        return tensor.__reduce_ex__(pickle.DEFAULT_PROTOCOL)  # type: ignore[no-untyped-call]
     if all(
         placement.is_replicate() or size == 1
         for placement, size in zip(tensor.placements, tensor.device_mesh.shape, strict=True)
     ):
-        return tensor.to_local().__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+        return tensor.to_local().__reduce_ex__(pickle.DEFAULT_PROTOCOL)  # type: ignore[no-untyped-call]
     raise RuntimeError(
         f"a tensor of shape {tuple(tensor.shape)} is sharded, and this rank would save its own "
         f"{tuple(tensor.to_local().shape)} of it: call `state = lightning_mics.full_state_dict(module)` on every rank, "

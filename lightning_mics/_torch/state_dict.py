@@ -59,7 +59,7 @@ def accept_whole_tensors(model: nn.Module) -> None:
     for module in fsdp_modules(model).values():
         for group in _param_groups(module):
             for owner in _owners_in(group):
-                owner.register_load_state_dict_pre_hook(_Hook(_shard_entries, group))
+                owner.register_load_state_dict_pre_hook(_Hook(_shard_entries, group))  # type: ignore[no-untyped-call]
 
 
 def keep_unsharded_in_steps(model: nn.Module) -> None:
@@ -74,8 +74,8 @@ def keep_unsharded_in_steps(model: nn.Module) -> None:
     for module in fsdp_modules(model).values():
         for group in _param_groups(module):
             for owner in _owners_in(group):
-                owner.register_state_dict_pre_hook(_Hook(_show_shards, group))
-                owner.register_state_dict_post_hook(_Hook(_show_parameters_again, group))
+                owner.register_state_dict_pre_hook(_Hook(_show_shards, group))  # type: ignore[no-untyped-call]
+                owner.register_state_dict_post_hook(_Hook(_show_parameters_again, group))  # type: ignore[no-untyped-call]
 
 
 class _Hook:
@@ -123,8 +123,9 @@ def _shard_entries(group: Any, module: nn.Module, state: dict[str, Any], prefix:
     group._to_sharded()
     for name, parameter in module.named_parameters(recurse=False):
         value = state.get(prefix + name)
-        plain = isinstance(value, Tensor) and not isinstance(value, DTensor)
-        if plain and isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        if not isinstance(value, Tensor) or isinstance(value, DTensor):
+            continue
+        if isinstance(parameter, DTensor) and value.shape == parameter.shape:
             state[prefix + name] = distribute_tensor(
                 value.detach().to(parameter.device),
                 parameter.device_mesh,

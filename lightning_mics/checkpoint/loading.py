@@ -191,11 +191,14 @@ def load_optimizers(
     Raises:
         RuntimeError: If parameter groups differ, or the state is one of another kind of optimizer.
     """
+    stored = {name: value for name, value in opened.model.items() if isinstance(value, StoredTensor)}
+    renamed = {value.key.removeprefix(f"{MODEL_KEY}."): name for name, value in reversed(stored.items())}
     for index, (optimizer, state) in enumerate(states):
         positions = [position for position, known in enumerate(opened.optimizers) if known is state]
         position = positions[0] if positions else index
         key = f"optimizer_{position}"
-        numbered = opened.numbered[position] if position < len(opened.numbered) else None
+        saved = opened.numbered[position] if position < len(opened.numbered) else []
+        numbered = [renamed.get(name, name) for name in saved]  # as a hook has named the parameters
         named = state if _is_unread(state) else numbered_as_named(model, optimizer, state, names=numbered)
         load_optimizer(model, optimizer, key, stored=StoredState(values=named, read=opened.read, record=opened.record))
 

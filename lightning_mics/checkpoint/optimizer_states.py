@@ -226,7 +226,7 @@ def _targets(
             targets[path] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
         elif parameter is None or record is not None or path[-1] == "step":
             targets[path] = _empty(value)
-        elif getattr(value, "split_dim", None) is not None:
+        elif isinstance(value, StoredTensor) and value.split_dim is not None:
             targets[path] = _empty(value, parameter, value.split_dim)
         else:
             unknown[path] = value

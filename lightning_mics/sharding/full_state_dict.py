@@ -30,7 +30,7 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
     first = not dist.is_initialized() or dist.get_rank() == 0
     state = {}
     for name, value in module.state_dict().items():
-        whole = value.detach().full_tensor() if isinstance(value, DTensor) else value
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
         if first:
             state[name] = whole.detach().to("cpu", copy=True) if isinstance(whole, Tensor) else whole
     return state
@@ -73,4 +73,5 @@ class SavePretrained:
                 "lightning_mics.full_state_dict(network)` on every rank, and `network.save_pretrained(folder, "
                 "state_dict=state)` on rank 0"
             )
-        return kind.save_pretrained(self._module, *args, **kwargs)
+        save: Any = kind.save_pretrained  # type: ignore[attr-defined]
+        return save(self._module, *args, **kwargs)

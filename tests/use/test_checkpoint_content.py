@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW
 
 from lightning_mics import MiCSStrategy, full_state_dict
-from tests.support.fits import fit, refusal, same, whole_weights
-from tests.support.loops import network, set_up_in_two_calls, start, step
+from tests.support.accelerators import plugin_of, prepared
+from tests.support.accelerators import start as start_accelerator
+from tests.support.fits import AdamModule, fit, refusal, same, whole_weights
+from tests.support.loops import adam, network, set_up_in_two_calls, start, step
 from tests.support.models import Block, TinyModule
 from tests.support.trainers import cases_on_ranks, make_trainer, mics
 
@@ -28,10 +31,22 @@ def whole(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-class Average(Callback):
-    """Moving averages of the weights, and other sharded tensors, in nested containers."""
+def whole_values(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: whole(value) for name, value in state.items()}
 
-    def __init__(self) -> None:
+
+@dataclass
+class Held:
+    """A tensor inside of an object."""
+
+    tensor: Any
+
+
+class Average(Callback):
+    """Moving averages of the weights, and other sharded tensors, in nested containers and in an object."""
+
+    def __init__(self, *, in_object: bool = False) -> None:
+        self.in_object = in_object
         self.shadow: dict[str, Tensor] = {}
         self.loaded: dict[str, Tensor] = {}
 
@@ -46,22 +61,107 @@ class Average(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         first = next(iter(self.shadow.values()))
-        return {"nested": [self.shadow, (first, 3)], "norm": first.norm() if isinstance(first, DTensor) else None}
+        state: dict[str, Any] = {"nested": [self.shadow, (first, 3)], "norm": first.norm()}
+        return {**state, "held": Held(nn.Parameter(first))} if self.in_object else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.shadow = state["nested"][0]
-        self.same_object = state["nested"][1][0] is next(iter(self.shadow.values()))
+        if self.in_object:
+            self.shadow[next(iter(self.shadow))] = state["held"].tensor.detach()
 
 
 def averages(folder: Path, kind: str) -> bool:
-    trained, resumed = Average(), Average()
-    options = {"async_save": True} if kind == "async" else {"state_dict_type": kind}
+    in_object = kind.endswith("in objects")
+    trained, resumed = Average(in_object=in_object), Average(in_object=in_object)
+    options = {"async_save": True} if kind == "async" else {"state_dict_type": kind.split()[0]}
     trainer, _ = fit(folder, strategy=mics(partition_size=2, **options), callbacks=[trained])
     trainer.save_checkpoint(folder / kind)
     trainer.strategy.wait_for_checkpoints()
     saved = {name: whole(value).clone() for name, value in trained.shadow.items()}
-    fit(folder, ckpt_path=folder / kind, epochs=2, strategy=mics(partition_size=1), callbacks=[resumed])
+    options = {"epochs": 2, "strategy": mics(partition_size=1), "callbacks": [resumed]}
+    fit(folder, ckpt_path=folder / kind, weights_only=not in_object, **options)
     return same(saved, resumed.loaded)
+
+
+def entries_of_fabric(folder: Path, kind: str) -> bool:
+    fabric = start(state_dict_type=kind, devices=2, weights_only=False)
+    model, optimizer = set_up_in_two_calls(fabric)
+    shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+    first = next(iter(shadow.values()))
+    path = folder / f"entries {kind}"
+    fabric.save(path, {"model": model, "optimizer": optimizer, "all": [shadow, {1: (first,)}], "held": Held(first)})
+    fabric = start(devices=2, partition_size=1, weights_only=False)
+    state = dict(zip(("model", "optimizer"), set_up_in_two_calls(fabric), strict=True), all=None, held=None)
+    fabric.load(path, state)
+    (loaded, others), held = state["all"], state["held"].tensor
+    sharded = all(isinstance(value, DTensor) for value in (*loaded.values(), others[1][0], held))
+    return sharded and same(whole_values(shadow), whole_values(loaded)) and same(whole(first), whole(held))
+
+
+class Registered:
+    """An object for Accelerate's ``register_for_checkpointing``."""
+
+    def __init__(self, model: nn.Module, factor: float) -> None:
+        self.state = {"shadow": {name: p.detach() * factor for name, p in model.named_parameters()}, "count": factor}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def entries_of_accelerate(folder: Path, kind: str) -> bool:
+    states = []
+    for factor, partition_size in ((2.0, 2), (0.0, 1)):
+        accelerator = start_accelerator(plugin={"partition_size": partition_size, "state_dict_type": kind})
+        model, _optimizer = prepared(accelerator, adam)
+        held = Registered(model, factor)
+        accelerator.register_for_checkpointing(held)
+        if factor:
+            accelerator.save_state(str(folder / f"accelerate {kind}"))
+            plugin_of(accelerator).save_checkpoint(accelerator, folder / f"plugin {kind}", shadow=held.state["shadow"])
+        else:
+            accelerator.load_state(str(folder / f"accelerate {kind}"))
+            rest = plugin_of(accelerator).load_checkpoint(accelerator, folder / f"plugin {kind}")
+            states.append(whole_values(rest["shadow"]))
+        assert all(isinstance(value, DTensor) for value in held.state["shadow"].values())
+        states.append(whole_values(held.state["shadow"]))
+    return same(states[0], states[1]) and same(states[0], states[2])
+
+
+class Renamed(AdamModule):
+    """Has another name for its network, and renames what it loads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = self.net
+        del self.net
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.body(tokens)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name.replace("net.", "body."): value for name, value in state.items()}
+        checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] = 0.001
+        self.norm = float(state["net.embed.weight"].norm())
+
+
+def renamed_in_a_hook(folder: Path, kind: str) -> tuple[bool, bool, float]:
+    trainer, saved = fit(folder, AdamModule, strategy=mics(state_dict_type=kind))
+    trainer.save_checkpoint(folder / f"names {kind}")
+    resumed, loaded = fit(folder, Renamed, ckpt_path=folder / f"names {kind}", epochs=2)
+    weights = {name.replace("net.", "body."): value for name, value in saved.after_epoch[0].items()}
+    norm = abs(resumed.lightning_module.norm - weights["body.embed.weight"].norm().item())
+    return same(weights, loaded.started), same(saved.slots_after_epoch[0], loaded.slots), norm
+
+
+def cut_epoch(folder: Path, kind: str) -> tuple[int, int, int]:
+    trainer, _ = fit(folder, AdamModule, max_steps=1)
+    trainer.save_checkpoint(folder / "cut")
+    resumed, recorder = fit(folder, AdamModule, ckpt_path=folder / "cut", epochs=2)
+    return len(recorder.losses), resumed.global_step, resumed.current_epoch
 
 
 class Stateless(SGD):
@@ -214,8 +314,13 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
     folder = tmp_path_factory.mktemp("content")
     kinds = ("sharded", "full")
     cases: dict[Any, Callable[[], Any]] = {("averages", kind): partial(averages, folder, kind) for kind in kinds}
-    cases["averages", "async"] = partial(averages, folder, "async")
+    for kind in ("async", "sharded in objects", "full in objects"):
+        cases["averages", kind] = partial(averages, folder, kind)
+    cases["cut"] = partial(cut_epoch, folder, "sharded")
     for kind in kinds:
+        cases["fabric", kind] = partial(entries_of_fabric, folder, kind)
+        cases["accelerate", kind] = partial(entries_of_accelerate, folder, kind)
+        cases["renamed", kind] = partial(renamed_in_a_hook, folder, kind)
         cases["steps", kind] = partial(steps_of_saves, folder, kind)
         cases["containers", kind] = partial(containers, folder, kind)
         cases["keys", kind] = partial(by_key, folder, kind)
@@ -225,9 +330,26 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
     return cases_on_ranks(cases, world_size=2)
 
 
-@pytest.mark.parametrize("kind", ["sharded", "full", "async"])
+@pytest.mark.parametrize("kind", ["sharded", "full", "async", "sharded in objects", "full in objects"])
 def test_sharded_tensors_of_a_callback_come_back_whole_and_go_on(seen: Any, kind: str) -> None:
     assert seen["averages", kind] == [True, True]
+
+
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+@pytest.mark.parametrize("host", ["fabric", "accelerate"])
+def test_sharded_entries_of_fabric_and_accelerate_come_back_whole(seen: Any, host: str, kind: str) -> None:
+    assert seen[host, kind] == [True, True]
+
+
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_a_hook_may_rename_and_change_all_that_is_loaded(seen: Any, kind: str) -> None:
+    for weights, slots, norm in seen["renamed", kind]:
+        assert weights and slots
+        assert norm == pytest.approx(0, abs=1e-5)
+
+
+def test_a_resumed_run_goes_on_in_an_epoch_that_was_cut(seen: Any) -> None:
+    assert seen["cut"] == [(3, 4, 2)] * 2  # steps after resuming, steps and epochs in all
 
 
 @pytest.mark.parametrize("kind", ["sharded", "full"])

@@ -66,7 +66,7 @@ class ShardedEntries:
         first = dist.get_rank() == 0
         whole = []
         for tensor in self.found:
-            gathered = tensor.detach().full_tensor()
+            gathered = tensor.full_tensor().detach()
             whole.append(_like(tensor, gathered.to("cpu", copy=True)) if first else None)
         return whole
 

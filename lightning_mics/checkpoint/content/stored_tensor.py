@@ -51,7 +51,7 @@ class StoredTensor(Tensor):
         split_dim: int | None = None,
     ) -> StoredTensor:
         """A tensor that is read by ``fetch(key)``, by this process alone, when it is used."""
-        tensor: StoredTensor = Tensor._make_wrapper_subclass(cls, size, dtype=dtype)  # type: ignore[attr-defined]
+        tensor: StoredTensor = Tensor._make_wrapper_subclass(cls, size, dtype=dtype)
         tensor.key, tensor.split_dim, tensor.read, tensor._fetch = key, split_dim, None, fetch
         return tensor
 
@@ -61,14 +61,14 @@ class StoredTensor(Tensor):
             self.read = self._fetch(self.key)
         return self.read
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StoredTensor({self.key!r}, size={tuple(self.size())}, dtype={self.dtype})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.values().__reduce_ex__(protocol)
+        return self.values().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         plain_args, plain_kwargs = tree_map_only(StoredTensor, StoredTensor.values, (args, dict(kwargs or {})))

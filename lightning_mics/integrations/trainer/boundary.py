@@ -48,7 +48,7 @@ def _in_batch_end(trainer: pl.Trainer) -> bool:
     if not fitting or not trainer.training:
         return False
     epoch_loop = trainer.fit_loop.epoch_loop
-    counts = epoch_loop.batch_progress.total
+    counts: Any = epoch_loop.batch_progress.total
     done = counts.ready == counts.started == counts.processed == counts.completed + 1
     return done and not epoch_loop._should_accumulate()
 
