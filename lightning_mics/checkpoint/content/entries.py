@@ -75,7 +75,7 @@ class ShardedEntries:
 
         Args:
             meta: The entries.
-            whole: Tensors of :meth:`whole`.
+            whole: Tensors of :meth:`whole`, each [any].
             places: Whether to add an entry that says which they are.
         """
         unsharded = {id(tensor): each for tensor, each in zip(self.found, whole, strict=True)}
@@ -87,7 +87,7 @@ class ShardedEntries:
         """A context in which tensors are pickled as calls of :func:`sharded_entry`.
 
         Args:
-            whole: Tensors of :meth:`whole` to pickle with them; None leaves them to the shards.
+            whole: Tensors of :meth:`whole`, each [any], to pickle with them; None leaves them to the shards.
         """
         values = [()] * len(self.found) if whole is None else [(tensor,) for tensor in whole]
         return replacing(
@@ -214,7 +214,7 @@ def sharded_entry(described: Mapping[str, Any], whole: Tensor | None = None) -> 
 
     Args:
         described: Number, shape and sharding of the tensor.
-        whole: Its values, [any], if they are pickled with it.
+        whole: Values of the tensor, [any], if they are pickled with it.
 
     Returns:
         The tensor of the checkpoint that is being loaded; for a file that is read by itself its values, on the meta

@@ -62,7 +62,7 @@ class StateRecord:
         Args:
             value: A tensor, sharded or not, or anything else.
             name: Dotted name of the value in the checkpoint.
-            parameter: Parameter that a tensor of this name is sharded like, if it has the parameter's shape.
+            parameter: Parameter, [any], that a tensor of this name is sharded like, if it has the parameter's shape.
         """
         if not isinstance(value, Tensor):
             return value
@@ -86,13 +86,13 @@ def _parameter(path: tuple[Any, ...], shards: Mapping[str, Tensor]) -> Tensor | 
 
 
 def is_quantized(value: Tensor) -> bool:
-    """Whether a tensor, or its shard, holds its values in another form, as 8-bit optimizers keep them."""
+    """Whether ``value``, [any], or its shard holds its values in another form, as 8-bit optimizers keep them."""
     local = value.to_local() if isinstance(value, DTensor) else value
     return type(local).dequantize is not Tensor.dequantize
 
 
 def dequantized(value: Tensor) -> Tensor:
-    """The values of such a tensor, sharded as it is."""
+    """The values of such a tensor, [any], sharded as it is."""
     if not isinstance(value, DTensor):
         return value.dequantize()
     return DTensor.from_local(

@@ -83,7 +83,13 @@ class SavesAndLoads:
         return super().lightning_module_state_dict()  # type: ignore[misc, no-any-return]
 
     def save_checkpoint(self: Any, state: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Save what the Trainer has collected; every rank calls it. The dict ``state`` is not changed."""
+        """Save what the Trainer has collected; every rank calls it.
+
+        Args:
+            state: Content of the checkpoint, which is not changed.
+            filepath: Path or URL of the checkpoint.
+            storage_options: Rejected, as by Lightning's own strategies for sharded models.
+        """
         if storage_options is not None:
             super().save_checkpoint(state, filepath, storage_options)  # type: ignore[misc]  # raises the error
         with all_ranks_answer(f"saving {filepath}", timeout=self._timeout):
