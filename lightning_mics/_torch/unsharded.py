@@ -32,7 +32,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_mics._torch.dtensor_changes import accept_sharded_operands, know_parameter
+from lightning_mics._torch.dtensors.changes import accept_sharded_operands, know_parameter
 from lightning_mics._torch.fsdp import _param_groups, own_grad
 
 _data: Any = torch._C.TensorBase.data

@@ -41,8 +41,8 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
 from lightning_mics import checkpoint
+from lightning_mics._torch.dtensors.numbers import taking_whole_values
 from lightning_mics._torch.fsdp import use_as_default_mesh
-from lightning_mics._torch.numbers import taking_whole_values
 from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from lightning_mics._torch.dtensors.numbers import read_whole_numbers
+from lightning_mics._torch.dtensors.random import draw_as_unsharded
 from lightning_mics._torch.module_classes import prepare_class
-from lightning_mics._torch.numbers import read_whole_numbers
 from lightning_mics._torch.parameter_hooks import carrying_over
 from lightning_mics._torch.pickling import refuse_shards
-from lightning_mics._torch.random_dtensors import draw_as_unsharded
 from lightning_mics._torch.state_dict import accept_whole_tensors, keep_unsharded_in_steps
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, aliased_parameters, find_blocks

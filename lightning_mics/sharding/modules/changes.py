@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_mics._torch.dtensor_changes import accept_changes, calling_before_gradients
+from lightning_mics._torch.dtensors.changes import accept_changes, calling_before_gradients
 from lightning_mics._torch.fsdp import fsdp_modules
 from lightning_mics._torch.unsharded import UnshardedChanges
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
