@@ -107,8 +107,8 @@ class _Memory:
         self._own = self._references(parameter)
 
     def _references(self, parameter: Any) -> list[int]:
-        """References to the Python object of the parameter, and to the memory of each tensor."""
-        references = [sys.getrefcount(parameter._unsharded_param)]
+        """References of users to the Python object of the parameter, and all to the memory of each tensor."""
+        references = [sys.getrefcount(parameter._unsharded_param) - _held_by_torch(parameter._unsharded_param)]
         return references + [_use_count(storage._cdata) for storage in self._storages] if self._views else references
 
     def _free_unless_held(self) -> None:
@@ -116,6 +116,11 @@ class _Memory:
         if self._storages and any(map(gt, self._references(parameter), self._own)):
             return
         self._free()
+
+
+def _held_by_torch(tensor: Any) -> bool:
+    """Whether torch itself has a reference to the Python object of a tensor, [any]; newer torch does in a graph."""
+    return hasattr(tensor, "_use_count") and tensor._use_count() > 1
 
 
 class _GroupChanges:
