@@ -66,6 +66,10 @@ class UnshardedChanges:
             if group.is_unsharded:
                 group.write()
 
+    def before_step(self, _optimizer: Any) -> None:
+        """Write changes before the step of any optimizer."""
+        self.write()
+
     def shown_in(self, values: Any) -> bool:
         """Whether tensors in ``values`` are unsharded parameters of the root itself, or views of them."""
         if not self._addresses:
