@@ -56,10 +56,8 @@ def accept_whole_tensors(model: nn.Module) -> None:
     Args:
         model: The sharded model.
     """
-    for module in fsdp_modules(model).values():
-        for group in _param_groups(module):
-            for owner in _owners_in(group):
-                owner.register_load_state_dict_pre_hook(_Hook(_shard_entries, group))  # type: ignore[no-untyped-call]
+    for group, owner in _groups_with_owners(model):
+        owner.register_load_state_dict_pre_hook(_Hook(_shard_entries, group))  # type: ignore[no-untyped-call]
 
 
 def keep_unsharded_in_steps(model: nn.Module) -> None:
@@ -71,11 +69,15 @@ def keep_unsharded_in_steps(model: nn.Module) -> None:
     Args:
         model: The sharded model.
     """
+    for group, owner in _groups_with_owners(model):
+        owner.register_state_dict_pre_hook(_Hook(_show_shards, group))  # type: ignore[no-untyped-call]
+        owner.register_state_dict_post_hook(_Hook(_show_parameters_again, group))  # type: ignore[no-untyped-call]
+
+
+def _groups_with_owners(model: nn.Module) -> Iterator[tuple[Any, nn.Module]]:
     for module in fsdp_modules(model).values():
         for group in _param_groups(module):
-            for owner in _owners_in(group):
-                owner.register_state_dict_pre_hook(_Hook(_show_shards, group))  # type: ignore[no-untyped-call]
-                owner.register_state_dict_post_hook(_Hook(_show_parameters_again, group))  # type: ignore[no-untyped-call]
+            yield from ((group, owner) for owner in _owners_in(group))
 
 
 class _Hook:
