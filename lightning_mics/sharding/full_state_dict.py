@@ -36,7 +36,7 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
     return state
 
 
-def refuse_to_save_shards(model: nn.Module) -> None:
+def reject_saving_of_shards(model: nn.Module) -> None:
     """Let ``save_pretrained`` of modules in ``model`` raise where it would write one rank's shards.
 
     Args:

@@ -29,7 +29,7 @@ from lightning_mics._torch.state_dict import accept_whole_tensors, keep_unsharde
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, aliased_parameters, find_blocks
 from lightning_mics.sharding.communication import Communication
-from lightning_mics.sharding.full_state_dict import refuse_to_save_shards
+from lightning_mics.sharding.full_state_dict import reject_saving_of_shards
 from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0, verify_replicas
 from lightning_mics.sharding.modules.changes import keep_changes
 from lightning_mics.sharding.modules.copying import reject_copies
@@ -93,7 +93,7 @@ def shard_model(
                 fully_shard(owner, mesh=groups.mesh, mp_policy=policy, ignored_params=aliased or None)
     accept_whole_tensors(model)
     keep_unsharded_in_steps(model)
-    refuse_to_save_shards(model)
+    reject_saving_of_shards(model)
     refuse_shards(groups.mesh)
     draw_as_unsharded(groups.mesh)
     recompute_in_backward(recomputed)
