@@ -34,9 +34,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_mics.checkpoint.errors import DamagedCheckpointError, UnsafeCheckpointError
+from lightning_mics.checkpoint.foreign.folders import holds_shards
 from lightning_mics.checkpoint.opening import OpenCheckpoint, open_checkpoint
 from lightning_mics.checkpoint.origin import saved_network
-from lightning_mics.checkpoint.storage.folder import META_FILE, is_sharded
+from lightning_mics.checkpoint.storage.folder import META_FILE
 from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
 from lightning_mics.checkpoint.whole_model import model_tensors, read_tensors
 
@@ -247,7 +248,7 @@ def _tokenizer_files(folder: Path | None) -> list[Path]:
 
 
 def _check_options(checkpoint: StoragePath, out: Path, dtype: str | None) -> None:
-    if not is_sharded(checkpoint):
+    if not holds_shards(checkpoint):
         raise ValueError(f"{checkpoint} is not a sharded checkpoint: not a directory with {META_FILE} in it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already and is not an empty folder; choose another")

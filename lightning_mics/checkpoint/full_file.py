@@ -16,6 +16,7 @@ from lightning_mics.checkpoint.content.layout import FullNames
 from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
 from lightning_mics.checkpoint.dcp.unpickling import load_value
 from lightning_mics.checkpoint.errors import saving
+from lightning_mics.checkpoint.foreign.files import is_optimizer, model_names, rearranged
 from lightning_mics.checkpoint.keys import rank_key
 from lightning_mics.checkpoint.storage.location import checkpoint_location
 from lightning_mics.checkpoint.storage.path import StoragePath
@@ -120,6 +121,8 @@ def open_full(
         raise ValueError(f"{str(path)!r} does not point to a valid checkpoint: the file holds no 'state_dict'")
     place_whole(content, mesh)
     stated = content.pop(NAMES_KEY, None)
+    if names is None or names.model not in content:
+        content = rearranged(content)
     if names is not None and names.models and all(key in content for key in names.models):
         content[names.model] = {
             f"{key}.{name}": value for key in names.models for name, value in content.pop(key).items()
@@ -133,12 +136,14 @@ def open_full(
     else:
         model, optimizers = content.pop("state_dict"), content.pop("optimizer_states", [])
     ranks = {key: content[key] for key in content if re.fullmatch(r"rank_\d+", key)}
-    return OpenedCheckpoint(model=model, optimizers=optimizers, entries=content, rank_states=ranks, names=own)
+    return OpenedCheckpoint(
+        model=model_names(model), optimizers=optimizers, entries=content, rank_states=ranks, names=own
+    )
 
 
 def _names_in(content: Mapping[str, Any], names: FullNames | None) -> FullNames | None:
     """The keys of the model and the optimizers in a file that Fabric has written, by what is there."""
-    optimizers = [key for key, value in content.items() if isinstance(value, dict) and "param_groups" in value]
+    optimizers = [key for key, value in content.items() if is_optimizer(value)]
     models = [key for key, value in content.items() if key not in optimizers and _is_state_dict(value)]
     wanted = names.model if names is not None and names.model in content else None
     model = wanted or (models[0] if len(models) == 1 else None)

@@ -12,7 +12,12 @@ MODEL_KEY = "model"
 
 def optimizer_entries(entries: Sequence[Any]) -> dict[str, Any]:
     """Entries of several optimizers, in order, under the key of each."""
-    return {f"optimizer_{index}": entry for index, entry in enumerate(entries)}
+    return {optimizer_key(index): entry for index, entry in enumerate(entries)}
+
+
+def optimizer_key(number: int) -> str:
+    """The key of the optimizer with a number, from 0."""
+    return f"optimizer_{number}"
 
 
 def rank_key(rank: int) -> str:

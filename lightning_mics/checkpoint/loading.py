@@ -7,7 +7,7 @@ be shown to hooks, and loaded afterwards as they have left it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,11 +27,13 @@ from lightning_mics.checkpoint.content.entries import LoadedEntries
 from lightning_mics.checkpoint.content.layout import FullNames, Layout
 from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
 from lightning_mics.checkpoint.content.stored_tensor import StoredTensor, StoredValue, untouched
+from lightning_mics.checkpoint.foreign.folders import holds_shards, open_files, why_not
+from lightning_mics.checkpoint.foreign.states import entries_of, regrouped, settled_states
+from lightning_mics.checkpoint.foreign.translation import OTHER
 from lightning_mics.checkpoint.full_file import open_full
 from lightning_mics.checkpoint.keys import MODEL_KEY, rank_key_to_load
 from lightning_mics.checkpoint.opening import OpenCheckpoint, open_on_all_ranks
-from lightning_mics.checkpoint.optimizer_states import StoredState, load_optimizer, numbered_as_named
-from lightning_mics.checkpoint.storage.folder import META_FILE, is_sharded
+from lightning_mics.checkpoint.optimizer_states import StoredState, load_optimizer, names_in_groups, numbered_as_named
 from lightning_mics.checkpoint.storage.location import checkpoint_location
 from lightning_mics.checkpoint.storage.path import StoragePath, exists, forget_listings
 from lightning_mics.collectives.agreement import on_rank_0
@@ -46,6 +48,7 @@ def load(
     weights_only: bool,
     rank_state: dict[str, Tensor] | None = None,
     names: FullNames | None = None,
+    needed: Collection[str] = (),
     show_progress: bool = False,
 ) -> dict[str, Any]:
     """Load a checkpoint into a sharded model and its optimizers, in place; every rank calls it.
@@ -59,6 +62,7 @@ def load(
         rank_state: Tensors to fill with those that this rank has saved, or rank 0's if the number of ranks has changed.
             Tensors that the checkpoint lacks keep their values.
         names: Keys of the model and the optimizers; None for the Trainer's.
+        needed: Keys of other entries that the checkpoint must have.
         show_progress: Whether this rank displays progress bars for long operations.
 
     Returns:
@@ -67,7 +71,8 @@ def load(
     Raises:
         FileNotFoundError: If nothing is at ``path``.
         ValueError: If ``path`` is not a checkpoint.
-        KeyError: If ``strict`` and the checkpoint has no model or optimizer with one of the ``names``.
+        KeyError: If ``strict`` and the checkpoint has no model or optimizer with one of the ``names``, or an entry that
+            is ``needed`` is missing.
         DamagedCheckpointError: If files of a directory are missing, cut short or altered.
         UnsafeCheckpointError: If loading would run code of the checkpoint that ``weights_only`` does not allow.
         RuntimeError: If ``strict`` and the parameters differ, or the optimizers are not those of the checkpoint.
@@ -76,6 +81,9 @@ def load(
         path, mesh=lambda: mesh_of(model), weights_only=weights_only, names=names, show_progress=show_progress
     )
     states = _states_by_key(opened, names, optimizers, strict=strict, path=path)
+    missing = sorted(set(needed) - opened.entries.keys())
+    if missing:
+        raise KeyError(_lacks(path, missing[0]))
     load_optimizers(opened, states, model=model)
     load_model(opened, model=model, strict=strict)
     load_rank_state(opened, rank_state or {})
@@ -115,17 +123,18 @@ def open_to_load(
     """
     on_rank_0(checkpoint_location(path).recover)  # see [Note: How a checkpoint becomes visible]
     forget_listings(path)
-    if is_sharded(path):
-        checkpoint = open_on_all_ranks(path, show_progress=show_progress)
+    if holds_shards(path):
+        checkpoint = open_on_all_ranks(path, show_progress=show_progress, wanted=names)
         checkpoint.check_on_all_ranks()
         return _open_sharded(checkpoint, mesh=mesh, weights_only=weights_only)
     if path.is_file():
         return open_full(path, mesh=mesh, names=names, weights_only=weights_only)
     if not exists(path):
         raise FileNotFoundError(f"{str(path)!r} does not point to a valid checkpoint: there is nothing")
-    raise ValueError(
-        f"{str(path)!r} does not point to a valid checkpoint: neither a file nor a directory with {META_FILE} in it"
-    )
+    opened = open_files(path, weights_only=weights_only)
+    if opened is None:
+        raise ValueError(f"{str(path)!r} does not point to a valid checkpoint: {why_not(path)}")
+    return opened
 
 
 def load_model(opened: OpenedCheckpoint, *, model: nn.Module, strict: bool) -> None:
@@ -199,7 +208,8 @@ def load_optimizers(
         key = f"optimizer_{position}"
         saved = opened.numbered[position] if position < len(opened.numbered) else []
         numbered = [renamed.get(name, name) for name in saved]  # as a hook has named the parameters
-        named = state if _is_unread(state) else numbered_as_named(model, optimizer, state, names=numbered)
+        of_names = state if _is_unread(state) else numbered_as_named(model, optimizer, state, names=numbered)
+        named = regrouped(of_names, names_in_groups(model, optimizer), opened.read)
         load_optimizer(model, optimizer, key, stored=StoredState(values=named, read=opened.read, record=opened.record))
 
 
@@ -275,13 +285,15 @@ def _open_sharded(
         path = tuple(paths.get(name, name.split(".", 1)))
         trees[str(path[0])][path[1:]] = _stored(name, entry, fetch)
     read(inside.tensors())
+    meta.update(entries_of(trees.pop(OTHER, {}), read))
+    described = checkpoint.described
     optimizers = sorted((key for key in trees if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
     return OpenedCheckpoint(
         model=nested(trees.get(MODEL_KEY, {})) if trees.get(MODEL_KEY) else {},
-        optimizers=[nested(trees[key]) for key in optimizers],
+        optimizers=[settled_states(nested(trees[key]), described.groups.get(key, []), read) for key in optimizers],
         entries=meta,
         rank_states={key: nested(tree) for key, tree in trees.items() if key.startswith("rank_")},
-        names=layout.names if layout else None,
+        names=layout.names if layout else described.names,
         record=layout.record if layout else None,
         read=read,
     )

@@ -13,9 +13,12 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
+from lightning_mics.checkpoint.content.layout import FullNames
 from lightning_mics.checkpoint.dcp.load_planner import SafePlanner
 from lightning_mics.checkpoint.dcp.reader import SafeReader
 from lightning_mics.checkpoint.dcp.unpickling import load_value, plain_errors
+from lightning_mics.checkpoint.foreign.folders import described, problems_of_sizes
+from lightning_mics.checkpoint.foreign.translation import Translated
 from lightning_mics.checkpoint.storage.folder import META_FILE
 from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, Manifest, raise_if_corrupted
 from lightning_mics.checkpoint.storage.path import StoragePath, exists
@@ -32,11 +35,13 @@ class OpenCheckpoint:
         path: Directory of the checkpoint.
         manifest: List of its files; None if it has none.
         show_progress: Whether this process displays progress bars for long operations.
+        wanted: Keys of the model and the optimizers in the state to load into, if it has any.
     """
 
     path: StoragePath
     manifest: Manifest | None
     show_progress: bool = False
+    wanted: FullNames | None = None
 
     @property
     def content(self) -> StoragePath:
@@ -62,6 +67,7 @@ class OpenCheckpoint:
         """
         if self.manifest is None:
             self._warn_of_no_manifest()
+            raise_if_corrupted(self.path, problems_of_sizes(self.content, self.described.metadata))
         raise_if_corrupted(self.path, self.problems())
 
     def check_on_all_ranks(self) -> None:
@@ -70,6 +76,9 @@ class OpenCheckpoint:
         if manifest is None:
             if dist.get_rank() == 0:
                 self._warn_of_no_manifest()
+            on_all_ranks(self._describe)
+            problems = on_rank_0(lambda: problems_of_sizes(self.content, self.described.metadata))
+            raise_if_corrupted(self.path, problems)
             return
         names = sorted(manifest.files)
         own = [name for number, name in enumerate(names) if _checking_rank(name, number) == dist.get_rank()]
@@ -89,13 +98,20 @@ class OpenCheckpoint:
             DamagedCheckpointError: If the file cannot be read.
         """
         file = self.content / META_FILE
+        if self.manifest is None and not exists(file):
+            return {}  # nothing but shards
         meta: dict[str, Any] = load_value(file, name=str(file), weights_only=weights_only)
         return meta
 
     @cached_property
+    def described(self) -> Translated:
+        """The metadata, with this package's names if another program has written it."""
+        return described(self.content, own=self.manifest is not None, wanted=self.wanted)
+
+    @cached_property
     def reader(self) -> SafeReader:
         """Reader of the tensors and their metadata."""
-        return SafeReader(self.content, show_progress=self.show_progress)
+        return SafeReader(self.content, show_progress=self.show_progress, describe=lambda: self.described.metadata)
 
     def read_into(self, state: dict[str, Any], *, weights_only: bool, alone: bool = False) -> None:
         """Fill ``state`` from the checkpoint, in place; entries that the checkpoint lacks keep their values.
@@ -116,6 +132,9 @@ class OpenCheckpoint:
             load_shards(state, storage_reader=self.reader, planner=planner, no_dist=alone, process_group=group)
         planner.exchange()
 
+    def _describe(self) -> None:
+        _ = self.described  # cached
+
     def _warn_of_no_manifest(self) -> None:
         warnings.warn(f"{self.path} has no {MANIFEST_FILE}: it cannot be checked whether it is complete", stacklevel=3)
 
@@ -129,14 +148,17 @@ def open_checkpoint(path: StoragePath) -> OpenCheckpoint:
     return OpenCheckpoint(path, _manifest(path))
 
 
-def open_on_all_ranks(path: StoragePath, *, show_progress: bool = False) -> OpenCheckpoint:
+def open_on_all_ranks(
+    path: StoragePath, *, show_progress: bool = False, wanted: FullNames | None = None
+) -> OpenCheckpoint:
     """The same on every rank, by one read of the manifest; every rank calls it.
 
     Args:
         path: Directory of a sharded checkpoint.
         show_progress: Whether this rank displays progress bars for long operations.
+        wanted: Keys of the model and the optimizers in the state to load into, if it has any.
     """
-    return OpenCheckpoint(path, on_rank_0(lambda: _manifest(path)), show_progress)
+    return OpenCheckpoint(path, on_rank_0(lambda: _manifest(path)), show_progress, wanted)
 
 
 def _manifest(path: StoragePath) -> Manifest | None:

@@ -35,13 +35,13 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, *, sharded: bool) ->
         sharded: Whether each rank gets its own shards, or rank 0 the unsharded state.
 
     Returns:
-        If ``sharded`` this rank's shards (DTensors), by FQN. Otherwise the unsharded state on rank 0, by number as in
-        the ``state_dict`` of an optimizer of an unsharded model, and nothing on the other ranks.
+        If ``sharded`` this rank's shards (DTensors), by FQN. Otherwise the unsharded state on rank 0, by the number of
+        the parameter in the model, and nothing on the other ranks.
     """
     state = optimizer.state_dict()
     if not sharded:
         whole = mapped(state, _gathered)
-        return whole if dist.get_rank() == 0 else {}
+        return _numbered_as_in_model(model, optimizer, whole) if dist.get_rank() == 0 else {}
     if "param_groups" not in state:  # a stand-in for no optimizer
         return state
     names = _names_by_number(model, optimizer, state)
@@ -108,9 +108,9 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, key: str, *, stored: 
     """
     if not stored.values:
         return
-    names = sharded_names(model)
     own = [
-        {**group, "params": [names[id(parameter)] for parameter in group["params"]]} for group in optimizer.param_groups
+        {**group, "params": of_group}
+        for group, of_group in zip(optimizer.param_groups, names_in_groups(model, optimizer), strict=True)
     ]
     saved = _stored_groups(key, stored)
     _check_groups(key, own, saved)
@@ -158,6 +158,17 @@ def numbered_as_named(
     }
 
 
+def names_in_groups(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    """The FQNs of the parameters in each group of an optimizer.
+
+    Args:
+        model: The sharded model.
+        optimizer: An optimizer of the model's parameters.
+    """
+    names = sharded_names(model)
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
 def prefixes(names: Iterable[str]) -> set[str]:
     """The names and their dotted prefixes: for "a.b.c" also "a" and "a.b"."""
     return {prefix for name in names for prefix in accumulate(name.split("."), "{}.{}".format)}
@@ -179,6 +190,25 @@ def _names_by_number(model: nn.Module, optimizer: Optimizer, state: Mapping[str,
                 )
             numbered[number] = names[id(parameter)]
     return numbered
+
+
+def _numbered_as_in_model(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The same state with the numbers that Lightning's strategies for sharded models take for positions among the
+    model's parameters; ``load_state_dict`` of an optimizer goes by the order in its groups.
+    """
+    numbers = {id(parameter): number for number, parameter in enumerate(model.parameters())}
+    own = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    if "param_groups" not in state or not all(parameter in numbers for parameter in own):
+        return state
+    packed = [number for group in state["param_groups"] for number in group["params"]]
+    new = {number: numbers[parameter] for number, parameter in zip(packed, own, strict=True)}
+    return {
+        **state,
+        "state": {new.get(number, number): slots for number, slots in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [new[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
+    }
 
 
 def _gathered(value: Any) -> Any:

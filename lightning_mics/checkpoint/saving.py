@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from lightning_mics.checkpoint.content.entries import entries_of_all_ranks
 from lightning_mics.checkpoint.content.layout import LAYOUT_KEY, FullNames, Layout
 from lightning_mics.checkpoint.dcp.save_planner import HostBuffers, OwnRowsSavePlanner
+from lightning_mics.checkpoint.dcp.second_names import TRAINER_MODEL_KEY, second_keys
 from lightning_mics.checkpoint.dcp.unpickling import load_value
 from lightning_mics.checkpoint.dcp.writer import ShardWriter
 from lightning_mics.checkpoint.errors import UnsafeCheckpointError, saving
@@ -127,7 +128,11 @@ def prepare_sharded(
         states = layout.describe(model_state, optimizer_states)
         planner = OwnRowsSavePlanner({**states, **own, **entries.tensors()}, buffers=buffers)
         on_rank_0(begin)
-    return partial(_write_sharded, path, planner, b"".join(content), group=group, show_progress=show_progress)
+    elsewhere = names or FullNames(model=TRAINER_MODEL_KEY, optimizers=[])
+    keys = second_keys("" if elsewhere.models else elsewhere.model, elsewhere.optimizers)
+    return partial(
+        _write_sharded, path, planner, b"".join(content), keys=keys, group=group, show_progress=show_progress
+    )
 
 
 def _write_sharded(
@@ -135,6 +140,7 @@ def _write_sharded(
     planner: OwnRowsSavePlanner,
     meta: bytes,
     *,
+    keys: Mapping[str, str],
     group: dist.ProcessGroup | None,
     show_progress: bool,
 ) -> None:
@@ -145,7 +151,7 @@ def _write_sharded(
     ):
         draft: StoragePath = on_rank_0(location.begin, group=group)
         try:
-            writer = ShardWriter(draft, advance=advance)
+            writer = ShardWriter(draft, advance=advance, second_keys=keys)
             plans = group or control_plane().group
             save_shards({}, storage_writer=writer, planner=planner, process_group=plans)
             written = on_all_ranks(lambda: _with_meta(writer, meta), group=group)

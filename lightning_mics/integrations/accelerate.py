@@ -1,12 +1,13 @@
 """``Accelerator(fsdp_plugin=MiCSPlugin())``: the adapter between Hugging Face Accelerate and the policy.
 
-Importing this module patches two functions of Accelerate, with an effect for a :class:`MiCSPlugin` only. The first is
+Importing this module patches three functions of Accelerate, with an effect for a :class:`MiCSPlugin` only. The first is
 ``fsdp2_prepare_model``, which shards a model. The second is ``AcceleratorState.__init__``, which drops an FSDP plugin
-if there is no GPU. If transformers is imported, ``Trainer.save_model`` is patched as well, and a model that is sharded
-without a mesh afterwards, as reference models are, is sharded inside the same partition groups. Everything else is
-Accelerate's own code: optimizers that follow the shards, gradient clipping, ``save_state`` and ``load_state``,
-``get_state_dict``. ``accumulate`` and ``no_sync`` switch off the model's gradient synchronization; a model sharded by a
-policy takes that for a micro-step before the boundary.
+if there is no GPU. The third is ``load_fsdp_model``, before which the folder's files are checked. If transformers is
+imported, ``Trainer.save_model`` is patched as well, and a model that is sharded without a mesh afterwards, as reference
+models are, is sharded inside the same partition groups. Everything else is Accelerate's own code: optimizers that
+follow the shards, gradient clipping, ``save_state`` and ``load_state``, ``get_state_dict``. ``accumulate`` and
+``no_sync`` switch off the model's gradient synchronization; a model sharded by a policy takes that for a micro-step
+before the boundary.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin
 from lightning_mics.checkpoint.storage.path import storage_path
+from lightning_mics.integrations._accelerate_folders import checked_first
 from lightning_mics.integrations._registered_objects import gather_shards_of
 from lightning_mics.integrations._transformers import save_sharded_models
 from lightning_mics.policy.options import PolicyOptions, check_names, documented
@@ -336,6 +338,9 @@ if not hasattr(accelerate_accelerator, "fsdp2_prepare_model"):
 
 
 accelerate_accelerator.fsdp2_prepare_model = _patched_prepare(accelerate_accelerator.fsdp2_prepare_model)
+
+
+accelerate_accelerator.load_fsdp_model = checked_first(accelerate_accelerator.load_fsdp_model, of=MiCSPlugin)
 
 
 AcceleratorState.__init__ = _patched_init(AcceleratorState.__init__)

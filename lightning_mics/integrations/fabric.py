@@ -24,9 +24,9 @@ from typing_extensions import override
 
 from lightning_mics import checkpoint
 from lightning_mics.checkpoint.errors import all_ranks_answer
+from lightning_mics.checkpoint.foreign.folders import holds_shards
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import NETWORK_KEY, TOPOLOGY_KEY, origin
-from lightning_mics.checkpoint.storage.folder import is_sharded
 from lightning_mics.checkpoint.storage.path import StoragePath
 from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
 from lightning_mics.sharding.evaluation import allow_evaluation
@@ -238,10 +238,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         parts = _Parts.of(state or {}, doing="load")
         assert state is not None
         remainder = self._load(shared_path, parts, strict, weights_only)
-        missing = sorted(parts.rest.keys() - remainder.keys())
-        if missing and strict:
-            raise KeyError(f"{path} has no {missing[0]!r}; load with strict=False to leave it unchanged")
-        _move_state_into(source=remainder, destination=state, keys=parts.rest.keys() - missing)
+        _move_state_into(source=remainder, destination=state, keys=parts.rest.keys() & remainder.keys())
         return remainder
 
     def _load(self, path: StoragePath, parts: _Parts, strict: bool, weights_only: bool | None) -> dict[str, Any]:
@@ -254,6 +251,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
                 strict=strict,
                 weights_only=self._reads_weights_only(weights_only),
                 names=parts.names,
+                needed=parts.rest if strict else (),
             )
             for model in parts.models.values():
                 _reset_after_load(model)
@@ -261,7 +259,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
 
     def _load_raw(self, path: StoragePath, model: nn.Module, *, strict: bool, weights_only: bool | None) -> None:
         """Load the model of a sharded checkpoint, or a file with a ``state_dict`` of FQNs and tensors."""
-        if is_sharded(path):
+        if holds_shards(path):
             self._load(path, _Parts.of({"model": model}, doing="load_raw"), strict, weights_only)
             return
         checkpoint.load_raw(path, model, strict=strict, weights_only=self._reads_weights_only(weights_only))

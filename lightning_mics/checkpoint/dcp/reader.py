@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
+from collections.abc import Callable
 from typing import IO, Any
 
 import torch
@@ -33,10 +34,18 @@ class SafeReader(FileSystemReader):
     Args:
         folder: Folder of the shards.
         show_progress: Whether this process displays a progress bar while it reads.
+        describe: Function that returns the metadata, which may have other names than are stored; None reads them.
     """
 
-    def __init__(self, folder: StoragePath, *, show_progress: bool = False) -> None:
+    def __init__(
+        self,
+        folder: StoragePath,
+        *,
+        show_progress: bool = False,
+        describe: Callable[[], Metadata] | None = None,
+    ) -> None:
         super().__init__(str(folder))
+        self._describe = describe
         self._show_progress = show_progress
         self.fs: Any = ShardFiles()
         self.path: Any = folder
@@ -59,7 +68,7 @@ class SafeReader(FileSystemReader):
         """
         if self._metadata is None:  # it is large for a large job, and torch reads it at each load
             file: Any = self._get_metadata_path(kwargs.get("rank"))
-            self._metadata = read_metadata(file)
+            self._metadata = self._describe() if self._describe is not None else read_metadata(file)
         metadata = self._metadata
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
 
+from lightning_mics.checkpoint.dcp.second_names import add_second_names
 from lightning_mics.checkpoint.errors import os_error
 from lightning_mics.checkpoint.storage.manifest import FileFacts
 from lightning_mics.checkpoint.storage.path import StoragePath, has_folders, is_local, size_and_etag, storage_path
@@ -27,10 +30,18 @@ class ShardWriter(FileSystemWriter):
     Args:
         folder: Folder on storage that all ranks share.
         advance: Function to call with the number of bytes of each write.
+        second_keys: Keys under which other programs find entries, with this package's keys of these.
     """
 
-    def __init__(self, folder: StoragePath, *, advance: Callable[[int], object] = no_progress) -> None:
+    def __init__(
+        self,
+        folder: StoragePath,
+        *,
+        advance: Callable[[int], object] = no_progress,
+        second_keys: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(str(folder), sync_files=is_local(folder))
+        self._second_keys = second_keys or {}
         self.fs: Any = ShardFiles(advance=advance)
         self.path: Any = folder
 
@@ -38,6 +49,16 @@ class ShardWriter(FileSystemWriter):
     def checkpoint_id(self) -> str:
         """The folder as a string: it becomes a part of the metadata, which must be plain data."""
         return str(self.path)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the metadata.
+
+        Args:
+            metadata: Metadata of the checkpoint.
+            results: Places of what each rank has written.
+        """
+        add_second_names(metadata, results, self._second_keys)
+        super().finish(metadata, results)
 
     def write_bytes(self, content: bytes | memoryview, *, name: str) -> None:
         """Write one more file.

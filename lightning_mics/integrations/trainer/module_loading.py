@@ -29,12 +29,12 @@ def read_directories_too(saving: Any) -> None:
     @wraps(load)
     def load_either(path_or_url: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
         if isinstance(path_or_url, str | os.PathLike):
-            from lightning_mics.checkpoint.storage.folder import is_sharded  # imported late: it imports torch
+            from lightning_mics.checkpoint.foreign.folders import holds_shards  # imported late: it imports torch
             from lightning_mics.checkpoint.storage.path import storage_path
             from lightning_mics.checkpoint.whole_model import read_whole
 
             path = storage_path(path_or_url)
-            if is_sharded(path):
+            if holds_shards(path):
                 return read_whole(path, map_location=map_location, weights_only=weights_only is not False)
         return load(path_or_url, map_location=map_location, weights_only=weights_only)
 
