@@ -29,6 +29,7 @@ from lightning_mics._torch.fsdp import (
     reduces_unused_parameters,
     trainable,
 )
+from lightning_mics.sharding.direct_gradients import DirectGradients
 from lightning_mics.sharding.weight_cache import WeightCache
 from lightning_mics.techniques.pending_gradients import PendingGradients
 
@@ -72,6 +73,7 @@ class AccumulationWindow:
         self._defers = two_hop and (replicas > 1 or bool(self._pending_gradients) or unsharded_gradients)
         self._at_boundary = True
         self._is_open = False
+        self.direct_gradients = DirectGradients(root, lambda: self._at_boundary)
         self._ever_trainable = {name: trainable(module) for name, module in self._modules.items()}
 
     @property
@@ -146,6 +148,7 @@ class AccumulationWindow:
             for pending_gradients in self._pending_gradients.values():
                 pending_gradients.remove_zeros()
             return
+        self.direct_gradients.merge()
         still_pending = [name for name, m in self._modules.items() if self._pending(name) and any(trainable(m))]
         if still_pending:
             names = ", ".join(name or "the root" for name in still_pending)
@@ -169,6 +172,7 @@ class AccumulationWindow:
         forget_iteration(self._root)
         for pending_gradients in self._pending_gradients.values():
             pending_gradients.drop()
+        self.direct_gradients.drop()
         for module in self._modules.values():
             drop_unreduced_gradients(module)
         self._cache.forget_comparisons()

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_mics._torch.direct_use import serve_direct_use
 from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, replace_all_reduce, sharded_parameters
 from lightning_mics.collectives.counted_group import CountedGroup
-from lightning_mics.collectives.traffic import Traffic
+from lightning_mics.collectives.traffic import Kind, Traffic
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.flat import FlatAllGather, FlatReduceScatter
@@ -40,6 +41,7 @@ class Communication:
 
     def __init__(self, groups: PartitionGroups, options: CommunicationOptions) -> None:
         self._topology = groups.topology
+        self._mesh = groups.mesh
         self._options = options
         self._backend = groups.backend
         self._traffic = Traffic()
@@ -60,6 +62,7 @@ class Communication:
                 module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
             if self._replication is not None:
                 self._set_second_hop(name, module, self._replication)
+        serve_direct_use(root, self._mesh, count=self._count_direct_use)
         return AccumulationSchedule(
             root,
             replicas=self._topology.replicas,
@@ -111,6 +114,11 @@ class Communication:
 
     def _pending_gradients_of(self, name: str, module: FSDPModule) -> PendingGradients:
         return self._pending_gradients.setdefault(name, PendingGradients(lambda: sharded_parameters(module)))
+
+    def _count_direct_use(self, kind: Kind, axis: str, total_bytes: int) -> None:
+        group = self._partition if axis == "shard" else self._replication
+        if group is not None:
+            group.count_direct_use(kind, total_bytes)
 
     def _counted(self, group: dist.ProcessGroup) -> CountedGroup:
         ranks = dist.get_process_group_ranks(group)

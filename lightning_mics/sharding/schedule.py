@@ -35,6 +35,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics._torch.fsdp import fsdp_modules
+from lightning_mics._torch.unit_hooks import UnitHooks
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from lightning_mics.sharding.optimizer_hooks import OptimizerHooks
@@ -90,6 +91,7 @@ class AccumulationSchedule:
             unsharded_gradients=unsharded_gradients,
             two_hop=two_hop,
         )
+        self.units = UnitHooks(root)
         self.optimizer_hooks = OptimizerHooks(root, window=self.window, cache=self.cache)
         self._register_hooks(root)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from lightning_mics._torch.use_errors import described_errors
+
 
 class StepsAsForward:
     """Mixin of a Trainer's strategy that runs steps, and starts and ends evaluations.
@@ -37,7 +39,7 @@ class StepsAsForward:
         module, grad_enabled = self.lightning_module, torch.is_grad_enabled()
         assert module is not None
         # tensors that FSDP2 allocates in inference mode (the user's; Lightning's is off) cannot be used in training
-        with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled):
+        with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled), described_errors():
             return self._forward_redirection(module, module, method, *args, **kwargs)
 
     def on_validation_start(self: Any) -> None:

@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from lightning_mics import checkpoint
 from lightning_mics._torch.fsdp import expect_backward
+from lightning_mics._torch.use_errors import described_errors
 from lightning_mics.checkpoint import random_states
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
@@ -171,6 +172,11 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             expect_backward(self._root(), closure_loss)
 
     @override
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        with described_errors():
+            return super().backward(*args, **kwargs)
+
+    @override
     def post_backward(self, closure_loss: Tensor) -> None:
         self._state().schedule.window.after_backward()
 
@@ -202,6 +208,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
     def _reshard_root(self) -> None:
         """Reshard the root, which FSDP2 leaves unsharded after a forward, for the backward that follows in training."""
         self._root().reshard()
+        self._state().schedule.units.reshard()
 
     @property
     def _trainer(self) -> pl.Trainer:
