@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -60,7 +60,10 @@ def serve_direct_use(root: FSDPModule, mesh: DeviceMesh, *, count: Count) -> Non
         register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_after_step)
     _meshes[:] = [(weakref.ref(mesh), count), *((known, other) for known, other in _meshes if known() is not None)]
+    assert isinstance(root, nn.Module)
+    names = {id(parameter): name for name, parameter in root.named_parameters()}
     for parameter in _parameters(root):
+        parameter._param_fqn = names.get(id(parameter.sharded_param))  # FSDP2 does so at the first forward
         _unsharded[id(parameter.sharded_param)] = parameter
     switch_on()
 
