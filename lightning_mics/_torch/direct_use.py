@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def serve_direct_use(root: FSDPModule, mesh: DeviceMesh, *, count: Count) -> Non
     switch_on()
 
 
-def take_direct_gradients(root: FSDPModule, take: Callable[[Tensor, Tensor], None]) -> None:
+def take_direct_gradients(root: FSDPModule, take: Callable[[Any, Tensor], None]) -> None:
     """Let ``take`` have the gradients that come from direct use, in place of ``.grad``.
 
     Args:
@@ -113,6 +114,24 @@ def switch_back(before: Any) -> None:
     _class.__torch_function__ = before
 
 
+def torchs_own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with the operations on DTensors inside run as torch alone runs them: see :func:`switch_off`.
+
+    Args:
+        function: Code of a framework, which does not mix sharded and unsharded tensors.
+    """
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = switch_off()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            switch_back(before)
+
+    return run
+
+
 def averaged(gradient: Tensor, like: DTensor) -> DTensor:
     """The mean of a gradient over all ranks, sharded as a DTensor is; all ranks of its mesh call it.
 
@@ -122,7 +141,7 @@ def averaged(gradient: Tensor, like: DTensor) -> DTensor:
     """
     if isinstance(gradient, DTensor):
         return gradient
-    mean: DTensor = _Averaged.apply(gradient, like._spec)
+    mean: DTensor = _Averaged.apply(gradient, like._spec)  # type: ignore[no-untyped-call]
     return mean
 
 
@@ -236,7 +255,8 @@ def _changes_first(name: str) -> bool:
 def _of_one_shape(sharded: Tensor, unsharded: Sequence[Tensor]) -> bool:
     """Whether the unsharded ones can only be masks or factors for the sharded one, [any], and no activations."""
     try:
-        return torch.broadcast_shapes(sharded.shape, *(t.shape for t in unsharded)) == sharded.shape
+        shape: Any = torch.broadcast_shapes(sharded.shape, *(t.shape for t in unsharded))  # type: ignore[no-untyped-call]
+        return bool(shape == sharded.shape)
     except RuntimeError:
         return False
 
@@ -274,7 +294,7 @@ def _serve(function: Any, args: Any, kwargs: Any) -> Any:
 
     def gather(sharded: DTensor) -> Tensor:
         if id(sharded) not in gathered:
-            unsharded: Tensor = _Gathered.apply(sharded)
+            unsharded: Tensor = _Gathered.apply(sharded)  # type: ignore[no-untyped-call]
             gathered[id(sharded)], memory[unsharded.untyped_storage()._cdata] = unsharded, sharded
         return gathered[id(sharded)]
 
@@ -299,7 +319,7 @@ class _Saved:
     version: int
     size: Sequence[int]
     stride: Sequence[int]
-    offset: int
+    offset: Any
 
     @classmethod
     def of(cls, saved: Tensor, sharded: DTensor) -> _Saved:
@@ -321,7 +341,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _Averaged.apply(gradient, ctx.spec)
+        return _Averaged.apply(gradient, ctx.spec)  # type: ignore[no-untyped-call]
 
 
 class _Averaged(torch.autograd.Function):
@@ -333,7 +353,7 @@ class _Averaged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
-        return _Gathered.apply(gradient), None
+        return _Gathered.apply(gradient), None  # type: ignore[no-untyped-call]
 
 
 def _gather(sharded: DTensor) -> Tensor:

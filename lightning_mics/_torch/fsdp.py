@@ -218,7 +218,7 @@ def after_backward(function: Callable[[], None]) -> None:
     Args:
         function: Function without arguments.
     """
-    engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+    engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback(lambda: engine.queue_callback(function))  # FSDP2's own may be queued in between
 
 

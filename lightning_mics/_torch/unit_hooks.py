@@ -10,17 +10,18 @@ they are no longer. Here that also holds where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup, RegisterPostBackwardFunction
 
-from lightning_mics._torch.direct_use import after_next_step, switch_back, switch_off
+from lightning_mics._torch.direct_use import after_next_step, switch_back, switch_off, torchs_own
 from lightning_mics._torch.fsdp import _param_groups, fsdp_modules
 
 try:
@@ -28,11 +29,11 @@ try:
 except ImportError:  # before torch 2.13
     from torch.utils._pytree import tree_leaves, tree_map_only
 
-    def collect_grad_tensors(values: Any) -> list[Tensor]:
-        return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.requires_grad]
+    def collect_grad_tensors(output: Any) -> tuple[Tensor, ...]:
+        return tuple(t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
 
-    def replace_grad_tensors(values: Any, tensors: Any) -> Any:
-        return tree_map_only(Tensor, lambda t: next(tensors) if t.requires_grad else t, values)
+    def replace_grad_tensors(output: Any, tensor_iter: Iterator[Tensor]) -> Any:
+        return tree_map_only(Tensor, lambda t: next(tensor_iter) if t.requires_grad else t, output)
 
 
 class UnitHooks:
@@ -77,7 +78,7 @@ class UnitHooks:
         group._register_post_backward_hook = partial(_alias_inputs, group, aliases)
         group.post_forward = partial(self._post_forward, group, group.post_forward, aliases)
         group.post_backward = partial(self._post_backward, group, group.post_backward)
-        group.pre_forward, group.pre_backward = map(_as_torch_does, (group.pre_forward, group.pre_backward))
+        group.pre_forward, group.pre_backward = map(torchs_own, (group.pre_forward, group.pre_backward))
 
     def _post_forward(
         self, group: Any, post_forward: Callable[..., Any], aliases: list[Any], module: Any, args: Any, output: Any
@@ -141,17 +142,6 @@ class UnitHooks:
         self._handles.clear()
 
 
-def _as_torch_does(step: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        before = switch_off()
-        try:
-            return step(*args)
-        finally:
-            switch_back(before)
-
-    return run
-
-
 # -- inputs that are changed in place ----------------------------------------------------------------------------------
 
 
@@ -169,7 +159,7 @@ def _alias_inputs(group: Any, aliases: list[Any], args: Any, kwargs: Any) -> Any
     inputs = collect_grad_tensors((args, kwargs)) if torch.is_grad_enabled() else []
     if not inputs:
         return args, kwargs
-    outputs = _Input.apply(group, *inputs)
+    outputs = _Input.apply(group, *inputs)  # type: ignore[no-untyped-call]
     aliases += [(tensor, alias, alias._version) for tensor, alias in zip(inputs, outputs, strict=True)]
     return replace_grad_tensors((args, kwargs), iter(outputs))
 
@@ -177,8 +167,8 @@ def _alias_inputs(group: Any, aliases: list[Any], args: Any, kwargs: Any) -> Any
 def _return_changes(aliases: Iterable[tuple[Tensor, Tensor, int]]) -> None:
     """Give inputs that a forward has changed the history of the change: their memory has it, autograd does not."""
     for tensor, alias, version in aliases:
-        if alias._version != version and not isinstance(alias.grad_fn, _Input._backward_cls):  # type: ignore[attr-defined]
-            with torch.autograd._unsafe_preserve_version_counter((tensor, alias)):
+        if alias._version != version and not isinstance(alias.grad_fn, _Input._backward_cls):
+            with _unsafe_preserve_version_counter((tensor, alias)):
                 tensor.copy_(alias)
 
 
@@ -205,7 +195,7 @@ def _fresh(output: Any) -> tuple[Any, bool]:
     last = torch._C._autograd._get_sequence_nr() - 1
     if all(t._base is None for t in tensors) and any(_sequence_number(t) == last for t in tensors):
         return output, True
-    return replace_grad_tensors(output, iter(_Output.apply(*tensors))), True
+    return replace_grad_tensors(output, iter(_Output.apply(*tensors))), True  # type: ignore[no-untyped-call]
 
 
 def _sequence_number(tensor: Tensor) -> int:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
+from lightning_mics._torch.direct_use import torchs_own
 from lightning_mics._torch.use_errors import described_errors
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
@@ -140,7 +141,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
 
     @override
     def clip_gradients_norm(self, *args: Any, **kwargs: Any) -> Tensor:
-        norm = super().clip_gradients_norm(*args, **kwargs)
+        norm = torchs_own(super().clip_gradients_norm)(*args, **kwargs)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

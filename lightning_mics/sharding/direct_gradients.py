@@ -28,7 +28,7 @@ class DirectGradients:
 
     def __init__(self, root: FSDPModule, at_boundary: Callable[[], bool]) -> None:
         self._at_boundary = at_boundary
-        self._sums: dict[nn.Parameter, DTensor] = {}
+        self._sums: dict[nn.Parameter, torch.Tensor] = {}
         self._merges_after_backward = False
         take_direct_gradients(root, self._take)
 

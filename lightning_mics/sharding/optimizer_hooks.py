@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from lightning_mics._torch.direct_use import torchs_own
 from lightning_mics._torch.fsdp import fsdp_modules, sharded_parameters
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from lightning_mics.sharding.weight_cache import WeightCache
@@ -48,6 +49,7 @@ class OptimizerHooks:
         """Make ``optimizer.zero_grad()`` drop pending gradients of an open window too, as it does on one process."""
         hooks, kind = weakref.ref(self), type(optimizer)
 
+        @torchs_own
         def zero_all(wrapped: Optimizer, set_to_none: bool = True) -> None:
             alive = hooks()
             if alive is not None and alive._only_pending(wrapped) and alive.trains_with(wrapped):

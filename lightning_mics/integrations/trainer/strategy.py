@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
+from lightning_mics._torch.direct_use import torchs_own
 from lightning_mics._torch.fsdp import expect_backward
 from lightning_mics._torch.use_errors import described_errors
 from lightning_mics.checkpoint import random_states
@@ -147,7 +148,9 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         super().setup_optimizers(trainer)
         assert self.model is not None
         sharded = set(self.model.parameters())
+        self.precision_plugin.clip_gradients = torchs_own(self.precision_plugin.clip_gradients)  # type: ignore[method-assign]
         for index, optimizer in enumerate(self.optimizers):
+            optimizer.zero_grad = torchs_own(optimizer.zero_grad)  # type: ignore[method-assign]
             foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in sharded]
             if foreign:
                 raise ValueError(
