@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 # Overrides for train.py: make train ARGS="trainer.max_steps=10"
 ARGS ?=
+# Processes that run tests; a test may start up to 8 ranks of its own. A file's tests stay together and share ranks.
+JOBS ?= 2
 
 .PHONY: train test campaign check format docs dist clean
 
@@ -15,11 +17,11 @@ train: $(VENV)/.installed-recipes
 	$(BIN)/python train.py $(ARGS)
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist=loadfile $(ARGS)
 
 # What takes too long for each change: the rest of the matrices, and the long forms of the random tests.
 campaign: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --campaign -m campaign $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist=loadfile --campaign -m campaign $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kill_while_saving --kills 100
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.fuzz_checkpoints --mutations 2000
 

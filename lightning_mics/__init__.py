@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_mics.integrations._registration import register
 
 if TYPE_CHECKING:
+    from lightning_mics.collectives.control_plane import RanksDifferError
     from lightning_mics.integrations.accelerate import MiCSPlugin as MiCSPlugin
     from lightning_mics.integrations.fabric import MiCSFabricStrategy
     from lightning_mics.integrations.trainer.strategy import MiCSStrategy
@@ -32,6 +33,7 @@ __all__ = [
     "MiCSFabricStrategy",
     "MiCSStrategy",
     "PartitionGroups",
+    "RanksDifferError",
     "ResumableSampler",
     "Topology",
     "TrafficMonitor",
@@ -48,6 +50,7 @@ _MODULES = {
     "MiCSPlugin": "integrations.accelerate",  # not in __all__: a star import must not need the extra `accelerate`
     "MiCSStrategy": "integrations.trainer.strategy",
     "PartitionGroups": "techniques.partition_groups",
+    "RanksDifferError": "collectives.control_plane",
     "ResumableSampler": "sampler",
     "Topology": "topology",
     "TrafficMonitor": "integrations.trainer.traffic_monitor",

@@ -10,7 +10,6 @@ import sys
 import threading
 import typing
 from collections.abc import Iterator
-from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +20,7 @@ from lightning.pytorch.core import saving
 from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_mics
-from lightning_mics.integrations._registration import AfterImport
+from lightning_mics.integrations._after_import import AfterImport
 
 NAMES = [*lightning_mics.__all__, "MiCSPlugin"]
 
@@ -60,17 +59,56 @@ def test_neither_torch_nor_lightning_is_imported(statement: str, tmp_path: Path)
     assert run(f"import sys\n{statement}\nprint(sorted({heavy} & sys.modules.keys()))", tmp_path) == ["[]"]
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import lightning_mics\nimport lightning as L",
-        "from lightning.fabric import Fabric\nimport lightning_mics",
-        "import lightning.pytorch\nfrom lightning_mics import MiCSStrategy",
-    ],
+ORDERS = (
+    "import lightning_mics\nimport lightning as L",
+    "from lightning.fabric import Fabric\nimport lightning_mics",
+    "import lightning.pytorch\nfrom lightning_mics import MiCSStrategy",
 )
-def test_mics_is_known_in_whatever_order_things_are_imported(imports: str, tmp_path: Path) -> None:
-    said = run(imports + USE, tmp_path)
-    assert said[-2:] == ["MiCSStrategy MiCSFabricStrategy DamagedCheckpointError", "finders: 0"]
+
+UNPICKLE = """
+import pickle
+names = pickle.loads({pickled!r})
+import lightning_mics
+from lightning.pytorch.strategies import StrategyRegistry
+print([getattr(lightning_mics, each.__name__) is each for each in names], "mics" in StrategyRegistry)
+"""
+
+FORKED = """
+import os, sys
+import torch._dynamo, torch.distributed.fsdp, torchmetrics  # what takes long of an import of Lightning
+assert not {{'lightning', 'lightning_mics'}} & sys.modules.keys()
+for number, code in enumerate({codes!r}):
+    if os.fork() == 0:
+        os.mkdir(str(number))
+        os.chdir(str(number))
+        sys.stdout = open("said", "w")
+        exec(code, {{'__name__': '__main__'}})
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """Lines printed by each order of imports, and by the unpickling of public names, each in a process of its own."""
+    folder = tmp_path_factory.mktemp("processes")
+    names = (lightning_mics.MiCSStrategy, lightning_mics.Topology, lightning_mics.shard_model)
+    codes = [*(order + USE for order in ORDERS), UNPICKLE.format(pickled=pickle.dumps(names))]
+    run(FORKED.format(codes=codes), folder)
+    return [(folder / str(number) / "said").read_text().splitlines() for number in range(len(codes))]
+
+
+def test_mics_is_known_in_whatever_order_things_are_imported(said: list[list[str]]) -> None:
+    expected = [
+        "MiCSStrategy MiCSFabricStrategy DamagedCheckpointError",
+        "finders: 1",
+    ]  # it waits for copies of Lightning
+    assert [lines[-2:] for lines in said[: len(ORDERS)]] == [expected] * len(ORDERS)
+
+
+def test_public_names_go_to_a_process_that_has_imported_nothing(said: list[list[str]]) -> None:
+    assert said[len(ORDERS) :] == [["[True, True, True] True"]]
 
 
 def test_a_public_name_is_what_its_module_defines() -> None:
@@ -102,20 +140,11 @@ def test_errors_of_checkpoints_say_where_they_are_imported_from() -> None:
 
 def test_a_reload_registers_nothing_twice() -> None:
     before, load = dict(StrategyRegistry), saving.pl_load
+    finders = sum(isinstance(finder, AfterImport) for finder in sys.meta_path)
     importlib.reload(lightning_mics)
     assert dict(StrategyRegistry) == before and "mics" in STRATEGY_REGISTRY
     assert saving.pl_load is load
-    assert not any(isinstance(finder, AfterImport) for finder in sys.meta_path)
-
-
-def _arrived(*public: Any) -> tuple[bool, bool]:
-    return all(getattr(lightning_mics, each.__name__) is each for each in public), "mics" in StrategyRegistry
-
-
-def test_public_names_go_to_a_spawned_process() -> None:
-    names = (lightning_mics.MiCSStrategy, lightning_mics.Topology, lightning_mics.shard_model)
-    with get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_arrived, names) == (True, True)
+    assert sum(isinstance(finder, AfterImport) for finder in sys.meta_path) == finders
 
 
 # -- the finder --------------------------------------------------------------------------------------------------------
@@ -178,7 +207,7 @@ def test_an_error_after_the_import_is_a_warning(package: Path) -> None:
         raise KeyError("registry")
 
     AfterImport({"followed.one": fail}).start()
-    with pytest.warns(UserWarning, match=r"could not register strategy='mics' with followed\.one: KeyError"):
+    with pytest.warns(UserWarning, match=r"could not adapt followed\.one: KeyError"):
         assert importlib.import_module("followed.one").value == 1
 
 

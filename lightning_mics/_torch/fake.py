@@ -20,7 +20,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["FakeTensorMode", "TorchDispatchMode", "tree_leaves", "tree_map_only"]
+# errors of operations whose results depend on values
+NEEDS_VALUES = (fake_tensor.DynamicOutputShapeException, fake_tensor.DataDependentOutputException)
+
+
+__all__ = ["NEEDS_VALUES", "FakeTensorMode", "TorchDispatchMode", "tree_leaves", "tree_map_only"]
 
 
 class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any
@@ -11,16 +12,27 @@ import torch.distributed as dist
 import torch.distributed.tensor.debug
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch._subclasses.fake_tensor import is_fake
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 # FSDP2's communication interface has no public path yet (https://github.com/pytorch/pytorch/pull/155189).
-from torch.distributed.fsdp._fully_shard import _fsdp_api
+from torch.distributed.fsdp._fully_shard import _fsdp_api, _fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "OptimizedModule",
+    "is_fake",
 ]
+
+own_grad: Any = torch._C.TensorBase.grad  # of a tensor itself, where a subclass shows that of its shard
+
+
+def has_inner_tensors(tensor: Tensor) -> bool:
+    """Whether the data of ``tensor``, [any], are other tensors, as those of quantized weights and of DTensors are."""
+    return bool(is_traceable_wrapper_subclass(tensor))
 
 
 class _OrdinaryBuffers:
@@ -72,8 +84,7 @@ def sharded_parameters(module: FSDPModule) -> list[nn.Parameter]:
 def weights_version(module: FSDPModule) -> Hashable:
     """The version of the sharded parameters of ``module`` itself; it changes with every update that torch records.
 
-    torch does not record changes through ``.data``, by ``torch._foreach_*`` functions, or in raw memory. See
-    [Note: When cached weights are dropped].
+    torch does not record changes in raw memory. See [Note: When cached weights are dropped].
     """
     return tuple(_version(p) for group in _param_groups(module) for p in group.fsdp_params)
 
@@ -85,7 +96,9 @@ def _version(parameter: Any) -> Hashable:
 
 def _has_unreduced_gradient(parameter: Any) -> bool:
     unsharded = getattr(parameter, "_unsharded_param", None)
-    return parameter.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
+    return parameter.unsharded_accumulated_grad is not None or (
+        unsharded is not None and own_grad.__get__(unsharded) is not None
+    )
 
 
 def replace_all_reduce(module: FSDPModule, reduce: Callable[[Tensor, Any], None]) -> None:
@@ -180,6 +193,18 @@ def _is_unsharding(group: FSDPParamGroup) -> bool:
     return group._all_gather_result is not None
 
 
+def use_as_default_mesh(mesh: DeviceMesh, *, model: nn.Module) -> None:
+    """Make ``fully_shard`` without a mesh shard over ``mesh`` in place of all ranks, as long as ``model`` is alive.
+
+    Args:
+        mesh: Mesh of the model.
+        model: A sharded model.
+    """
+    module: Any = _fully_shard
+    original, alive = module._init_default_mesh, weakref.ref(model)
+    module._init_default_mesh = lambda *args: mesh if alive() is not None else original(*args)
+
+
 def ever_unsharded(module: FSDPModule) -> bool:
     """Whether the parameters of ``module`` itself have been unsharded at least once."""
     return all(hasattr(p, "_unsharded_param") for group in _param_groups(module) for p in group.fsdp_params)
@@ -191,7 +216,13 @@ def drop_unreduced_gradients(module: FSDPModule) -> None:
         for parameter in group.fsdp_params:
             parameter.unsharded_accumulated_grad = None
             if hasattr(parameter, "_unsharded_param"):
-                parameter._unsharded_param.grad = None
+                own_grad.__set__(parameter._unsharded_param, None)
+
+
+def drop_partial_sums(module: FSDPModule) -> None:
+    """Drop FSDP2's partial reductions of ``module`` itself."""
+    for group in _param_groups(module):
+        group._partial_reduce_output = None
 
 
 def unshard(module: FSDPModule) -> None:
@@ -200,6 +231,27 @@ def unshard(module: FSDPModule) -> None:
     for group in _param_groups(module):
         for parameter in group.fsdp_params:
             parameter.unsharded_param.requires_grad_(parameter.sharded_param.requires_grad)
+
+
+def continue_forward(root: FSDPModule) -> None:
+    """Go on with a forward of ``root`` inside which another one of it has ended.
+
+    The inner one leaves FSDP2 idle, and so the outer one would reshard the root, for its backward to gather it again.
+    """
+    state: Any = root._get_fsdp_state()
+    state._training_state = TrainingState.FORWARD
+    state._state_ctx.iter_forward_root = state
+    for group in _param_groups(root):
+        group._training_state = TrainingState.FORWARD
+
+
+def finish_backward(root: FSDPModule) -> None:
+    """Reduce unreduced gradients of a model, as FSDP2 does at the end of a backward for modules that were not reached.
+
+    Args:
+        root: Root FSDP module.
+    """
+    root._get_fsdp_state()._root_post_backward_final_callback()
 
 
 def expect_backward(root: FSDPModule, loss: Tensor) -> None:

@@ -17,6 +17,7 @@ from lightning_mics.checkpoint.dcp.save_planner import HostBuffers
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.saving import prepare_sharded
 from lightning_mics.checkpoint.storage.path import StoragePath
+from lightning_mics.collectives.control_plane import control_plane
 
 MOST_UNFINISHED = 2  # as with ModelCheckpoint(save_last=True), which saves twice in a row; each takes memory for a copy
 
@@ -93,8 +94,10 @@ class ShardedSaving:
         self._background.wait()
 
     def _group_of_all(self) -> dist.ProcessGroup | None:
-        """The gloo group of all ranks for the collectives of asynchronous saves, made when it is first needed."""
-        if self._asynchronous and self._group is None:
+        """A gloo group of all ranks; for asynchronous saves one of their own, made when it is first needed."""
+        if not self._asynchronous:
+            return control_plane(self._timeout).group
+        if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         return self._group
 

@@ -9,6 +9,7 @@ from datetime import timedelta
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_mics._torch.process_groups import was_left_waiting
+from lightning_mics.collectives.control_plane import RanksDifferError
 
 
 class DamagedCheckpointError(RuntimeError):
@@ -64,6 +65,8 @@ def saving(path: object) -> Iterator[None]:
     """
     try:
         yield
+    except RanksDifferError:
+        raise
     except CheckpointException as failed:  # a BaseException, whose message holds the tracebacks of all ranks
         rank, (error, _) = min(failed.failures.items())
         raise _not_saved(path, error, where=f" on rank {rank}") from failed

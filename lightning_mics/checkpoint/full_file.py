@@ -19,11 +19,12 @@ from torch.optim import Optimizer
 from lightning_mics.checkpoint.compare import check_model, check_optimizer_count
 from lightning_mics.checkpoint.dcp.unpickling import load_value
 from lightning_mics.checkpoint.errors import saving
-from lightning_mics.checkpoint.keys import optimizer_entries, rank_key, rank_key_to_load
+from lightning_mics.checkpoint.keys import follow_second_names, optimizer_entries, rank_key, rank_key_to_load
 from lightning_mics.checkpoint.optimizer_states import copy_state, dotted, load_optimizer, named, prefixes
 from lightning_mics.checkpoint.storage.location import checkpoint_location
 from lightning_mics.checkpoint.storage.path import StoragePath
 from lightning_mics.collectives.agreement import on_rank_0
+from lightning_mics.collectives.control_plane import control_plane
 
 NAMES_KEY = "mics_names"  # in a full file
 
@@ -73,7 +74,7 @@ def gather_rank_states(rank_state: Mapping[str, Tensor]) -> dict[str, Mapping[st
         On rank 0 every rank's ``rank_state``, under the key of the rank; on the others nothing.
     """
     states: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(rank_state, states)
+    dist.gather_object(rank_state, states, group=control_plane().group)
     return {rank_key(rank): state for rank, state in enumerate(states or [])}
 
 
@@ -96,7 +97,10 @@ def load_raw(path: StoragePath, model: nn.Module, *, strict: bool, weights_only:
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds {type(content).__name__}, no state_dict")
     state = content.get("state_dict", content)
-    check_model(get_model_state_dict(model), state, strict=strict)
+    model_state = get_model_state_dict(model)
+    check_model(model_state, state, strict=strict)
+    state = dict(state)
+    follow_second_names(model, model_state, state)
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=strict))
 
 
@@ -129,7 +133,9 @@ def load_full(
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{str(path)!r} does not point to a valid checkpoint: the file holds no 'state_dict'")
     model_state = content.pop("state_dict")
-    check_model(get_model_state_dict(model), model_state, strict=strict)
+    own_state = get_model_state_dict(model)
+    check_model(own_state, model_state, strict=strict)
+    follow_second_names(model, own_state, model_state)
     states = content.pop("optimizer_states", [])
     check_optimizer_count(optimizers, len(states))
     for (key, optimizer), state in zip(optimizer_entries(optimizers).items(), states, strict=False):

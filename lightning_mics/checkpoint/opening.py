@@ -21,6 +21,7 @@ from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, Manifest, 
 from lightning_mics.checkpoint.storage.path import StoragePath, exists
 from lightning_mics.checkpoint.storage.progress import progress_bar
 from lightning_mics.collectives.agreement import on_all_ranks, on_rank_0
+from lightning_mics.collectives.control_plane import control_plane
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class OpenCheckpoint:
         planner = SafePlanner(weights_only=weights_only)
         with plain_errors(self.content), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # the request of no_dist
-            load_shards(state, storage_reader=self.reader, planner=planner, no_dist=alone)
+            group = None if alone else control_plane().group
+            load_shards(state, storage_reader=self.reader, planner=planner, no_dist=alone, process_group=group)
         planner.exchange()
 
     def _warn_of_no_manifest(self) -> None:

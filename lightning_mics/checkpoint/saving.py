@@ -34,6 +34,7 @@ from lightning_mics.checkpoint.storage.manifest import FileFacts, Manifest
 from lightning_mics.checkpoint.storage.path import StoragePath
 from lightning_mics.checkpoint.storage.progress import progress_bar
 from lightning_mics.collectives.agreement import on_all_ranks, on_rank_0
+from lightning_mics.collectives.control_plane import control_plane
 
 
 def save_sharded(
@@ -135,7 +136,8 @@ def _write_sharded(
         draft: StoragePath = on_rank_0(location.begin, group=group)
         try:
             writer = ShardWriter(draft, advance=advance)
-            save_shards({}, storage_writer=writer, planner=planner, process_group=group)
+            plans = group or control_plane().group
+            save_shards({}, storage_writer=writer, planner=planner, process_group=plans)
             written = on_all_ranks(lambda: _with_meta(writer, meta), group=group)
         except BaseException:
             if dist.get_rank() == 0:

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from lightning_mics.collectives.control_plane import control_plane
+
 _Result = TypeVar("_Result")
 
 
@@ -19,7 +21,7 @@ def on_rank_0(action: Callable[[], _Result], *, group: dist.ProcessGroup | None 
 
     Args:
         action: Function to run, whose result must pickle.
-        group: Process group of all ranks; None is the default group.
+        group: Process group of all ranks; None is the control plane's.
 
     Raises:
         OSError: On all ranks, if the action raises it.
@@ -27,7 +29,7 @@ def on_rank_0(action: Callable[[], _Result], *, group: dist.ProcessGroup | None 
     """
     outcome: list[Any] = [_outcome_of(action) if dist.get_rank() == 0 else None]
     error = outcome[0].error if outcome[0] else None
-    dist.broadcast_object_list(outcome, src=0, group=group)
+    dist.broadcast_object_list(outcome, src=0, group=group or control_plane().group)
     result: _Result = _results(outcome, own_error=error)[0]
     return result
 
@@ -37,7 +39,7 @@ def on_all_ranks(action: Callable[[], _Result], *, group: dist.ProcessGroup | No
 
     Args:
         action: Function to run, whose result must pickle.
-        group: Process group of all ranks; None is the default group.
+        group: Process group of all ranks; None is the control plane's.
 
     Returns:
         The results in the order of ranks.
@@ -47,7 +49,7 @@ def on_all_ranks(action: Callable[[], _Result], *, group: dist.ProcessGroup | No
         RuntimeError: On the other ranks, for any other error that is not marked by ``raised_by_all_ranks = True``.
     """
     own, outcomes = _outcome_of(action), [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, own, group=group)
+    dist.all_gather_object(outcomes, own, group=group or control_plane().group)
     return _results(outcomes, own_error=own.error)
 
 

@@ -144,6 +144,16 @@ class CountedGroup:
         dist.all_to_all_single(parts, source, group=self._group)
         return parts.view(self.size, -1)
 
+    def broadcast(self, tensor: Tensor, *, technique: str) -> None:
+        """Give all ranks the values of the first rank of the group, in place.
+
+        Args:
+            tensor: Tensor of this rank, [any], of the same shape on all.
+            technique: Name that traffic is counted under.
+        """
+        self._count("broadcast", tensor.nbytes, technique)
+        dist.broadcast(tensor, group=self._group, group_src=0)
+
     def _count(self, kind: Kind, total_bytes: int, technique: str, *, gloo: bool = False) -> None:
         sent = sent_by(kind, total_bytes, nodes=self._nodes, position=self.rank, gloo=gloo)
         self._traffic.record(technique, sent)

@@ -1,8 +1,8 @@
 """The bytes that collectives send inside nodes and between nodes, by technique.
 
-The counts follow from the sizes of buffers and the algorithms of backends: a ring for all-gather, reduce-scatter and
-all-reduce, pairs for all-to-all. In a ring over several nodes a few ranks send to other nodes for all; a rank counts
-the average of the ranks on its node, so a node sends ``ranks_per_node`` times the count of one of its ranks.
+The counts follow from the sizes of buffers and the algorithms of backends: a ring for all-gather, reduce-scatter,
+all-reduce and broadcast, pairs for all-to-all. In a ring over several nodes a few ranks send to other nodes for all; a
+rank counts the average of the ranks on its node, so a node sends ``ranks_per_node`` times what one of them counts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def sent_by(kind: Kind, total_bytes: float, *, nodes: Sequence[int], position: i
 
     Args:
         kind: Kind of the collective.
-        total_bytes: Bytes that are gathered, reduced or exchanged, over all ranks.
+        total_bytes: Bytes that are gathered, reduced or exchanged, over all ranks, or broadcast.
         nodes: Node of each rank, in the order of the group: [ranks].
         position: Position of the rank in the group.
         gloo: Whether the backend is gloo, whose reduce-scatter is an all-reduce.

@@ -5,7 +5,7 @@ sizes can be compared. The tests check that both agree.
 
 FSDP2 shards each parameter over its first dimension, padded to a multiple of the ranks, and gathers and reduces all of
 a parameter group at once. The root is gathered in the first forward of each micro-step only; blocks are gathered in
-forward and in backward.
+forward and in backward, with ``allow_unused`` in forward only.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class _Step:
 
     def gathers(self, unit: Unit, dtype: torch.dtype) -> list[ScheduledCollective]:
         elements = unit.elements(self.topology.partition_size)
-        once, always = _Uses(1, "first"), _Uses(1 if unit.is_root else 2, "every")
+        once, always = _Uses(1, "first"), _Uses(1 if unit.is_root or self.options.allow_unused else 2, "every")
         every = once if self.options.cache_parameters == "rank" else always
         if not self._in_stages:
             return [self._run("all_gather", "partition", elements, dtype, times=every.times, when=every.when)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,9 +13,11 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import Unpack
 
+from lightning_mics._torch.numbers import whole_values
 from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.async_save import ShardedSaving
 from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
+from lightning_mics.collectives.control_plane import ControlPlane
 from lightning_mics.policy.options import PolicyOptions, check_names, documented
 from lightning_mics.policy.policy import Policy
 
@@ -67,6 +70,7 @@ class LightningStrategy:
         self._policy = Policy(timeout=timeout, **policy)
         self._weights_only = weights_only
         self._saving = ShardedSaving(asynchronous=async_save, timeout=timeout)
+        self._control: ControlPlane | None = None  # once a model is sharded
         self._initialize()
 
     def _initialize(self) -> None:
@@ -90,6 +94,34 @@ class LightningStrategy:
         check_job(self.root_device, backend=self._get_process_group_backend())
         self._policy.check(world_size=self.world_size, local_size=self.num_processes)
 
+    def _together(self, entry: str) -> AbstractContextManager[None]:
+        """Run an operation of all ranks inside, once they agree on it."""
+        return nullcontext() if self._control is None else self._control.together(entry)
+
+    def barrier(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Wait for all ranks, as Lightning's strategies do; not for those that are known not to come.
+
+        Raises:
+            RanksDifferError: If another rank does something else.
+        """
+        if self._control is not None and self._control.has_raised and self._control.verdict is not None:
+            return
+        with self._together("waits at a barrier"):
+            super().barrier(*args, **kwargs)  # type: ignore[misc]
+
+    def broadcast(self: Any, obj: Any, src: int = 0) -> Any:
+        """Send a value from one rank to all, as Lightning's strategies do.
+
+        Args:
+            obj: The value, which must pickle.
+            src: Rank that sends it.
+
+        Raises:
+            RanksDifferError: If another rank does something else.
+        """
+        with self._together("broadcasts a value"):
+            return super().broadcast(obj, src)  # type: ignore[misc]
+
     def wait_for_checkpoints(self) -> None:
         """Wait until all checkpoints that are being written asynchronously are complete; every rank calls it.
 
@@ -97,6 +129,17 @@ class LightningStrategy:
             RuntimeError: If saving one failed. Earlier checkpoints are unchanged.
         """
         self._saving.wait()
+
+    def all_gather(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Gather a tensor from all ranks, as Lightning's strategies do; of a DTensor the unsharded one.
+
+        Args:
+            tensor: Tensor of this rank: [any].
+            args: Group, and whether to synchronize gradients.
+            kwargs: The same by name.
+        """
+        gathered: Tensor = super().all_gather(whole_values(tensor), *args, **kwargs)  # type: ignore[misc]
+        return gathered
 
     def _reads_weights_only(self, weights_only: bool | None) -> bool:
         """The argument of a loading call if it is given, else the option."""
@@ -162,6 +205,7 @@ def reduce_in_place(tensor: Any, *, group: Any, op: Any) -> Any:
         group: Process group to reduce over; None is all ranks.
         op: Reduction, a ``ReduceOp`` or its name; "mean" and "avg" divide by the number of ranks, and None sums.
     """
+    tensor = whole_values(tensor)  # the same on all ranks of a partition group
     if not isinstance(tensor, Tensor) or not dist.is_initialized():
         return tensor
     mean = isinstance(op, str) and op.lower() in ("mean", "avg")

@@ -2,9 +2,11 @@
 
 Importing this module patches two functions of Accelerate, with an effect for a :class:`MiCSPlugin` only. The first is
 ``fsdp2_prepare_model``, which shards a model. The second is ``AcceleratorState.__init__``, which drops an FSDP plugin
-if there is no GPU. Everything else is Accelerate's own code: optimizers that follow the shards, gradient clipping,
-``save_state`` and ``load_state``, ``get_state_dict``. ``accumulate`` and ``no_sync`` switch off the model's gradient
-synchronization; a model sharded by a policy takes that for a micro-step before the boundary.
+if there is no GPU. If transformers is imported, ``Trainer.save_model`` is patched as well, and a model that is sharded
+without a mesh afterwards, as reference models are, is sharded inside the same partition groups. Everything else is
+Accelerate's own code: optimizers that follow the shards, gradient clipping, ``save_state`` and ``load_state``,
+``get_state_dict``. ``accumulate`` and ``no_sync`` switch off the model's gradient synchronization; a model sharded by a
+policy takes that for a micro-step before the boundary.
 """
 
 from __future__ import annotations
@@ -39,10 +41,13 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
 from lightning_mics import checkpoint
+from lightning_mics._torch.fsdp import use_as_default_mesh
+from lightning_mics._torch.numbers import taking_whole_values
 from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin
 from lightning_mics.checkpoint.storage.path import storage_path
+from lightning_mics.integrations._transformers import save_sharded_models
 from lightning_mics.policy.options import PolicyOptions, check_names, documented
 from lightning_mics.policy.policy import Policy
 from lightning_mics.sharding.evaluation import allow_evaluation
@@ -123,6 +128,7 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
             ValueError: If no model was prepared with a :class:`MiCSPlugin`.
         """
         model = _prepared_model(accelerator)
+        sharded(model).schedule.buffers.make_equal()
         checkpoint.save_sharded(
             storage_path(path),
             model_state=get_model_state_dict(model),
@@ -201,9 +207,14 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     model.to(accelerator.device)  # state besides parameters and buffers, such as metrics
     allow_evaluation(model)  # see [Note: Hooks on the root, in order]
     handle.schedule.optimizer_hooks.follow_steps()
+    use_as_default_mesh(handle.groups.mesh, model=model)
     for optimizer in _optimizers(accelerator):
+        handle.schedule.optimizer_hooks.adopt(optimizer)
         handle.schedule.optimizer_hooks.follow_zero_grad(optimizer)
-    _abandon_window_when_loading(accelerator, handle.schedule)
+    accelerator.log, accelerator.gather, accelerator.reduce = map(
+        taking_whole_values, (accelerator.log, accelerator.gather, accelerator.reduce)
+    )
+    _prepare_for_states(accelerator, handle.schedule)
     vars(model)["set_requires_gradient_sync"] = _GradientSync(model, handle.schedule)
     if precision == "bf16-mixed":
         _compute_under_autocast(accelerator, model)
@@ -212,15 +223,20 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     return model
 
 
-def _abandon_window_when_loading(accelerator: Accelerator, schedule: AccumulationSchedule) -> None:
-    """Abandon the open window when weights are loaded. The hook must not keep the model alive."""
+def _prepare_for_states(accelerator: Accelerator, schedule: AccumulationSchedule) -> None:
+    """Make buffers equal before Accelerate saves, abandon the open window when it loads. Hooks must not keep models."""
     known = weakref.ref(schedule)
 
     def abandon(*_: Any) -> None:
         if (alive := known()) is not None:
             alive.window.abandon()
 
+    def make_equal(*_: Any) -> None:
+        if (alive := known()) is not None:
+            alive.buffers.make_equal()
+
     accelerator.register_load_state_pre_hook(abandon)
+    accelerator.register_save_state_pre_hook(make_equal)
 
 
 def _precision(accelerator: Accelerator, model: nn.Module) -> str:
@@ -268,7 +284,7 @@ class _GradientSync:
             self._before_boundary.enter_context(self._schedule.micro_step(boundary=False))
 
 
-# -- the two functions of Accelerate that are patched ------------------------------------------------------------------
+# -- what is patched in Accelerate and transformers --------------------------------------------------------------------
 
 
 def _patched_prepare(prepare: Callable[..., Any]) -> Callable[..., Any]:
@@ -320,3 +336,6 @@ accelerate_accelerator.fsdp2_prepare_model = _patched_prepare(accelerate_acceler
 
 
 AcceleratorState.__init__ = _patched_init(AcceleratorState.__init__)
+
+
+save_sharded_models(MiCSPlugin)

@@ -23,8 +23,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
-from lightning_mics._torch.direct_use import torchs_own
-from lightning_mics._torch.use_errors import described_errors
+from lightning_mics._torch.units.use_errors import described_errors
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import NETWORK_KEY, TOPOLOGY_KEY, origin
@@ -92,6 +91,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         module.to(self.root_device)  # state besides parameters and buffers, such as metrics
         self._policy.check_kept(module, sharded(module))
         self._device_mesh = sharded(module).groups.mesh
+        self._control = sharded(module).groups.control
         sharded(module).schedule.window.abandon()
         if not any(module is known for known in self._models):
             allow_evaluation(module)
@@ -111,12 +111,15 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         for optimizer, groups in zip(optimizers, names, strict=True):
             for group, of_group in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = [parameters[name] for name in of_group]
+            sharded(module).schedule.optimizer_hooks.adopt(optimizer)
             sharded(module).schedule.optimizer_hooks.follow_zero_grad(optimizer)
         return module, optimizers, scheduler
 
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         own = {id(parameter) for model in self._models for parameter in model.parameters()}
+        for model in self._models:
+            sharded(model).schedule.optimizer_hooks.adopt(optimizer)
         foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
         if foreign:
             raise ValueError(
@@ -141,7 +144,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
 
     @override
     def clip_gradients_norm(self, *args: Any, **kwargs: Any) -> Tensor:
-        norm = torchs_own(super().clip_gradients_norm)(*args, **kwargs)
+        norm = super().clip_gradients_norm(*args, **kwargs)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -153,7 +156,8 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     @override
     def all_reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Any:
         """See :func:`~lightning_mics.integrations._lightning.reduce_in_place`."""
-        return reduce_in_place(tensor, group=group, op=reduce_op)
+        with self._together("reduces a value over all ranks") if group is None else nullcontext():
+            return reduce_in_place(tensor, group=group, op=reduce_op)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -176,11 +180,12 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
                 'state_dict_type="full"'
             )
         parts = _Parts.of(state, doing="save")
-        with all_ranks_answer(f"saving {path}", timeout=self._timeout):
+        with all_ranks_answer(f"saving {path}", timeout=self._timeout), self._together("saves a checkpoint"):
             self._save(self._shared_path(path), parts, filter or {})
 
     def _save(self, path: StoragePath, parts: _Parts, filter: Filter) -> None:
         full = not self._save_distributed_checkpoint
+        sharded(parts.model).schedule.buffers.make_equal()
         optimizers = {
             key: optimizer_state(parts.model, optimizer, sharded=not full)
             for key, optimizer in parts.optimizers.items()
@@ -236,7 +241,8 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         return remainder
 
     def _load(self, path: StoragePath, parts: _Parts, strict: bool, weights_only: bool | None) -> dict[str, Any]:
-        with torch.inference_mode(False), all_ranks_answer(f"loading {path}", timeout=self._timeout):
+        answered = all_ranks_answer(f"loading {path}", timeout=self._timeout)
+        with torch.inference_mode(False), answered, self._together("loads a checkpoint"):
             remainder = checkpoint.load(
                 path,
                 model=parts.model,

@@ -96,12 +96,17 @@ def choose(
         free_bytes=int(USABLE_SHARE * capacity_bytes) - states_bytes,
         fits_unsharded=fits(size, 1, capacity_bytes),
     )
+    if communication.allow_unused:  # they take the memory in any case
+        communication = communication.on_ranks()
     cache = _weigh(communication.cache_parameters, size.gathered_bytes, memory)
     memory = replace(memory, free_bytes=memory.free_bytes - cache.bytes)
     if communication.two_hop:
         accumulate = _weigh(communication.accumulate_gradients, size.reduced_bytes, memory)
     else:
         accumulate = _Place(None, "two_hop=False reduces in every micro-step")
+    cached_bytes = cache.bytes + accumulate.bytes
+    if communication.allow_unused and partition_size > 1:
+        cached_bytes = size.gathered_bytes + size.reduced_bytes
     return Choice(
         topology=topology,
         communication=replace(
@@ -117,7 +122,7 @@ def choose(
             "accumulate_gradients": accumulate.why,
         },
         states_bytes=states_bytes,
-        cached_bytes=cache.bytes + accumulate.bytes,
+        cached_bytes=cached_bytes,
         capacity_bytes=capacity_bytes,
     )
 

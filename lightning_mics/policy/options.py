@@ -40,8 +40,13 @@ class PolicyOptions(TypedDict, total=False):
             ``_no_split_modules``, else the longest list of equal modules.
         activation_checkpointing: Whether blocks are recomputed in backward, False by default; classes or names choose
             other modules, patterns choose blocks by FQN: ``"network.transformer.h.*[02468]"``.
+        broadcast_buffers: Whether all ranks get the buffers of rank 0, such as running statistics, where they differ
+            and a step, an evaluation or a checkpoint uses them, True by default; False keeps each rank's own.
         two_hop: Whether gradients are reduced over replicas at the boundary only, True by default; False does so in
             every micro-step, as hybrid sharding does. For measurements.
+        allow_unused: Whether ranks may use different blocks in training, as with layer drop, early exit or experts by
+            rank, False by default; True trains them as DistributedDataParallel does with
+            ``find_unused_parameters=True``, and takes the bytes of all parameters and all gradients on each rank.
     """
 
     partition_size: int | Literal["auto"]
@@ -53,7 +58,9 @@ class PolicyOptions(TypedDict, total=False):
     reduce_dtype: torch.dtype | str | None
     block_classes: ModuleClasses | None
     activation_checkpointing: bool | ModuleClasses
+    broadcast_buffers: bool
     two_hop: bool
+    allow_unused: bool
 
 
 Documented = TypeVar("Documented", bound=Callable[..., object])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import timedelta
 
 import torch
@@ -18,6 +19,7 @@ from lightning_mics.policy.options import PolicyOptions, check_names
 from lightning_mics.policy.start_report import start_report
 from lightning_mics.sharding.activation_checkpointing import find_recomputed
 from lightning_mics.sharding.blocks import find_blocks
+from lightning_mics.sharding.modules.initializers import describe_initializers
 from lightning_mics.sharding.options import CommunicationOptions, floating_dtype
 from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
 from lightning_mics.sharding.sharded import Sharded
@@ -49,11 +51,13 @@ class Policy:
             accumulate_gradients=policy.get("accumulate_gradients", "auto"),
             inter_node_reduce_dtype=floating_dtype("inter_node_reduce_dtype", policy.get("inter_node_reduce_dtype")),
             two_hop=policy.get("two_hop", True),
+            allow_unused=policy.get("allow_unused", False),
         )
         self._ranks_per_node = policy.get("ranks_per_node")
         self._reduce_dtype = floating_dtype("reduce_dtype", policy.get("reduce_dtype"))
         self._block_classes = policy.get("block_classes")
         self._activation_checkpointing = policy.get("activation_checkpointing", False)
+        self._broadcast_buffers = policy.get("broadcast_buffers", True)
         self._timeout = timeout
 
     def check(self, *, world_size: int, local_size: int) -> None:
@@ -73,7 +77,9 @@ class Policy:
         if self.partition_size != "auto":
             self._check_collectives(topology)
 
-    def shard(self, model: nn.Module, *, precision: str, device: torch.device, local_size: int) -> Sharded:
+    def shard(
+        self, model: nn.Module, *, precision: str, device: torch.device, local_size: int, training: bool = True
+    ) -> Sharded:
         """Shard ``model`` in place; every rank calls it, once the process group is initialized.
 
         Args:
@@ -81,13 +87,14 @@ class Policy:
             precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
             device: Device of this rank.
             local_size: Ranks that the launcher has started on each machine.
+            training: Whether the model is trained; one that is only evaluated may have no parameters.
 
         Raises:
             TypeError: If the model cannot be sharded.
             ValueError: If an option does not fit the job or the model.
         """
         mixed_precision = mixed_precision_policy(precision, reduce_dtype=self._reduce_dtype)
-        blocks = find_blocks(model, self._block_classes)
+        blocks = find_blocks(model, self._block_classes, may_be_empty=not training)
         find_recomputed(model, blocks, self._activation_checkpointing)  # raises before ranks wait for each other
         size = measure_model(
             model,
@@ -101,7 +108,10 @@ class Policy:
             local_size=local_size,
             capacity_bytes=_capacity_bytes(device, local_size=local_size),
         )
+        if self._block_classes is None and not blocks and size.gathered_bytes:
+            _check_one_unit(model, choice)
         self._check_collectives(choice.topology)
+        initializers = describe_initializers(model)
         groups = create_partition_groups(
             choice.topology,
             device_type=device.type,
@@ -115,10 +125,12 @@ class Policy:
             block_classes=self._block_classes,
             activation_checkpointing=self._activation_checkpointing,
             mixed_precision=mixed_precision,
+            broadcast_buffers=self._broadcast_buffers,
         )
         half = precision == "bf16-true"
         reduce_dtype = mixed_precision.reduce_dtype or (torch.bfloat16 if half else torch.float32)
-        return Sharded(groups, schedule, start_report(choice, reduce_dtype=reduce_dtype), tuple(blocks.values()))
+        report = start_report(choice, reduce_dtype=reduce_dtype, initializers=initializers)
+        return Sharded(groups, schedule, report, tuple(blocks.values()))
 
     def choose(self, size: ModelSize, *, world_size: int, local_size: int, capacity_bytes: int) -> Choice:
         """Choose how to shard a model: these options, with "auto" replaced by what memory allows.
@@ -175,6 +187,26 @@ class Policy:
         if choose_hierarchical(self.communication.hierarchical, topology):
             check_order(topology.partition_group(0))
         self.communication.check(topology)
+
+
+def _check_one_unit(model: nn.Module, choice: Choice) -> None:
+    """Check that a model in which no blocks were found fits as one parameter group; rank 0 warns that it is one.
+
+    Raises:
+        TypeError: If it does not fit.
+    """
+    found = (
+        f"found no blocks to shard in {type(model).__name__}: it has no `_no_split_modules` and no list of modules of "
+        "one class"
+    )
+    if not choice.fits:
+        raise TypeError(f"{found}, and as one parameter group it does not fit; pass block_classes=[BlockClass]")
+    if dist.get_rank() == 0:
+        warnings.warn(
+            f"{found}, so it is one parameter group, unsharded during the whole step; pass block_classes=[BlockClass] "
+            "to shard it block by block, or block_classes=[] for this without a warning",
+            stacklevel=2,
+        )
 
 
 def _capacity_bytes(device: torch.device, *, local_size: int) -> int:

@@ -10,12 +10,13 @@ from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology
 
 
-def start_report(choice: Choice, *, reduce_dtype: torch.dtype) -> str:
+def start_report(choice: Choice, *, reduce_dtype: torch.dtype, initializers: str = "") -> str:
     """Describe the groups, techniques and estimated memory of a job in a few lines.
 
     Args:
         choice: Choice of how to shard the model.
         reduce_dtype: Dtype in which gradients are reduced and added up.
+        initializers: What has set the initial weights of modules that were on the meta device; empty if none were.
     """
     t, options, why = choice.topology, choice.communication, choice.reasons
     chosen = "" if why["partition_size"] == "given" else f" ({why['partition_size']})"
@@ -33,6 +34,8 @@ def start_report(choice: Choice, *, reduce_dtype: torch.dtype) -> str:
     if t.nodes > 1:
         rows["inter-node gathers"] = _inter_node_gathers(t, options)
         rows["inter-node reductions"] = _inter_node_reductions(t, options)
+    if initializers:
+        rows["initial weights"] = initializers
     needed_bytes = choice.states_bytes + choice.cached_bytes
     capacity = in_gib(choice.capacity_bytes)
     rows["model states"] = f"about {in_gib(needed_bytes)} of {capacity} per rank (Adam; no activations)"

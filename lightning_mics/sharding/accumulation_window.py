@@ -12,7 +12,7 @@ Which part of hop 1 runs before the boundary depends on where gradients are accu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics._torch.fsdp import (
+    drop_partial_sums,
     drop_unreduced_gradients,
     ever_unsharded,
+    finish_backward,
     forget_iteration,
     fsdp_modules,
     has_pending_gradients,
@@ -29,6 +31,7 @@ from lightning_mics._torch.fsdp import (
     reduces_unused_parameters,
     trainable,
 )
+from lightning_mics._torch.parameter_hooks import ParameterHooks
 from lightning_mics.sharding.direct_gradients import DirectGradients
 from lightning_mics.sharding.weight_cache import WeightCache
 from lightning_mics.techniques.pending_gradients import PendingGradients
@@ -73,13 +76,20 @@ class AccumulationWindow:
         self._defers = two_hop and (replicas > 1 or bool(self._pending_gradients) or unsharded_gradients)
         self._at_boundary = True
         self._is_open = False
+        self._when_abandoned: list[Callable[[], None]] = []
         self.direct_gradients = DirectGradients(root, lambda: self._at_boundary)
         self._ever_trainable = {name: trainable(module) for name, module in self._modules.items()}
+        self._hooks = {m: ParameterHooks(m, at_boundary=lambda: self._at_boundary) for m in self._modules.values()}
 
     @property
     def is_open(self) -> bool:
         """Whether a micro-step of the window has begun and its boundary has not ended."""
         return self._is_open
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether a micro-step that runs now is the gradient accumulation boundary."""
+        return self._at_boundary
 
     @contextmanager
     def micro_step(self, *, boundary: bool) -> Iterator[None]:
@@ -97,10 +107,11 @@ class AccumulationWindow:
             self._set_boundary(True)
 
     def before_forward(self, module: FSDPModule) -> None:
-        """Defer reductions of ``module``, if its forward is one before the boundary.
+        """Defer reductions of ``module``, if its forward is one before the boundary; share its parameters' hooks.
 
         Runs in a hook: see [Note: Hooks on the root, in order].
         """
+        self._hooks[module].share()
         if not (self._defers and not self._at_boundary and torch.is_grad_enabled()):
             return
         if self._unsharded_gradients:  # not earlier: FSDP2 reads gradients of parameters that were never unsharded
@@ -176,7 +187,37 @@ class AccumulationWindow:
         for module in self._modules.values():
             drop_unreduced_gradients(module)
         self._cache.forget_comparisons()
+        for action in self._when_abandoned:
+            action()
         self._close()
+
+    def when_abandoned(self, action: Callable[[], None]) -> None:
+        """Run ``action`` whenever a window is abandoned."""
+        self._when_abandoned.append(action)
+
+    def reduce_pending_gradients(self) -> None:
+        """Reduce pending gradients after a backward before the boundary, as the boundary would; the window stays open.
+
+        Every rank calls it. Later gradients of the window are added to these.
+        """
+        if not any(map(self._pending, self._modules)):
+            return
+        for pending_gradients in self._pending_gradients.values():
+            pending_gradients.remove_zeros()
+        at_boundary = self._at_boundary
+        self._set_boundary(True)
+        finish_backward(self._root)
+        self._set_boundary(at_boundary)
+
+    def drop_pending_gradients(self) -> None:
+        """Drop gradients that are pending until the boundary; the window stays open. Does not communicate."""
+        if not self._is_open:
+            return
+        for pending_gradients in self._pending_gradients.values():
+            pending_gradients.drop()
+        for module in self._modules.values():
+            drop_unreduced_gradients(module)
+            drop_partial_sums(module)
 
     def tensors(self) -> list[Tensor]:
         """Gradients pending now in addition to FSDP2's own, each [any]."""

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mics.sharding.blocks import ModuleClasses, find_modules
+from lightning_mics.sharding.modules.recomputed_buffers import RecomputedState
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # key-value caches in blocks of `transformers`
 
@@ -52,14 +53,14 @@ def find_recomputed(
 def recompute_in_backward(modules: Iterable[nn.Module]) -> None:
     """Make each of ``modules`` save only its inputs in forward, and recompute the rest in backward."""
     for module in modules:
-        module.forward = _recomputing(module.forward)
+        module.forward = _recomputing(module.forward, RecomputedState(module))
 
 
 def _listed(entries: ModuleClasses) -> list[type[nn.Module] | str]:
     return [entries] if isinstance(entries, str | type) else list(entries)
 
 
-def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputing(forward: Callable[..., Any], state: RecomputedState) -> Callable[..., Any]:
     """``forward`` with activation checkpointing, called without key-value caches: recomputing would extend them."""
     names = inspect.signature(forward).parameters
     caches = {index for index, name in enumerate(names) if name in CACHES}
@@ -70,6 +71,8 @@ def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*args, **kwargs)
         args = tuple(None if index in caches else value for index, value in enumerate(args))
         kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        if torch.compiler.is_compiling() or not state.exists:  # a compiled backward has no second forward
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=state.contexts, **kwargs)
 
     return recomputed_forward

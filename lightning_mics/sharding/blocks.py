@@ -10,16 +10,17 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 
 from lightning_mics._torch.fsdp import OptimizedModule
+from lightning_mics.sharding.modules.checks import check_shardable, is_container
 
 ModuleClasses = Collection[type[nn.Module] | str]
 
 
-def find_blocks(model: nn.Module, block_classes: ModuleClasses | None = None) -> dict[str, nn.Module]:
+def find_blocks(
+    model: nn.Module, block_classes: ModuleClasses | None = None, *, may_be_empty: bool = False
+) -> dict[str, nn.Module]:
     """The blocks of ``model`` by name, a block inside another one before the outer one.
 
     Args:
@@ -27,22 +28,20 @@ def find_blocks(model: nn.Module, block_classes: ModuleClasses | None = None) ->
         block_classes: Module classes or class names. None takes the classes that the model (or a model inside it) names
             in ``_no_split_modules``, as those of ``transformers`` do, except modules tied to others, such as BERT's
             embeddings; else the entries of the longest ``ModuleList``, ``ModuleDict`` or ``Sequential`` that holds
-            modules of one class. With an empty list there are no blocks, and all parameters are in the root's group.
+            modules of one class, or lists of modules, whose members are meant then. If there is no such list, or the
+            classes are an empty list, there are no blocks, and all parameters are in the root's group.
+        may_be_empty: Whether the model may have no parameters, as one that is only evaluated.
 
     Raises:
-        TypeError: If the model is already wrapped or sharded, has no parameters, or has no blocks that can be found.
+        TypeError: If the model is already wrapped or sharded, has no parameters, or parameters that cannot be sharded.
         ValueError: If a class of ``block_classes`` is not in the model, if a parameter is shared between two
             parameter groups, or if parameters cannot be sharded together.
     """
-    _check_not_wrapped(model)
+    if not may_be_empty and not _have_parameters([model]):
+        raise TypeError(f"{type(model).__name__} has no parameters, so there is nothing to shard")
+    check_shardable(model)
     if block_classes is None:
         blocks = _without_tied(model, _of_classes(model, _no_split_names(model))) or _longest_list(model)
-        if not blocks:
-            raise TypeError(
-                f"found no blocks to shard in {type(model).__name__}: it has no `_no_split_modules` and no list of "
-                "modules of one class; pass block_classes=[BlockClass], or block_classes=[] to shard it as one "
-                "parameter group"
-            )
     else:
         blocks = find_modules(model, block_classes, option="block_classes")
     _check_groups(model, blocks)
@@ -79,12 +78,38 @@ def group_modules(owner: nn.Module, blocks: Collection[nn.Module]) -> Iterator[n
 
     Args:
         owner: A block or the model.
-        blocks: All blocks of the model; those inside ``owner`` are left out.
+        blocks: All blocks of the model; those inside ``owner`` are left out, and so are modules inside of them that
+            have a second name outside.
     """
-    for child in dict.fromkeys(owner.children()):
-        if child not in blocks:
-            yield from group_modules(child, blocks)
-    yield owner
+    inner = _inner_modules(owner, blocks)
+
+    def visit(module: nn.Module) -> Iterator[nn.Module]:
+        for child in dict.fromkeys(module.children()):
+            if child not in inner:
+                yield from visit(child)
+        yield module
+
+    yield from visit(owner)
+
+
+def aliased_parameters(owner: nn.Module, blocks: Collection[nn.Module]) -> set[nn.Parameter]:
+    """The parameters inside of inner blocks that have a second name outside, in the parameter group of ``owner``.
+
+    Args:
+        owner: A block or the model.
+        blocks: All blocks of the model.
+    """
+    inner = _inner_modules(owner, blocks)
+    aliases = {child for module in group_modules(owner, blocks) for child in module.children() if child in inner} - set(
+        blocks
+    )
+    return {parameter for alias in aliases for parameter in alias.parameters()}
+
+
+def _inner_modules(owner: nn.Module, blocks: Collection[nn.Module]) -> set[nn.Module]:
+    known = set(blocks)
+    inner = [module for module in owner.modules() if module in known and module is not owner]
+    return {module for block in inner for module in block.modules()}
 
 
 def _of_classes(model: nn.Module, entries: Collection[type[nn.Module] | str]) -> dict[str, nn.Module]:
@@ -94,7 +119,7 @@ def _of_classes(model: nn.Module, entries: Collection[type[nn.Module] | str]) ->
     found = {}
     for name, module in model.named_modules():
         inner = module._orig_mod if isinstance(module, OptimizedModule) else module  # the class that was compiled
-        if module not in skipped and (type(inner).__name__ in names or isinstance(inner, classes)):
+        if module not in skipped and (_class_of(inner).__name__ in names or isinstance(inner, classes)):
             found[name] = module
     return dict(reversed(found.items()))  # `named_modules` lists outer modules first
 
@@ -106,8 +131,8 @@ def _no_split_names(model: nn.Module) -> set[str]:
 def _without_tied(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Leave out blocks that share a parameter with another parameter group; the root's group takes them."""
     owners_of: dict[int, set[nn.Module]] = {}  # by parameter
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners_of.setdefault(id(parameter), set()).add(_owner(model, name, blocks.values()))
+    for _, parameter, owner in _owned(model, blocks.values()):
+        owners_of.setdefault(id(parameter), set()).add(owner)
     tied = {owner for owners in owners_of.values() if len(owners) > 1 for owner in owners}
     return {name: block for name, block in blocks.items() if block not in tied}
 
@@ -118,37 +143,50 @@ def _longest_list(model: nn.Module) -> dict[str, nn.Module]:
         if not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
             continue
         entries = {f"{name}.{key}".lstrip("."): entry for key, entry in module.named_children()}
-        of_one_class = len({type(entry) for entry in entries.values()}) == 1
-        if of_one_class and _have_parameters(entries.values()) and len(entries) > max(1, len(longest)):
+        if entries and all(map(is_container, entries.values())):
+            entries = _large_members(entries)
+        elif len({_class_of(entry) for entry in entries.values()}) != 1 or not _have_parameters(entries.values()):
+            continue
+        if len(entries) > max(1, len(longest)):
             longest = entries
     return dict(reversed(longest.items()))
+
+
+def _large_members(containers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules in containers that are worth a collective; norms and the like stay in the root's group."""
+    members: dict[str, nn.Module] = {}
+    for name, container in containers.items():
+        for key, entry in container.named_children():
+            inner = {f"{name}.{key}": entry}
+            members |= _large_members(inner) if is_container(entry) else inner
+    sizes = {name: sum(p.numel() for p in member.parameters()) for name, member in members.items()}
+    least = max(sizes.values(), default=0) / 10
+    return {name: member for name, member in members.items() if sizes[name] > least}
+
+
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as its author wrote it: parametrizations make a class of its own for each module."""
+    kind = parametrize.type_before_parametrizations(module)
+    assert issubclass(kind, nn.Module)
+    return kind
 
 
 def _have_parameters(modules: Iterable[nn.Module]) -> bool:
     return all(next(module.parameters(), None) is not None for module in modules)
 
 
-def _check_not_wrapped(model: nn.Module) -> None:
-    if not _have_parameters([model]):
-        raise TypeError(f"{type(model).__name__} has no parameters, so there is nothing to shard")
-    for name, module in model.named_modules():
-        if isinstance(module, FullyShardedDataParallel | DistributedDataParallel | FSDPModule):
-            raise TypeError(
-                f"module {name or 'at the root'!r} ({type(module).__name__}) is already wrapped or sharded; "
-                "pass the original module, it is sharded here"
-            )
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise TypeError(f"parameter {name!r} is already a DTensor; pass the original module, it is sharded here")
-
-
 def _check_groups(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
     """Check what FSDP2 requires: a parameter is in one parameter group, whose gradients are reduced in one dtype."""
     name_of = {block: name for name, block in blocks.items()} | {model: "the root"}
+    for name, block in blocks.items():
+        if is_container(block):
+            raise ValueError(
+                f"{name} is a {type(block).__name__} without a forward, which no forward unshards; choose "
+                "block_classes of the modules in it"
+            )
     first_of: dict[int, tuple[str, nn.Module]] = {}  # by parameter
     first_trainable_of: dict[nn.Module, tuple[str, nn.Parameter]] = {}  # by owner
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner = _owner(model, name, name_of)
+    for name, parameter, owner in _owned(model, blocks.values()):
         first_name, first_owner = first_of.setdefault(id(parameter), (name, owner))
         if owner is not first_owner:
             raise ValueError(
@@ -168,10 +206,19 @@ def _check_groups(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
             )
 
 
-def _owner(model: nn.Module, parameter_name: str, blocks: Collection[nn.Module]) -> nn.Module:
-    """The innermost of ``blocks`` that holds a parameter, or else ``model``."""
-    owner = module = model
-    for attribute in parameter_name.split(".")[:-1]:
-        module = getattr(module, attribute)
-        owner = module if module in blocks else owner
-    return owner
+def _owned(model: nn.Module, blocks: Collection[nn.Module]) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    """Each name of each parameter, the parameter, and its owner: the block whose group it is in, or ``model``.
+
+    A module inside a block may have a second name outside, by which it is not in another group.
+    """
+    owners_of: dict[nn.Module, list[nn.Module]] = {}
+    for owner in (*blocks, model):
+        for module in dict.fromkeys(group_modules(owner, blocks)):
+            owners_of.setdefault(module, []).append(owner)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        named = module = model
+        for attribute in name.split(".")[:-1]:
+            module = getattr(module, attribute)
+            named = module if module in blocks else named
+        owners = owners_of[module]
+        yield name, parameter, named if named in owners else owners[0]

@@ -13,15 +13,20 @@ each where a partition group spans nodes, by where parameters are cached and gra
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_mics._torch.direct_use import serve_direct_use
 from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, replace_all_reduce, sharded_parameters
+from lightning_mics._torch.units.direct_use import serve_direct_use
+from lightning_mics._torch.units.unit_hooks import UnitHooks
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Kind, Traffic
 from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics.sharding.ranks.agreement import RankAgreement
+from lightning_mics.sharding.ranks.unused import UnusedUnits
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.flat import FlatAllGather, FlatReduceScatter
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
@@ -37,9 +42,13 @@ class Communication:
     Args:
         groups: Process groups of this rank.
         options: Options of communication, with ``hierarchical`` as the groups were made.
+        broadcast_buffers: Whether all ranks get the buffers of rank 0 where they are used or saved.
     """
 
-    def __init__(self, groups: PartitionGroups, options: CommunicationOptions) -> None:
+    def __init__(
+        self, groups: PartitionGroups, options: CommunicationOptions, *, broadcast_buffers: bool = True
+    ) -> None:
+        self._broadcast_buffers = broadcast_buffers
         self._topology = groups.topology
         self._mesh = groups.mesh
         self._options = options
@@ -51,27 +60,47 @@ class Communication:
         self._node = self._counted(groups.node) if groups.node else None
         self._pending_gradients: dict[str, PendingGradients] = {}
         self._caches: list[ParameterCache] = []
+        self._on_rank: dict[str, RankCache] = {}
+        self._control = groups.control
+        self._agreement = RankAgreement(groups)
 
     def install(self, root: FSDPModule) -> AccumulationSchedule:
         """Set the collectives of every parameter group under ``root``; returns the schedule that drives them."""
         for name, module in fsdp_modules(root).items():
             if self._topology.partition_size > 1:
-                module.set_custom_all_gather(self._all_gather(module))
-                if self._options.cache_parameters == "rank":
-                    self._caches.append(RankCache(module))
+                module.set_custom_all_gather(self._agreement.before_gathers(name, module, self._all_gather(module)))
+                if self._options.cache_parameters == "rank" or self._options.allow_unused:
+                    self._on_rank[name] = RankCache(module)
                 module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
             if self._replication is not None:
                 self._set_second_hop(name, module, self._replication)
-        serve_direct_use(root, self._mesh, count=self._count_direct_use)
-        return AccumulationSchedule(
+        serve_direct_use(root, self._mesh, around=self._around_direct_use)
+        self._agreement.follow(root)
+        all_ranks = dist.group.WORLD
+        assert all_ranks is not None
+        schedule = AccumulationSchedule(
             root,
             replicas=self._topology.replicas,
             traffic=self._traffic,
             pending_gradients=self._pending_gradients,
-            caches=self._caches,
+            caches=[*self._caches, *self._on_rank.values()],
             unsharded_gradients=self._options.accumulate_gradients == "rank" and self._topology.partition_size > 1,
             two_hop=self._options.two_hop,
+            control=self._control,
+            all_ranks=self._counted(all_ranks) if self._broadcast_buffers else None,
         )
+        if self._options.allow_unused:
+            dropped = [] if self._options.cache_parameters == "rank" else list(self._on_rank.values())
+            unused = UnusedUnits(
+                root,
+                control=self._control,
+                caches=self._on_rank,
+                dropped=dropped,
+                before_forward=schedule.window.before_forward,
+            )
+            schedule.window.when_abandoned(unused.forget)
+        schedule.units = UnitHooks(root)  # around what was set above
+        return schedule
 
     def _all_gather(self, module: FSDPModule) -> AllGather:
         if self._rail is None:
@@ -115,10 +144,11 @@ class Communication:
     def _pending_gradients_of(self, name: str, module: FSDPModule) -> PendingGradients:
         return self._pending_gradients.setdefault(name, PendingGradients(lambda: sharded_parameters(module)))
 
-    def _count_direct_use(self, kind: Kind, axis: str, total_bytes: int) -> None:
+    def _around_direct_use(self, kind: Kind, axis: str, total_bytes: int, name: str) -> AbstractContextManager[None]:
         group = self._partition if axis == "shard" else self._replication
         if group is not None:
             group.count_direct_use(kind, total_bytes)
+        return self._agreement.direct_use(kind, axis, name)
 
     def _counted(self, group: dist.ProcessGroup) -> CountedGroup:
         ranks = dist.get_process_group_ranks(group)

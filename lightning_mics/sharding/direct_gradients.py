@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_mics._torch.direct_use import averaged, switch_back, switch_off, take_direct_gradients
 from lightning_mics._torch.fsdp import after_backward
+from lightning_mics._torch.units.direct_use import averaged, take_direct_gradients
 
 
 class DirectGradients:
@@ -35,13 +35,9 @@ class DirectGradients:
     @torch.no_grad()
     def merge(self) -> None:
         """Add the accumulated gradients to ``.grad``; none are accumulated afterwards."""
-        before = switch_off()
-        try:
-            for parameter, gradient in self._sums.items():
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            self._sums = {}
-        finally:
-            switch_back(before)
+        for parameter, gradient in self._sums.items():
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._sums = {}
 
     def drop(self) -> None:
         """Drop the accumulated gradients."""
@@ -49,14 +45,9 @@ class DirectGradients:
 
     @torch.no_grad()
     def _take(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-        before = switch_off()
-        try:
-            assert isinstance(parameter, DTensor)
-            part = averaged(gradient.detach().to(parameter.dtype), like=parameter)
-            part = part.redistribute(parameter.device_mesh, parameter.placements)
-            self._sums[parameter] = self._sums[parameter] + part if parameter in self._sums else part.clone()
-        finally:
-            switch_back(before)
+        assert isinstance(parameter, DTensor)
+        part = averaged(gradient.detach().to(parameter.dtype), like=parameter)
+        self._sums[parameter] = self._sums[parameter] + part if parameter in self._sums else part.clone()
         if not self._merges_after_backward:
             self._merges_after_backward = True
             after_backward(self._end)

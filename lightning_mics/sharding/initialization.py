@@ -8,8 +8,7 @@ One parameter group (a block's, or the root's) is placed on the device at a time
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_mics._torch.parameter_hooks import carry_over
 from lightning_mics.sharding.blocks import group_modules
+from lightning_mics.sharding.modules.initializers import init_weights_of, initialize
 from lightning_mics.techniques.partition_groups import PartitionGroups
 
 CHECKSUM_CHUNK = 2**22  # elements at a time: the 64-bit integers take several times the parameter's memory
@@ -46,7 +47,7 @@ class InitialWeights:
     def __init__(self, model: nn.Module, blocks: Collection[nn.Module], device: torch.device) -> None:
         self._blocks = set(blocks)
         self._device = device
-        self._init_weights = _init_weights_of(model)
+        self._initializers = init_weights_of(model)
         self._made: dict[Tensor, Tensor] = {}  # from meta tensors to allocated ones, so that shared ones stay shared
 
     @torch.no_grad()
@@ -69,7 +70,7 @@ class InitialWeights:
         for module in modules:  # children first, as a parent may change what its children set
             inside = set(module.modules())
             if module in fresh or (inside & fresh and not inside & (self._blocks - {owner})):
-                self._initialize(module)
+                initialize(module, self._initializers)
         for module, name, tensor, version in made:
             _check_initialized(module, name, tensor, version)
 
@@ -85,13 +86,6 @@ class InitialWeights:
             setattr(module, name, self._made[tensor])
         return made
 
-    def _initialize(self, module: nn.Module) -> None:
-        for method in ("reset_parameters", "_reset_parameters"):
-            if callable(reset := getattr(module, method, None)):
-                reset()
-        if module in self._init_weights:
-            self._init_weights[module](module)
-
 
 @torch.no_grad()
 def verify_replicas(model: nn.Module, groups: PartitionGroups) -> None:
@@ -106,10 +100,10 @@ def verify_replicas(model: nn.Module, groups: PartitionGroups) -> None:
     Raises:
         RuntimeError: If they differ; the message names the first parameters that do.
     """
-    if groups.topology.replicas == 1:
+    if groups.topology.replicas == 1 or next(model.parameters(), None) is None:
         return
     names, shards = zip(*((name, _local(parameter)) for name, parameter in model.named_parameters()), strict=True)
-    checksums = torch.stack([_checksum(shard) for shard in shards])  # [parameters]
+    checksums = torch.stack([checksum(shard) for shard in shards])  # [parameters]
     of_replicas = [torch.empty_like(checksums) for _ in range(groups.topology.replicas)]
     dist.all_gather(of_replicas, checksums, group=groups.replication)
     same = (torch.stack(of_replicas) == checksums).all(dim=0)  # [parameters]
@@ -123,29 +117,13 @@ def verify_replicas(model: nn.Module, groups: PartitionGroups) -> None:
         )
 
 
-def _init_weights_of(model: nn.Module) -> dict[nn.Module, Callable[[nn.Module], None]]:
-    """For each module the ``_init_weights(module)`` of the nearest module around it, as in ``transformers``."""
-    found: dict[nn.Module, Callable[[nn.Module], None]] = {}
-
-    def visit(module: nn.Module, inherited: Callable[[nn.Module], None] | None) -> None:
-        own = getattr(module, "_init_weights", None)
-        nearest = own if _takes_one_module(own) else inherited
-        if nearest is not None:
-            found[module] = nearest
-        for child in module.children():
-            visit(child, nearest)
-
-    visit(model, None)
-    return found
-
-
 def _empty(meta: Tensor, device: torch.device) -> Tensor:
-    empty = torch.empty_like(meta, device=device)
+    empty = torch.empty_like(meta, device=device, memory_format=torch.contiguous_format)
     if empty.is_floating_point():
         empty.fill_(torch.nan)  # so that a value that nothing sets is found
     if isinstance(meta, nn.Parameter):
         empty = nn.Parameter(empty, requires_grad=meta.requires_grad)
-    empty.__dict__.update(meta.__dict__)
+    carry_over(meta, empty)
     return empty
 
 
@@ -178,24 +156,18 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _takes_one_module(method: object) -> bool:
-    if not callable(method):
-        return False
-    try:
-        inspect.signature(method).bind(object())
-    except TypeError:
-        return False
-    return True
-
-
 def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def _checksum(tensor: Tensor) -> Tensor:
-    """A sum of all bit patterns, each weighted by its position: integers, so exact in any order of addition: []."""
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    bits = tensor.detach().contiguous().view(integer).flatten()
+def checksum(tensor: Tensor) -> Tensor:
+    """The sum of all bit patterns, each weighted by its position: integers, so exact in any order of addition: [].
+
+    Args:
+        tensor: Tensor of any dtype: [any].
+    """
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
+    bits = tensor.detach().contiguous().flatten().view(integer)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for start in range(0, bits.numel(), CHECKSUM_CHUNK):
         part = bits[start : start + CHECKSUM_CHUNK].long()

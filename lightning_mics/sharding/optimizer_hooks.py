@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lightning_mics._torch.direct_use import torchs_own
 from lightning_mics._torch.fsdp import fsdp_modules, sharded_parameters
+from lightning_mics._torch.optimizer_steps import call_after_steps, call_before_steps
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
+from lightning_mics.sharding.optimizers.adapt import adapt_optimizer
+from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
 from lightning_mics.sharding.weight_cache import WeightCache
 
 
@@ -19,12 +20,15 @@ class OptimizerHooks:
     """Hooks on the optimizers that hold parameters of one sharded model.
 
     A step drops the weight cache: see [Note: When cached weights are dropped]. Methods enable the other effects.
-    torch calls its hooks for all optimizers of a process; they hold this object weakly, and are removed with it.
+    torch calls its hooks for all optimizers of a process; they hold this object weakly.
 
     Args:
         root: The sharded model.
         window: Accumulation window of the model.
         cache: Weight cache of the model.
+
+    Attributes:
+        unsharded: Names of the parameters that the model had before it was sharded.
     """
 
     def __init__(self, root: FSDPModule, *, window: AccumulationWindow, cache: WeightCache) -> None:
@@ -34,6 +38,7 @@ class OptimizerHooks:
         self._cache = cache
         self._follows_steps = False
         self._is_registered = False
+        self.unsharded: UnshardedParameters | None = None
         if cache.enabled:
             self._register()
 
@@ -49,7 +54,6 @@ class OptimizerHooks:
         """Make ``optimizer.zero_grad()`` drop pending gradients of an open window too, as it does on one process."""
         hooks, kind = weakref.ref(self), type(optimizer)
 
-        @torchs_own
         def zero_all(wrapped: Optimizer, set_to_none: bool = True) -> None:
             alive = hooks()
             if alive is not None and alive._only_pending(wrapped) and alive.trains_with(wrapped):
@@ -61,6 +65,25 @@ class OptimizerHooks:
             kind.__name__, (kind,), {"zero_grad": zero_all, "__module__": kind.__module__, "__doc__": kind.__doc__}
         )
 
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Let ``optimizer`` step on this model: with the shards in place of parameters from before the sharding.
+
+        The same holds for optimizers inside of it, such as the base optimizer of SAM or Lookahead.
+
+        Raises:
+            TypeError: If its class cannot work on sharded parameters.
+            ValueError: If it has stepped before the model was sharded.
+        """
+        inside = [inner for inner in vars(optimizer).values() if isinstance(inner, Optimizer)]
+        for inner in inside:
+            if _have_one_list(inner, optimizer):  # Accelerate has copied the groups that the two had in common
+                inner.param_groups = optimizer.param_groups
+        for each in (optimizer, *inside):
+            if self.unsharded is not None:
+                assert isinstance(self._root, nn.Module)
+                self.unsharded.exchange(each, self._root)
+            adapt_optimizer(each)
+
     def trains_with(self, optimizer: Optimizer) -> bool:
         """Whether ``optimizer`` holds parameters of this model."""
         ours = {id(parameter) for module in self._modules.values() for parameter in sharded_parameters(module)}
@@ -70,24 +93,16 @@ class OptimizerHooks:
         if self._is_registered:
             return
         self._is_registered = True
-        hooks = weakref.ref(self)
-
-        def before_step(optimizer: Optimizer, *_: Any) -> None:
-            if (alive := hooks()) is not None and alive._follows_steps and alive.trains_with(optimizer):
-                alive._before_step(optimizer)
-
-        def after_step(optimizer: Optimizer, *_: Any) -> None:
-            if (alive := hooks()) is not None and alive.trains_with(optimizer):
-                alive._after_step()
-
-        for handle in (register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)):
-            weakref.finalize(self, handle.remove)
+        call_before_steps(self._before_step)
+        call_after_steps(self._after_step)
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        if _changes_weights(optimizer):
+        if self._follows_steps and self.trains_with(optimizer) and _changes_weights(optimizer):
             self._window.after_backward()
 
-    def _after_step(self) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
+        if not self.trains_with(optimizer):
+            return
         self._cache.invalidate()
         if self._follows_steps:
             self._root.reshard()
@@ -99,6 +114,11 @@ class OptimizerHooks:
         gradients, and clears these.
         """
         return self._window.is_open and all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+
+
+def _have_one_list(one: Optimizer, other: Optimizer) -> bool:
+    """Whether the groups of two optimizers hold their parameters in the same lists."""
+    return [id(group["params"]) for group in one.param_groups] == [id(group["params"]) for group in other.param_groups]
 
 
 def _changes_weights(optimizer: Optimizer) -> bool:

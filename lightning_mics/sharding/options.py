@@ -49,6 +49,9 @@ class CommunicationOptions:
             dtype in which they are reduced.
         two_hop: Whether gradients are reduced over replicas at the boundary only; False does so in every micro-step,
             as hybrid sharding without MiCS does. For measurements.
+        allow_unused: Whether ranks may use different units in training, as with layer drop, early exit or experts by
+            rank. Every rank then gathers all units before a forward and reduces all gradients after its backward, which
+            takes the bytes of both on each rank; see :mod:`~lightning_mics.sharding.ranks.unused`.
 
     Raises:
         ValueError: If a value is unknown, or ``two_hop=False`` leaves no gradients to accumulate until the boundary.
@@ -59,6 +62,7 @@ class CommunicationOptions:
     accumulate_gradients: AccumulateGradients = "shard"
     inter_node_reduce_dtype: torch.dtype | None = None
     two_hop: bool = True
+    allow_unused: bool = False
 
     PAPER: ClassVar[CommunicationOptions]  # each collective as often as in the paper
     NODE: ClassVar[CommunicationOptions]  # inter-node traffic once per step
@@ -77,6 +81,8 @@ class CommunicationOptions:
             )
         if not isinstance(self.two_hop, bool):
             raise ValueError(f"two_hop={self.two_hop!r} is neither True nor False")
+        if not isinstance(self.allow_unused, bool):
+            raise ValueError(f"allow_unused={self.allow_unused!r} is neither True nor False")
         if not self.two_hop and self.accumulate_gradients in ("node", "rank"):
             raise ValueError(
                 f"two_hop=False reduces over replicas in every micro-step, but accumulate_gradients="
@@ -136,6 +142,12 @@ class CommunicationOptions:
             if getattr(self, option) == "auto":
                 allowed = _listed(choice for choice in choices if choice != "auto")
                 raise ValueError(f"{option}='auto' is for policies, which know the model's size; use one of {allowed}")
+
+    def on_ranks(self) -> CommunicationOptions:
+        """Return these options with "rank" in place of "auto", where it fits the others."""
+        accumulate = "rank" if self.accumulate_gradients == "auto" and self.two_hop else self.accumulate_gradients
+        cache = "rank" if self.cache_parameters == "auto" else self.cache_parameters
+        return replace(self, cache_parameters=cache, accumulate_gradients=accumulate)
 
     def keywords(self) -> dict[str, Any]:
         """These options as keyword arguments of a strategy, by name."""

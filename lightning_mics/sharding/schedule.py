@@ -11,13 +11,15 @@ if it holds::
     _pre_forward            FSDP2, `fully_shard`
     (the user's)            hooks on the model before it was sharded
     _defer_reductions       sharding.schedule
+    _before_forward         sharding.modules.broadcast_buffers          the model has buffers
     _note_forward           integrations.fabric                         Fabric
     (the user's)            hooks on the model after it was sharded
 
 ``_pre_forward`` unshards the root, so what decides how it is unsharded runs before it: ``enter`` leaves inference mode,
 in which FSDP2 would allocate tensors that cannot be trained, and ``_drop_cached_weights`` drops outdated weights. What
 the backward will do is decided after it: before the boundary ``_defer_reductions`` lets FSDP2 defer reductions, or
-include parameters without a gradient in them as zeros, and ``_note_forward`` lists the model for ``fabric.backward``.
+include parameters without a gradient in them as zeros, ``_before_forward`` gives all ranks rank 0's buffers where a
+window or an evaluation begins, and ``_note_forward`` lists the model for ``fabric.backward``.
 The first two are registered with ``prepend=True``, as FSDP2's is, the others without.
 
 FSDP2's hook and ``_defer_reductions`` are on every block as well, in the same order. Activation checkpointing is no
@@ -35,9 +37,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics._torch.fsdp import fsdp_modules
-from lightning_mics._torch.unit_hooks import UnitHooks
+from lightning_mics._torch.units.unit_hooks import UnitHooks
+from lightning_mics.collectives.control_plane import ControlPlane
+from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
+from lightning_mics.sharding.modules.broadcast_buffers import BufferBroadcast
 from lightning_mics.sharding.optimizer_hooks import OptimizerHooks
 from lightning_mics.sharding.weight_cache import WeightCache
 from lightning_mics.techniques.once_per_step import ParameterCache
@@ -62,12 +67,16 @@ class AccumulationSchedule:
         caches: Caches of parameters, one per parameter group; empty where parameters are gathered at every use.
         unsharded_gradients: Whether FSDP2 accumulates unsharded gradients until the boundary, and runs hop 1 there.
         two_hop: Whether hop 2 runs at the boundary only; False runs it in every micro-step, as hybrid sharding does.
+        control: Control plane of all ranks.
+        all_ranks: Process group of all ranks, over which buffers are broadcast; None keeps each rank's own.
 
     Attributes:
         traffic: Counter of what this rank's collectives have sent.
         window: Accumulation window, for integrations.
         cache: Weight cache, for integrations.
         optimizer_hooks: Hooks on optimizers, for integrations.
+        buffers: Broadcast of buffers that ranks change from their own samples, for integrations.
+        units: Parameter groups left unsharded for another backward, for integrations; set when all else is.
     """
 
     def __init__(
@@ -80,7 +89,10 @@ class AccumulationSchedule:
         caches: Sequence[ParameterCache] = (),
         unsharded_gradients: bool = False,
         two_hop: bool = True,
+        control: ControlPlane,
+        all_ranks: CountedGroup | None = None,
     ) -> None:
+        self.units: UnitHooks
         self.traffic = traffic
         self.cache = WeightCache(caches)
         self.window = AccumulationWindow(
@@ -91,9 +103,12 @@ class AccumulationSchedule:
             unsharded_gradients=unsharded_gradients,
             two_hop=two_hop,
         )
-        self.units = UnitHooks(root)
         self.optimizer_hooks = OptimizerHooks(root, window=self.window, cache=self.cache)
         self._register_hooks(root)
+        assert isinstance(root, nn.Module)
+        self.buffers = BufferBroadcast(
+            root, group=all_ranks, control=control, at_boundary=lambda: self.window.at_boundary
+        )
 
     def micro_step(self, *, boundary: bool) -> AbstractContextManager[None]:
         """Run the forward and backward of one micro-step inside; hop 2 runs only if it is the ``boundary``.
@@ -125,8 +140,8 @@ class AccumulationSchedule:
     def invalidate_cache(self) -> None:
         """Drop cached parameters after weights were changed in a way that torch does not record; every rank calls it.
 
-        Needed inside an accumulation window or :meth:`cached_weights` only, after changes through ``.data``,
-        ``torch._foreach_*`` functions or raw memory. See [Note: When cached weights are dropped].
+        Needed inside an accumulation window or :meth:`cached_weights` only, after changes in raw memory. See
+        [Note: When cached weights are dropped].
         """
         self.cache.invalidate()
 

@@ -20,10 +20,18 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from lightning_mics._torch.module_classes import prepare_class
+from lightning_mics._torch.numbers import read_whole_numbers
+from lightning_mics._torch.parameter_hooks import carrying_over
+from lightning_mics._torch.random_dtensors import draw_as_unsharded
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
-from lightning_mics.sharding.blocks import ModuleClasses, find_blocks
+from lightning_mics.sharding.blocks import ModuleClasses, aliased_parameters, find_blocks
 from lightning_mics.sharding.communication import Communication
 from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0, verify_replicas
+from lightning_mics.sharding.modules.changes import keep_changes
+from lightning_mics.sharding.modules.copying import reject_copies
+from lightning_mics.sharding.modules.dense_gradients import make_gradients_dense
+from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.pretrained import load_sources
 from lightning_mics.sharding.schedule import AccumulationSchedule
@@ -38,6 +46,7 @@ def shard_model(
     block_classes: ModuleClasses | None = None,
     activation_checkpointing: bool | ModuleClasses = False,
     mixed_precision: MixedPrecisionPolicy | None = None,
+    broadcast_buffers: bool = True,
 ) -> AccumulationSchedule:
     """Shard ``model`` in place over this rank's partition group, one block at a time; every rank calls it.
 
@@ -55,6 +64,8 @@ def shard_model(
         activation_checkpointing: Whether each block is recomputed in backward; or the modules to recompute: classes,
             class names, or patterns of block names, such as ``"network.transformer.h.*[02468]"``.
         mixed_precision: FSDP2's policy: dtypes of unsharded parameters and of gradient reductions.
+        broadcast_buffers: Whether all ranks get the buffers of rank 0 where they differ and are used or saved: see
+            :mod:`~lightning_mics.sharding.modules.broadcast_buffers`.
 
     Returns:
         The accumulation schedule: which collectives run in each micro-step, and which at the boundary.
@@ -64,18 +75,30 @@ def shard_model(
         ValueError: If an option does not fit the model or the groups.
     """
     communication = communication.fitted_to(groups)
-    blocks = find_blocks(model, block_classes)
+    blocks = find_blocks(model, block_classes, may_be_empty=True)
     recomputed = find_recomputed(model, blocks, activation_checkpointing)
+    unsharded = UnshardedParameters(model)
+    make_gradients_dense(model)
     initial_weights = InitialWeights(model, blocks.values(), groups.device)
+    policy = mixed_precision or MixedPrecisionPolicy()
     with seeded_by_rank_0(groups.device):
         for owner in (*blocks.values(), model):
             initial_weights.place(owner)
-            fully_shard(owner, mesh=groups.mesh, mp_policy=mixed_precision or MixedPrecisionPolicy())
+            prepare_class(owner)
+            aliased = aliased_parameters(owner, blocks.values())
+            with carrying_over(owner):
+                fully_shard(owner, mesh=groups.mesh, mp_policy=policy, ignored_params=aliased or None)
+    draw_as_unsharded(groups.mesh)
     recompute_in_backward(recomputed)
+    read_whole_numbers()
     load_sources(model)
     verify_replicas(model, groups)
     assert isinstance(model, FSDPModule)
-    return Communication(groups, communication).install(model)
+    schedule = Communication(groups, communication, broadcast_buffers=broadcast_buffers).install(model)
+    keep_changes(model, groups.mesh, schedule.window)
+    schedule.optimizer_hooks.unsharded = unsharded
+    reject_copies(model)
+    return schedule
 
 
 def mixed_precision_policy(precision: str, *, reduce_dtype: torch.dtype | None = None) -> MixedPrecisionPolicy:

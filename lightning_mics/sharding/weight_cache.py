@@ -14,10 +14,10 @@ event that every rank sees::
     an in-place update that torch records               ParameterCache.usable, by the weights' version
     `invalidate_cache()`                                the user
 
-Between windows weights may therefore change by any means. Inside, three ways are not recorded by torch: ``.data``,
-``torch._foreach_*`` functions and raw memory. Against those every use in a forward compares this rank's part of the
-cache with its shard, without waiting for the device, and the end of the window or of ``cached_weights()`` raises if one
-was outdated. Only ``invalidate_cache()`` makes such a change legal there.
+Between windows weights may therefore change by any means. Inside, changes in raw memory are not recorded: those of a
+NumPy array, or by ``torch.distributed.checkpoint.load``. Against those every use in a forward compares this rank's part
+of the cache with its shard, without waiting for the device, and the end of the window or of ``cached_weights()`` raises
+if one was outdated. Only ``invalidate_cache()`` makes such a change legal there.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ class WeightCache:
         differ = [differs for cache in self._caches if (differs := cache.take_differs()) is not None]
         if differ and bool(torch.stack(differ).any()):
             raise RuntimeError(
-                "weights changed, in a way that torch does not record (through `.data`, `torch._foreach_*` or raw "
-                "memory), while they were cached; call `invalidate_cache()` after such a change, on all "
-                "ranks, or make it between optimizer steps"
+                "weights changed, in a way that torch does not record (in raw memory, as through NumPy or "
+                "`torch.distributed.checkpoint.load`), while they were cached; call `invalidate_cache()` after such a "
+                "change, on all ranks, or make it between optimizer steps"
             )
 
     def forget_comparisons(self) -> None:

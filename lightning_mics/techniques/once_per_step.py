@@ -115,6 +115,11 @@ class NodeCache(ParameterCache, TwoStages, AllGather):
         TwoStages.__init__(self, rail=rail, node=node)
         self._rail_slice: Tensor | None = None  # [nodes * shard]
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether the next call runs inside the node only."""
+        return self._rail_slice is not None and self.usable
+
     def __call__(
         self,
         output_tensor: Tensor,  # [local ranks * nodes * shard]

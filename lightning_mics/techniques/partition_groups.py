@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_mics._torch.process_groups import backends_of_devices, groups_made, new_group
+from lightning_mics.collectives.control_plane import ControlPlane, control_plane
 from lightning_mics.topology import Topology
 
 
@@ -39,6 +40,7 @@ class PartitionGroups:
         node: Ranks of the partition group on this node, if there is a rail and several of them; else None.
         mesh: ``("replicate", "shard")`` of shape ``(replicas, partition_size)``; with one replica ``("shard",)``.
         backend: Name of the backend that runs the collectives of all of these groups: ``"gloo"`` or ``"nccl"``.
+        control: Control plane of all ranks, where they agree on what they communicate.
     """
 
     topology: Topology
@@ -48,6 +50,7 @@ class PartitionGroups:
     node: dist.ProcessGroup | None
     mesh: DeviceMesh
     backend: str
+    control: ControlPlane
 
     @property
     def device(self) -> torch.device:
@@ -84,6 +87,7 @@ def create_partition_groups(
     in_stages = choose_hierarchical(hierarchical, topology)
     backend = _check_job(topology, device_type)
     _check_same_count_of_groups(device_type)
+    control = control_plane(timeout)
     rank, make = dist.get_rank(), partial(new_group, timeout=timeout)
     partition = make(_members(topology, rank, in_stages), name="partition")
     replication = make(topology.replication_group(rank), name="replication") if topology.replicas > 1 else None
@@ -100,6 +104,7 @@ def create_partition_groups(
         node=node,
         mesh=_mesh(topology, in_stages, device_type, partition, replication),
         backend=backend,
+        control=control,
     )
 
 

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
-MANY = "torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py"
+MANY = (
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes={nodes} --nproc-per-node={devices} "
+    "--rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py"
+)  # torch 2.13: restarted ranks share the store of the attempt before, and give up, without the variable
 
 
 ONE = "torchrun --standalone --nproc-per-node={devices} train.py"

@@ -21,9 +21,10 @@ WHOLE = [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "meta.pt"
 
 
 def _save(path: Path, value: float) -> None:
-    """Two tensors, of which torch lets one rank write the one and the other rank the other."""
+    """Two tensors, which rank 0 writes, and a tensor of each rank, which it writes itself."""
     state = {name: torch.full((2**18,), value) for name in ("one", "other")}
-    checkpoint.save_sharded(path, model_state=state, optimizer_states=[], meta={"value": value})
+    own = {"own": torch.full((2**18,), value)}
+    checkpoint.save_sharded(path, model_state=state, optimizer_states=[], meta={"value": value}, rank_state=own)
 
 
 def _value(path: Path) -> tuple[float, float]:

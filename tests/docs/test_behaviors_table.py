@@ -1,4 +1,4 @@
-"""Every test that the tables of upstream behaviors name is there."""
+"""Every test that a table of behaviors names is there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-TABLES = "".join((ROOT / "docs" / "behaviors" / name).read_text() for name in ("lightning.md", "integrations.md"))
+TABLES = "".join(
+    (ROOT / "docs" / name).read_text()
+    for name in ("behaviors/lightning.md", "behaviors/integrations.md", "what-works.md")
+)
 
 
 NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TABLES)))

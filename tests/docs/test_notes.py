@@ -17,6 +17,7 @@ PACKAGE = Path(lightning_mics.__file__).parent
 
 
 NOTES = {
+    "Agreement without waiting": "collectives/control_plane.py",
     "Zero gradients before the boundary": "techniques/pending_gradients.py",
     "Hooks on the root, in order": "sharding/schedule.py",
     "When cached weights are dropped": "sharding/weight_cache.py",

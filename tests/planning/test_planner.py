@@ -172,9 +172,13 @@ def test_an_instance_that_is_not_known_is_refused_with_those_that_are() -> None:
         find_instance("p4d.24xl")
 
 
-def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(TypeError, match="found no blocks to shard in Linear"):
-        measure_workload(lambda: nn.Linear(3, 3), torch.zeros(2, 3), samples=2, loss=tower_loss)
+def test_a_model_without_blocks_is_one_parameter_group() -> None:
+    measured = [
+        measure_workload(lambda: nn.Linear(3, 3), torch.zeros(2, 3), samples=2, loss=tower_loss, **options)
+        for options in ({}, {"block_classes": []})
+    ]
+    assert measured[0].size == measured[1].size
+    assert measured[0].size.root_bytes == 12 * 4
 
 
 def test_a_block_that_no_device_holds_is_refused_with_what_is_missing() -> None:

@@ -23,6 +23,10 @@ TWO_REPLICAS = Topology(world_size=4, ranks_per_node=2, partition_size=2)
 class Scaled(TinyLM):
     """Initializes as many models do: a method on the model, called for each of its modules."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.apply(self._init_weights)
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)

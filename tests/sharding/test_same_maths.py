@@ -31,7 +31,7 @@ SHAPES = [
 MICRO_STEPS = (1, 3, 4)
 
 
-STEPS = 5
+STEPS = 3
 
 
 MAX_NORM = 0.05

@@ -6,6 +6,7 @@ python tests/support/preempted_script.py FOLDER MAX_STEPS [CKPT_PATH]
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def main(folder: str, max_steps: str, ckpt_path: str | None = None, *callbacks: 
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork of torchrun has torchrun's handler
     try:
         main(*sys.argv[1:])
     except SIGTERMException as stop:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from lightning_mics import AccumulationSchedule, CommunicationOptions, Topology, create_partition_groups, shard_model
+from lightning_mics._torch.fsdp import own_grad
 from tests.support.forked import run_cases
 from tests.support.models import DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
@@ -273,7 +274,7 @@ def held_on_ranks() -> list[tuple[int, int]]:
         groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
         parameters = [parameter for group in groups for parameter in group.fsdp_params]
         stored = sum(t.untyped_storage().size() for parameter in parameters for t in parameter.all_gather_outputs)
-        held.append((stored, nbytes([parameter._unsharded_param.grad for parameter in parameters])))
+        held.append((stored, nbytes([own_grad.__get__(parameter._unsharded_param) for parameter in parameters])))
     return held
 
 

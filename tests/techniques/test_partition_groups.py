@@ -27,7 +27,7 @@ def test_every_rank_makes_the_groups_it_needs_and_no_others(shape):
         assert seen["names"] == ("replicate", "shard")[-2 if topology.replicas > 1 else -1 :]
         needed = [seen[kind] for kind in KINDS if seen[kind] is not None]
         assert seen["backend"] == "gloo"
-        assert seen["made"] == 1 + len(needed)  # and the world, however many groups the job has
+        assert seen["made"] == 2 + len(needed)  # and the world, twice: the control plane's is its own
 
 
 def _describe(topology: Topology) -> dict[str, Any]:

@@ -73,6 +73,18 @@ def of_weights(program: Program, x: Tensor, y: Tensor) -> Tensor:
     ) / len(per_sample)
 
 
+def of_weights_used_directly(program: Program, x: Tensor, y: Tensor) -> Tensor:
+    """A penalty on the gradients of weights that one forward has used by a call, and another without."""
+    block = program.net.blocks[0]
+    per_sample = []
+    for i in range(0, len(x), 2):
+        hidden = block.encode(program.net.embed(x[i : i + 2])).square().mean()
+        loss = mean_square(program, x[i : i + 2], y[i : i + 2]) + hidden
+        (gradient,) = torch.autograd.grad(loss, block.up.weight, create_graph=True)
+        per_sample.append(loss + 0.1 * gradient.square().sum())
+    return sum(per_sample, start=x.new_zeros(())) / len(per_sample)
+
+
 class Linear(nn.Linear):
     """A block without a nonlinearity: its second derivative reaches the weights, and not its output."""
 
@@ -121,22 +133,22 @@ def changed_views(program: Program, x: Tensor, y: Tensor) -> Tensor:
 CASES: dict[str, Any] = {  # use, block, way to train, options
     "forces": (forces, Block, in_trainer, {"validate": True}),
     "forces, manual": (forces, Block, in_trainer, {"manual": True}),
-    "forces, cached": (forces, Block, in_trainer, RANK),
+    "forces, cached": (forces, Block, in_a_loop, RANK),
     "forces, in Fabric": (forces, Block, in_fabric, {"window": 2}),
+    "forces, units unused": (forces, Block, in_a_loop, {"allow_unused": True}),
     "forces, not as a forward": (energy_and_forces, Block, in_a_loop, {"window": 2, "p": 4}),
     "energy and forces": (energy_and_forces, Block, in_trainer, {"window": 2}),
-    "gradient penalty": (gradient_penalty, Block, in_trainer, {}),
-    "gradient penalty, not as a forward": (gradient_penalty, Block, in_a_loop, {}),
-    "penalty at the end": (penalty_at_the_end, Block, in_trainer, {}),
+    "gradient penalty": (gradient_penalty, Block, in_a_loop, {}),
+    "penalty at the end": (penalty_at_the_end, Block, in_a_loop, {}),
     "third derivatives": (hessian_product, Block, in_a_loop, {}),
     "gradients of weights": (of_weights, Block, in_trainer, {}),
+    "gradients of weights used directly": (of_weights_used_directly, Block, in_a_loop, {}),
     "linear": (forces, Linear, in_a_loop, {}),
     "kept loss": (kept_losses, Kept, in_trainer, {}),
     "kept loss, in a window": (kept_losses, Kept, in_a_loop, {"window": 2}),
     "kept after the output": (kept_losses, KeptAfter, in_a_loop, {}),
-    "changed views": (changed_views, View, in_trainer, {}),
+    "changed views": (changed_views, View, in_a_loop, {}),
     "changed views, in a window": (changed_views, View, in_a_loop, {"window": 2, "p": 1}),
-    "ordinary": (mean_square, Block, in_trainer, {}),
 }
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_mics._torch.direct_use import switch_back, switch_off
-from lightning_mics._torch.use_errors import described_errors
+from lightning_mics._torch.units.use_errors import described_errors
 from tests.support.trainers import cases_on_ranks
 from tests.use.programs import (
     DIM,
@@ -66,6 +65,9 @@ USES: dict[str, Any] = {
     "transposed": through(lambda blocks, i, x: blocks[i](x) + 0.1 * (x @ blocks[i].up.weight.t())[:, :DIM]),
     "of another block": through(lambda blocks, i, x: blocks[i](x) + blocks[(i + 1) % 3].encode(x)[:, :DIM]),
     "factor": through(lambda blocks, i, x: blocks[i](x) * (1 + blocks[i].down.bias)),
+    "not in place": through(
+        lambda blocks, i, x: blocks[i](x) + ((blocks[i].up.weight * 2) + torch.ones(2 * DIM + 1, DIM)).mean(0)
+    ),
     "listed": through(lambda blocks, i, x: blocks[i](torch.cat([x, blocks[i].down.bias.expand_as(x)], 1)[:, :DIM])),
     "called": through(lambda blocks, i, x: blocks[i](x)),
     "attack": after_an_attack,
@@ -96,9 +98,9 @@ def cases(folder: Path) -> dict[str, Any]:
         }.items()
     }
     trainer = partial(in_trainer, folder=folder)
-    every |= {f"{use}, in a Trainer": (use, trainer, {}) for use in ("linear", "attack", "by loss")}
-    every |= {f"{use}, in a Trainer's window": (use, trainer, {"window": 2, **RANK}) for use in ("penalty", "encode")}
-    every |= {f"{use}, in Fabric": (use, in_fabric, {"window": 2}) for use in ("called", "penalty")}
+    every |= {f"{use}, in a Trainer": (use, trainer, {}) for use in ("attack",)}
+    every |= {f"{use}, in a Trainer's window": (use, trainer, {"window": 2, **RANK}) for use in ("by loss",)}
+    every |= {f"{use}, in Fabric": (use, in_fabric, {"window": 2}) for use in ("called",)}
     return every
 
 
@@ -146,33 +148,25 @@ def _block_before_the_root() -> Any:
     return in_a_loop(seeded(first_a_block))
 
 
-def _that_cannot_mix(weight: Tensor) -> Tensor:
-    """An operation of torch that takes no unsharded operands, whatever is done about it."""
-    if torch.overrides.has_torch_function_unary(weight):
-        return torch.overrides.handle_torch_function(_that_cannot_mix, (weight,), weight)
-    raise RuntimeError("aten.some_operation.default: got mixed torch.Tensor and DTensor, need to convert all")
+def changes_a_sharded_tensor(program: Program, x: Tensor, y: Tensor) -> Tensor:
+    changed = program.net.blocks[1].up.weight * 2
+    changed += functional.linear(x.new_ones(2 * DIM + 1, 4), program.net.embed.weight)
+    return changed.sum()
 
 
-def _refused() -> Any:
-    """The errors where direct use is served and where it is not."""
+def writes_to_a_sharded_tensor(program: Program, x: Tensor, y: Tensor) -> Tensor:
+    weight = program.net.blocks[1].up.weight.detach()
+    with described_errors():
+        return torch.mul(weight, x.new_ones(2 * DIM + 1, DIM), out=torch.empty_like(weight))
 
-    def use(program: Program, x: Tensor, y: Tensor) -> Tensor:
-        return _that_cannot_mix(program.net.blocks[1].up.weight)
 
-    def switched_off(program: Program, x: Tensor, y: Tensor) -> Tensor:
-        before = switch_off()
-        try:
-            with described_errors():
-                return functional.linear(x.new_ones(2, DIM), program.net.blocks[1].up.weight)
-        finally:
-            switch_back(before)
-
-    return [outcome(lambda use=use: in_a_loop(seeded(use))) for use in (use, switched_off)]
+def _rejected() -> Any:
+    return [outcome(partial(in_a_loop, seeded(use))) for use in (changes_a_sharded_tensor, writes_to_a_sharded_tensor)]
 
 
 OTHERS: dict[Any, Any] = {
     "before the root": _block_before_the_root,
-    "refused": _refused,
+    "rejected": _rejected,
 }
 
 
@@ -182,13 +176,11 @@ def test_a_block_may_run_before_the_root(trained: dict[str, list[Any]]) -> None:
         assert largest_difference(of_rank, alone) < 1e-6
 
 
-def test_what_cannot_mix_names_the_parameter_and_the_line(trained: dict[str, list[Any]]) -> None:
-    for served, not_served in trained["refused"]:
-        assert re.match(
-            r"RuntimeError: .*test_not_called.py:\d+: aten.some_operation .*'net.blocks.1.up.weight'", served
-        )
-        assert re.match(r"RuntimeError: .*test_not_called.py:\d+: aten.\w+ .*`parameter.full_tensor\(\)`", not_served)
-        assert "got mixed" not in served + not_served
+def test_what_cannot_mix_names_the_tensor_and_the_line(trained: dict[str, list[Any]]) -> None:
+    for changed, written in trained["rejected"]:
+        assert re.match(r"RuntimeError: .*test_not_called.py:\d+: aten.add_.* a tensor of \(13, 6\), sharded", changed)
+        assert re.match(r"RuntimeError: .*test_not_called.py:\d+: aten.mul .*`parameter.full_tensor\(\)`", written)
+        assert "got mixed" not in changed + written
 
 
 def test_direct_use_after_a_fit_gathers_the_weights(tmp_path: Path) -> None:

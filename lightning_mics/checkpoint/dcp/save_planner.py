@@ -52,7 +52,7 @@ class OwnRowsSavePlanner(DefaultSavePlanner):
     """
 
     def __init__(self, state: dict[str, Any], *, buffers: HostBuffers | None) -> None:
-        super().__init__()
+        super().__init__(dedup_save_to_lowest_rank=True)  # buffers of one rank, which belong together
         super().set_up_planner(state)
         sharded = {name: value for name, value in self.state_dict.items() if isinstance(value, DTensor)}
         self.state_dict = {name: value for name, value in self.state_dict.items() if name not in sharded}
@@ -89,7 +89,7 @@ class OwnRowsSavePlanner(DefaultSavePlanner):
         return sum(values.nbytes for values in self._values.values())
 
     def create_local_plan(self) -> SavePlan:
-        """Plan to write this rank's rows, and unsharded values, each of which torch lets one rank write."""
+        """Plan to write this rank's rows, and unsharded values, which torch lets rank 0 write."""
         plan = create_default_local_save_plan(self.state_dict, self.is_coordinator)
         self.plan = replace(plan, items=[*plan.items, *self._items], planner_data=self.mappings)
         return self.plan

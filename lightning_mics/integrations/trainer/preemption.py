@@ -219,6 +219,17 @@ def stop_when_signaled(
     ]
 
 
+def forget_signals(trainer: pl.Trainer) -> None:
+    """Leave ``trainer`` with the callbacks that it was given, at the end of a run.
+
+    Args:
+        trainer: The Trainer that has run.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, StopTogether) for callback in callbacks):
+        trainer.callbacks = [c for c in callbacks if not isinstance(c, StopTogether)]  # type: ignore[attr-defined]
+
+
 def _training(trainer: pl.Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -24,9 +22,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
-from lightning_mics._torch.direct_use import torchs_own
 from lightning_mics._torch.fsdp import expect_backward
-from lightning_mics._torch.use_errors import described_errors
 from lightning_mics.checkpoint import random_states
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
@@ -36,11 +32,20 @@ from lightning_mics.checkpoint.storage.store import CheckpointStore
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
 from lightning_mics.integrations.trainer import resuming
+from lightning_mics.integrations.trainer.callbacks import check_callbacks
+from lightning_mics.integrations.trainer.exceptions import (
+    WithoutOtherRanks,
+    agree_on_batches,
+    raise_cause,
+    tell_of_exception,
+)
+from lightning_mics.integrations.trainer.logged_numbers import log_whole_numbers
 from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
-from lightning_mics.integrations.trainer.preemption import stop_when_signaled
-from lightning_mics.integrations.trainer.steps import StepsAsForward
+from lightning_mics.integrations.trainer.preemption import forget_signals, stop_when_signaled
+from lightning_mics.integrations.trainer.steps import StepRedirection, StepsAsForward
 from lightning_mics.sharding.initialization import verify_replicas
+from lightning_mics.sharding.modules.changes import write_changes
 from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.topology import Topology
 
@@ -58,8 +63,10 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @override
     def _initialize(self) -> None:
+        self._forward_redirection = StepRedirection()
         self._sharded: Sharded | None = None
         self._evaluation = ExitStack()
+        self._shows_weights = False  # whether the last training step returned a parameter, or a view of one
         self._resumed: resuming.ResumeState | None = None  # from loading a checkpoint until training starts
 
     # -- before the model --------------------------------------------------------------------------------------------
@@ -93,7 +100,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
     @override
     def _check_before_communicating(self) -> None:
         super()._check_before_communicating()
-        _check_no_weight_averaging(self._trainer)
+        check_callbacks(self._trainer)
 
     @contextmanager
     @override
@@ -117,6 +124,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             if "_mics" not in vars(module):
                 vars(module)["_mics"] = self._shard(module, fitting=fitting)
             self.model, self._sharded = module, vars(module)["_mics"]
+            self._control = self._state().groups.control
             self.model_to_device()  # metrics, and the module's own `device`
             self._policy.check_kept(module, self._state())
             module._device_mesh = self._device_mesh = self._state().groups.mesh
@@ -126,7 +134,9 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             self.setup_precision_plugin()
             if fitting:
                 _optimizers_to_device(self.optimizers, self.root_device)
-        stop_when_signaled(trainer, reduce_max=self._reduce_max, wait_for_checkpoints=self.wait_for_checkpoints)
+        control = self._state().groups.control
+        stop_when_signaled(trainer, reduce_max=control.largest, wait_for_checkpoints=self.wait_for_checkpoints)
+        agree_on_batches(trainer, control)
 
     def _shard(self, module: nn.Module, *, fitting: bool) -> Sharded:
         if fitting and self._layer_sync is not None:
@@ -137,9 +147,11 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             precision=self.precision_plugin.precision,
             device=self.root_device,
             local_size=self.num_processes,
+            training=fitting,
         )
         if not module.automatic_optimization:
             unshard_whenever_used(module, sharded.blocks)
+        log_whole_numbers(module)
         rank_zero_info(sharded.report)
         return sharded
 
@@ -148,9 +160,8 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         super().setup_optimizers(trainer)
         assert self.model is not None
         sharded = set(self.model.parameters())
-        self.precision_plugin.clip_gradients = torchs_own(self.precision_plugin.clip_gradients)  # type: ignore[method-assign]
         for index, optimizer in enumerate(self.optimizers):
-            optimizer.zero_grad = torchs_own(optimizer.zero_grad)  # type: ignore[method-assign]
+            self._state().schedule.optimizer_hooks.adopt(optimizer)
             foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in sharded]
             if foreign:
                 raise ValueError(
@@ -170,14 +181,10 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
+        write_changes(self._root())
         self._state().schedule.window.before_backward()
         if not self._root().automatic_optimization:
             expect_backward(self._root(), closure_loss)
-
-    @override
-    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        with described_errors():
-            return super().backward(*args, **kwargs)
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -187,6 +194,9 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(*args, **kwargs)
         self._reshard_root()  # if no backward did: the next use must gather the new weights
+        if self._shows_weights:  # to the hooks after the step, which expect them as the step has left them
+            self._root().unshard()
+            self._reshard_root()
         return output
 
     @override
@@ -197,16 +207,25 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @override
     def on_train_end(self) -> None:
+        self._state().groups.control.agree("ends training")
         self._abandon_window()
         self.wait_for_checkpoints()
 
     @override
+    def teardown(self) -> None:
+        if self.lightning_module is not None:
+            forget_signals(self._trainer)
+        super().teardown()
+
+    @override
     def on_exception(self, exception: BaseException) -> None:
+        tell_of_exception(self._trainer, self._control)
         self._abandon_window()
         try:
             self.wait_for_checkpoints()
         except (RuntimeError, OSError) as error:  # the exception is what users should see first
             rank_zero_warn(str(error))
+        raise_cause(exception, self._control)
 
     def _reshard_root(self) -> None:
         """Reshard the root, which FSDP2 leaves unsharded after a forward, for the backward that follows in training."""
@@ -248,16 +267,19 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             raise RuntimeError("the model is sharded when the Trainer runs; it has no groups and no schedule before")
         return self._sharded
 
+    @override
+    def _together(self, entry: str) -> AbstractContextManager[None]:
+        if self._control is not None:
+            tell_of_exception(self._trainer, self._control)
+        return super()._together(entry)
+
     # -- reductions --------------------------------------------------------------------------------------------------
 
     @override
     def reduce(self, tensor: Tensor | Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """See :func:`~lightning_mics.integrations._lightning.reduce_in_place`."""
-        return reduce_in_place(tensor, group=group, op=reduce_op)
-
-    def _reduce_max(self, tensor: Tensor) -> Tensor:
-        largest: Tensor = self.reduce(tensor.to(self.root_device), reduce_op="max")
-        return largest.cpu()
+        with self._together("reduces a value over all ranks") if group is None else nullcontext():
+            return reduce_in_place(tensor, group=group, op=reduce_op)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -266,19 +288,29 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         """The state by FQN, sharded; for a full checkpoint unsharded and by number, on rank 0 only."""
         assert self.model is not None
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return optimizer_state(self.model, inner, sharded=self._save_distributed_checkpoint)
+        with WithoutOtherRanks(self._control), self._together("prepares an optimizer's state"):
+            return optimizer_state(self.model, inner, sharded=self._save_distributed_checkpoint)
+        return {}
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
-            return get_model_state_dict(self._root())
-        return super().lightning_module_state_dict()
+        with WithoutOtherRanks(self._control), self._together("prepares the model's state"):
+            self._state().schedule.buffers.make_equal()
+            if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
+                return get_model_state_dict(self._root())
+            return super().lightning_module_state_dict()
+        return {}
 
     @override
     def save_checkpoint(self, state: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None:
             super().save_checkpoint(state, filepath, storage_options)  # raises the error
-        with all_ranks_answer(f"saving {filepath}", timeout=self._timeout):
+        answered = all_ranks_answer(f"saving {filepath}", timeout=self._timeout)
+        with (
+            WithoutOtherRanks(self._control, lost=f"{filepath} was not saved"),
+            answered,
+            self._together("saves a checkpoint"),
+        ):
             self._save(self._shared_path(filepath), state)
 
     def _save(self, path: StoragePath, state: dict[str, Any]) -> None:
@@ -318,7 +350,8 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         fitting = self._trainer.state.fn == TrainerFn.FITTING
         self.wait_for_checkpoints()
         random_state = random_states.capture() if fitting else {}
-        with torch.inference_mode(False), all_ranks_answer(f"loading {checkpoint_path}", timeout=self._timeout):
+        answered = all_ranks_answer(f"loading {checkpoint_path}", timeout=self._timeout)
+        with torch.inference_mode(False), answered, self._together("loads a checkpoint"):
             meta = checkpoint.load(
                 self._shared_path(checkpoint_path),
                 model=self.model,
@@ -346,12 +379,3 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             super().remove_checkpoint(path)
         elif self.is_global_zero:
             CheckpointStore(path).remove()
-
-
-def _check_no_weight_averaging(trainer: Any) -> None:
-    for callback in trainer.callbacks:
-        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            raise MisconfigurationException(
-                f"{type(callback).__name__} copies the unsharded model, which no rank holds with strategy 'mics'; "
-                "remove it"
-            )

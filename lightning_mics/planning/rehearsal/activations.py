@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_mics._torch.fake import FakeTensorMode, tree_map_only
 from lightning_mics.planning.rehearsal.allocations import Allocations
-from lightning_mics.planning.rehearsal.observed import Observed
+from lightning_mics.planning.rehearsal.observed import WithoutValues
 from lightning_mics.policy.memory import Activations
 from lightning_mics.sharding.blocks import find_blocks
 
@@ -62,7 +62,7 @@ def peak_activations(
             last_block.register_full_backward_pre_hook(backward_reaches_blocks)
         with (
             allocations,
-            Observed(allocations),
+            WithoutValues(allocations),
             torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None),
         ):
             loss(model, batch).backward()  # type: ignore[no-untyped-call]

@@ -28,7 +28,7 @@ from lightning_mics.cost.collective import Collective
 from lightning_mics.planning.rehearsal.activations import default_dtype
 from lightning_mics.planning.rehearsal.allocations import GATHERED, UNKNOWN, Allocations
 from lightning_mics.planning.rehearsal.collectives import Collectives
-from lightning_mics.planning.rehearsal.observed import Observed
+from lightning_mics.planning.rehearsal.observed import WithoutValues, naming_values
 from lightning_mics.sharding.blocks import ModuleClasses
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.schedule import AccumulationSchedule
@@ -136,7 +136,8 @@ def rehearse(
     Raises:
         RuntimeError: If ``torch.distributed`` is in use.
         TypeError: If the model cannot be sharded.
-        ValueError: If a number is not positive, or an option does not fit the model or the topology.
+        ValueError: If a number is not positive, an option does not fit the model or the topology, or shapes in the
+            model depend on values.
     """
     if micro_steps < 1:
         raise ValueError(f"micro_steps={micro_steps} must be at least 1")
@@ -146,7 +147,7 @@ def rehearse(
         groups = create_partition_groups(topology, device_type="cpu", hierarchical=communication.hierarchical)
         groups = replace(groups, backend=backend)  # the backend of the job; this process has torch's fake backend
         watch = _Watch(topology, gloo=backend == "gloo")
-        with watch.entered() as fake:
+        with naming_values(), watch.entered() as fake:
             with default_dtype(torch.bfloat16 if precision == "bf16-true" else torch.float32):
                 model = make_model()
             schedule = shard_model(
@@ -259,7 +260,7 @@ class _Watch:
 
     @contextmanager
     def entered(self) -> Iterator[FakeTensorMode]:
-        with FakeTensorMode() as fake, self._allocations, _WithoutValues(self._collectives, self._allocations):
+        with FakeTensorMode() as fake, self._allocations, WithoutValues(self._collectives, self._allocations):
             yield fake
 
     @property
@@ -304,18 +305,6 @@ class _Watch:
         self.ran.append(ExecutedCollective(micro_step=self._micro_step, times=self._times, collective=collective))
         gathers = collective.kind == "all_gather"
         self._allocations.assign(GATHERED if gathers else REDUCING, tensors, over=UNKNOWN)
-
-
-class _WithoutValues(Observed):  # type: ignore[no-untyped-call]
-    """Replaces values that fake tensors do not have: numbers are 0, conditions are False, comparisons are equal."""
-
-    def run(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if operation is torch.ops.aten.equal.default:
-            return True
-        if operation is torch.ops.aten._local_scalar_dense.default:
-            dtype = args[0].dtype
-            return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
-        return operation(*args, **kwargs)
 
 
 def _tensors(states: Iterable[Mapping[str, Any]]) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_mics._torch.fake import FakeTensorMode, tree_map_only
 from lightning_mics.cost.step_traffic import Unit, find_units
 from lightning_mics.planning.rehearsal.activations import default_dtype, peak_activations
+from lightning_mics.planning.rehearsal.observed import WithoutValues, naming_values
 from lightning_mics.policy.memory import Activations, ModelSize, measure_model
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, find_blocks
@@ -70,8 +71,8 @@ def measure_workload(
             :func:`~lightning_mics.sharding.shard_model.shard_model`.
 
     Raises:
-        TypeError: If the model has no blocks.
-        ValueError: If ``samples`` is not positive.
+        TypeError: If the model has no parameters, or such that cannot be sharded.
+        ValueError: If ``samples`` is not positive, or shapes in the model depend on values.
     """
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1")
@@ -88,29 +89,57 @@ def measure_workload(
         recompute_in_backward(find_recomputed(built, own, activation_checkpointing))
         return built
 
+    gathered_dtype = policy.param_dtype or dtype
     autocast_dtype = torch.bfloat16 if precision == "bf16-mixed" else None
+    flops = partial(_flops, batch=batch, loss=loss, dtype=gathered_dtype, autocast_dtype=autocast_dtype)
+    with naming_values():
+        sample = peak_activations(
+            recomputing,
+            batch,
+            loss=loss,
+            dtype=gathered_dtype,
+            autocast_dtype=autocast_dtype,
+            find_blocks=partial(find_blocks, block_classes=block_classes),
+        )
+        model_flops, hardware_flops = flops(make_model), flops(recomputing)
     return Workload(
         units=tuple(find_units(model, blocks)),
         size=measure_model(model, blocks.values(), gathered_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        sample=peak_activations(
-            recomputing,
-            batch,
-            loss=loss,
-            dtype=policy.param_dtype or dtype,
-            autocast_dtype=autocast_dtype,
-            find_blocks=partial(find_blocks, block_classes=block_classes),
-        )
-        * (1 / samples),
-        model_flops=_flops(make_model, batch, loss) / samples,
-        hardware_flops=_flops(recomputing, batch, loss) / samples,
-        gathered_dtype=policy.param_dtype or dtype,
+        sample=sample * (1 / samples),
+        model_flops=model_flops / samples,
+        hardware_flops=hardware_flops / samples,
+        gathered_dtype=gathered_dtype,
         reduce_dtype=policy.reduce_dtype or dtype,
     )
 
 
-def _flops(make_model: Callable[[], nn.Module], batch: Any, loss: Callable[[nn.Module, Any], Tensor]) -> float:
-    with FakeTensorMode() as fake, FlopCounterMode(display=False) as counter:
-        model = make_model()
-        loss(model, tree_map_only(Tensor, fake.from_tensor, batch)).backward()  # type: ignore[no-untyped-call]
+def _flops(
+    make_model: Callable[[], nn.Module],
+    *,
+    batch: Any,
+    loss: Callable[[nn.Module, Any], Tensor],
+    dtype: torch.dtype,
+    autocast_dtype: torch.dtype | None,
+) -> float:
+    """FLOPs of a forward and backward, recurrent layers included: without MKLDNN they run as products."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_product_flops})
+    with torch.backends.mkldnn.flags(enabled=False), FakeTensorMode() as fake:
+        with default_dtype(dtype):
+            model = make_model()
+        autocast = torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None)
+        with counter, WithoutValues(), autocast:
+            loss(model, tree_map_only(Tensor, fake.from_tensor, batch)).backward()  # type: ignore[no-untyped-call]
     return float(counter.get_total_flops())
+
+
+def _grouped_product_flops(one: Sequence[int], other: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """FLOPs of products of groups of rows, each by the matrix of its group.
+
+    Args:
+        one: Shape of the first factor, [rows, inner], or [groups, rows, inner] with a matrix per group.
+        other: Shape of the second factor, [inner, columns], or [groups, inner, columns].
+        out_shape: Shape of the product.
+    """
+    groups = one[0] if len(one) == len(other) == 3 else 1  # else one of the factors has the rows of all groups
+    return int(2 * groups * one[-2] * one[-1] * other[-1])

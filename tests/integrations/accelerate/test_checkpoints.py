@@ -135,7 +135,7 @@ def forget() -> tuple[bool, list[str], torch.dtype]:
 
 
 def test_hooks_receive_the_model_which_can_be_freed_and_keeps_its_dtype(saved: Seen) -> None:
-    assert saved["forgotten"] == [(True, ["FSDPTinyLM"], torch.bfloat16)] * 4
+    assert saved["forgotten"] == [(True, ["TinyLM"], torch.bfloat16)] * 4
 
 
 def of_the_config_file(name: str, value: str) -> Any:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.campaign import campaign
+
 pytestmark = pytest.mark.launch
 
 
@@ -31,10 +33,13 @@ print(f"rank {{fabric.global_rank}} of {{fabric.world_size}}: {{type(fabric.stra
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [
-        ([], 'accelerator="cpu", devices=2, strategy="mics"'),
-        (["-m", "lightning_mics", "run", "--strategy=mics", "--accelerator=cpu", "--devices=2"], ""),
+        campaign([], 'accelerator="cpu", devices=2, strategy="mics"', id="launch"),
+        pytest.param(
+            ["-m", "lightning_mics", "run", "--strategy=mics", "--accelerator=cpu", "--devices=2"],
+            "",
+            id="command line",
+        ),
     ],
-    ids=["launch", "command line"],
 )
 def test_ranks_are_launched(command: list[str], arguments: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"

@@ -26,12 +26,6 @@ from tests.support.recorded import RecordCollectives
 from tests.support.trainers import loader, make_trainer, mics, on_ranks
 
 
-class NoBlocks(TinyModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(3, 3)
-
-
 class AlreadySharded(TinyModule):
     def configure_model(self) -> None:
         fully_shard(self.net.blocks[0], mesh=init_device_mesh("cpu", (4,)))
@@ -92,11 +86,6 @@ CASES: dict[str, tuple[type[TinyModule], dict[str, Any], dict[str, Any], type[Ex
     "a dtype on the wire with flat collectives": (
         TinyModule, {"partition_size": 4, "hierarchical": False, "inter_node_reduce_dtype": "bfloat16"}, {}, ValueError,
         "inter_node_reduce_dtype=torch.bfloat16 needs a separate inter-node stage of collectives",
-    ),
-    "no blocks": (
-        NoBlocks, {}, {}, TypeError,
-        "found no blocks to shard in NoBlocks: it has no `_no_split_modules` and no list of modules of one class; "
-        "pass block_classes=[BlockClass], or block_classes=[] to shard it as one parameter group",
     ),
     "blocks that are not there": (
         TinyModule, {"block_classes": ["GPT2Block"]}, {}, ValueError,

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import launch_script
 from tests.support.forked import run_ranks
-from tests.support.launching import LAUNCHERS, free_port, reports
+from tests.support.launching import LAUNCHERS, free_port, reports, torchrun
 
 pytestmark = pytest.mark.launch
 SCRIPT = str(launch_script.__file__)
@@ -47,7 +47,9 @@ def test_lightning_starts_the_ranks_itself(tmp_path: Path) -> None:
 
 
 def test_torchrun_starts_the_ranks(tmp_path: Path) -> None:
-    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT, str(tmp_path))
+    with torchrun(tmp_path, SCRIPT, str(tmp_path)) as job:
+        status, errors = job.wait(timeout=240)
+    assert status == 0, errors[-3000:]
     check(reports(tmp_path), nodes=1, environment="TorchElasticEnvironment", by_lightning=[False, False])
 
 

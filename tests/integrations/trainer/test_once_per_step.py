@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_mics import CommunicationOptions
+from lightning_mics._torch.fsdp import sharded_parameters
 from tests.support.models import TinyLM, TinyModule, tokens
 from tests.support.trainers import make_trainer, mics
 
@@ -74,7 +75,14 @@ def loader_of(samples: Tensor) -> DataLoader[Any]:
     return DataLoader(samples[dist.get_rank() :: RANKS], batch_size=2)
 
 
-def fit(folder: str, exchange: bool, options: dict[str, Any]) -> tuple[list[float], list[float], dict[str, Tensor]]:
+def root_bytes(module: pl.LightningModule) -> int:
+    """What each rank sends between two nodes for one gather of the root's own parameters: its shard of each."""
+    return sum(-(-p.size(0) // RANKS) * (p.numel() // p.size(0)) * p.itemsize for p in sharded_parameters(module))
+
+
+def fit(
+    folder: str, exchange: bool, options: dict[str, Any]
+) -> tuple[list[float], list[float], dict[str, Tensor], int]:
     torch.manual_seed(0)
     module, traffic = LossesOf(), LookAtTraffic()
     trainer = make_trainer(
@@ -87,7 +95,8 @@ def fit(folder: str, exchange: bool, options: dict[str, Any]) -> tuple[list[floa
         callbacks=[traffic, *([ExchangeWeights()] if exchange else [])],
     )
     trainer.fit(module, loader_of(TRAINING), loader_of(VALIDATION))
-    return module.validation_losses, traffic.validations, {n: p.full_tensor() for n, p in module.named_parameters()}
+    weights = {name: parameter.full_tensor() for name, parameter in module.named_parameters()}
+    return module.validation_losses, traffic.validations, weights, root_bytes(module)
 
 
 def in_one_process() -> tuple[list[float], dict[str, Tensor]]:
@@ -113,7 +122,7 @@ def in_one_process() -> tuple[list[float], dict[str, Tensor]]:
 @pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, NODE], ids=str)
 def test_an_evaluation_in_mid_window_sees_the_weights_that_a_callback_has_put_there(tmp_path, options, on_shared_ranks):
     losses, weights = in_one_process()
-    for seen, _, ours in on_shared_ranks(fit, str(tmp_path), True, options):
+    for seen, _, ours, _ in on_shared_ranks(fit, str(tmp_path), True, options):
         assert seen == pytest.approx(losses, rel=1e-5)
         assert losses[0] != pytest.approx(losses[3], rel=1e-3)
         for name, weight in weights.items():
@@ -123,10 +132,10 @@ def test_an_evaluation_in_mid_window_sees_the_weights_that_a_callback_has_put_th
 def test_an_evaluation_gathers_between_nodes_once_for_all_batches(tmp_path, on_shared_ranks):
     schedules = [{}, {"cache_parameters": "node"}, {"cache_parameters": "never"}]
     by_ranks, by_nodes, always = (on_shared_ranks(fit, str(tmp_path), False, options) for options in schedules)
-    for (_, few, _), (_, as_few, _), (_, many, _) in zip(by_ranks, by_nodes, always, strict=True):
-        assert len(few) == len(many) == 2
-        assert [3 * sent for sent in few] == [3 * sent for sent in as_few] == many  # three batches
-        assert few[0] > 0
+    for (_, few, _, root), (_, as_few, _, _), (_, many, _, _) in zip(by_ranks, by_nodes, always, strict=True):
+        assert len(few) == len(many) == 2 and few == as_few
+        assert [3 * sent - 2 * root for sent in few] == many  # three batches, between which the root stays unsharded
+        assert few[0] > root > 0
 
 
 @pytest.mark.parametrize(

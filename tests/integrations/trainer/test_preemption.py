@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import pytest
@@ -18,7 +19,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from lightning_mics import CommunicationOptions, MiCSStrategy
+from lightning_mics import CommunicationOptions
+from lightning_mics.collectives.control_plane import ControlPlane
+from tests.support.campaign import campaign
 from tests.support.models import TinyModule, tokens
 from tests.support.trainers import cases_on_ranks, make_trainer, mics, on_ranks
 
@@ -141,10 +144,10 @@ def run(folder: Path, *callbacks: Callback, options: dict[str, Any], **fit: Any)
     }
 
 
-def preempted_and_resumed(folder: Path) -> dict[str, dict[str, Any]]:
+def preempted_and_resumed(folder: Path, cases: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """By case what became of a run that is stopped, of its second part, and of one with these options that is not."""
     undisturbed: dict[str, dict[str, Any]] = {}
-    return {case: _preempted_and_resumed(folder / case, undisturbed, *CASES[case][:2]) for case in CASES}
+    return {case: _preempted_and_resumed(folder / case, undisturbed, *each[:2]) for case, each in cases.items()}
 
 
 def _preempted_and_resumed(
@@ -177,43 +180,48 @@ VALIDATING = {"limit_val_batches": 1.0}
 # planned signals (hook, earlier calls, sender, receivers), options of the Trainer, micro-steps until the stop
 CASES: dict[str, tuple[list[Any], dict[str, Any], int]] = {
     "to itself": ([("micro-step", 2, 1, (1,))], {}, 3),
-    "to rank 0": ([("micro-step", 2, 0, (0,))], {}, 3),
     "to all at once": (everyone("micro-step", 2), {}, 3),
-    "to all from one, wherever they wait": ([("backward", 2, 2, (0, 1, 2, 3))], {}, 3),
     "to another, where sharding always communicates": (
         [("micro-step", 2, 0, (3,))],
         {"strategy": CommunicationOptions.PAPER.keywords()},
         3,
     ),
-    "in the first micro-step of a window": ([("micro-step", 3, 3, (3,))], WINDOW, 6),
     "in the middle of a window, to all": (everyone("micro-step's end", 1), WINDOW, 3),
-    "in the last micro-step of an epoch": ([("micro-step", 5, 1, (1,))], {}, 6),
     "at an epoch's end": ([("epoch's end", 0, 1, (1,))], {}, 7),
     "at different steps of different ranks": ([("micro-step", 3, 0, (1,)), ("micro-step", 4, 1, (0,))], WINDOW, 6),
     "again while it is saved": ([("micro-step", 2, 1, (1,)), *everyone("saving", 0)], {}, 3),
-    "before a validation": ([("micro-step", 5, 1, (1,))], VALIDATING, 6),
     "in a validation": ([("validation", 1, 2, (2,))], VALIDATING, 6),
-    "in a validation inside an epoch": ([("validation", 1, 2, (0,))], {**VALIDATING, "val_check_interval": 2}, 2),
     "in a validation inside a window": (
         [("validation", 1, 2, (0,))],
         {**VALIDATING, **WINDOW, "val_check_interval": 2},
         3,
     ),
+}
+
+
+IN_CAMPAIGN: dict[str, tuple[list[Any], dict[str, Any], int]] = {
+    "to rank 0": ([("micro-step", 2, 0, (0,))], {}, 3),
+    "to all from one, wherever they wait": ([("backward", 2, 2, (0, 1, 2, 3))], {}, 3),
+    "in the first micro-step of a window": ([("micro-step", 3, 3, (3,))], WINDOW, 6),
+    "in the last micro-step of an epoch": ([("micro-step", 5, 1, (1,))], {}, 6),
+    "before a validation": ([("micro-step", 5, 1, (1,))], VALIDATING, 6),
+    "in a validation inside an epoch": ([("validation", 1, 2, (0,))], {**VALIDATING, "val_check_interval": 2}, 2),
     "in the last batch of a validation": ([("validation", 2, 2, (2,))], VALIDATING, 6),
 }
 
 
 @pytest.fixture(scope="module")
-def preempted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+def preempted(tmp_path_factory: pytest.TempPathFactory, in_campaign: bool) -> list[dict[str, dict[str, Any]]]:
     """What each rank has returned; all cases run in one set of processes."""
-    return on_ranks(preempted_and_resumed, tmp_path_factory.mktemp("preempted"), timeout=280)
+    cases = CASES | IN_CAMPAIGN if in_campaign else CASES
+    return on_ranks(preempted_and_resumed, tmp_path_factory.mktemp("preempted"), cases, timeout=280)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *map(campaign, IN_CAMPAIGN)])
 def test_all_ranks_stop_after_the_same_step_and_resume_as_if_uninterrupted(
     case: str, preempted: list[dict[str, dict[str, Any]]]
 ) -> None:
-    _, options, micro_steps = CASES[case]
+    _, options, micro_steps = (CASES | IN_CAMPAIGN)[case]
     for rank in preempted:
         whole, first, saved, second = (rank[case][part] for part in ("whole", "first", "saved", "second"))
         assert whole["stopped"] == second["stopped"] == "no"
@@ -445,15 +453,10 @@ def test_a_trainer_that_has_stopped_can_run_again(seen: dict[str, list[Any]]) ->
 def comparisons(folder: Path) -> list[int]:
     counts = []
     for window in (1, 3):
-        compared: list[Tensor] = []
-
-        class Watched(MiCSStrategy):
-            def _reduce_max(self, tensor: Tensor, compared: list[Tensor] = compared) -> Tensor:
-                compared.append(tensor)
-                return super()._reduce_max(tensor)
-
-        trainer = make_trainer(folder, strategy=Watched(ranks_per_node=2), accumulate_grad_batches=window)
-        trainer.fit(Module(), Batches())
+        trainer = make_trainer(folder, strategy=mics(), accumulate_grad_batches=window)
+        with patch.object(ControlPlane, "largest", autospec=True, side_effect=ControlPlane.largest) as largest:
+            trainer.fit(Module(), Batches())
+        compared = [call.args[1] for call in largest.call_args_list if len(call.args) == 2]  # not of buffers
         assert all(tensor.numel() == 1 for tensor in compared)
         counts.append(len(compared))
     return counts

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,17 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from tests.support import preempted_script
 from tests.support.forked import run_ranks
-from tests.support.launching import LAUNCHERS, free_port, reports
+from tests.support.launching import free_port, reports, torchrun
 
 pytestmark = pytest.mark.launch
 SCRIPT = str(preempted_script.__file__)
 
 
-def torchrun(*arguments: str) -> subprocess.Popen[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def test_a_torchrun_job_resumes_where_sigterm_stopped_it(tmp_path: Path) -> None:
-    with torchrun(str(tmp_path), "-1") as job:
-        assert job.stdout is not None
+    with torchrun(tmp_path, SCRIPT, str(tmp_path), "-1") as job:
         assert job.stdout.readline() == "training\n"
-        job.send_signal(signal.SIGTERM)
-        _, errors = job.communicate(timeout=30)
+        job.terminate()
+        _, errors = job.wait(timeout=30)
     stopped = reports(tmp_path)
     assert stopped[0] == stopped[1], errors[-3000:]
     assert stopped[0]["first"] == 0 and stopped[0]["last"] >= 3 and stopped[0]["stopped"]
@@ -43,9 +34,9 @@ def test_a_torchrun_job_resumes_where_sigterm_stopped_it(tmp_path: Path) -> None
     assert "Signal 6" not in errors and "SIGABRT" not in errors
 
     step = stopped[0]["last"]
-    with torchrun(str(tmp_path), str(step + 2), "last") as job:
-        _, errors = job.communicate(timeout=240)
-    assert job.returncode == 0, errors[-3000:]
+    with torchrun(tmp_path, SCRIPT, str(tmp_path), str(step + 2), "last") as job:
+        status, errors = job.wait(timeout=240)
+    assert status == 0, errors[-3000:]
     assert reports(tmp_path) == [{"first": step, "last": step + 2, "stopped": False}] * 2
 
 

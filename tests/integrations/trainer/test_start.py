@@ -180,12 +180,12 @@ def test_the_backend_follows_the_device_unless_named(
     assert init.call_args.kwargs.get("device_id") == (None if device == "cpu" else torch.device(device))
 
 
-def timeouts(folder: str, options: dict[str, int]) -> list[tuple[tuple[int, ...], timedelta]]:
+def timeouts(folder: str, options: dict[str, int]) -> list[tuple[tuple[int, ...], timedelta, bool]]:
     made = []
     new_group = dist.new_group
 
     def recording(ranks: list[int], **options: Any) -> Any:
-        made.append((tuple(ranks), options["timeout"]))
+        made.append((tuple(ranks), options["timeout"], options["group_desc"] == "mics control plane"))
         return new_group(ranks, **options)
 
     dist.new_group = recording
@@ -206,8 +206,9 @@ def test_the_timeout_reaches_every_group(
     tmp_path: Path, options: dict[str, int], groups: list[tuple[int, ...]]
 ) -> None:
     made = on_ranks(timeouts, str(tmp_path), options)[3]
-    assert [ranks for ranks, _ in made] == groups
-    assert {timeout for _, timeout in made} == {timedelta(seconds=77)}
+    assert [ranks for ranks, _, of_control in made if not of_control] == groups
+    assert {timeout for _, timeout, _ in made} == {timedelta(seconds=77)}
+    assert any(of_control for _, _, of_control in made)
 
 
 # -- the wrong moment, and callbacks that cannot work --

@@ -85,6 +85,7 @@ ENDS: dict[str, tuple[type[Automatic], dict[str, Any]]] = {
 def fit_twice(folder: str, options_of_strategy: dict[str, Any], guarded: bool) -> dict[str, Any]:
     if not guarded:
         AccumulationWindow.abandon = lambda self: None
+        AccumulationWindow.drop_pending_gradients = lambda self: None  # the Trainer begins with `zero_grad()`
 
     def trainer(**options: Any) -> pl.Trainer:
         return make_trainer(folder, strategy=mics(**options_of_strategy), use_distributed_sampler=False, **options)

@@ -71,7 +71,8 @@ def test_commands_hold_what_the_user_has_typed() -> None:
     typed = "model=gpt2 'data.prompt=def f'"
     assert lines == [
         "On each of the 4 nodes, with the first one's address as HOST:",
-        "  torchrun --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py " + typed,
+        "  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d "
+        "--rdzv-endpoint=HOST:29500 train.py " + typed,
         "Under SLURM:",
         f"  sbatch --nodes=4 recipes/launch/p4d.sbatch {typed}",
         "To rehearse one of its ranks on this machine, without a GPU:",

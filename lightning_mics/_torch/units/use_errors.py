@@ -17,7 +17,7 @@ FRAMEWORKS = ("torch", "lightning", "lightning_fabric", "pytorch_lightning", "ac
 _paths = sysconfig.get_paths()
 _not_users = (
     *(f"{Path(_paths['purelib'], name)}/" for name in FRAMEWORKS),
-    f"{Path(__file__).parents[1]}/",
+    f"{Path(__file__).parents[2]}/",
     f"{_paths['stdlib']}/",
     "<",
 )
@@ -46,11 +46,11 @@ def mixed(text: str, *, names: Sequence[str], place: str = "") -> RuntimeError:
 
     Args:
         text: Message of torch, which begins with the name of the operation.
-        names: Fully qualified names of the sharded parameters among the operands.
+        names: Names of the sharded tensors among the operands, such as "parameter 'blocks.1.up.weight'".
         place: Line of the user's code; empty for the one that runs now.
     """
     operation = text.split()[0].rstrip(":").removesuffix(".default")
-    subject = f"sharded parameters {', '.join(map(repr, names))}" if names else "a sharded tensor"
+    subject = " and ".join(names) + ", sharded," if names else "a sharded tensor"
     return RuntimeError(
         f"{place or _line(_running())}: {operation} changes or combines {subject} with an unsharded tensor, which only "
         "its own rows could take; use `parameter.full_tensor()` on all ranks, or call the module that holds it"

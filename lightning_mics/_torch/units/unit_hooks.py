@@ -20,9 +20,10 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup, RegisterPostBackwardFunction
+from torch.optim import Optimizer
 
-from lightning_mics._torch.direct_use import after_next_step, switch_back, switch_off, torchs_own
 from lightning_mics._torch.fsdp import _param_groups, fsdp_modules
+from lightning_mics._torch.optimizer_steps import call_after_steps
 
 try:
     from torch.distributed.fsdp._common_utils import collect_grad_tensors, replace_grad_tensors
@@ -53,10 +54,12 @@ class UnitHooks:
             state: Any = module._get_fsdp_state()
             if state is not self._root:  # a block that runs alone must not become a root of its own
                 state._lazy_init = self._root._lazy_init
-            state._root_post_backward_final_callback = partial(self._end_backward, type(state), state)
+            end = state._root_post_backward_final_callback
+            state._root_post_backward_final_callback = partial(self._end_backward, end)
             self._groups += _param_groups(module)
         for group in self._groups:
             self._wrap(group)
+        call_after_steps(self._after_step)
 
     def reshard(self) -> None:
         """Reshard the parameter groups that were left unsharded for a backward, if there are any."""
@@ -66,7 +69,10 @@ class UnitHooks:
                 if group._training_state == TrainingState.IDLE:
                     group._to_sharded()  # type: ignore[no-untyped-call]
 
-    def reduce_at_end(self, group: FSDPParamGroup) -> None:
+    def _after_step(self, _optimizer: Optimizer) -> None:
+        self.reshard()  # of whichever model: the weights may be outdated
+
+    def _reduce_at_end(self, group: FSDPParamGroup) -> None:
         """Reduce the gradients of ``group`` at the end of this backward, even if it was reduced in it before."""
         self._root._lazy_init()
         self._root._register_root_post_backward_final_callback()
@@ -78,12 +84,11 @@ class UnitHooks:
         group._register_post_backward_hook = partial(_alias_inputs, group, aliases)
         group.post_forward = partial(self._post_forward, group, group.post_forward, aliases)
         group.post_backward = partial(self._post_backward, group, group.post_backward)
-        group.pre_forward, group.pre_backward = map(torchs_own, (group.pre_forward, group.pre_backward))
 
     def _post_forward(
         self, group: Any, post_forward: Callable[..., Any], aliases: list[Any], module: Any, args: Any, output: Any
     ) -> Any:
-        before, mesh_info, keep = switch_off(), group.post_forward_mesh_info, self._differentiates_backward
+        mesh_info, keep = group.post_forward_mesh_info, self._differentiates_backward
         try:
             if torch.is_grad_enabled():
                 _return_changes(aliases)
@@ -97,10 +102,9 @@ class UnitHooks:
             return post_forward(module, args, output)
         finally:
             group.post_forward_mesh_info = mesh_info
-            switch_back(before)
 
     def _post_backward(self, group: Any, post_backward: Callable[..., None], *unused: Any) -> None:
-        before, reshards = switch_off(), group.reshard_after_backward
+        reshards = group.reshard_after_backward
         try:
             if torch.is_grad_enabled():
                 self._differentiates_backward = True
@@ -110,30 +114,23 @@ class UnitHooks:
             post_backward(*unused)
         finally:
             group.reshard_after_backward = reshards
-            switch_back(before)
 
     def _leave_unsharded(self, group: Any) -> None:
         """Leave weights unsharded until a backward has ended, and see that one which reaches them reduces gradients."""
-        if not self._left_unsharded:
-            self._left_unsharded = True
-            after_next_step(self.reshard)
+        self._left_unsharded = True
         for parameter in group.fsdp_params:
             unsharded = getattr(parameter, "_unsharded_param", None)
             if unsharded is not None and unsharded.requires_grad:
-                self._handles.append(unsharded.register_hook(lambda _: self.reduce_at_end(group)))
+                self._handles.append(unsharded.register_hook(lambda _: self._reduce_at_end(group)))
 
-    def _end_backward(self, kind: Any, state: Any) -> None:
-        before = switch_off()
-        try:
-            if torch.is_grad_enabled() or not self._left_unsharded:
-                kind._root_post_backward_final_callback(state)
-                return
-            self._release()
-            kind._root_post_backward_final_callback(state)
-            for group in self._groups:
-                group._to_sharded()  # type: ignore[no-untyped-call]
-        finally:
-            switch_back(before)
+    def _end_backward(self, end: Callable[[], None]) -> None:
+        if torch.is_grad_enabled() or not self._left_unsharded:
+            end()
+            return
+        self._release()
+        end()
+        for group in self._groups:
+            group._to_sharded()  # type: ignore[no-untyped-call]
 
     def _release(self) -> None:
         self._differentiates_backward = self._left_unsharded = False

@@ -1,0 +1,58 @@
+"""Calls around the steps of all optimizers of the process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakMethod
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+Call = Callable[[Optimizer], None]
+
+
+class _Calls:
+    """A hook of torch that calls methods, in the order in which they came, for as long as their objects live.
+
+    It is never removed: an object may die while torch iterates over its hooks, whose dictionary must not change then.
+    """
+
+    def __init__(self, register: Callable[[Any], Any]) -> None:
+        self._register = register
+        self._methods: list[WeakMethod[Call]] | None = None
+
+    def add(self, method: Call) -> None:
+        """Call ``method(optimizer)`` from now on."""
+        if self._methods is None:
+            self._register(self._call)
+        self._methods = [*(known for known in self._methods or () if known() is not None), WeakMethod(method)]
+
+    def _call(self, optimizer: Optimizer, *_: Any) -> None:
+        for method in self._alive():
+            method(optimizer)
+
+    def _alive(self) -> Iterator[Call]:
+        return (method for known in self._methods or () if (method := known()) is not None)
+
+
+_before = _Calls(register_optimizer_step_pre_hook)
+_after = _Calls(register_optimizer_step_post_hook)
+
+
+def call_before_steps(method: Call) -> None:
+    """Call a method before each step of an optimizer, whichever.
+
+    Args:
+        method: Bound method, called as ``method(optimizer)``; its object is held weakly.
+    """
+    _before.add(method)
+
+
+def call_after_steps(method: Call) -> None:
+    """Call a method after each step of an optimizer, whichever.
+
+    Args:
+        method: Bound method, called as ``method(optimizer)``; its object is held weakly.
+    """
+    _after.add(method)
