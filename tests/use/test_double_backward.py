@@ -135,7 +135,7 @@ CASES: dict[str, Any] = {  # use, block, way to train, options
     "forces, manual": (forces, Block, in_trainer, {"manual": True}),
     "forces, cached": (forces, Block, in_a_loop, RANK),
     "forces, in Fabric": (forces, Block, in_fabric, {"window": 2}),
-    "forces, units unused": (forces, Block, in_a_loop, {"allow_unused": True}),
+    "forces, units unused": (energy_and_forces, Block, in_a_loop, {"allow_unused": True}),
     "forces, not as a forward": (energy_and_forces, Block, in_a_loop, {"window": 2, "p": 4}),
     "energy and forces": (energy_and_forces, Block, in_trainer, {"window": 2}),
     "gradient penalty": (gradient_penalty, Block, in_a_loop, {}),

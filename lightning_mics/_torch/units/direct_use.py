@@ -19,6 +19,7 @@ can only be a mask, a factor or other values of a parameter stands for equal val
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -41,7 +42,7 @@ from lightning_mics._torch.dtensor import is_of_one_shape, run_default
 from lightning_mics._torch.fsdp import _param_groups, fsdp_modules
 from lightning_mics._torch.units.use_errors import MIXED, mixed
 
-Around = Callable[[str, str, int, str], AbstractContextManager[None]]
+Around = Callable[[Any, str, int, str], AbstractContextManager[None]]
 
 aten = torch.ops.aten
 
@@ -134,7 +135,7 @@ def averaged(gradient: Tensor, like: DTensor) -> Any:
 @lru_cache(maxsize=1)
 def _handle_operations() -> None:
     """Handle all operations of torch that combine tensors, and those that change an unsharded one."""
-    torch.autograd._engine_run_backward = _run_backward_of_unsharded  # type: ignore[attr-defined]
+    torch.autograd._engine_run_backward = _run_backward_of_unsharded  # type: ignore[assignment]
     handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
     for operation in (*_combining(), *IN_PLACE):
         known = handlers.get(operation, run_default)
@@ -170,7 +171,7 @@ class _Handler:
         if any(_around_on(t.device_mesh) is None for t in sharded):
             return self._default(operation, args, kwargs)
         changes_sharded = operation in IN_PLACE and isinstance(args[0], DTensor)
-        if not changes_sharded and _is_computed(operation, operands, unsharded):
+        if not changes_sharded and (_is_autograds(sharded) or _is_computed(operation, operands, unsharded)):
             if torch.is_grad_enabled():
                 with enable_reentrant_dispatch():  # with autograd, below which operations are handled
                     for each in sharded:
@@ -198,12 +199,19 @@ def _tensors_in(values: Any) -> list[Tensor]:
     return found
 
 
+def _is_autograds(sharded: Sequence[Tensor]) -> bool:
+    """Whether a backward runs the operation, and no hook in it that changes gradients, such as ``p.grad * mask``."""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    caller = sys._getframe(1).f_back  # none in a thread of autograd's own
+    by_autograd = caller is None or caller.f_code is _run_backward.__code__
+    return by_autograd or any(_parameter_of(t) is not None for t in sharded)
+
+
 def _is_computed(operation: Any, operands: Sequence[Tensor], unsharded: Sequence[Tensor]) -> bool:
     """Whether an operation computes with sharded tensors as with weights, and does not change or compare them."""
     if DTensor._op_dispatcher._allow_implicit_replication:
         return False
-    if torch._C._current_graph_task_id() != -1:  # in a backward
-        return True
     if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
         return True
     if operation in IN_PLACE:
@@ -296,9 +304,14 @@ def _around_on(mesh: DeviceMesh) -> Around | None:
     return next((around for known, around in _meshes if known() == mesh), None)
 
 
+def _parameter_of(sharded: Tensor) -> Any:
+    """FSDP2's record of a sharded parameter, or of the one that a tensor is a view of."""
+    return _parameters.get(id(sharded)) or _parameters.get(id(sharded._base))
+
+
 def _name(sharded: Tensor) -> str:
     """The FQN of a parameter or of the one that a tensor is a view of; other tensors by their shape."""
-    parameter = _parameters.get(id(sharded)) or _parameters.get(id(sharded._base))
+    parameter = _parameter_of(sharded)
     return f"a tensor of {tuple(sharded.shape)}" if parameter is None else f"parameter {parameter._param_fqn!r}"
 
 
