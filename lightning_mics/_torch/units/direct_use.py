@@ -168,7 +168,8 @@ class _Handler:
         if not unsharded:
             return self._default(operation, args, kwargs)
         sharded = [t for t in operands if isinstance(t, DTensor)]
-        if any(_around_on(t.device_mesh) is None for t in sharded):
+        foreign = any(_around_on(t.device_mesh) is None for t in sharded)
+        if foreign or DTensor._op_dispatcher._allow_implicit_replication:
             return self._default(operation, args, kwargs)
         changes_sharded = operation in IN_PLACE and isinstance(args[0], DTensor)
         if not changes_sharded and (_is_autograds(sharded) or _is_computed(operation, operands, unsharded)):
@@ -210,8 +211,6 @@ def _is_autograds(sharded: Sequence[Tensor]) -> bool:
 
 def _is_computed(operation: Any, operands: Sequence[Tensor], unsharded: Sequence[Tensor]) -> bool:
     """Whether an operation computes with sharded tensors as with weights, and does not change or compare them."""
-    if DTensor._op_dispatcher._allow_implicit_replication:
-        return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
         return True
     if operation in IN_PLACE:
