@@ -135,7 +135,8 @@ def averaged(gradient: Tensor, like: DTensor) -> Any:
 @lru_cache(maxsize=1)
 def _handle_operations() -> None:
     """Handle all operations of torch that combine tensors, and those that change an unsharded one."""
-    torch.autograd._engine_run_backward = _run_backward_of_unsharded  # type: ignore[assignment]
+    autograd: Any = torch.autograd
+    autograd._engine_run_backward = _run_backward_of_unsharded
     handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
     for operation in (*_combining(), *IN_PLACE):
         known = handlers.get(operation, run_default)
