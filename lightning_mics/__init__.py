@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_mics.integrations.trainer.strategy import MiCSStrategy
     from lightning_mics.integrations.trainer.traffic_monitor import TrafficMonitor
     from lightning_mics.sampler import ResumableSampler
+    from lightning_mics.sharding.full_state_dict import full_state_dict
     from lightning_mics.sharding.options import CommunicationOptions
     from lightning_mics.sharding.pretrained import load_pretrained
     from lightning_mics.sharding.schedule import AccumulationSchedule
@@ -38,6 +39,7 @@ __all__ = [
     "Topology",
     "TrafficMonitor",
     "create_partition_groups",
+    "full_state_dict",
     "load_pretrained",
     "shard_model",
     "sharded",
@@ -55,6 +57,7 @@ _MODULES = {
     "Topology": "topology",
     "TrafficMonitor": "integrations.trainer.traffic_monitor",
     "create_partition_groups": "techniques.partition_groups",
+    "full_state_dict": "sharding.full_state_dict",
     "load_pretrained": "sharding.pretrained",
     "shard_model": "sharding.shard_model",
     "sharded": "sharding.sharded",

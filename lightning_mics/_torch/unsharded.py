@@ -32,7 +32,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_mics._torch.dtensor_changes import accept_sharded_operands, know_parameter
+from lightning_mics._torch.dtensors.changes import accept_sharded_operands, know_parameter
 from lightning_mics._torch.fsdp import _param_groups, own_grad
 
 _data: Any = torch._C.TensorBase.data
@@ -65,6 +65,10 @@ class UnshardedChanges:
         for group in self._groups:
             if group.is_unsharded:
                 group.write()
+
+    def before_step(self, _optimizer: Any) -> None:
+        """Write changes before the step of any optimizer."""
+        self.write()
 
     def shown_in(self, values: Any) -> bool:
         """Whether tensors in ``values`` are unsharded parameters of the root itself, or views of them."""
@@ -107,8 +111,8 @@ class _Memory:
         self._own = self._references(parameter)
 
     def _references(self, parameter: Any) -> list[int]:
-        """References to the Python object of the parameter, and to the memory of each tensor."""
-        references = [sys.getrefcount(parameter._unsharded_param)]
+        """References of users to the Python object of the parameter, and all to the memory of each tensor."""
+        references = [sys.getrefcount(parameter._unsharded_param) - _held_by_torch(parameter._unsharded_param)]
         return references + [_use_count(storage._cdata) for storage in self._storages] if self._views else references
 
     def _free_unless_held(self) -> None:
@@ -116,6 +120,11 @@ class _Memory:
         if self._storages and any(map(gt, self._references(parameter), self._own)):
             return
         self._free()
+
+
+def _held_by_torch(tensor: Any) -> bool:
+    """Whether torch itself has a reference to the Python object of a tensor, [any]; newer torch does in a graph."""
+    return hasattr(tensor, "_use_count") and tensor._use_count() > 1
 
 
 class _GroupChanges:

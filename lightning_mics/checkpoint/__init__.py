@@ -1,7 +1,8 @@
 """Saving and loading sharded training states, also at another partition size."""
 
+from lightning_mics.checkpoint.content.layout import FullNames
 from lightning_mics.checkpoint.errors import DamagedCheckpointError, SilentRankError, UnsafeCheckpointError
-from lightning_mics.checkpoint.full_file import FullNames, gather_rank_states, load_raw, save_full
+from lightning_mics.checkpoint.full_file import gather_rank_states, load_raw, save_full, save_whole
 from lightning_mics.checkpoint.loading import load
 from lightning_mics.checkpoint.saving import prepare_sharded, save_sharded
 
@@ -16,4 +17,5 @@ __all__ = [
     "prepare_sharded",
     "save_full",
     "save_sharded",
+    "save_whole",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_mics.checkpoint.content.layout import FullNames
 from lightning_mics.checkpoint.dcp.save_planner import HostBuffers
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.saving import prepare_sharded
@@ -44,6 +45,7 @@ class ShardedSaving:
         optimizer_states: Sequence[dict[str, Any]],
         meta: dict[str, Any],
         rank_state: Mapping[str, Tensor] | None = None,
+        names: FullNames | None = None,
         synchronous: bool = False,
         show_progress: bool = False,
     ) -> None:
@@ -55,6 +57,7 @@ class ShardedSaving:
             optimizer_states: States of the optimizers, in their order.
             meta: Entries that are not sharded.
             rank_state: Tensors that belong to this rank alone.
+            names: Keys of the user for the model and the optimizers.
             synchronous: Whether the checkpoint must be complete on return.
             show_progress: Whether this rank displays a progress bar while it waits.
 
@@ -69,6 +72,7 @@ class ShardedSaving:
             optimizer_states=optimizer_states,
             meta=meta,
             rank_state=rank_state,
+            names=names,
             group=self._group_of_all(),
         )
         if synchronous or not self._asynchronous:
@@ -106,10 +110,16 @@ class BackgroundSaving:
     """A thread that writes checkpoints one after the other, and runs actions that depend on them."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._started: ThreadPoolExecutor | None = None  # at the first save: a strategy that has not run can be copied
         self._unfinished: deque[_Save] = deque()
         self._later: list[Future[None]] = []
         self._free_buffers: list[HostBuffers] = []
+
+    @property
+    def _thread(self) -> ThreadPoolExecutor:
+        if self._started is None:
+            self._started = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        return self._started
 
     def save(self, name: str, prepare: Callable[[HostBuffers], Callable[[], None]]) -> None:
         """Copy a checkpoint now and write it later; blocks while :data:`MOST_UNFINISHED` saves are unfinished.

@@ -2,53 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
-from torch.optim import Optimizer
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_mics.checkpoint.compare import check_model, check_optimizer_count
+from lightning_mics.checkpoint.content.entries import LoadedEntries, entries_of_all_ranks, place_whole
+from lightning_mics.checkpoint.content.layout import FullNames
+from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
 from lightning_mics.checkpoint.dcp.unpickling import load_value
 from lightning_mics.checkpoint.errors import saving
-from lightning_mics.checkpoint.keys import follow_second_names, optimizer_entries, rank_key, rank_key_to_load
-from lightning_mics.checkpoint.optimizer_states import copy_state, dotted, load_optimizer, named, prefixes
+from lightning_mics.checkpoint.keys import rank_key
 from lightning_mics.checkpoint.storage.location import checkpoint_location
 from lightning_mics.checkpoint.storage.path import StoragePath
 from lightning_mics.collectives.agreement import on_rank_0
 from lightning_mics.collectives.control_plane import control_plane
 
-NAMES_KEY = "mics_names"  # in a full file
-
-
-@dataclass(frozen=True, kw_only=True)
-class FullNames:
-    """The keys of the model and its optimizers in a full file whose keys are the user's and not the Trainer's.
-
-    Attributes:
-        model: Key of the model's state.
-        optimizers: Keys of the optimizers' states, in the order of the optimizers.
-    """
-
-    model: str
-    optimizers: Sequence[str]
-
-    def plain(self) -> dict[str, Any]:
-        """An entry for the file, by which it states its own keys when it is loaded."""
-        return {NAMES_KEY: {"model": self.model, "optimizers": list(self.optimizers)}}
-
-    @classmethod
-    def said_by(cls, content: Mapping[str, Any]) -> FullNames | None:
-        """The keys that a file's ``content`` states; None if it states none."""
-        return cls(**content[NAMES_KEY]) if NAMES_KEY in content else None
+NAMES_KEY = "mics_names"  # in full files of earlier versions, which stated their keys
 
 
 def save_full(path: StoragePath, *, write: Callable[[Any], None]) -> None:
@@ -65,6 +39,33 @@ def save_full(path: StoragePath, *, write: Callable[[Any], None]) -> None:
     with saving(path):
         # see [Note: How a checkpoint becomes visible]
         on_rank_0(lambda: checkpoint_location(path).replace_by_file(write))
+
+
+def save_whole(
+    path: StoragePath,
+    content: dict[str, Any],
+    *,
+    write: Callable[[dict[str, Any], Any], None],
+    places: bool = True,
+) -> None:
+    """Save a full file of content that may hold sharded tensors besides the model's; every rank calls it.
+
+    Args:
+        path: Path or URL of the file.
+        content: Content of the file, with the states of model and optimizers unsharded on rank 0.
+        write: Function that writes content to a file, given its path; called on rank 0.
+        places: Whether the file says which tensors were sharded, so that loading shards them again.
+
+    Raises:
+        OSError: If storage fails.
+        RuntimeError: If an entry cannot be pickled; the message names it.
+    """
+    with saving(path):
+        entries = entries_of_all_ranks(content)
+    whole = entries.whole()
+    unsharded = entries.put_whole(content, whole, places=places)
+    with entries.as_calls(whole):
+        save_full(path, write=lambda file: write(unsharded, file))
 
 
 def gather_rank_states(rank_state: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
@@ -97,60 +98,52 @@ def load_raw(path: StoragePath, model: nn.Module, *, strict: bool, weights_only:
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds {type(content).__name__}, no state_dict")
     state = content.get("state_dict", content)
-    model_state = get_model_state_dict(model)
-    check_model(model_state, state, strict=strict)
-    state = dict(state)
-    follow_second_names(model, model_state, state)
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=strict))
+    set_model_state_dict(model, state, options=StateDictOptions(strict=strict))
 
 
-def load_full(
-    path: StoragePath,
-    *,
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    rank_state: dict[str, Tensor],
-    names: FullNames | None,
-    strict: bool,
-    weights_only: bool,
-) -> dict[str, Any]:
-    """Load a full file into a sharded model and its optimizers, in place; every rank calls it.
+def open_full(
+    path: StoragePath, *, mesh: Callable[[], DeviceMesh], names: FullNames | None, weights_only: bool
+) -> OpenedCheckpoint:
+    """Open a full file; every rank calls it. Its tensors are mapped to memory.
 
-    For the result and the errors see :func:`~lightning_mics.checkpoint.loading.load`.
+    For the errors see :func:`~lightning_mics.checkpoint.loading.load`.
 
     Args:
         path: The file.
-        model: The sharded model.
-        optimizers: Optimizers of the model, in the order in which they were saved.
-        rank_state: Tensors of this rank, filled if the file has them.
-        names: Names under which Fabric saved model and optimizers; None for the Trainer's.
-        strict: Whether every parameter and buffer of the model must be in the file.
+        mesh: Function that returns the mesh of the job, for entries that were sharded.
+        names: Keys under which Fabric's user saved model and optimizers; None finds them by their content.
         weights_only: Whether plain data and tensors only are unpickled.
     """
-    content: Any = load_value(path, name=str(path), weights_only=weights_only, mapped=True)
-    if isinstance(content, dict):
-        content = _with_trainers_names(content, names)
-    if not isinstance(content, dict) or "state_dict" not in content:
+    with LoadedEntries(mesh).unpickled():
+        content: Any = load_value(path, name=str(path), weights_only=weights_only, mapped=True)
+    if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} does not point to a valid checkpoint: the file holds no 'state_dict'")
-    model_state = content.pop("state_dict")
-    own_state = get_model_state_dict(model)
-    check_model(own_state, model_state, strict=strict)
-    follow_second_names(model, own_state, model_state)
-    states = content.pop("optimizer_states", [])
-    check_optimizer_count(optimizers, len(states))
-    for (key, optimizer), state in zip(optimizer_entries(optimizers).items(), states, strict=False):
-        unsharded = {key: named(model, optimizer, state)}
-        load_optimizer(model, optimizer, key, stored=prefixes(dotted(unsharded)), read=partial(copy_state, unsharded))
-    set_model_state_dict(model, model_state, options=StateDictOptions(full_state_dict=True, strict=strict))
-    copy_state(content.get(rank_key_to_load(content.keys()), {}), rank_state)
-    return content
+    place_whole(content, mesh)
+    stated = content.pop(NAMES_KEY, None)
+    if names is not None and names.models and all(key in content for key in names.models):
+        content[names.model] = {
+            f"{key}.{name}": value for key in names.models for name, value in content.pop(key).items()
+        }
+    own = None if "state_dict" in content else FullNames(**stated) if stated else _names_in(content, names)
+    if own is None and "state_dict" not in content:
+        raise ValueError(f"{str(path)!r} does not point to a valid checkpoint: the file holds no 'state_dict'")
+    if own is not None:
+        model = content.pop(own.model)
+        optimizers = [content.pop(name) for name in own.optimizers if name in content]
+    else:
+        model, optimizers = content.pop("state_dict"), content.pop("optimizer_states", [])
+    ranks = {key: content[key] for key in content if re.fullmatch(r"rank_\d+", key)}
+    return OpenedCheckpoint(model=model, optimizers=optimizers, entries=content, rank_states=ranks, names=own)
 
 
-def _with_trainers_names(content: dict[str, Any], names: FullNames | None) -> dict[str, Any]:
-    """The content with the Trainer's keys for the model and the optimizers, if ``names`` or the file state others."""
-    names = FullNames.said_by(content) or names
-    if "state_dict" in content or names is None or names.model not in content:
-        return content
-    rest = {key: value for key, value in content.items() if key not in (names.model, *names.optimizers, NAMES_KEY)}
-    states = [content[name] for name in names.optimizers if name in content]
-    return {**rest, "state_dict": content[names.model], "optimizer_states": states}
+def _names_in(content: Mapping[str, Any], names: FullNames | None) -> FullNames | None:
+    """The keys of the model and the optimizers in a file that Fabric has written, by what is there."""
+    optimizers = [key for key, value in content.items() if isinstance(value, dict) and "param_groups" in value]
+    models = [key for key, value in content.items() if key not in optimizers and _is_state_dict(value)]
+    wanted = names.model if names is not None and names.model in content else None
+    model = wanted or (models[0] if len(models) == 1 else None)
+    return None if model is None else FullNames(model=model, optimizers=optimizers)
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(entry, Tensor) for entry in value.values())

@@ -1,19 +1,29 @@
 """The state of an optimizer of a sharded model in checkpoints: by FQN if sharded, by parameter number in full files.
 
-torch's own setter expects a state of the shape that the optimizer has now. The functions here load the checkpoint's
-options first, leave parameters without a state alone, and reject the state of another kind of optimizer.
+torch's own getter and setter step an optimizer that has no state yet. Nothing here steps one: saving reads what the
+optimizer keeps, and loading builds it from what the checkpoint holds, after the checkpoint's options, which decide what
+a state means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+
+from lightning_mics._torch.state_dict import named_shards, sharded_names
+from lightning_mics.checkpoint.content.containers import leaves, mapped, nested
+from lightning_mics.checkpoint.content.placing import WHOLE, empty_placed, shard_dim
+from lightning_mics.checkpoint.content.state_record import StateRecord, dequantized, is_quantized
+from lightning_mics.checkpoint.content.stored_tensor import StoredTensor, untouched
+from lightning_mics.checkpoint.content.trial_step import state_after_a_trial_step
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer, *, sharded: bool) -> dict[str, Any]:
@@ -28,87 +38,124 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, *, sharded: bool) ->
         If ``sharded`` this rank's shards (DTensors), by FQN. Otherwise the unsharded state on rank 0, by number as in
         the ``state_dict`` of an optimizer of an unsharded model, and nothing on the other ranks.
     """
-    untouched = not optimizer.state
-    options = StateDictOptions(full_state_dict=not sharded, cpu_offload=not sharded)
-    state = get_optimizer_state_dict(model, optimizer, options=options)
-    if untouched:  # torch has run a step with zero gradients to make it, which Adam would count
-        optimizer.state.clear()
-        state = {**state, "state": {}} if state else {}
-    return state if sharded or not state else _renamed(state, {name: i for i, name in enumerate(_names(state))})
+    state = optimizer.state_dict()
+    if not sharded:
+        whole = mapped(state, _gathered)
+        return whole if dist.get_rank() == 0 else {}
+    if "param_groups" not in state:  # a stand-in for no optimizer
+        return state
+    names = _names_by_number(model, optimizer, state)
+    return {
+        **state,
+        "state": {names.get(number, number): slots for number, slots in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
+    }
 
 
-def load_optimizer(
-    model: nn.Module, optimizer: Optimizer, key: str, *, stored: Set[str], read: Callable[[dict[str, Any]], None]
-) -> None:
-    """Load an optimizer: first its options, which decide what a state holds, then the states of its parameters.
+@dataclass(frozen=True, kw_only=True)
+class StoredState:
+    """The state of one optimizer in a checkpoint, by FQN.
+
+    Attributes:
+        values: Nested dicts and lists of tensors, read or not, and other values.
+        read: Function that fills tensors from the checkpoint, in place: given by the names of unread ones. Every rank
+            calls it, and gets the values that are no tensors.
+        record: What the checkpoint says of its own sharding; None if it was written by something that says nothing.
+    """
+
+    values: Mapping[str, Any]
+    read: Callable[[Mapping[str, Tensor | None]], Mapping[str, Any]]
+    record: StateRecord | None = None
+
+    def under(self, *path: Any) -> dict[tuple[Any, ...], Any]:
+        """The values whose path begins with ``path``, by path."""
+        inside = _at(self.values, path)
+        return {} if inside is None else {(*path, *inner): value for inner, value in leaves(inside)}
+
+    def fill(self, targets: Mapping[tuple[Any, ...], Tensor | None]) -> dict[tuple[Any, ...], Any]:
+        """Values for paths: in the given tensors, or as they are where none is given; every rank calls it."""
+        stored = {path: _at(self.values, path) for path in targets}
+        unread: dict[str, tuple[Any, ...]] = {}  # the first path of each name
+        for path, value in stored.items():
+            if untouched(value):
+                unread.setdefault(value.key, path)
+        found = self.read({name: _own_part(targets[path]) for name, path in unread.items()})
+        filled: dict[tuple[Any, ...], Any] = {}
+        for path, value in stored.items():
+            target = targets[path]
+            if untouched(value) and unread[value.key] == path:
+                filled[path] = found[value.key] if target is None else target
+            elif target is None:
+                filled[path] = value.clone() if isinstance(value, Tensor) else value  # never a view of the file
+            else:
+                filled[path] = _copied(value, target)
+        return filled
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, key: str, *, stored: StoredState) -> None:
+    """Load an optimizer: its options and the states of its parameters, without a step; every rank calls it.
 
     Args:
         model: The sharded model.
         optimizer: An optimizer of the model's parameters.
         key: Key of the optimizer in the checkpoint.
-        stored: All FQNs in the checkpoint and all their prefixes.
-        read: Function that fills a nested dict of such names from the checkpoint, in place; entries that the checkpoint
-            lacks keep their values.
+        stored: The state in the checkpoint.
 
     Raises:
         RuntimeError: If parameter groups differ, or the checkpoint has the state of another kind of optimizer.
     """
-    groups = _fresh_state(model, optimizer)["param_groups"]
-    names = [group["params"] for group in groups]
-    read({key: {"param_groups": groups}})
-    _check_groups(key, names, groups, stored)
-    for group, params in zip(groups, names, strict=True):
-        group["params"] = params
-    optimizer.load_state_dict({"state": {}, "param_groups": groups})
-    wanted = _fresh_state(model, optimizer)["state"]
-    _check_kind(key, optimizer, wanted, stored)
-    state = {name: slots for name, slots in wanted.items() if f"{key}.state.{name}" in stored}
-    read({key: {"state": state}})
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if not stored.values:
+        return
+    names = sharded_names(model)
+    own = [
+        {**group, "params": [names[id(parameter)] for parameter in group["params"]]} for group in optimizer.param_groups
+    ]
+    saved = _stored_groups(key, stored)
+    _check_groups(key, own, saved)
+    of_groups = {name for group in own for name in group["params"]}
+    shards = {name: shard for name, shard in named_shards(model).items() if name in of_groups}
+    _check_kind(key, optimizer, own, saved, stored, shards)
+    groups = [{**group, **options, "params": group["params"]} for group, options in zip(own, saved, strict=True)]
+    rest = {path: value for path, value in leaves(stored.values) if path[0] != "param_groups"}
+    filled = stored.fill(_targets(key, optimizer, groups, rest, stored.record, shards))
+    loaded = nested(filled) if filled else {}
+    if stored.record is not None:
+        loaded = stored.record.containers.restore(loaded, key)
+    optimizer.load_state_dict({**loaded, "state": loaded.get("state", {}), "param_groups": groups})
+    _requantize(optimizer, key, groups, stored, shards)
 
 
-def copy_state(unsharded: Any, into: Any) -> None:
-    """Copy an unsharded state into a sharded one, this rank's shard of each tensor; without communication.
-
-    Args:
-        unsharded: Nested dicts and lists of unsharded tensors and other values.
-        into: Nested dicts and lists to fill, with DTensors where sharded; entries that ``unsharded`` lacks keep their
-            values.
-    """
-    for key in into.keys() & unsharded.keys() if isinstance(into, dict) else range(min(len(into), len(unsharded))):
-        value, own = unsharded[key], into[key]
-        if isinstance(own, DTensor):
-            own.copy_(distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None))
-        elif isinstance(own, dict) or key == "param_groups":
-            copy_state(value, own)
-        else:
-            into[key] = value.clone() if isinstance(value, Tensor) else value  # never a view of the file
-
-
-def named(model: nn.Module, optimizer: Optimizer, unsharded: Mapping[str, Any]) -> dict[str, Any]:
+def numbered_as_named(
+    model: nn.Module, optimizer: Optimizer, unsharded: Mapping[str, Any], *, names: Sequence[Any] | None = None
+) -> dict[str, Any]:
     """Turn an unsharded state by parameter number into one by FQN.
 
     Args:
         model: The sharded model.
         optimizer: An optimizer of the model's parameters, in the order of the numbers.
         unsharded: State as in the ``state_dict`` of an optimizer of an unsharded model; or by FQN already.
+        names: FQNs in the order of the numbers, if the checkpoint knows them.
     """
-    names = _names(get_optimizer_state_dict(model, optimizer))
-    return _renamed(unsharded, _new_names(unsharded, names))
-
-
-def dotted(state: Any, prefix: str = "") -> Iterable[str]:
-    """The FQNs of all values in a nested state, joined by dots.
-
-    Args:
-        state: Nested dicts, and lists of dicts; anything else is a value.
-        prefix: Beginning of each FQN, with its dot.
-    """
-    if isinstance(state, Mapping) or (isinstance(state, list) and any(isinstance(entry, Mapping) for entry in state)):
-        for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
-            yield from dotted(value, f"{prefix}{key}.")
-    else:
-        yield prefix.removesuffix(".")
+    if "param_groups" not in unsharded:
+        return dict(unsharded)
+    of_model = sharded_names(model)
+    own = [of_model[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    if names and all(isinstance(name, str) for name in names):
+        own = list(names)
+    numbers = [number for group in unsharded["param_groups"] for number in group["params"]]
+    known = {
+        number: number if isinstance(number, str) else own[index] if index < len(own) else f"parameter {index}"
+        for index, number in enumerate(numbers)
+    }
+    return {
+        **unsharded,
+        "state": {known.get(number, number): slots for number, slots in unsharded["state"].items()},
+        "param_groups": [
+            {**group, "params": [known[number] for number in group["params"]]} for group in unsharded["param_groups"]
+        ],
+    }
 
 
 def prefixes(names: Iterable[str]) -> set[str]:
@@ -116,63 +163,192 @@ def prefixes(names: Iterable[str]) -> set[str]:
     return {prefix for name in names for prefix in accumulate(name.split("."), "{}.{}".format)}
 
 
-def _fresh_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The state after a first step, by FQN: shapes to read into."""
-    optimizer.zero_grad()
-    optimizer.state.clear()
-    return get_optimizer_state_dict(model, optimizer)
+# -- saving ------------------------------------------------------------------------------------------------------------
 
 
-def _names(optimizer_state: Mapping[str, Any]) -> list[Any]:
-    return [name for group in optimizer_state["param_groups"] for name in group["params"]]
+def _names_by_number(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> dict[Any, str]:
+    names = sharded_names(model)
+    numbered = {}
+    for index, (group, packed) in enumerate(zip(optimizer.param_groups, state["param_groups"], strict=True)):
+        for parameter, number in zip(group["params"], packed["params"], strict=True):
+            if id(parameter) not in names:
+                raise ValueError(
+                    f"parameter group {index} of {type(optimizer).__name__} holds a tensor of shape "
+                    f"{tuple(parameter.shape)} that is not a parameter of the sharded model, so it cannot be saved; "
+                    "make the optimizer after sharding, from the model's own parameters"
+                )
+            numbered[number] = names[id(parameter)]
+    return numbered
 
 
-def _new_names(optimizer_state: Mapping[str, Any], names: Sequence[str]) -> dict[Any, str]:
-    """The FQN for each number of a state; a consolidated checkpoint has FQNs already."""
-    old = _names(optimizer_state)
-    known = dict(enumerate(names))
-    return {key: key if isinstance(key, str) else known.get(i, f"parameter {i}") for i, key in enumerate(old)}
+def _gathered(value: Any) -> Any:
+    """An unsharded copy on the CPU, or on other ranks than 0 nothing; other values as they are."""
+    if not isinstance(value, Tensor):
+        return value
+    if is_quantized(value):
+        value = dequantized(value)
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole.detach().to("cpu", copy=True) if dist.get_rank() == 0 else None
 
 
-def _renamed(optimizer_state: Mapping[str, Any], new_names: Mapping[Any, Any]) -> dict[str, Any]:
-    return {
-        "state": {new_names[key]: slots for key, slots in optimizer_state["state"].items() if key in new_names},
-        "param_groups": [
-            {**group, "params": [new_names[key] for key in group["params"]]}
-            for group in optimizer_state["param_groups"]
-        ],
-    }
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
-def _check_groups(
-    key: str, names: Sequence[Sequence[str]], loaded: Sequence[Mapping[str, Any]], stored: Set[str]
+def _stored_groups(key: str, stored: StoredState) -> list[dict[str, Any]]:
+    entries = stored.under("param_groups")
+    filled = stored.fill({path: _empty(value) for path, value in entries.items()})
+    groups = nested({path[1:]: value for path, value in filled.items()}) if filled else []
+    if stored.record is not None:
+        groups = stored.record.containers.restore(groups, f"{key}.param_groups")
+    return list(groups)
+
+
+def _targets(
+    key: str,
+    optimizer: Optimizer,
+    groups: Sequence[Mapping[str, Any]],
+    entries: Mapping[tuple[Any, ...], Any],
+    record: StateRecord | None,
+    shards: Mapping[str, nn.Parameter],
+) -> dict[tuple[Any, ...], Tensor | None]:
+    """Tensors to read into, sharded as the optimizer keeps them, and nothing for what is no tensor; by path."""
+    targets: dict[tuple[Any, ...], Tensor | None] = {}
+    unknown: dict[tuple[Any, ...], Any] = {}
+    any_shard = next(iter(shards.values()), None)
+    for path, value in entries.items():
+        parameter = shards.get(path[1]) if len(path) > 2 and path[0] == "state" else None
+        name = ".".join(map(str, (key, *path)))
+        if not isinstance(value, Tensor):
+            targets[path] = None
+        elif record is not None and name in record.dims:
+            targets[path] = _empty(value, any_shard if parameter is None else parameter, record.dims[name])
+        elif parameter is not None and value.shape == parameter.shape:
+            targets[path] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+        elif parameter is None or record is not None or path[-1] == "step":
+            targets[path] = _empty(value)
+        elif isinstance(value, StoredTensor) and value.split_dim is not None:
+            targets[path] = _empty(value, parameter, value.split_dim)
+        else:
+            unknown[path] = value
+    if unknown:
+        tried = state_after_a_trial_step(optimizer, groups, {path[1]: shards[path[1]] for path in unknown})
+        for path, value in unknown.items():
+            kind = _at(tried, path[1:])
+            targets[path] = _empty(value, kind, shard_dim(kind)) if isinstance(kind, DTensor) else _empty(value)
+    return {path: targets[path] for path in entries}
+
+
+def _empty(stored: Any, like: Any = None, dim: int | None = None) -> Tensor | None:
+    """A tensor to read a stored one into: on the mesh of ``like`` along ``dim``, or plain if either is None."""
+    if not isinstance(stored, Tensor):
+        return None
+    if not isinstance(like, DTensor) or dim is None:
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    return empty_placed(stored.shape, stored.dtype, like.device_mesh, dim)
+
+
+def _own_part(target: Tensor | None) -> Tensor | None:
+    """The tensor to read into: of one that every rank holds whole, that itself."""
+    whole = isinstance(target, DTensor) and shard_dim(target) == WHOLE
+    return target.to_local() if whole else target  # type: ignore[union-attr]
+
+
+def _copied(value: Tensor, target: Tensor) -> Tensor:
+    """The target, filled with an unsharded tensor that this rank has."""
+    whole = value.values() if isinstance(value, StoredTensor) else value
+    if not isinstance(target, DTensor):
+        return target.copy_(whole)
+    return target.copy_(
+        distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    )
+
+
+def _at(state: Any, path: Sequence[Any]) -> Any:
+    for key in path:
+        keyed = isinstance(state, Mapping) and key in state
+        indexed = isinstance(state, list | tuple) and isinstance(key, int) and key < len(state)
+        if not (keyed or indexed):
+            return None
+        state = state[key]
+    return state
+
+
+def _requantize(
+    optimizer: Optimizer,
+    key: str,
+    groups: Sequence[Mapping[str, Any]],
+    stored: StoredState,
+    shards: Mapping[str, nn.Parameter],
 ) -> None:
-    for index, (own, group) in enumerate(zip(names, loaded, strict=True)):
-        if f"{key}.param_groups.{index}" not in stored or set(own) != set(group["params"]):
-            different = sorted(set(own) ^ set(group["params"]))
+    """Give tensors that the optimizer keeps in a form of its own that form again."""
+    wanted = sorted(_quantized_slots(key, stored, shards))
+    if not wanted:
+        return
+    tried = state_after_a_trial_step(optimizer, groups, {name: shards[name] for name, _ in wanted})
+    for name, slot in wanted:
+        own = tried.get(name, {}).get(slot)
+        if own is None:
             raise RuntimeError(
-                f"parameter group {index} of {key} has {len(own)} parameters, in the checkpoint "
-                f"{len(group['params'])}; only one has {different[:3]}"
+                f"{key} keeps {slot!r} of {name!r} quantized, and {type(optimizer).__name__} makes no such state in a "
+                "step by itself, so the checkpoint's values cannot be put into it"
             )
-    if f"{key}.param_groups.{len(names)}" in stored:
-        raise RuntimeError(f"{key} has more than {len(names)} parameter groups in the checkpoint")
+        local = own.to_local() if isinstance(own, DTensor) else own
+        values = optimizer.state[shards[name]][slot]
+        local.copy_(values.to_local() if isinstance(values, DTensor) else values)
+        optimizer.state[shards[name]][slot] = own
 
 
-def _check_kind(key: str, optimizer: Optimizer, wanted: Mapping[str, Any], stored: Set[str]) -> None:
-    """Check that slots exist for parameters that have a state. A parameter without gradients has none, and an option
-    may be missing, since torch adds options over time; so single missing entries do not make another kind.
+def _quantized_slots(key: str, stored: StoredState, shards: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    names = stored.record.quantized if stored.record is not None else ()
+    for path in stored.under("state"):
+        if ".".join(map(str, (key, *path))) in names and path[1] in shards:
+            yield path[1], path[2]
+
+
+def _check_groups(key: str, groups: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any]]) -> None:
+    for index, group in enumerate(groups):
+        own = group["params"]
+        saved = list(stored[index]["params"]) if index < len(stored) else []
+        if index >= len(stored) or set(own) != set(saved):
+            different = sorted(set(own) ^ set(saved))
+            raise RuntimeError(
+                f"parameter group {index} of {key} has {len(own)} parameters, in the checkpoint {len(saved)}; only one "
+                f"has {different[:3]}"
+            )
+    if len(stored) > len(groups):
+        raise RuntimeError(
+            f"{key} has {len(groups)} parameter groups, and {len(stored)} in the checkpoint: groups that were added "
+            "while training must be there before it is loaded; add them in `configure_optimizers`, or in `on_fit_start`"
+        )
+
+
+def _check_kind(
+    key: str,
+    optimizer: Optimizer,
+    groups: Sequence[Mapping[str, Any]],
+    saved: Sequence[Mapping[str, Any]],
+    stored: StoredState,
+    shards: Any,
+) -> None:
+    """Check that the checkpoint's options are the optimizer's. torch adds options over time, so that one kind of
+    optimizer may lack some; another kind has others, too.
     """
+    if not saved or not optimizer.defaults:
+        return
+    lacking = [option for option in optimizer.defaults if option not in saved[0]]
+    unknown = [option for option in saved[0] if option not in groups[0]]
+    if not (lacking and unknown):
+        return
+    with_state = {path[1] for path in stored.under("state") if path[1] in shards}
+    tried = state_after_a_trial_step(optimizer, groups, {name: shards[name] for name in sorted(with_state)[:1]})
     missing = [
         f"{key}.state.{name}.{slot}"
-        for name, slots in wanted.items()
+        for name, slots in tried.items()
         for slot in slots
-        if f"{key}.state.{name}" in stored and f"{key}.state.{name}.{slot}" not in stored
+        if not stored.under("state", name, slot)
     ]
-    if bool(wanted) != (f"{key}.state" in stored):
-        options = [f"{key}.param_groups.0.{option}" for option in optimizer.defaults]
-        missing += [option for option in options if option not in stored]
-    if missing:
-        raise RuntimeError(
-            f"the checkpoint lacks {len(missing)} entries of {key} ({type(optimizer).__name__}), for instance "
-            f"{missing[:3]}; it was saved with another kind of optimizer"
-        )
+    missing += [f"{key}.param_groups.0.{option}" for option in lacking]
+    raise RuntimeError(
+        f"the checkpoint lacks {len(missing)} entries of {key} ({type(optimizer).__name__}), for instance "
+        f"{missing[:3]}; it was saved with another kind of optimizer"
+    )

@@ -23,11 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
+from lightning_mics.checkpoint.content.entries import entries_of_all_ranks
+from lightning_mics.checkpoint.content.layout import LAYOUT_KEY, FullNames, Layout
 from lightning_mics.checkpoint.dcp.save_planner import HostBuffers, OwnRowsSavePlanner
 from lightning_mics.checkpoint.dcp.unpickling import load_value
 from lightning_mics.checkpoint.dcp.writer import ShardWriter
 from lightning_mics.checkpoint.errors import UnsafeCheckpointError, saving
-from lightning_mics.checkpoint.keys import MODEL_KEY, optimizer_entries, rank_key
+from lightning_mics.checkpoint.keys import rank_key
 from lightning_mics.checkpoint.storage.folder import META_FILE
 from lightning_mics.checkpoint.storage.location import checkpoint_location
 from lightning_mics.checkpoint.storage.manifest import FileFacts, Manifest
@@ -44,6 +46,7 @@ def save_sharded(
     optimizer_states: Sequence[dict[str, Any]],
     meta: dict[str, Any],
     rank_state: Mapping[str, Tensor] | None = None,
+    names: FullNames | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """Write a checkpoint to the directory ``path``, in place of an earlier one; every rank calls it.
@@ -57,6 +60,7 @@ def save_sharded(
         optimizer_states: States of the optimizers, each from :func:`optimizer_state`.
         meta: Entries that are not sharded; rank 0's are written.
         rank_state: Tensors that belong to this rank alone; every rank's are written.
+        names: The user's keys of the model and the optimizers, if they have any.
         group: Process group of all ranks, for their communication; None is the default group.
 
     Raises:
@@ -69,6 +73,7 @@ def save_sharded(
         optimizer_states=optimizer_states,
         meta=meta,
         rank_state=rank_state,
+        names=names,
         group=group,
         buffers=None,
     )
@@ -82,6 +87,7 @@ def prepare_sharded(
     optimizer_states: Sequence[dict[str, Any]],
     meta: dict[str, Any],
     rank_state: Mapping[str, Tensor] | None,
+    names: FullNames | None = None,
     group: dist.ProcessGroup | None,
     buffers: HostBuffers | None,
     show_progress: bool = False,
@@ -94,6 +100,7 @@ def prepare_sharded(
         optimizer_states: See :func:`save_sharded`.
         meta: See :func:`save_sharded`.
         rank_state: See :func:`save_sharded`.
+        names: See :func:`save_sharded`.
         group: See :func:`save_sharded`; while a thread writes, nothing else may use the group.
         buffers: Host memory for copies of the tensors, which may then change; None writes the tensors themselves.
         show_progress: Whether this rank displays a progress bar while it writes.
@@ -106,16 +113,19 @@ def prepare_sharded(
         OSError: On all ranks, if the parent folder of ``path`` cannot be made.
     """
     own = {rank_key(dist.get_rank()): rank_state} if rank_state else {}
-    states = {MODEL_KEY: model_state, **optimizer_entries(optimizer_states), **own}
-    planner = OwnRowsSavePlanner(states, buffers=buffers)
+    layout = Layout(names=names)
     content: list[bytes] = []  # filled on rank 0, which writes it
 
     def begin() -> None:
-        content.append(_serialized(meta))
+        with entries.as_calls():
+            content.append(_serialized({**meta, LAYOUT_KEY: layout.plain()}))
         if isinstance(path, Path):  # now: a link to the checkpoint may be made there before it exists
             path.parent.mkdir(parents=True, exist_ok=True)
 
     with saving(path):
+        entries = entries_of_all_ranks(meta)
+        states = layout.describe(model_state, optimizer_states)
+        planner = OwnRowsSavePlanner({**states, **own, **entries.tensors()}, buffers=buffers)
         on_rank_0(begin)
     return partial(_write_sharded, path, planner, b"".join(content), group=group, show_progress=show_progress)
 

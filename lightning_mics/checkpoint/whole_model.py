@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_mics._torch.checkpoint import unflatten_state_dict
+from lightning_mics.checkpoint.content.entries import LoadedEntries
+from lightning_mics.checkpoint.content.layout import Layout
 from lightning_mics.checkpoint.keys import MODEL_KEY
 from lightning_mics.checkpoint.opening import OpenCheckpoint, open_checkpoint
 from lightning_mics.checkpoint.storage.path import StoragePath
@@ -65,8 +67,12 @@ def read_whole(path: StoragePath, *, weights_only: bool = True, map_location: An
     """
     checkpoint = open_checkpoint(path)
     checkpoint.check()
-    meta = checkpoint.meta(weights_only=weights_only)
-    metadata = checkpoint.reader.read_metadata()
+    inside = LoadedEntries(None)
+    with inside.unpickled():
+        meta = checkpoint.meta(weights_only=weights_only)
+    layout, metadata = Layout.taken_from(meta), checkpoint.reader.read_metadata()
+    if inside.tensors():
+        checkpoint.read_into(inside.tensors(), weights_only=True, alone=True)
     state: dict[str, Any] = {
         name: _empty(entry) if isinstance(entry, TensorStorageMetadata) else None
         for name, entry in metadata.state_dict_metadata.items()
@@ -75,7 +81,11 @@ def read_whole(path: StoragePath, *, weights_only: bool = True, map_location: An
     checkpoint.read_into(state, weights_only=weights_only, alone=True)
     placed = {name: _placed(value, map_location) for name, value in state.items()}
     nested: dict[str, Any] = unflatten_state_dict(placed, metadata.planner_data)
-    return {**meta, "state_dict": nested.get(MODEL_KEY, {})}
+    model = nested.get(MODEL_KEY, {})
+    if layout is not None:
+        restore = layout.record.containers.restore
+        model = {name: restore(value, _OF_MODEL + name) for name, value in model.items()}
+    return {**meta, "state_dict": model}
 
 
 def _empty(entry: TensorStorageMetadata) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import Unpack
 
-from lightning_mics._torch.numbers import whole_values
+from lightning_mics._torch.dtensors.numbers import whole_values
 from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.async_save import ShardedSaving
 from lightning_mics.checkpoint.storage.path import StoragePath, storage_path

@@ -41,19 +41,20 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
 from lightning_mics import checkpoint
+from lightning_mics._torch.dtensors.numbers import taking_whole_values
 from lightning_mics._torch.fsdp import use_as_default_mesh
-from lightning_mics._torch.numbers import taking_whole_values
 from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin
 from lightning_mics.checkpoint.storage.path import storage_path
+from lightning_mics.integrations._registered_objects import gather_shards_of
 from lightning_mics.integrations._transformers import save_sharded_models
 from lightning_mics.policy.options import PolicyOptions, check_names, documented
 from lightning_mics.policy.policy import Policy
 from lightning_mics.sharding.evaluation import allow_evaluation
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.schedule import AccumulationSchedule
-from lightning_mics.sharding.sharded import sharded
+from lightning_mics.sharding.sharded import Sharded, sharded
 
 OLDEST = (1, 15)  # oldest supported version of Accelerate, whose internals are used here
 
@@ -214,7 +215,7 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     accelerator.log, accelerator.gather, accelerator.reduce = map(
         taking_whole_values, (accelerator.log, accelerator.gather, accelerator.reduce)
     )
-    _prepare_for_states(accelerator, handle.schedule)
+    _prepare_for_states(accelerator, handle)
     vars(model)["set_requires_gradient_sync"] = _GradientSync(model, handle.schedule)
     if precision == "bf16-mixed":
         _compute_under_autocast(accelerator, model)
@@ -223,15 +224,17 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     return model
 
 
-def _prepare_for_states(accelerator: Accelerator, schedule: AccumulationSchedule) -> None:
+def _prepare_for_states(accelerator: Accelerator, handle: Sharded) -> None:
     """Make buffers equal before Accelerate saves, abandon the open window when it loads. Hooks must not keep models."""
-    known = weakref.ref(schedule)
+    known, registered, mesh = weakref.ref(handle.schedule), accelerator._custom_objects, handle.groups.mesh
 
     def abandon(*_: Any) -> None:
+        gather_shards_of(registered, mesh)
         if (alive := known()) is not None:
             alive.window.abandon()
 
     def make_equal(*_: Any) -> None:
+        gather_shards_of(registered, mesh)
         if (alive := known()) is not None:
             alive.buffers.make_equal()
 

@@ -34,6 +34,7 @@ from lightning_mics.integrations._marked_methods import run_marked_methods_as_fo
 from lightning_mics.sharding.evaluation import allow_evaluation
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.sharded import sharded
+from lightning_mics.topology import Topology
 
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
@@ -167,42 +168,49 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     ) -> None:
         """Save the model, its optimizers and everything else in ``state``; every rank calls it.
 
+        Without a model, as with ``model.state_dict()`` as the state, one file with unsharded tensors is written.
+
         Raises:
-            NotImplementedError: If a ``filter`` is given and checkpoints are sharded.
             TypeError: If ``storage_options`` are given, which are for a ``CheckpointIO``.
-            ValueError: If ``state`` holds no model that was set up, or more than one.
         """
         if storage_options is not None:
             raise TypeError("strategy 'mics' takes no storage_options: pass a URL that fsspec has a driver for")
-        if filter and self._save_distributed_checkpoint:
-            raise NotImplementedError(
-                "a sharded checkpoint is always complete, so that it can be loaded; filter when exporting it, or use "
-                'state_dict_type="full"'
-            )
-        parts = _Parts.of(state, doing="save")
+        models = [value for value in state.values() if isinstance(value, nn.Module) and "_mics" in vars(value)]
         with all_ranks_answer(f"saving {path}", timeout=self._timeout), self._together("saves a checkpoint"):
-            self._save(self._shared_path(path), parts, filter or {})
+            if models:
+                self._save(self._shared_path(path), _Parts.of(state, doing="save"), filter or {})
+            else:
+                self._save_plain(self._shared_path(path), state, filter or {})
+
+    def _save_plain(self, path: StoragePath, state: dict[str, Any], filter: Filter) -> None:
+        """Save one file of whatever is in ``state``, such as a ``state_dict()``, with unsharded tensors."""
+        contents = {key: value.state_dict() if isinstance(value, _Stateful) else value for key, value in state.items()}
+        filtered = {key: _filtered(value, filter.get(key)) for key, value in contents.items()}
+        checkpoint.save_whole(path, filtered, write=torch.save, places=False)
 
     def _save(self, path: StoragePath, parts: _Parts, filter: Filter) -> None:
         full = not self._save_distributed_checkpoint
-        sharded(parts.model).schedule.buffers.make_equal()
+        for model in parts.models.values():
+            sharded(model).schedule.buffers.make_equal()
+        options = StateDictOptions(full_state_dict=full, cpu_offload=full)
+        model_state = get_model_state_dict(parts.model, options=options)
         optimizers = {
             key: optimizer_state(parts.model, optimizer, sharded=not full)
             for key, optimizer in parts.optimizers.items()
         }
         rest = {key: value.state_dict() if isinstance(value, _Stateful) else value for key, value in parts.rest.items()}
-        if not full:
-            self._saving.save(
-                path,
-                model_state=get_model_state_dict(parts.model),
-                optimizer_states=list(optimizers.values()),
-                meta={**rest, **origin(parts.model, sharded(parts.model).groups.topology)},
-            )
+        contents = {**parts.divided(model_state), **optimizers, **rest}
+        contents = {key: _filtered(value, filter.get(key)) for key, value in contents.items()}
+        if full:
+            checkpoint.save_whole(path, contents, write=torch.save)
             return
-        unsharded = get_model_state_dict(parts.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        contents = {parts.key: unsharded, **optimizers, **rest}
-        filtered = {key: _filtered(value, filter.get(key)) for key, value in contents.items()} | parts.names.plain()
-        checkpoint.save_full(path, write=lambda file: torch.save(filtered, file))
+        self._saving.save(
+            path,
+            model_state=parts.joined(contents),
+            optimizer_states=[contents[key] for key in optimizers],
+            meta={**{key: contents[key] for key in rest}, **origin(parts.model, parts.topology)},
+            names=parts.names,
+        )
 
     @override
     def load_checkpoint(
@@ -220,7 +228,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         Raises:
             KeyError: If ``strict`` and the checkpoint lacks a key of ``state``.
             NotImplementedError: If ``state`` is an optimizer alone.
-            ValueError: If ``state`` holds no model that was set up, or more than one.
+            ValueError: If ``state`` holds no model that was set up.
         """
         if isinstance(state, Optimizer):
             raise NotImplementedError(
@@ -251,7 +259,8 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
                 weights_only=self._reads_weights_only(weights_only),
                 names=parts.names,
             )
-            _reset_after_load(parts.model)
+            for model in parts.models.values():
+                _reset_after_load(model)
         return {key: value for key, value in remainder.items() if key not in (TOPOLOGY_KEY, NETWORK_KEY)}
 
     def _load_raw(self, path: StoragePath, model: nn.Module, *, strict: bool, weights_only: bool | None) -> None:
@@ -268,27 +277,53 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
 class _Parts:
     """The objects in a state that is saved or loaded, by kind."""
 
-    key: str  # the model's key in the state
-    model: nn.Module
+    models: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
     rest: dict[str, Any]
 
     @property
+    def model(self) -> nn.Module:
+        """The model, or one that holds all of them under their keys."""
+        only = next(iter(self.models.values()))
+        return only if len(self.models) == 1 else nn.ModuleDict(self.models)
+
+    @property
     def names(self) -> checkpoint.FullNames:
-        return checkpoint.FullNames(model=self.key, optimizers=list(self.optimizers))
+        several = list(self.models) if len(self.models) > 1 else []
+        return checkpoint.FullNames(
+            model=", ".join(sorted(self.models)), optimizers=list(self.optimizers), models=several
+        )
+
+    @property
+    def topology(self) -> Topology:
+        return sharded(next(iter(self.models.values()))).groups.topology
+
+    def divided(self, model_state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """The state of each model by its key, of a state of :attr:`model`."""
+        if len(self.models) == 1:
+            return dict.fromkeys(self.models, model_state)
+        return {
+            key: {name[len(key) + 1 :]: value for name, value in model_state.items() if name.startswith(f"{key}.")}
+            for key in self.models
+        }
+
+    def joined(self, states: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of :attr:`model`, of those of each model by its key."""
+        if len(self.models) == 1:
+            return {name: value for key in self.models for name, value in states[key].items()}
+        return {f"{key}.{name}": value for key in self.models for name, value in states[key].items()}
 
     @classmethod
     def of(cls, state: Mapping[str, Any], *, doing: str) -> _Parts:
         models = {key: value for key, value in state.items() if isinstance(value, nn.Module) and "_mics" in vars(value)}
-        if len(models) != 1:
+        if not models:
             raise ValueError(
-                f"fabric.{doing} takes a model that was set up, and one per checkpoint, in its state, as in "
-                f"{{'model': model, 'optimizer': optimizer}}; it got {sorted(models) or 'none'}"
+                f"fabric.{doing} takes a model that was set up in its state, as in {{'model': model, 'optimizer': "
+                "optimizer}}; it got none"
             )
-        ((key, model),) = models.items()
         optimizers = {name: value for name, value in state.items() if isinstance(value, Optimizer)}
-        rest = {name: value for name, value in state.items() if name != key and name not in optimizers}
-        return cls(key=key, model=model, optimizers=optimizers, rest=rest)
+        rest = {name: value for name, value in state.items() if name not in models and name not in optimizers}
+        return cls(models=models, optimizers=optimizers, rest=rest)
 
 
 class _TwoHop(_BackwardSyncControl):

@@ -20,13 +20,16 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from lightning_mics._torch.dtensors.numbers import read_whole_numbers
+from lightning_mics._torch.dtensors.random import draw_as_unsharded
 from lightning_mics._torch.module_classes import prepare_class
-from lightning_mics._torch.numbers import read_whole_numbers
 from lightning_mics._torch.parameter_hooks import carrying_over
-from lightning_mics._torch.random_dtensors import draw_as_unsharded
+from lightning_mics._torch.pickling import refuse_shards
+from lightning_mics._torch.state_dict import accept_whole_tensors, keep_unsharded_in_steps
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, aliased_parameters, find_blocks
 from lightning_mics.sharding.communication import Communication
+from lightning_mics.sharding.full_state_dict import reject_saving_of_shards
 from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0, verify_replicas
 from lightning_mics.sharding.modules.changes import keep_changes
 from lightning_mics.sharding.modules.copying import reject_copies
@@ -88,6 +91,10 @@ def shard_model(
             aliased = aliased_parameters(owner, blocks.values())
             with carrying_over(owner):
                 fully_shard(owner, mesh=groups.mesh, mp_policy=policy, ignored_params=aliased or None)
+    accept_whole_tensors(model)
+    keep_unsharded_in_steps(model)
+    reject_saving_of_shards(model)
+    refuse_shards(groups.mesh)
     draw_as_unsharded(groups.mesh)
     recompute_in_backward(recomputed)
     read_whole_numbers()

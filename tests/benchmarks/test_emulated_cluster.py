@@ -85,7 +85,7 @@ def test_a_killed_node_loses_all_its_processes_and_can_start_again(tmp_path: Pat
     script = "setsid sh -c 'sleep 1000 & sleep 1000' & sleep 1000"
     with EmulatedCluster(2) as cluster:
         run = cluster.start(["sh", "-c", script], logs=tmp_path)
-        until(lambda: len(cluster.network.processes(1)) == 5)
+        until(lambda: all(len(cluster.network.processes(node)) == 5 for node in (0, 1)))
         cluster.network.kill_node(1)
         assert cluster.network.processes(1) == []
         assert len(cluster.network.processes(0)) >= 4

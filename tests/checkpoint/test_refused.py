@@ -139,12 +139,12 @@ def test_another_width_is_refused(refusals: dict[str, Any], form: str) -> None:
 
 
 def test_a_path_that_is_no_checkpoint_is_refused_by_name(refusals: dict[str, Any]) -> None:
-    for name, reason in (
-        ("empty", "neither a file nor"),
-        ("nowhere", "neither a file nor"),
-        ("raw.pt", "'state_dict'"),
+    for kind, name, reason in (
+        ("ValueError", "empty", "neither a file nor"),
+        ("FileNotFoundError", "nowhere", "there is nothing"),
+        ("ValueError", "raw.pt", "'state_dict'"),
     ):
-        assert refusals[name].startswith(f"ValueError: {str(refusals['folder'] / name)!r} does not point to a valid")
+        assert refusals[name].startswith(f"{kind}: {str(refusals['folder'] / name)!r} does not point to a valid")
         assert reason in refusals[name]
 
 

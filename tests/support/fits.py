@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, DistributedSampler
 
 from tests.support.models import TinyModule, tokens
@@ -92,14 +93,15 @@ def whole_weights(module: torch.nn.Module) -> dict[str, Tensor]:
 def whole_slots(trainer: pl.Trainer) -> list[dict[str, Any]]:
     """Of each parameter in turn what its optimizer keeps for it, whole; every rank calls it."""
     return [
-        {
-            slot: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
-            for slot, value in optimizer.state.get(parameter, {}).items()
-        }
+        tree_map_only(Tensor, _whole, dict(optimizer.state.get(parameter, {})))
         for optimizer in trainer.strategy.optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
     ]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
 def same(one: Any, other: Any) -> bool:

@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_mics import Topology, create_partition_groups, shard_model
 from tests.use.teachers import Block, Net, unsharded, weights
 from tests.use.test_weight_changes import CACHES, fit
 
@@ -185,3 +186,34 @@ def test_a_copy_of_a_sharded_model_is_an_error_that_says_what_to_do(tmp_path: Pa
     for messages in on_shared_ranks(_copied, str(tmp_path)):
         assert messages[0].startswith("_Calling is sharded") and messages[1].startswith("Block is sharded")
         assert all("before it is sharded" in m and "load_state_dict" in m for m in messages)
+
+
+class _Keeping(nn.Linear):
+    """Keeps its weight, of the last forward, if asked to."""
+
+    keeps, kept = False, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = [self.weight] if self.keeps else None
+        return super().forward(x)
+
+
+def _unsharded_bytes() -> list[int]:
+    """Bytes of unsharded blocks while a graph holds the blocks' weights, and while a user holds one of them too."""
+    model = nn.Sequential(*(_Keeping(6, 6) for _ in range(3)))
+    topology = Topology(world_size=4, ranks_per_node=2, partition_size=2)
+    shard_model(model, create_partition_groups(topology, device_type="cpu"), block_classes=[_Keeping])
+    groups = [group for block in model for group in block._get_fsdp_state()._fsdp_param_groups]
+    found = []
+    for model[1].keeps in (False, True):
+        loss = model(torch.ones(2, 6)).sum()
+        memory = [out.untyped_storage() for g in groups for p in g.fsdp_params for out in p.all_gather_outputs]
+        found.append(sum(storage.nbytes() for storage in memory))
+        loss.backward()
+    return found
+
+
+def test_blocks_are_freed_after_their_forward_unless_a_user_holds_a_weight(on_shared_ranks: Any) -> None:
+    for bytes_held, with_a_kept_weight in on_shared_ranks(_unsharded_bytes):
+        assert bytes_held == 0
+        assert with_a_kept_weight == 6 * 6 * 4

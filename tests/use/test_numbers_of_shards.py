@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
-from lightning_mics._torch.numbers import WholeNumbers
+from lightning_mics._torch.dtensors.numbers import WholeNumbers
 from tests.support.accelerators import prepared
 from tests.support.accelerators import start as start_accelerate
 from tests.support.loops import network, set_up_in_one_call, start

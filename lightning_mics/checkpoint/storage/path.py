@@ -20,8 +20,8 @@ def storage_path(given: str | os.PathLike[str] | UPath) -> StoragePath:
     """Parse a path or URL that a user has given.
 
     Args:
-        given: A path, or a URL such as ``s3://bucket/folder``. The driver finds the store's endpoint and credentials
-            in its own environment variables and files.
+        given: A path, which may begin with ``~``, or a URL such as ``s3://bucket/folder``. The driver finds the store's
+            endpoint and credentials in its own environment variables and files.
 
     Raises:
         ValueError: If fsspec does not know the URL's protocol, or the URL has lost a slash.
@@ -35,7 +35,7 @@ def storage_path(given: str | os.PathLike[str] | UPath) -> StoragePath:
             f"{given!r} has lost a slash, as URLs do that are converted to a Path; pass {cut[1]}://... as a str"
         )
     if isinstance(given, str) and "://" not in given:
-        return Path(given)
+        return Path(given).expanduser()
     path = UPath(given)
     try:
         path.fs  # noqa: B018  # finds and loads the driver

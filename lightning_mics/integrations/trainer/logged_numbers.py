@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_mics._torch.numbers import taking_whole_values
+from lightning_mics._torch.dtensors.numbers import taking_whole_values
 
 
 def log_whole_numbers(module: nn.Module) -> None:

@@ -38,6 +38,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_mics.integrations.trainer.boundary import validation_follows
+
 
 class Request(IntEnum):
     """Requests made by signals; the larger of two requests wins."""
@@ -100,7 +102,7 @@ class StopTogether(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._at_boundary = trainer.global_step != self._steps
         self._steps = trainer.global_step
-        if self._at_boundary and not _validation_follows(trainer):
+        if self._at_boundary and not validation_follows(trainer):
             self._stop_if_asked(trainer)
 
     @override
@@ -232,12 +234,6 @@ def forget_signals(trainer: pl.Trainer) -> None:
 
 def _training(trainer: pl.Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-
-
-def _validation_follows(trainer: pl.Trainer) -> bool:
-    fit = trainer.fit_loop
-    assert fit._data_fetcher is not None
-    return fit.epoch_loop._should_check_val_fx(fit._data_fetcher)
 
 
 def _validate_again(trainer: pl.Trainer) -> None:

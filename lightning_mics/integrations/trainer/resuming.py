@@ -96,7 +96,7 @@ def resume(trainer: pl.Trainer, saved: ResumeState) -> None:
         random_states.restore(saved.random_state)
     else:
         random_states.branch(saved.random_state, rank=trainer.global_rank, world_size=now.world_size)
-    if loop.restarted_mid_epoch:
+    if loop.restarted_mid_epoch or _goes_on_in_epoch(loop):
         _resume_in_epoch(trainer, now=now, saved=saved.geometry)
     else:
         _begin_next_epoch(loop, now=now, saved=saved.geometry)
@@ -155,6 +155,30 @@ def _resume_in_epoch(trainer: pl.Trainer, *, now: EpochGeometry, saved: EpochGeo
     if last and loop.epoch_loop.restarted_on_train_batch_end:  # nothing is left of the epoch
         loop.reset_restart_stage()  # otherwise Lightning begins the next epoch without counting it
         _renew_iterator(loop)
+    elif last:
+        _leave_restart_after_reset(loop.epoch_loop)
+
+
+def _leave_restart_after_reset(epoch_loop: Any) -> None:
+    """Let an epoch of which only the end is left begin as a restarted one, and the next one as any other.
+
+    Lightning ends a restart with a batch or a validation, and would take a batch of another epoch if neither comes.
+    """
+    on_run_start = epoch_loop.on_run_start
+
+    def on_run_start_once(data_fetcher: Any) -> None:
+        on_run_start(data_fetcher)
+        del vars(epoch_loop)["on_run_start"]
+        epoch_loop.restarting = epoch_loop._should_check_val_fx(data_fetcher)
+
+    vars(epoch_loop)["on_run_start"] = on_run_start_once
+
+
+def _goes_on_in_epoch(loop: Any) -> bool:
+    """Whether Lightning goes on in an epoch that ``max_steps``, ``should_stop`` or a time limit has cut: the checkpoint
+    was saved at its end, and batches are left.
+    """
+    return bool(loop.restarted_on_epoch_end and loop.restarting and not loop.epoch_loop.batch_progress.is_last_batch)
 
 
 def _begin_next_epoch(loop: Any, *, now: EpochGeometry, saved: EpochGeometry) -> None:

@@ -4,37 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
-import lightning
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mics import checkpoint
 from lightning_mics._torch.fsdp import expect_backward
-from lightning_mics.checkpoint import random_states
-from lightning_mics.checkpoint.errors import all_ranks_answer
-from lightning_mics.checkpoint.optimizer_states import optimizer_state
-from lightning_mics.checkpoint.origin import origin
-from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
-from lightning_mics.checkpoint.storage.store import CheckpointStore
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
 from lightning_mics.integrations.trainer import resuming
 from lightning_mics.integrations.trainer.callbacks import check_callbacks
+from lightning_mics.integrations.trainer.checkpoints import SavesAndLoads, keep_hyperparameters
 from lightning_mics.integrations.trainer.exceptions import (
-    WithoutOtherRanks,
     agree_on_batches,
     raise_cause,
     tell_of_exception,
@@ -44,15 +32,12 @@ from lightning_mics.integrations.trainer.manual_optimization import unshard_when
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
 from lightning_mics.integrations.trainer.preemption import forget_signals, stop_when_signaled
 from lightning_mics.integrations.trainer.steps import StepRedirection, StepsAsForward
-from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.modules.changes import write_changes
 from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.topology import Topology
 
-VERSION = "pytorch-lightning_version"  # in checkpoints of a Trainer; from others it loads model and optimizers
 
-
-class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
+class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParallelStrategy):
     """MiCS: sharded training whose constant traffic stays inside partition groups.
 
     Takes an ordinary LightningModule, with or without ``configure_model``, and shards it block by block at the start of
@@ -67,7 +52,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         self._sharded: Sharded | None = None
         self._evaluation = ExitStack()
         self._shows_weights = False  # whether the last training step returned a parameter, or a view of one
-        self._resumed: resuming.ResumeState | None = None  # from loading a checkpoint until training starts
+        self._is_set_up = False  # for the run that has started
 
     # -- before the model --------------------------------------------------------------------------------------------
 
@@ -98,6 +83,11 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         self.set_world_ranks()
 
     @override
+    def setup_environment(self) -> None:
+        self._is_set_up, self._opened, self._resumed = False, None, None
+        super().setup_environment()
+
+    @override
     def _check_before_communicating(self) -> None:
         super()._check_before_communicating()
         check_callbacks(self._trainer)
@@ -116,14 +106,10 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         module, fitting = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
         assert self.accelerator is not None and module is not None
-        self._resumed = None
-        self.accelerator.setup(trainer)
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False  # tensors made in inference mode cannot be used in training
         with torch.inference_mode(False):
-            if "_mics" not in vars(module):
-                vars(module)["_mics"] = self._shard(module, fitting=fitting)
-            self.model, self._sharded = module, vars(module)["_mics"]
+            self._shard_now()
             self._control = self._state().groups.control
             self.model_to_device()  # metrics, and the module's own `device`
             self._policy.check_kept(module, self._state())
@@ -134,9 +120,22 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
             self.setup_precision_plugin()
             if fitting:
                 _optimizers_to_device(self.optimizers, self.root_device)
+        self._is_set_up = True
         control = self._state().groups.control
         stop_when_signaled(trainer, reduce_max=control.largest, wait_for_checkpoints=self.wait_for_checkpoints)
         agree_on_batches(trainer, control)
+
+    def _shard_now(self) -> Sharded:
+        """Shard the module unless it is sharded already; a checkpoint may need that before :meth:`setup`."""
+        trainer, module = self._trainer, self.lightning_module
+        assert self.accelerator is not None and module is not None
+        if "_mics" not in vars(module):
+            self.accelerator.setup(trainer)
+            keep_hyperparameters(trainer)
+            with torch.inference_mode(False):
+                vars(module)["_mics"] = self._shard(module, fitting=trainer.state.fn == TrainerFn.FITTING)
+        self.model, self._sharded = module, vars(module)["_mics"]
+        return self._state()
 
     def _shard(self, module: nn.Module, *, fitting: bool) -> Sharded:
         if fitting and self._layer_sync is not None:
@@ -201,7 +200,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
 
     @override
     def on_train_start(self) -> None:
-        resumed, self._resumed = self._resumed, None
+        resumed, self._resumed, self._opened = self._resumed, None, None
         if resumed is not None:
             resuming.resume(self._trainer, resumed)
 
@@ -280,102 +279,3 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, ModelParallelStrategy):
         """See :func:`~lightning_mics.integrations._lightning.reduce_in_place`."""
         with self._together("reduces a value over all ranks") if group is None else nullcontext():
             return reduce_in_place(tensor, group=group, op=reduce_op)
-
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state by FQN, sharded; for a full checkpoint unsharded and by number, on rank 0 only."""
-        assert self.model is not None
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        with WithoutOtherRanks(self._control), self._together("prepares an optimizer's state"):
-            return optimizer_state(self.model, inner, sharded=self._save_distributed_checkpoint)
-        return {}
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        with WithoutOtherRanks(self._control), self._together("prepares the model's state"):
-            self._state().schedule.buffers.make_equal()
-            if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
-                return get_model_state_dict(self._root())
-            return super().lightning_module_state_dict()
-        return {}
-
-    @override
-    def save_checkpoint(self, state: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        if storage_options is not None:
-            super().save_checkpoint(state, filepath, storage_options)  # raises the error
-        answered = all_ranks_answer(f"saving {filepath}", timeout=self._timeout)
-        with (
-            WithoutOtherRanks(self._control, lost=f"{filepath} was not saved"),
-            answered,
-            self._together("saves a checkpoint"),
-        ):
-            self._save(self._shared_path(filepath), state)
-
-    def _save(self, path: StoragePath, state: dict[str, Any]) -> None:
-        random_state: dict[str, Tensor] = {}
-        if "optimizer_states" in state:  # not weights only: a run can resume from it
-            now = self._resumed or resuming.ResumeState.now(self._trainer)
-            state[resuming.KEY], random_state = now.plain(), now.random_state
-        if not self._save_distributed_checkpoint:
-            state.update(checkpoint.gather_rank_states(random_state) if random_state else {})
-            checkpoint.save_full(path, write=lambda file: self.checkpoint_io.save_checkpoint(state, str(file)))
-            return
-        state.update(origin(self._root(), self.topology))
-        self._saving.save(
-            path,
-            model_state=state.pop("state_dict"),
-            optimizer_states=state.pop("optimizer_states", []),
-            meta=state,
-            rank_state=random_state,
-            synchronous=not self._in_fit(),
-            show_progress=self._shows_progress(),
-        )
-
-    def _in_fit(self) -> bool:
-        """Whether the end of a fit will wait for a save; after the fit users expect a synchronous one."""
-        state = self._trainer.state
-        return state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
-
-    def _shows_progress(self) -> bool:
-        """Whether this rank displays progress, as the Trainer's progress bar does."""
-        bar = self._trainer.progress_bar_callback
-        return self.is_global_zero and bar is not None and getattr(bar, "is_enabled", True)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load the model, and in a fit its optimizers, in place; return the rest to the Trainer."""
-        assert self.model is not None and self.lightning_module is not None
-        fitting = self._trainer.state.fn == TrainerFn.FITTING
-        self.wait_for_checkpoints()
-        random_state = random_states.capture() if fitting else {}
-        answered = all_ranks_answer(f"loading {checkpoint_path}", timeout=self._timeout)
-        with torch.inference_mode(False), answered, self._together("loads a checkpoint"):
-            meta = checkpoint.load(
-                self._shared_path(checkpoint_path),
-                model=self.model,
-                optimizers=self.optimizers if fitting else [],
-                strict=self.lightning_module.strict_loading,
-                weights_only=self._reads_weights_only(weights_only),
-                rank_state=random_state,
-                show_progress=self._shows_progress(),
-            )
-            self._abandon_window()
-            verify_replicas(self.model, self._state().groups)
-        if fitting and resuming.KEY in meta:
-            self._resumed = resuming.ResumeState(
-                geometry=resuming.EpochGeometry(**meta[resuming.KEY]), random_state=random_state
-            )
-        return meta if VERSION in meta else {VERSION: lightning.__version__, "lr_schedulers": [], **meta}
-
-    @override
-    def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Remove a checkpoint after pending saves are complete; until then it may be the latest."""
-        self._saving.after_saves(lambda: self._remove(storage_path(filepath)))
-
-    def _remove(self, path: StoragePath) -> None:
-        if isinstance(path, Path):
-            super().remove_checkpoint(path)
-        elif self.is_global_zero:
-            CheckpointStore(path).remove()

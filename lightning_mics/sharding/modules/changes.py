@@ -10,10 +10,10 @@ from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_mics._torch.dtensor_changes import accept_changes, calling_before_gradients
+from lightning_mics._torch.dtensors.changes import accept_changes, calling_before_gradients
 from lightning_mics._torch.fsdp import fsdp_modules
+from lightning_mics._torch.optimizer_steps import call_before_steps
 from lightning_mics._torch.unsharded import UnshardedChanges
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 
@@ -31,14 +31,8 @@ def keep_changes(root: FSDPModule, mesh: DeviceMesh, window: AccumulationWindow)
     """
     accept_changes(mesh)
     changes = vars(root)["_unsharded_changes"] = UnshardedChanges(fsdp_modules(root).values(), root=root)
-    known, known_window = weakref.ref(changes), weakref.ref(window)
-    vars(root)["zero_grad"] = partial(_zero_grad, weakref.ref(root), known_window)
-
-    def before_step(*_: Any) -> None:
-        if (alive := known()) is not None:
-            alive.write()
-
-    weakref.finalize(changes, register_optimizer_step_pre_hook(before_step).remove)
+    vars(root)["zero_grad"] = partial(_zero_grad, weakref.ref(root), weakref.ref(window))
+    call_before_steps(changes.before_step)
 
 
 def write_changes(root: FSDPModule) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import LBFGS, Optimizer
 
-from lightning_mics._torch.numbers import reduce_dot_products, whole_values
+from lightning_mics._torch.dtensors.numbers import reduce_dot_products, whole_values
 
 
 class StepOnOneVector:

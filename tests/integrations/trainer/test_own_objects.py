@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from lightning_mics import checkpoint
+from lightning_mics.integrations.trainer import checkpoints
 from tests.support.fits import (
     STEPS_PER_EPOCH,
     AdamModule,
@@ -168,17 +168,16 @@ def _refused(folder: Path) -> dict[str, Any]:
         facts[name] = refusal(lambda name=name: fit(folder, ckpt_path=folder / name))
     facts["number"] = refusal(lambda: fit(folder, TwoOptimizers, ckpt_path=folder / "adam.ckpt", epochs=2))
     facts["kind"] = refusal(lambda: fit(folder, TinyModule, ckpt_path=folder / "adam.ckpt", epochs=2))
-    load, replicas = checkpoint.load, {"ranks_per_node": 1, "partition_size": 1}
+    load, replicas = checkpoints.load_model, {"ranks_per_node": 1, "partition_size": 1}
 
-    def load_otherwise_on_rank_1(path: Path, *, model: torch.nn.Module, **options: Any) -> Any:
-        meta = load(path, model=model, **options)
+    def load_otherwise_on_rank_1(opened: Any, *, model: torch.nn.Module, **options: Any) -> None:
+        load(opened, model=model, **options)
         if dist.get_rank() == 1:
             with torch.no_grad():
                 model.net.norm.weight.to_local().add_(1)
-        return meta
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "load", load_otherwise_on_rank_1)
+        patch.setattr(checkpoints, "load_model", load_otherwise_on_rank_1)
         facts["replicas"] = refusal(lambda: fit(folder, ckpt_path=folder / "adam.ckpt", strategy=mics(**replicas)))
     facts["equal replicas"] = refusal(lambda: fit(folder, ckpt_path=folder / "adam.ckpt", strategy=mics(**replicas)))
     return facts
@@ -207,8 +206,8 @@ def test_storage_options_are_rejected(refused: Any, kind: str) -> None:
 
 def test_a_path_that_is_no_checkpoint_is_rejected(refused: Any) -> None:
     for facts in refused:
-        for name in ("nowhere", "empty0"):
-            assert facts[name].startswith(f"ValueError: {str(facts['folder'] / name)!r} does not point to a valid")
+        for kind, name in (("FileNotFoundError", "nowhere"), ("ValueError", "empty0")):
+            assert facts[name].startswith(f"{kind}: {str(facts['folder'] / name)!r} does not point to a valid")
 
 
 def test_another_number_of_optimizers_is_rejected(refused: Any) -> None:

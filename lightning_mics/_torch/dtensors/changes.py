@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_mics._torch.dtensor import (
+from lightning_mics._torch.dtensors.views import (
     VIEWS,
     all_values,
     is_of_one_shape,

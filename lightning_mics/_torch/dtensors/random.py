@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lightning_mics._torch.dtensors.views import run_default
+
 aten = torch.ops.aten
 
 IN_PLACE = (
@@ -79,12 +81,7 @@ def _sharded(whole: Tensor, like: DTensor) -> DTensor:
 def _draw(operation: Any, args: Any, kwargs: Any) -> Any:
     target = args[0]
     if target._spec.mesh not in _meshes or any(placement.is_partial() for placement in target.placements):
-        handlers = _handlers()
-        del handlers[operation]
-        try:
-            return operation(*args, **kwargs)
-        finally:
-            handlers[operation] = _draw
+        return run_default(operation, args, kwargs)
     drawn = operation(torch.empty(target.shape, dtype=target.dtype), *args[1:], **kwargs)
     own = _sharded(drawn, target)
     if operation not in IN_PLACE:

@@ -1,0 +1,1 @@
+"""Private names of DTensor: what users do to sharded tensors."""

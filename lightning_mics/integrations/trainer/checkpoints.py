@@ -1,0 +1,247 @@
+"""What a Trainer's checkpoints hold, and when they are loaded: in the order in which Lightning loads them elsewhere.
+
+::
+
+    load_checkpoint             opens it: entries are read, tensors are not
+    on_load_checkpoint          of the module; it may rename or replace whatever is there
+    load_model_state_dict       the model is sharded, and loaded
+    callbacks                   get their states, and their own on_load_checkpoint
+    setup                       makes the optimizers
+    on_fit_start
+    load_optimizer_state_dict
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.optim import Optimizer
+
+from lightning_mics import checkpoint
+from lightning_mics.checkpoint import random_states
+from lightning_mics.checkpoint.compare import check_optimizer_count
+from lightning_mics.checkpoint.content.hyperparameters import copies_without_values, to_save
+from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
+from lightning_mics.checkpoint.errors import all_ranks_answer
+from lightning_mics.checkpoint.loading import load_model, load_optimizers, load_rank_state, open_to_load, shown_to_hooks
+from lightning_mics.checkpoint.optimizer_states import optimizer_state
+from lightning_mics.checkpoint.origin import origin
+from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
+from lightning_mics.checkpoint.storage.store import CheckpointStore
+from lightning_mics.integrations.trainer import resuming
+from lightning_mics.integrations.trainer.boundary import note_what_follows
+from lightning_mics.integrations.trainer.exceptions import WithoutOtherRanks
+from lightning_mics.sharding.initialization import verify_replicas
+
+VERSION = "pytorch-lightning_version"  # in checkpoints of a Trainer; from others it loads model and optimizers
+
+COPIES = "_mics_hyperparameters"  # of a module: what is saved of hyper-parameters that hold parts of it
+
+
+class SavesAndLoads:
+    """Mixin of a Trainer's strategy that saves and loads checkpoints.
+
+    Methods take an untyped ``self``, which has the attributes of Lightning's strategies.
+    """
+
+    _opened: OpenedCheckpoint | None = None  # from opening a checkpoint until everything in it is loaded
+    _resumed: resuming.ResumeState | None = None  # from loading a checkpoint until training starts
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Lightning loads before the optimizers exist, as without sharding."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning calls :meth:`load_optimizer_state_dict`, after ``on_fit_start``."""
+        return True
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def optimizer_state(self: Any, optimizer: Optimizer) -> dict[str, Any]:
+        """The state by FQN, sharded; for a full checkpoint unsharded and by number, on rank 0 only."""
+        assert self.model is not None
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        with WithoutOtherRanks(self._control), self._together("prepares an optimizer's state"):
+            return optimizer_state(self.model, inner, sharded=self._save_distributed_checkpoint)
+        return {}
+
+    def lightning_module_state_dict(self: Any) -> dict[str, Any]:
+        """The state by FQN, sharded; for a full checkpoint unsharded, on rank 0 only."""
+        sharded = self._shard_now()
+        with WithoutOtherRanks(self._control), self._together("prepares the model's state"):
+            sharded.schedule.buffers.make_equal()
+            if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
+                return get_model_state_dict(self._root())
+            return super().lightning_module_state_dict()  # type: ignore[misc, no-any-return]
+        return {}
+
+    def save_checkpoint(self: Any, state: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Save what the Trainer has collected; every rank calls it.
+
+        Args:
+            state: Content of the checkpoint, which is not changed.
+            filepath: Path or URL of the checkpoint.
+            storage_options: Rejected, as by Lightning's own strategies for sharded models.
+        """
+        if storage_options is not None:
+            super().save_checkpoint(state, filepath, storage_options)  # type: ignore[misc]  # raises the error
+        answered = all_ranks_answer(f"saving {filepath}", timeout=self._timeout)
+        not_saved = WithoutOtherRanks(self._control, lost=f"{filepath} was not saved")
+        with not_saved, answered, self._together("saves a checkpoint"):
+            self._save(self._shared_path(filepath), dict(state))
+
+    def _save(self: Any, path: StoragePath, state: dict[str, Any]) -> None:
+        random_state: dict[str, Tensor] = {}
+        for owner in _with_hyperparameters(self._trainer):
+            if type(state.get(owner.CHECKPOINT_HYPER_PARAMS_KEY)) is dict:
+                copies = vars(owner).get(COPIES, {})
+                state[owner.CHECKPOINT_HYPER_PARAMS_KEY], _ = to_save(state[owner.CHECKPOINT_HYPER_PARAMS_KEY], copies)
+        if "loops" in state:
+            note_what_follows(state, self._trainer)
+        if "optimizer_states" in state and self._trainer.state.fn is not None:  # a run can resume from it
+            now = self._resumed or resuming.ResumeState.now(self._trainer)
+            state[resuming.KEY], random_state = now.plain(), now.random_state
+        if not self._save_distributed_checkpoint:
+            state.update(checkpoint.gather_rank_states(random_state) if random_state else {})
+            checkpoint.save_whole(
+                path, state, write=lambda content, file: self.checkpoint_io.save_checkpoint(content, str(file))
+            )
+            return
+        state.update(origin(self._root(), self.topology))
+        self._saving.save(
+            path,
+            model_state=state.pop("state_dict"),
+            optimizer_states=state.pop("optimizer_states", []),
+            meta=state,
+            rank_state=random_state,
+            synchronous=not self._in_fit(),
+            show_progress=self._shows_progress(),
+        )
+
+    def _in_fit(self: Any) -> bool:
+        """Whether the end of a fit will wait for a save; after the fit users expect a synchronous one."""
+        state = self._trainer.state
+        return bool(state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING)
+
+    def _shows_progress(self: Any) -> bool:
+        """Whether this rank displays progress, as the Trainer's progress bar does."""
+        bar = self._trainer.progress_bar_callback
+        return bool(self.is_global_zero and bar is not None and getattr(bar, "is_enabled", True))
+
+    # -- loading -----------------------------------------------------------------------------------------------------
+
+    def load_checkpoint(self: Any, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Open a checkpoint; its tensors are read when the model and the optimizers are loaded, or used by a hook.
+
+        Args:
+            checkpoint_path: Path or URL of the checkpoint.
+            weights_only: Whether plain data and tensors only are read; None takes the strategy's option.
+        """
+        self.wait_for_checkpoints()
+        answered = all_ranks_answer(f"loading {checkpoint_path}", timeout=self._timeout)
+        with torch.inference_mode(False), answered, self._together("loads a checkpoint"):
+            opened = open_to_load(
+                self._shared_path(checkpoint_path),
+                mesh=lambda: self._shard_now().groups.mesh,
+                weights_only=self._reads_weights_only(weights_only),
+                show_progress=self._shows_progress(),
+            )
+            if _hooks_look(self._trainer):
+                opened = shown_to_hooks(opened)
+        self._opened = opened
+        loaded = {**opened.entries, "state_dict": opened.model}
+        if opened.optimizers or "lr_schedulers" in loaded or VERSION not in loaded:
+            loaded["optimizer_states"] = opened.optimizers
+        if self._is_set_up:  # nobody else will load it
+            self.load_model_state_dict(loaded, strict=self.lightning_module.strict_loading)
+            if self._trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in loaded:
+                self.load_optimizer_state_dict(loaded)
+        return loaded if VERSION in loaded else {VERSION: lightning.__version__, "lr_schedulers": [], **loaded}
+
+    def load_model_state_dict(self: Any, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the model from an opened checkpoint, whose ``state_dict`` hooks may have changed.
+
+        Args:
+            checkpoint: What :meth:`load_checkpoint` has returned.
+            strict: Whether the names must be those of the model.
+        """
+        fitting = self._trainer.state.fn == TrainerFn.FITTING
+        opened = self._opened or OpenedCheckpoint(model={}, optimizers=[], entries={})
+        sharded, random_state = self._shard_now(), random_states.capture() if fitting else {}
+        answered = all_ranks_answer("loading the model", timeout=self._timeout)
+        with torch.inference_mode(False), answered, self._together("loads the model"):
+            opened.model = dict(checkpoint.get("state_dict", {}))
+            load_model(opened, model=self.model, strict=strict)
+            load_rank_state(opened, random_state)
+            self._abandon_window()
+            verify_replicas(self.model, sharded.groups)
+        if fitting and resuming.KEY in checkpoint:
+            self._resumed = resuming.ResumeState(
+                geometry=resuming.EpochGeometry(**checkpoint[resuming.KEY]), random_state=random_state
+            )
+
+    def load_optimizer_state_dict(self: Any, checkpoint: Mapping[str, Any]) -> None:
+        """Load the optimizers from an opened checkpoint, whose ``optimizer_states`` hooks may have changed.
+
+        Args:
+            checkpoint: What :meth:`load_checkpoint` has returned.
+        """
+        states = list(checkpoint["optimizer_states"])
+        opened = self._opened or OpenedCheckpoint(model={}, optimizers=states, entries={})
+        check_optimizer_count(self.optimizers, len(states))
+        answered = all_ranks_answer("loading the optimizers", timeout=self._timeout)
+        with torch.inference_mode(False), answered, self._together("loads the optimizers"):
+            load_optimizers(opened, list(zip(self.optimizers, states, strict=False)), model=self.model)
+
+    def remove_checkpoint(self: Any, filepath: str | Path) -> None:
+        """Remove a checkpoint after pending saves are complete; until then it may be the latest."""
+        self._saving.after_saves(lambda: self._remove(storage_path(filepath)))
+
+    def _remove(self: Any, path: StoragePath) -> None:
+        if isinstance(path, Path):
+            super().remove_checkpoint(path)  # type: ignore[misc]
+        elif self.is_global_zero:
+            CheckpointStore(path).remove()
+
+
+def keep_hyperparameters(trainer: pl.Trainer) -> None:
+    """Copy networks in hyper-parameters, and warn of what no checkpoint will hold, before the model is sharded.
+
+    Args:
+        trainer: The Trainer that is about to run.
+    """
+    for owner in _with_hyperparameters(trainer):
+        vars(owner)[COPIES] = copies_without_values(owner.hparams, trainer.lightning_module)
+        dropped = to_save(owner.hparams, vars(owner)[COPIES])[1]
+        for name, kind in dropped.items() if trainer.state.fn == TrainerFn.FITTING else ():
+            rank_zero_warn(
+                f"the hyper-parameter {name!r} of {type(owner).__name__}, a {kind}, cannot be pickled, so checkpoints "
+                f"are saved without it: save_hyperparameters(ignore=[{name.partition('.')[0]!r}]) avoids this, and "
+                "load_from_checkpoint takes it as an argument"
+            )
+
+
+def _with_hyperparameters(trainer: Any) -> list[Any]:
+    return [owner for owner in (trainer.lightning_module, trainer.datamodule) if owner is not None]
+
+
+def _hooks_look(trainer: pl.Trainer) -> bool:
+    """Whether a hook of the module or of a callback is shown what a checkpoint holds."""
+    module = trainer.lightning_module
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return is_overridden("on_load_checkpoint", module, pl.LightningModule) or any(
+        type(callback).on_load_checkpoint is not pl.Callback.on_load_checkpoint for callback in callbacks
+    )
