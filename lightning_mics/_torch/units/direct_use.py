@@ -14,7 +14,7 @@ meets a loss.
 
 Operations arrive here below autograd, in handlers of DTensor's dispatcher. Without gradients, an unsharded operand that
 can only be a mask, a factor or other values of a parameter stands for equal values on all ranks, as in
-:mod:`lightning_mics._torch.dtensor_changes`, and the result is sharded.
+:mod:`lightning_mics._torch.dtensors.changes`, and the result is sharded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_map_only
 
-from lightning_mics._torch.dtensor import is_of_one_shape, run_default
+from lightning_mics._torch.dtensors.views import is_of_one_shape, run_default
 from lightning_mics._torch.fsdp import _param_groups, fsdp_modules
 from lightning_mics._torch.units.use_errors import MIXED, mixed
 
