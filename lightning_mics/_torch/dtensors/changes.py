@@ -2,8 +2,8 @@
 
 DTensor itself ignores an assignment to ``.data``, and rejects unsharded operands. Here the first takes effect, and an
 unsharded operand stands for equal values on all ranks, as a replica under DDP does. Only tensors on meshes of
-:func:`accept_changes` are concerned, and only outside of autograd: a forward with unsharded inputs and sharded weights
-is still an error.
+:func:`accept_changes` are concerned, and only outside of autograd: weights that are computed with are in
+:mod:`lightning_mics._torch.units.direct_use`.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_map_only
 
+from lightning_mics._torch.dtensors.arithmetic import ARITHMETIC, on_own_part
 from lightning_mics._torch.dtensors.views import is_of_one_shape, run_default
 from lightning_mics._torch.fsdp import _param_groups, fsdp_modules
 from lightning_mics._torch.units.use_errors import MIXED, mixed
@@ -141,7 +142,7 @@ def _handle_operations() -> None:
     for operation in (*_combining(), *IN_PLACE):
         known = handlers.get(operation, run_default)
         if operation is not aten.is_same_size.default:
-            handlers[operation] = _Handler(known)
+            handlers[operation] = _Handler(known, is_arithmetic=operation in ARITHMETIC)
 
 
 def _combining() -> Iterator[Any]:
@@ -158,12 +159,18 @@ class _Handler:
 
     Args:
         default: DTensor's own way, with the same arguments.
+        is_arithmetic: Whether the operation may run on this rank's part at once.
     """
 
-    def __init__(self, default: Callable[[Any, Any, Any], Any]) -> None:
+    def __init__(self, default: Callable[[Any, Any, Any], Any], *, is_arithmetic: bool) -> None:
         self._default = default
+        self._is_arithmetic = is_arithmetic
 
     def __call__(self, operation: Any, args: Any, kwargs: Any) -> Any:
+        if self._is_arithmetic:
+            result = on_own_part(operation, args, kwargs)
+            if result is not NotImplemented:
+                return result
         operands = _tensors_in((*args, *kwargs.values()) if kwargs else args)
         unsharded = [t for t in operands if not isinstance(t, DTensor)]
         if not unsharded:

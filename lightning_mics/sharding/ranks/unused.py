@@ -100,5 +100,7 @@ class UnusedUnits:
         self.forget()
 
     def _after_backward(self) -> None:
+        if torch.is_grad_enabled():  # create_graph=True: another backward needs the same weights
+            return
         for cache in self._dropped:
             cache.drop()
