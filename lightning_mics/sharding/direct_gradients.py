@@ -1,8 +1,8 @@
 """Gradients of parameters that are used while they are sharded: outside of the forward that FSDP2 gathers them for.
 
-See :mod:`lightning_mics._torch.direct_use`. Autograd would add them to ``.grad`` in the middle of a backward, where
-FSDP2 adds its own from another stream; and in a window of several micro-steps ``.grad`` is None until the boundary. So
-they are accumulated here, as shards, and added at the end of the boundary's backward.
+See :mod:`lightning_mics._torch.units.direct_use`. Autograd would add them to ``.grad`` in the middle of a backward,
+where FSDP2 adds its own from another stream; and in a window of several micro-steps ``.grad`` is None until the
+boundary. So they are accumulated here, as shards, and added at the end of the boundary's backward.
 """
 
 from __future__ import annotations

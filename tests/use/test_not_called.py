@@ -58,6 +58,28 @@ def after_an_attack(program: Program, x: Tensor, y: Tensor) -> Tensor:
     return mean_square(program, x.detach() + 0.1 * gradient.sign(), y)
 
 
+class Product(torch.autograd.Function):
+    """A linear layer with a backward of its own, inside of which autograd records nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.t() @ x
+
+
+def trained_late(program: Program, x: Tensor, y: Tensor) -> Tensor:
+    """A weight that requires a gradient from the third micro-step on only, where it is used directly."""
+    program.steps = getattr(program, "steps", 0) + 1
+    for block in program.net.blocks:
+        block.up.weight.requires_grad_(program.steps > 2)
+    return USES["linear"](program, x, y)
+
+
 USES: dict[str, Any] = {
     "forward": through(lambda blocks, i, x: blocks[i].forward(x)),
     "encode": through(lambda blocks, i, x: x + blocks[i].down(blocks[i].encode(x))),
@@ -69,6 +91,17 @@ USES: dict[str, Any] = {
         lambda blocks, i, x: blocks[i](x) + ((blocks[i].up.weight * 2) + torch.ones(2 * DIM + 1, DIM)).mean(0)
     ),
     "listed": through(lambda blocks, i, x: blocks[i](torch.cat([x, blocks[i].down.bias.expand_as(x)], 1)[:, :DIM])),
+    "row": through(lambda blocks, i, x: blocks[i](x) + blocks[i].up.weight[3]),
+    "rows": through(lambda blocks, i, x: x + x @ blocks[i].up.weight[:DIM].t()),
+    "rows in turn": through(lambda blocks, i, x: x + sum(x * row for row in blocks[i].up.weight)),
+    "batched": through(
+        lambda blocks, i, x: torch.baddbmm(
+            blocks[i].down.bias, x[:, None], blocks[i].up.weight[:DIM].t().expand(len(x), DIM, DIM)
+        )[:, 0]
+    ),
+    "sample by sample": through(lambda blocks, i, x: torch.stack([one + one * blocks[i].up.weight[2] for one in x])),
+    "function": through(lambda blocks, i, x: x + Product.apply(x, blocks[i].up.weight)[:, :DIM]),
+    "trained late": trained_late,
     "called": through(lambda blocks, i, x: blocks[i](x)),
     "attack": after_an_attack,
     "penalty": with_penalty(lambda program, _: sum(p.square().sum() for p in program.parameters())),

@@ -35,11 +35,10 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._redistribute import redistribute_local_tensor
 from torch.distributed.tensor.experimental import implicit_replication
-from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_map_only
 
 from lightning_mics._torch.dtensors.arithmetic import ARITHMETIC, on_own_part
-from lightning_mics._torch.dtensors.views import is_of_one_shape, run_default
+from lightning_mics._torch.dtensors.views import DISPATCHES, is_of_one_shape, run_default
 from lightning_mics._torch.fsdp import _param_groups, fsdp_modules
 from lightning_mics._torch.units.use_errors import MIXED, mixed
 
@@ -51,7 +50,8 @@ TENSORS = ("Tensor", "Optional[Tensor]")
 LISTS = ("List[Tensor]", "List[Optional[Tensor]]")
 IN_PLACE = (aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.div_.Tensor, aten.copy_.default)
 
-_meshes: list[tuple[weakref.ref[DeviceMesh], Around]] = []  # not a set: torch compares meshes by their content
+# of models and their root's state, which has the model's `around`; no set: torch compares meshes by their content
+_meshes: list[tuple[weakref.ref[DeviceMesh], weakref.ref[Any]]] = []
 _parameters: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # FSDPParam by id of its shard
 _run_backward = torch.autograd.graph._engine_run_backward
 
@@ -66,12 +66,16 @@ def serve_direct_use(root: FSDPModule, mesh: DeviceMesh, *, around: Around) -> N
             :class:`~lightning_mics.collectives.traffic.Traffic`, axis of the mesh by name, what is communicated.
     """
     _handle_operations()
-    _meshes[:] = [(weakref.ref(mesh), around), *((known, other) for known, other in _meshes if known() is not None)]
     assert isinstance(root, nn.Module)
+    state: Any = root._get_fsdp_state()
+    state.around_direct_use = around
+    alive = ((known, of_root) for known, of_root in _meshes if known() is not None and of_root() is not None)
+    _meshes[:] = [(weakref.ref(mesh), weakref.ref(state)), *alive]
     names = {id(parameter): name for name, parameter in root.named_parameters()}
     for parameter in _fsdp_parameters(root):
         parameter._param_fqn = names.get(id(parameter.sharded_param))  # FSDP2 does so at the first forward
         _parameters[id(parameter.sharded_param)] = parameter
+    _take_gradients_of_shards()
 
 
 def take_direct_gradients(root: FSDPModule, take: Callable[[Any, Tensor], None]) -> None:
@@ -85,18 +89,16 @@ def take_direct_gradients(root: FSDPModule, take: Callable[[Any, Tensor], None])
         parameter.take_direct_gradient = take
 
 
-def _redirect_gradients(sharded: Tensor) -> None:
-    """Take the gradients of parameters that ``sharded``, [any], was computed from, for as long as that graph lives."""
-    nodes: list[Any] = [torch.autograd.graph.get_gradient_edge(sharded).node] if sharded.requires_grad else []
-    while nodes:
-        node = nodes.pop()
-        if node is None or "redirected" in node.metadata:
-            continue
-        node.metadata["redirected"] = True
-        nodes += [following for following, _ in node.next_functions]
-        parameter = _parameters.get(id(getattr(node, "variable", None)))
-        if parameter is not None:
+def _take_gradients_of_shards() -> None:
+    """See that gradients of sharded parameters are taken in the backward that begins now, whatever they come from."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return  # a compiler's, of no sharded parameter
+    for parameter in list(_parameters.values()):
+        sharded = parameter.sharded_param
+        if sharded.requires_grad and getattr(parameter, "_taken_of", None) is not sharded:
+            node = torch.autograd.graph.get_gradient_edge(sharded).node
             node.register_prehook(partial(_take_gradient, weakref.ref(parameter)))
+            parameter._taken_of, parameter._accumulation = sharded, node  # torch itself keeps it with a graph only
 
 
 def _take_gradient(of: Callable[[], Any], gradients: tuple[Tensor | None, ...]) -> Any:
@@ -181,10 +183,6 @@ class _Handler:
             return self._default(operation, args, kwargs)
         changes_sharded = operation in IN_PLACE and isinstance(args[0], DTensor)
         if not changes_sharded and (_is_autograds(sharded) or _is_computed(operation, operands, unsharded)):
-            if torch.is_grad_enabled():
-                with enable_reentrant_dispatch():  # with autograd, below which operations are handled
-                    for each in sharded:
-                        _redirect_gradients(each)
             args, kwargs = tree_map_only(DTensor, _Gathered(), (args, kwargs))
             return operation(*args, **kwargs)
         try:
@@ -212,7 +210,9 @@ def _is_autograds(sharded: Sequence[Tensor]) -> bool:
     """Whether a backward runs the operation, and no hook in it that changes gradients, such as ``p.grad * mask``."""
     if torch._C._current_graph_task_id() == -1:
         return False
-    caller = sys._getframe(1).f_back  # none in a thread of autograd's own
+    caller = sys._getframe(1).f_back
+    while caller is not None and caller.f_code in DISPATCHES:
+        caller = caller.f_back  # none in a thread of autograd's own
     by_autograd = caller is None or caller.f_code is _run_backward.__code__
     return by_autograd or any(_parameter_of(t) is not None for t in sharded)
 
@@ -229,9 +229,7 @@ def _is_computed(operation: Any, operands: Sequence[Tensor], unsharded: Sequence
 
 def _run_backward_of_unsharded(outputs: Any, *args: Any, **kwargs: Any) -> Any:
     """Torch's way to run a backward, with the parameters that forwards have used in addition to their shards."""
-    for output in outputs:
-        if isinstance(output, DTensor):
-            _redirect_gradients(output)
+    _take_gradients_of_shards()
     inputs = args[3] if len(args) > 3 else ()
     known = [_parameters.get(id(each)) for each in inputs]
     if not any(known):
@@ -308,7 +306,8 @@ def _around(sharded: DTensor, kind: str, axis: int, total_bytes: int) -> Abstrac
 
 
 def _around_on(mesh: DeviceMesh) -> Around | None:
-    return next((around for known, around in _meshes if known() == mesh), None)
+    states = (of_root() for known, of_root in _meshes if known() == mesh)
+    return next((state.around_direct_use for state in states if state is not None), None)
 
 
 def _parameter_of(sharded: Tensor) -> Any:
