@@ -95,10 +95,11 @@ def _take_gradients_of_shards() -> None:
         return  # a compiler's, of no sharded parameter
     for parameter in list(_parameters.values()):
         sharded = parameter.sharded_param
-        if sharded.requires_grad and getattr(parameter, "_taken_of", None) is not sharded:
+        known = (sharded._cdata, sharded.dtype)  # module.to() gives the same Python object another tensor
+        if sharded.requires_grad and getattr(parameter, "_taken_of", None) != known:
             node = torch.autograd.graph.get_gradient_edge(sharded).node
             node.register_prehook(partial(_take_gradient, weakref.ref(parameter)))
-            parameter._taken_of, parameter._accumulation = sharded, node  # torch itself keeps it with a graph only
+            parameter._taken_of, parameter._accumulation = known, node  # torch itself keeps it with a graph only
 
 
 def _take_gradient(of: Callable[[], Any], gradients: tuple[Tensor | None, ...]) -> Any:
