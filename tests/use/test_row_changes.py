@@ -158,6 +158,8 @@ ARITHMETIC: dict[str, Callable[[Tensor], Any]] = {
     "of sharded and replicated": lambda w: w * w.sum(0, keepdim=True),
     "of different shards": lambda w: w * w.t(),
     "of a row": lambda w: w * w[0],
+    "equal": lambda w: torch.tensor([torch.equal(w, unsharded(w)), torch.equal(unsharded(w) + 1, w)]),
+    "lerp": lambda w: torch.lerp(unsharded(w) * 2, w, 0.3),
     "in inference mode": lambda w: _in_inference_mode(w),
 }
 
