@@ -61,7 +61,7 @@ class Module(TinyModule):
     """Trained with AdamW and a rate that falls, so that a lost or a repeated step shows; records its losses."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(layers=1)
         self.losses: list[float] = []
         self.validated: list[float] = []
 
@@ -75,7 +75,7 @@ class Module(TinyModule):
             self.validated.append(self.trainer.callback_metrics["val_loss"].item())
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02, foreach=True)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.8)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 

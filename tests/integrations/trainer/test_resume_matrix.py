@@ -33,7 +33,7 @@ STEP = 32  # samples of an optimizer step
 STEPS_PER_EPOCH, EPOCHS = 4, 2
 
 
-BATCH = 2
+BATCH = 4
 
 
 STEPS = STEPS_PER_EPOCH * EPOCHS
@@ -67,7 +67,7 @@ class Model(pl.LightningModule):
 
     def __init__(self, *, dropout: float = 0.0) -> None:
         super().__init__()
-        self.net = TinyLM()
+        self.net = TinyLM(layers=1)
         self.dropout = nn.Dropout(dropout)
         self.net.norm.register_forward_hook(lambda _module, _inputs, hidden: self.dropout(hidden))
 
@@ -78,7 +78,7 @@ class Model(pl.LightningModule):
         self.log("val_loss", self.net(batch[1]), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1, foreach=True)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
