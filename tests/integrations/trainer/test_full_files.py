@@ -154,7 +154,7 @@ class Shallow(AdamModule):
     """With fewer blocks to compile."""
 
     def __init__(self) -> None:
-        super().__init__(layers=2)
+        super().__init__(layers=1)
 
 
 class Compiled(Shallow):
