@@ -95,6 +95,7 @@ class CompiledByDefault(TinyModule):
 def fit_with_inductor(folder: str) -> float:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # of both ranks: what one has built the other loads
     torch._inductor.config.compile_threads = 1  # or each rank would start processes that compile, and import torch
+    torch._inductor.config.cpp.vec_isa_ok = False  # or it would build libraries to see which vectors work
     module = CompiledByDefault()
     make_trainer(folder, strategy=mics(partition_size=2), devices=RANKS).fit(module, loader(8))
     return float(module.trainer.callback_metrics["train_loss"])

@@ -131,7 +131,7 @@ def test_map_location_means_what_it_means_for_a_file(saved: Any, map_location: A
         {name: tensor.device for name, tensor in one["state_dict"].items() if torch.is_tensor(tensor)}
         for one in (whole, full)
     ]
-    assert devices[0] == devices[1] and len(devices[0]) > 10
+    assert devices[0] == devices[1] and len(devices[0]) == len(saved["weights"])
 
 
 def test_strict_means_what_it_means_in_lightning(saved: Any) -> None:
