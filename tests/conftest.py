@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+gc.disable()  # while tests are imported, which leaves next to nothing to collect
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--campaign", action="store_true", help="also run the cases that `make campaign` is for")
@@ -25,6 +27,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # what was imported stays: collections need not visit it, nor do those of forked ranks
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
