@@ -23,8 +23,8 @@ from tests.support.forked import run_cases, run_ranks
 from tests.support.models import Block, TinyLM, tokens
 
 SHAPES = [
-    *[(2, 1, 2), (4, 2, 1), (4, 2, 2), (4, 2, 4), (4, 4, 4), (8, 2, 4), (8, 4, 8)],
-    *[campaign(8, 2, 8), campaign(8, 2, 2)],  # more nodes and more replicas of what the others have
+    *[(2, 1, 2), (4, 2, 1), (4, 2, 2), (4, 2, 4), (4, 4, 4), (8, 2, 4)],
+    *[campaign(8, 4, 8), campaign(8, 2, 8), campaign(8, 2, 2)],  # more ranks, nodes and replicas of what others have
 ]
 
 
