@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
+
+gc.disable()  # while tests are imported, which leaves next to nothing to collect
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,6 +23,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if not item.get_closest_marker("campaign")]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays: collections need not visit it, nor do those of forked ranks
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -264,6 +264,16 @@ def expect_backward(root: FSDPModule, loss: Tensor) -> None:
     root._get_fsdp_state()._register_pre_backward_hook(loss)
 
 
+def after_backward(function: Callable[[], None]) -> None:
+    """Call ``function`` at the end of the backward that is running, when FSDP2 has finished too.
+
+    Args:
+        function: Function without arguments.
+    """
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(lambda: engine.queue_callback(function))  # FSDP2's own may be queued in between
+
+
 def reduces_unused_parameters(module: FSDPModule) -> bool:
     """Whether this torch has :func:`reduce_unused_parameters` (>= 2.13)."""
     return hasattr(module, "set_reduce_scatter_unused_params")

@@ -128,6 +128,15 @@ class CountedGroup:
         """
         self._count("all_reduce", tensor.nbytes, technique)
 
+    def count_direct_use(self, kind: Kind, total_bytes: int) -> None:
+        """Count a collective over this group that serves the direct use of a sharded parameter.
+
+        Args:
+            kind: Kind of the collective.
+            total_bytes: Bytes that are gathered or reduced, over all ranks.
+        """
+        self._count(kind, total_bytes, "parameters used directly", gloo=self._gloo)
+
     def _exchange(self, source: Tensor, technique: str) -> Tensor:
         """Send each rank its part of ``source`` [ranks * shard]; returns the parts for this rank [ranks, shard]."""
         self._count("all_to_all", source.nbytes, technique)

@@ -23,12 +23,14 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
+from lightning_mics._torch.units.use_errors import described_errors
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.foreign.folders import holds_shards
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import NETWORK_KEY, TOPOLOGY_KEY, origin
 from lightning_mics.checkpoint.storage.path import StoragePath
 from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
+from lightning_mics.integrations._marked_methods import run_marked_methods_as_forwards
 from lightning_mics.sharding.evaluation import allow_evaluation
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.sharded import sharded
@@ -59,6 +61,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     def _initialize(self) -> None:
         self._backward_sync_control = _TwoHop()
         self._models: list[nn.Module] = []  # set up so far
+        run_marked_methods_as_forwards(type(self))
         self._ran_forward: list[nn.Module] = []  # those with a forward, with gradients, since the last backward
 
     # -- before the model --------------------------------------------------------------------------------------------
@@ -137,7 +140,8 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         for model in self._ran_forward:
             sharded(model).schedule.window.before_backward()
         self._ran_forward = []
-        super().backward(tensor, module, *args, **kwargs)
+        with described_errors():
+            super().backward(tensor, module, *args, **kwargs)
 
     @override
     def clip_gradients_norm(self, *args: Any, **kwargs: Any) -> Tensor:

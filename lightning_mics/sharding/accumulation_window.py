@@ -32,6 +32,7 @@ from lightning_mics._torch.fsdp import (
     trainable,
 )
 from lightning_mics._torch.parameter_hooks import ParameterHooks
+from lightning_mics.sharding.direct_gradients import DirectGradients
 from lightning_mics.sharding.weight_cache import WeightCache
 from lightning_mics.techniques.pending_gradients import PendingGradients
 
@@ -76,6 +77,7 @@ class AccumulationWindow:
         self._at_boundary = True
         self._is_open = False
         self._when_abandoned: list[Callable[[], None]] = []
+        self.direct_gradients = DirectGradients(root, lambda: self._at_boundary)
         self._ever_trainable = {name: trainable(module) for name, module in self._modules.items()}
         self._hooks = {m: ParameterHooks(m, at_boundary=lambda: self._at_boundary) for m in self._modules.values()}
 
@@ -157,6 +159,7 @@ class AccumulationWindow:
             for pending_gradients in self._pending_gradients.values():
                 pending_gradients.remove_zeros()
             return
+        self.direct_gradients.merge()
         still_pending = [name for name, m in self._modules.items() if self._pending(name) and any(trainable(m))]
         if still_pending:
             names = ", ".join(name or "the root" for name in still_pending)
@@ -180,6 +183,7 @@ class AccumulationWindow:
         forget_iteration(self._root)
         for pending_gradients in self._pending_gradients.values():
             pending_gradients.drop()
+        self.direct_gradients.drop()
         for module in self._modules.values():
             drop_unreduced_gradients(module)
         self._cache.forget_comparisons()

@@ -13,13 +13,17 @@ each where a partition group spans nodes, by where parameters are cached and gra
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, replace_all_reduce, sharded_parameters
+from lightning_mics._torch.units.direct_use import serve_direct_use
+from lightning_mics._torch.units.unit_hooks import UnitHooks
 from lightning_mics.collectives.counted_group import CountedGroup
-from lightning_mics.collectives.traffic import Traffic
+from lightning_mics.collectives.traffic import Kind, Traffic
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.ranks.agreement import RankAgreement
 from lightning_mics.sharding.ranks.unused import UnusedUnits
@@ -46,6 +50,7 @@ class Communication:
     ) -> None:
         self._broadcast_buffers = broadcast_buffers
         self._topology = groups.topology
+        self._mesh = groups.mesh
         self._options = options
         self._backend = groups.backend
         self._traffic = Traffic()
@@ -69,6 +74,7 @@ class Communication:
                 module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
             if self._replication is not None:
                 self._set_second_hop(name, module, self._replication)
+        serve_direct_use(root, self._mesh, around=self._around_direct_use)
         self._agreement.follow(root)
         all_ranks = dist.group.WORLD
         assert all_ranks is not None
@@ -93,6 +99,7 @@ class Communication:
                 before_forward=schedule.window.before_forward,
             )
             schedule.window.when_abandoned(unused.forget)
+        schedule.units = UnitHooks(root)  # around what was set above
         return schedule
 
     def _all_gather(self, module: FSDPModule) -> AllGather:
@@ -136,6 +143,12 @@ class Communication:
 
     def _pending_gradients_of(self, name: str, module: FSDPModule) -> PendingGradients:
         return self._pending_gradients.setdefault(name, PendingGradients(lambda: sharded_parameters(module)))
+
+    def _around_direct_use(self, kind: Kind, axis: str, total_bytes: int, name: str) -> AbstractContextManager[None]:
+        group = self._partition if axis == "shard" else self._replication
+        if group is not None:
+            group.count_direct_use(kind, total_bytes)
+        return self._agreement.direct_use(kind, axis, name)
 
     def _counted(self, group: dist.ProcessGroup) -> CountedGroup:
         ranks = dist.get_process_group_ranks(group)

@@ -37,6 +37,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics._torch.fsdp import fsdp_modules
+from lightning_mics._torch.units.unit_hooks import UnitHooks
 from lightning_mics.collectives.control_plane import ControlPlane
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
@@ -75,6 +76,7 @@ class AccumulationSchedule:
         cache: Weight cache, for integrations.
         optimizer_hooks: Hooks on optimizers, for integrations.
         buffers: Broadcast of buffers that ranks change from their own samples, for integrations.
+        units: Parameter groups left unsharded for another backward, for integrations; set when all else is.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class AccumulationSchedule:
         control: ControlPlane,
         all_ranks: CountedGroup | None = None,
     ) -> None:
+        self.units: UnitHooks
         self.traffic = traffic
         self.cache = WeightCache(caches)
         self.window = AccumulationWindow(

@@ -52,15 +52,15 @@ def _refusals(folder: Path) -> dict[str, Any]:
         for saved, resumed in (("sgd", adamw), ("momentum", adamw), ("adamw", sgd), ("adamw", momentum)):
             other = sharded_model(seed=1)
             facts[form, saved, resumed.__name__] = refusal_of(paths / saved, other, resumed(other.parameters()))
-        deeper, wider = sharded_model(make=lambda: TinyLM(layers=4)), sharded_model(make=lambda: TinyLM(dim=9))
+        deeper, wider = sharded_model(make=lambda: TinyLM(layers=3)), sharded_model(make=lambda: TinyLM(dim=9))
         facts[form, "deeper"] = refusal_of(paths / "adamw", deeper)
         facts[form, "deeper, not strict"] = refusal_of(paths / "adamw", deeper, strict=False)
         facts[form, "partly loaded"] = is_same(
-            weights_of(deeper)["blocks.2.up.weight"], weights_of(model)["blocks.2.up.weight"]
+            weights_of(deeper)["blocks.1.up.weight"], weights_of(model)["blocks.1.up.weight"]
         )
-        facts[form, "shallower"] = refusal_of(paths / "adamw", sharded_model(make=lambda: TinyLM(layers=2)))
+        facts[form, "shallower"] = refusal_of(paths / "adamw", sharded_model(make=lambda: TinyLM(layers=1)))
         facts[form, "shallower, not strict"] = refusal_of(
-            paths / "adamw", sharded_model(make=lambda: TinyLM(layers=2)), strict=False
+            paths / "adamw", sharded_model(make=lambda: TinyLM(layers=1)), strict=False
         )
         facts[form, "wider"] = refusal_of(paths / "adamw", wider)
         two = list(model.parameters())
@@ -111,7 +111,7 @@ def test_the_state_of_another_kind_of_optimizer_is_refused(
 @pytest.mark.parametrize("form", ["shards", "file"])
 def test_other_parameter_groups_are_refused(refusals: dict[str, Any], form: str) -> None:
     assert (
-        "parameter group 0 of optimizer_0 has 2 parameters, in the checkpoint 15" in refusals[form, "fewer parameters"]
+        "parameter group 0 of optimizer_0 has 2 parameters, in the checkpoint 11" in refusals[form, "fewer parameters"]
     )
     assert "parameter group 0 of optimizer_0 has 2 parameters" in refusals[form, "more groups"]
 
@@ -123,10 +123,10 @@ def test_another_number_of_optimizers_is_refused_with_both_numbers(refusals: dic
 
 @pytest.mark.parametrize("form", ["shards", "file"])
 def test_names_that_differ_are_refused_unless_strict_is_off(refusals: dict[str, Any], form: str) -> None:
-    assert "5 names are missing in the checkpoint ['blocks.3.down.bias', " in refusals[form, "deeper"]
+    assert "5 names are missing in the checkpoint ['blocks.2.down.bias', " in refusals[form, "deeper"]
     assert "0 are unknown to the model" in refusals[form, "deeper"]
     assert "0 names are missing" in refusals[form, "shallower"]
-    assert "5 are unknown to the model ['blocks.2.down.bias', " in refusals[form, "shallower"]
+    assert "5 are unknown to the model ['blocks.1.down.bias', " in refusals[form, "shallower"]
     assert refusals[form, "deeper, not strict"] == "nothing was refused"
     assert refusals[form, "shallower, not strict"] == "nothing was refused"
     assert refusals[form, "partly loaded"]
@@ -134,7 +134,7 @@ def test_names_that_differ_are_refused_unless_strict_is_off(refusals: dict[str, 
 
 @pytest.mark.parametrize("form", ["shards", "file"])
 def test_another_width_is_refused(refusals: dict[str, Any], form: str) -> None:
-    assert refusals[form, "wider"].startswith("RuntimeError: 19 tensors have another shape in the checkpoint")
+    assert refusals[form, "wider"].startswith("RuntimeError: 14 tensors have another shape in the checkpoint")
     assert "'blocks.0.down.bias' with [7] in the checkpoint and [9] in the model" in refusals[form, "wider"]
 
 

@@ -25,7 +25,7 @@ from lightning_mics.checkpoint.storage.store import CheckpointStore
 from lightning_mics.sharding.shard_model import shard_model
 from lightning_mics.techniques.partition_groups import create_partition_groups
 from lightning_mics.topology import Topology
-from tests.support.forked import run_ranks
+from tests.support.forked import Run, run_ranks
 from tests.support.s3 import BUCKET, Fault, fault, s3
 
 __all__ = ["fault", "s3"]
@@ -106,8 +106,8 @@ def _round_trip(url: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def round_trip(s3: str) -> list[dict[str, Any]]:
-    return run_ranks(2, _round_trip, s3)
+def round_trip(s3: str, run_shared: Run) -> list[dict[str, Any]]:
+    return run_shared(2, _round_trip, s3)
 
 
 def test_a_checkpoint_is_a_manifest_and_a_folder_of_its_own(round_trip: Any) -> None:
@@ -155,8 +155,8 @@ def _copied(url: str, folder: Path) -> dict[str, Any]:
     return facts
 
 
-def test_a_copy_is_whole_elsewhere_too(s3: str, tmp_path: Path) -> None:
-    facts = run_ranks(2, _copied, s3, tmp_path)[0]
+def test_a_copy_is_whole_elsewhere_too(s3: str, tmp_path: Path, run_shared: Run) -> None:
+    facts = run_shared(2, _copied, s3, tmp_path)[0]
     assert (facts["to a file system"], facts["same"]) == ("in the store", True)
     assert facts["to the store"] == "on a file system"
     assert facts["plain"] == sorted([*FILES, MANIFEST_FILE])
@@ -183,8 +183,8 @@ def _damaged(url: str) -> dict[str, Any]:
     return facts
 
 
-def test_a_file_that_is_missing_or_other_than_it_was_is_named(s3: str) -> None:
-    for facts in run_ranks(2, _damaged, s3):
+def test_a_file_that_is_missing_or_other_than_it_was_is_named(s3: str, run_shared: Run) -> None:
+    for facts in run_shared(2, _damaged, s3):
         assert "damaged.ckpt is corrupted: __1_0.distcp is missing" in facts["missing"]
         assert "damaged.ckpt is corrupted: __1_0.distcp was altered" in facts["altered"]
         assert "damaged.ckpt is corrupted: __1_0.distcp has " in facts["cut short"]
@@ -373,8 +373,8 @@ def _no_bucket() -> dict[str, str]:
     return {"saved": _error(lambda: _save(path, _model(), meta=None)), "loaded": _error(lambda: _load(path, _model()))}
 
 
-def test_a_bucket_that_is_not_there_is_an_error_on_all_ranks_and_is_not_made(s3: str) -> None:
-    for facts in run_ranks(2, _no_bucket):
+def test_a_bucket_that_is_not_there_is_an_error_on_all_ranks_and_is_not_made(s3: str, run_shared: Run) -> None:
+    for facts in run_shared(2, _no_bucket):
         assert facts["saved"].startswith("FileNotFoundError: ") or "OSError: " in facts["saved"]
         assert "s3://nowhere/a.ckpt was not saved" in facts["saved"]
         assert "does not point to a valid checkpoint" in facts["loaded"]

@@ -49,7 +49,7 @@ def test_a_named_block_that_is_tied_to_the_root_is_left_out():
 
 
 def test_classes_and_names_are_both_taken():
-    model = TinyLM()
+    model = TinyLM(layers=3)
     assert find_blocks(model, [Block]) == find_blocks(model, ["Block"]) == find_blocks(model)
 
 
@@ -72,11 +72,11 @@ def test_a_compiled_block_counts_as_its_class():
 def test_a_missing_class_is_named_with_the_classes_present():
     message = "block_classes: TinyLM has no Blok; its module classes are Linear (7), Block (3), Embedding (1)"
     with pytest.raises(ValueError, match=re.escape(message)):
-        find_blocks(TinyLM(), ["Blok"])
+        find_blocks(TinyLM(layers=3), ["Blok"])
 
 
 def test_parameters_tied_inside_the_root_or_inside_a_block_are_fine():
-    model = TinyLM()
+    model = TinyLM(layers=3)
     model.blocks[0].up = model.blocks[0].down
     assert len(find_blocks(model)) == 3
 
@@ -103,14 +103,14 @@ def test_a_class_finds_its_subclasses_and_need_not_be_in_a_list():
 
 
 def test_a_second_name_of_a_module_in_a_block_is_not_in_the_parameter_group_of_the_root():
-    model = TinyLM()
+    model = TinyLM(layers=3)
     model.extra = model.blocks[0].up
     assert len(blocks := find_blocks(model)) == 3
     assert model.extra not in set(group_modules(model, blocks.values()))
 
 
 def test_a_module_in_two_parameter_groups_is_rejected():
-    model = TinyLM()
+    model = TinyLM(layers=3)
     model.blocks[1].up = model.blocks[0].up
     with pytest.raises(ValueError, match="are one tied parameter in two parameter groups"):
         find_blocks(model)
@@ -137,7 +137,7 @@ def test_parameters_that_cannot_be_reduced_together_are_rejected():
 
 
 def test_a_parameter_without_dimensions_is_rejected():
-    model = TinyLM()
+    model = TinyLM(layers=3)
     model.temperature = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(ValueError, match="parameter 'temperature' has no dimension to shard"):
         find_blocks(model)

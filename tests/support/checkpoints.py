@@ -30,7 +30,7 @@ class WithSpareBlock(TinyLM):
     """Its last block is never used."""
 
     def __init__(self) -> None:
-        super().__init__(layers=2)
+        super().__init__(layers=1)
         self.blocks.append(Block(7))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -132,7 +132,7 @@ def momentum(parameters: Any) -> Optimizer:
 
 
 def adamw(parameters: Any) -> Optimizer:
-    return AdamW(parameters, lr=0.01)
+    return AdamW(parameters, lr=0.01, foreach=True)
 
 
 def raising(error: Exception) -> Callable[..., None]:

@@ -25,7 +25,7 @@ class AdamModule(TinyModule):
     """Trained with AdamW, whose state matters from the second step on."""
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02, foreach=True)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
 
 
@@ -50,7 +50,7 @@ class TwoOptimizers(pl.LightningModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         parameters = list(self.parameters())
         return [
-            torch.optim.AdamW(parameters[4:], lr=0.02),
+            torch.optim.AdamW(parameters[4:], lr=0.02, foreach=True),
             torch.optim.SGD(parameters[:4], lr=0.1, momentum=0.9),
         ]
 

@@ -5,6 +5,7 @@ Forking costs a fraction of a second where spawning costs tens of seconds; gloo 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -158,8 +159,7 @@ def _serve(
         torch.manual_seed(0)
         return function(*args)
 
-    os.environ.update(env)
-    torch.set_num_threads(1)
+    _prepare(env)
     environment, directory, caller = dict(os.environ), Path.cwd(), os.getppid()
     while True:
         while not requests.poll(5):
@@ -206,12 +206,23 @@ def _rank_main(
             _join(rank, world_size, store)
         return function(*args)
 
-    os.environ.update(env)
-    torch.set_num_threads(1)
+    _prepare(env)
     result = _outcome(run)
     sender.send_bytes(pickle.dumps(result))  # plain pickle: torch's own would share memory with a process that ends
     sender.close()
     os._exit(0)  # skips the parent's exit handlers
+
+
+def _prepare(env: dict[str, str]) -> None:
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    gc.freeze()  # or each collection would visit, and so copy, what the rank shares with the process that forked it
+    for device in (torch.cuda, torch.mtia, torch.xpu):  # no rank uses them: or each seed is kept, with a stack
+        device._is_in_bad_fork = _no_rank_can
+
+
+def _no_rank_can() -> bool:
+    return True
 
 
 def _join(rank: int, world_size: int, store: Path) -> None:

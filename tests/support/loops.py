@@ -44,7 +44,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=0.01)
+    return torch.optim.AdamW(model.parameters(), lr=0.01, foreach=True)
 
 
 def step(fabric: Fabric, model: Any, optimizer: Any, *, seed: int = 0) -> float:

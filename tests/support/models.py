@@ -33,7 +33,7 @@ class Block(nn.Module):
 class TinyLM(nn.Module):
     """A language model of blocks with tied embedding and head, which the root holds."""
 
-    def __init__(self, *, dim: int = 7, layers: int = 3) -> None:
+    def __init__(self, *, dim: int = 7, layers: int = 2) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, dim)
         self.blocks = nn.ModuleList(Block(dim) for _ in range(layers))
@@ -52,7 +52,7 @@ class TinyLM(nn.Module):
 class TinyModule(pl.LightningModule):
     """An ordinary LightningModule around :class:`TinyLM`, built in ``__init__``, trained with SGD."""
 
-    def __init__(self, *, lr: float = 0.1, layers: int = 3) -> None:
+    def __init__(self, *, lr: float = 0.1, layers: int = 2) -> None:
         super().__init__()
         self.lr = lr
         self.net = TinyLM(layers=layers)
@@ -88,7 +88,7 @@ def tokens(count: int, *, length: int = 6, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCAB, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
-DIM, LAYERS, BYTES = 16, 3, 4
+DIM, LAYERS, BYTES = 16, 2, 4
 
 
 BLOCK_NUMEL = DIM * DIM

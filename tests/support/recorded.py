@@ -47,6 +47,10 @@ class RecordCollectives(TorchDispatchMode):
         super().__init__()
         self.seen: list[Collective] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what is compiled is not recorded, and hiding each call from Dynamo costs as much as the call
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented  # DTensor takes it apart first

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities import registry
 
 from lightning_mics import MiCSStrategy
 from tests.support.forked import run_cases, run_ranks
 from tests.support.models import loader_of_tokens as loader
+
+# or each Trainer and each Fabric would read what every installed package says about itself
+registry.entry_points = cache(registry.entry_points)
+for group in ("lightning.pytorch.callbacks_factory", "lightning.fabric.callbacks_factory"):
+    registry.entry_points(group=group)  # here, for all ranks that are forked
 
 
 def on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 4, timeout: float = 180) -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_mics import AccumulationSchedule, CommunicationOptions, Topology, create_partition_groups, shard_model
 from lightning_mics._torch.fsdp import own_grad
+from tests.support.campaign import campaign
 from tests.support.forked import run_cases
 from tests.support.models import DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
@@ -53,21 +54,36 @@ def make(topology: Topology, options: CommunicationOptions) -> tuple[Stack, Accu
     return model, shard_model(model, create_partition_groups(topology, device_type="cpu"), communication=options)
 
 
-def micro_step(model: Stack, schedule: AccumulationSchedule, *, boundary: bool) -> list[Collective]:
-    with RecordCollectives() as recorded, schedule.micro_step(boundary=boundary):
+def micro_step(model: Stack, schedule: AccumulationSchedule, *, boundary: bool) -> None:
+    with schedule.micro_step(boundary=boundary):
         model(torch.randn(2, DIM)).backward()
+
+
+def recorded_micro_step(model: Stack, schedule: AccumulationSchedule, *, boundary: bool) -> list[Collective]:
+    with RecordCollectives() as recorded:
+        micro_step(model, schedule, boundary=boundary)
     return recorded.seen
 
 
-def record(topology: Topology, options: CommunicationOptions) -> list[list[Collective]]:
-    """The collectives of three micro-steps, the last one the boundary, in the second window."""
+def record(topology: Topology, options: CommunicationOptions) -> tuple[list[list[Collective]], list[float]]:
+    """The collectives of three micro-steps, the last one the boundary, in the second window; the bytes of both windows.
+
+    The first window has one micro-step. Bytes are those that this rank sends to other nodes.
+    """
     model, schedule = make(topology, options)
+    steps, sent_bytes = [], [0.0]
     micro_step(model, schedule, boundary=True)
-    steps = []
+    sent_bytes.append(between_nodes(schedule))
     for boundary in (False, False, True):
-        steps.append(micro_step(model, schedule, boundary=boundary))
+        steps.append(recorded_micro_step(model, schedule, boundary=boundary))
         assert all((parameter.grad is None) is (len(steps) == 0) for parameter in model.parameters())
-    return steps
+    sent_bytes.append(between_nodes(schedule))
+    return steps, [later - earlier for earlier, later in pairwise(sent_bytes)]
+
+
+def between_nodes(schedule: AccumulationSchedule) -> float:
+    """What this rank has sent to other nodes so far, in bytes."""
+    return sum(sent.between_bytes for sent in schedule.traffic.by_technique().values())
 
 
 Runs = dict[Any, list[Any]]
@@ -75,14 +91,13 @@ Runs = dict[Any, list[Any]]
 
 @pytest.fixture(scope="module")
 def runs() -> Runs:
-    """By claim, topology and level, what each rank has seen."""
+    """By topology and level, what each rank has seen and sent."""
     seen: Runs = {}
     for world_size in (4, 8):
         cases: dict[Any, Any] = {}
         for topology, level in product([*TOPOLOGIES, ON_A_NODE], LEVELS):
             if topology.world_size == world_size:
-                cases["collectives", topology, level] = partial(record, topology, LEVELS[level])
-                cases["between nodes", topology, level] = partial(between_nodes, topology, LEVELS[level])
+                cases[topology, level] = partial(record, topology, LEVELS[level])
         seen |= run_cases(world_size, cases)
     return seen
 
@@ -91,7 +106,7 @@ def runs() -> Runs:
 def test_inter_node_gathers_run_in_the_first_micro_step_and_reductions_at_the_boundary(
     topology: Topology, runs: Runs
 ) -> None:
-    for rank, micro_steps in enumerate(runs["collectives", topology, "cached by nodes"]):
+    for rank, (micro_steps, _) in enumerate(runs[topology, "cached by nodes"]):
         rail, node = topology.rail(rank), topology.node_group(rank)
         first, middle, boundary = (Counter((c.kind, c.ranks) for c in seen) for seen in micro_steps)
         inside: Counter[tuple[str, tuple[int, ...]]] = Counter()
@@ -109,7 +124,7 @@ def test_inter_node_gathers_run_in_the_first_micro_step_and_reductions_at_the_bo
 def test_parameters_cached_by_ranks_are_communicated_in_the_first_micro_step_and_at_the_boundary_only(
     topology: Topology, runs: Runs
 ) -> None:
-    for rank, micro_steps in enumerate(runs["collectives", topology, "cached by ranks"]):
+    for rank, (micro_steps, _) in enumerate(runs[topology, "cached by ranks"]):
         first, middle, boundary = (Counter((c.kind, c.ranks) for c in seen) for seen in micro_steps)
         rail, node = topology.rail(rank), topology.node_group(rank)
         legs = [leg for leg in (rail, node) if len(leg) > 1]
@@ -127,24 +142,9 @@ def test_a_node_sends_the_least_possible_for_any_number_of_micro_steps(
     topology: Topology, level: str, runs: Runs
 ) -> None:
     n = topology.nodes
-    for of_rank in runs["between nodes", topology, level]:
-        for sent_bytes in of_rank:
+    for _, of_windows in runs[topology, level]:
+        for sent_bytes in of_windows:
             assert sent_bytes * topology.ranks_per_node == 2 * MODEL_BYTES * (n - 1) / n
-
-
-def between_nodes(topology: Topology, options: CommunicationOptions) -> list[float]:
-    """What this rank counts in a window of one micro-step, and of four."""
-    model, schedule = make(topology, options)
-    counted = []
-    for micro_steps in (1, 4):
-        before = schedule.traffic.by_technique()
-        for index in range(micro_steps):
-            micro_step(model, schedule, boundary=index == micro_steps - 1)
-        after = schedule.traffic.by_technique()
-        counted.append(
-            sum(sent.between_bytes for sent in after.values()) - sum(s.between_bytes for s in before.values())
-        )
-    return counted
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +320,10 @@ def skip_at_the_boundary(
     return model.layers[0].weight.grad.full_tensor(), alone.layers[0].weight.grad
 
 
-WIRE_SHAPES = [(4, 2, 1), (4, 2, 2), (4, 2, 4), (8, 2, 4), (8, 2, 2)]
+WIRE_SHAPES = [(4, 2, 1), (4, 2, 2), (4, 2, 4), (8, 2, 4)]
+
+
+MORE_WIRE_SHAPES = [(8, 2, 2)]  # as many replicas as the first, and groups as large as the second
 
 
 WIRE_OPTIONS = {
@@ -331,16 +334,17 @@ WIRE_OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def wire() -> Runs:
+def wire(in_campaign: bool) -> Runs:
     """By shape and options, the errors and bytes that each rank has counted."""
     seen: Runs = {}
     for world_size in (4, 8):
-        cases = [case for case in product(WIRE_SHAPES, WIRE_OPTIONS) if case[0][0] == world_size]
+        shapes = WIRE_SHAPES + MORE_WIRE_SHAPES if in_campaign else WIRE_SHAPES
+        cases = [case for case in product(shapes, WIRE_OPTIONS) if case[0][0] == world_size]
         seen |= run_cases(world_size, {(s, name): partial(send_in_dtypes, s, WIRE_OPTIONS[name]) for s, name in cases})
     return seen
 
 
-@pytest.mark.parametrize("shape", WIRE_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*WIRE_SHAPES, *map(campaign, MORE_WIRE_SHAPES)], ids=str)
 @pytest.mark.parametrize("options", WIRE_OPTIONS)
 def test_bf16_messages_cost_their_rounding_and_sums_stay_in_float32(
     shape: tuple[int, int, int], options: str, wire: Runs
@@ -360,7 +364,7 @@ def send_in_dtypes(shape: tuple[int, int, int], options: CommunicationOptions) -
     for name, dtype in {"none": None, "float32": torch.float32, "bfloat16": torch.bfloat16}.items():
         model, schedule = make(topology, replace(options, inter_node_reduce_dtype=dtype))
         torch.manual_seed(7 + torch.distributed.get_rank())
-        for boundary in (False, False, True):
+        for boundary in (False, True):
             micro_step(model, schedule, boundary=boundary)
         gradients[name] = torch.cat([parameter.grad.to_local().flatten() for parameter in model.parameters()])
         sent = schedule.traffic.by_technique()

@@ -288,11 +288,11 @@ def plain_state_in_a_hook(folder: Path) -> bool:
 def by_key(folder: Path, kind: str) -> dict[str, Any]:
     fabric = start(state_dict_type=kind, devices=2)
     model, _ = set_up_in_two_calls(fabric)
-    one, other = (fabric.setup_optimizers(AdamW(model.parameters(), lr=lr)) for lr in (0.05, 0.02))
+    one, other = (fabric.setup_optimizers(AdamW(model.parameters(), lr=lr, foreach=True)) for lr in (0.05, 0.02))
     step(fabric, model, one)
     fabric.save(folder / f"keys {kind}", {"model": model, "a": one, "b": other})
     again, _ = set_up_in_two_calls(fabric)
-    a, b = (fabric.setup_optimizers(AdamW(again.parameters(), lr=1.0)) for _ in range(2))
+    a, b = (fabric.setup_optimizers(AdamW(again.parameters(), lr=1.0, foreach=True)) for _ in range(2))
     fabric.load(folder / f"keys {kind}", {"model": again, "b": b, "a": a})
     facts = {"rates": [a.param_groups[0]["lr"], b.param_groups[0]["lr"]], "states": [len(a.state), len(b.state)]}
     fabric.load(folder / f"keys {kind}", {"model": again, "b": a})

@@ -121,25 +121,79 @@ def test_a_change_of_rows_is_that_of_one_process(way: str, changed: list[dict[st
         torch.testing.assert_close(of_rank[f"{way}, used"], used)
 
 
-def test_a_forward_with_a_sharded_weight_and_unsharded_inputs_stays_an_error(run_shared: Any) -> None:
-    for messages in run_shared(2, _use_without_calling):
-        assert len(messages) == 3 and all("got mixed torch.Tensor and DTensor" in message for message in messages)
+def test_a_sharded_weight_with_unsharded_inputs_is_whole(run_shared: Any) -> None:
+    for results in run_shared(2, _use_without_calling):
+        for result, expected in results:
+            torch.testing.assert_close(result, expected)
 
 
-def _use_without_calling() -> list[str]:
+def _use_without_calling() -> list[tuple[Tensor, Tensor]]:
+    """What operations return for a sharded weight or bias, and for the same values unsharded."""
+    net = _sharded_net()
+    inner = net.block.inner
+    x = torch.ones(3, DIM)
+    return [
+        (use(weight, bias).detach(), use(unsharded(weight), unsharded(bias)).detach())
+        for weight, bias in [(inner.weight, inner.bias)]
+        for use in (
+            lambda weight, bias: nn.functional.linear(x, weight),
+            lambda weight, bias: nn.functional.linear(x, weight, bias),
+            lambda weight, bias: x * weight[0],
+            lambda weight, bias: x * bias,
+        )
+    ]
+
+
+ARITHMETIC: dict[str, Callable[[Tensor], Any]] = {
+    "mul_": lambda w: w.mul_(0.5),
+    "add_ with alpha": lambda w: w.add_(2, alpha=3),
+    "add_ of another": lambda w: w.add_(w * w, alpha=0.5),
+    "sub_ of a scalar tensor": lambda w: w.sub_(torch.tensor(0.25, dtype=torch.float64)),
+    "div_ of a sum": lambda w: w.div_(w.sum().item()),
+    "reflected": lambda w: 1 - w,
+    "int to float": lambda w: (w * 8).int() / 2,
+    "bool to int": lambda w: (w > 0) + 1,
+    "half": lambda w: w.bfloat16() * 1.5,
+    "transposed": lambda w: w.t() * 2 + w.t(),
+    "of sharded and replicated": lambda w: w * w.sum(0, keepdim=True),
+    "of different shards": lambda w: w * w.t(),
+    "of a row": lambda w: w * w[0],
+    "equal": lambda w: torch.tensor([torch.equal(w, unsharded(w)), torch.equal(unsharded(w) + 1, w)]),
+    "lerp": lambda w: torch.lerp(unsharded(w) * 2, w, 0.3),
+    "in inference mode": lambda w: _in_inference_mode(w),
+}
+
+
+def _in_inference_mode(weight: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return (weight * 2).mul_(3).add_(1)
+
+
+def test_arithmetic_of_sharded_tensors_is_that_of_unsharded_ones(run_shared: Any) -> None:
+    for of_rank in run_shared(3, _arithmetic):
+        for way, (result, expected, ours, alone) in of_rank.items():
+            torch.testing.assert_close(result, expected, msg=lambda text, way=way: f"{way}: {text}")
+            assert result.dtype == expected.dtype and ours == alone, way
+
+
+def _arithmetic() -> dict[str, Any]:
+    net = _sharded_net()
+    results = {}  # values, and versions and strides
+    for way, use in ARITHMETIC.items():
+        ours, alone = net.block.inner.weight.detach().clone(), unsharded(net.block.inner.weight).detach().clone()
+        result, expected = use(ours), use(alone)
+        results[way] = (
+            unsharded(result).clone(),
+            expected.clone(),
+            (ours._version, result.stride()),
+            (alone._version, expected.stride()),
+        )
+    return results
+
+
+def _sharded_net() -> Net:
     net = _net()
-    shard_model(
-        net,
-        create_partition_groups(Topology(world_size=2, ranks_per_node=2, partition_size=2), device_type="cpu"),
-        block_classes=[Block],
-    )
-    weight, messages = net.block.inner.weight, []
-    for use in (
-        lambda: nn.functional.linear(torch.ones(3, DIM), weight),
-        lambda: torch.ones(3, DIM) * weight[0],
-        lambda: torch.ones(3, DIM) * net.block.inner.bias,
-    ):
-        with pytest.raises(RuntimeError) as caught:
-            use()
-        messages.append(str(caught.value))
-    return messages
+    ranks = torch.distributed.get_world_size()
+    topology = Topology(world_size=ranks, ranks_per_node=ranks, partition_size=ranks)
+    shard_model(net, create_partition_groups(topology, device_type="cpu"), block_classes=[Block])
+    return net

@@ -2,8 +2,8 @@
 
 DTensor itself ignores an assignment to ``.data``, and rejects unsharded operands. Here the first takes effect, and an
 unsharded operand stands for equal values on all ranks, as a replica under DDP does. Only tensors on meshes of
-:func:`accept_changes` are concerned, and only outside of autograd: a forward with unsharded inputs and sharded weights
-is still an error.
+:func:`accept_changes` are concerned, and only outside of autograd: weights that are computed with are in
+:mod:`lightning_mics._torch.units.direct_use`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_mics._torch.dtensors.views import (
     VIEWS,
     all_values,
-    is_of_one_shape,
     is_ours,
     meshes,
     own_part,
@@ -41,10 +40,6 @@ Kind = TypeVar("Kind", bound=type[Tensor])
 _data: Any = torch._C.TensorBase.data
 _parameters: weakref.WeakValueDictionary[int, FSDPParam] = weakref.WeakValueDictionary()  # by id of the sharded one
 
-OPERATORS = [f"__{name}__" for name in ("add", "sub", "mul", "truediv", "pow")]
-REFLECTED = [f"__r{name.strip('_')}__" for name in OPERATORS]
-FUNCTIONS = ["add", "sub", "mul", "div", "lerp", "addcmul", "addcdiv", "where", "masked_fill", "maximum", "minimum"]
-COMPARISONS = ["__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "equal", "allclose", "isclose"]
 IN_PLACE = [
     name
     for name in dir(Tensor)
@@ -69,8 +64,6 @@ def accept_changes(mesh: DeviceMesh) -> None:
     kind: Any = DTensor
     kind.data = property(_get_data, _set_data)
     accept_unsharded_operands(DTensor)
-    for name in REFLECTED:
-        setattr(DTensor, name, _mixed(name))
     handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
     for view in VIEWS:
         handlers[view] = view_across
@@ -160,8 +153,6 @@ def accept_unsharded_operands(kind: type[Tensor]) -> None:
     for name in IN_PLACE:
         if name not in vars(kind):
             setattr(kind, name, _mixed_in_place(name))
-    for name in OPERATORS + FUNCTIONS + COMPARISONS:
-        setattr(kind, name, _mixed(name))
 
 
 def accept_sharded_operands(kind: Kind) -> Kind:
@@ -201,23 +192,6 @@ def _mixed_in_place(name: str) -> Callable[..., Any]:
         return None if name == "__setitem__" else tensor
 
     return change
-
-
-def _mixed(name: str) -> Callable[..., Any]:
-    method = getattr(Tensor, name)
-
-    @wraps(method)
-    def operate(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(tensor, *args, **kwargs)
-        except RuntimeError:
-            operands = (tensor, args, kwargs)
-            if not _can_mix(*operands) or records_autograd(operands) or not is_of_one_shape(operands):
-                raise
-        with implicit_replication():
-            return method(tensor, *args, **kwargs)
-
-    return operate
 
 
 def _can_mix(tensor: Tensor, args: Any, kwargs: Any) -> bool:

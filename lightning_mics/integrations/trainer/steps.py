@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_mics._torch.fsdp import continue_forward
+from lightning_mics._torch.units.use_errors import described_errors
 from lightning_mics.sharding.modules.changes import reducing_when_read, shows_unsharded
 
 
@@ -47,7 +48,8 @@ class StepsAsForward:
         self.pre_backward(closure_loss)
         precision, module = self.precision_plugin, self.lightning_module
         closure_loss = precision.pre_backward(closure_loss, module)
-        precision.backward(closure_loss, module, optimizer, *args, **kwargs)
+        with described_errors():
+            precision.backward(closure_loss, module, optimizer, *args, **kwargs)
         with reducing_when_read(self._state().schedule.window):
             loss: Tensor = precision.post_backward(closure_loss, module)
         self.post_backward(loss)
@@ -72,7 +74,7 @@ class StepsAsForward:
         module, grad_enabled = self.lightning_module, torch.is_grad_enabled()
         assert module is not None
         # tensors that FSDP2 allocates in inference mode (the user's; Lightning's is off) cannot be used in training
-        with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled):
+        with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled), described_errors():
             return self._forward_redirection(module, module, method, *args, **kwargs)
 
     def on_validation_start(self: Any) -> None:

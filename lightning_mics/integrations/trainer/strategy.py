@@ -229,6 +229,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
     def _reshard_root(self) -> None:
         """Reshard the root, which FSDP2 leaves unsharded after a forward, for the backward that follows in training."""
         self._root().reshard()
+        self._state().schedule.units.reshard()
 
     @property
     def _trainer(self) -> pl.Trainer:

@@ -14,6 +14,8 @@ when they evaluate other numbers of batches::
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -22,7 +24,12 @@ from torch.optim import Optimizer
 
 from lightning_mics._torch.fsdp import AllGather, fsdp_modules, sharded_parameters
 from lightning_mics._torch.optimizer_steps import call_before_steps
-from lightning_mics._torch.param_groups import NotedAllGather, around_end_of_backward, in_backward, note_reductions
+from lightning_mics._torch.units.param_groups import (
+    NotedAllGather,
+    around_end_of_backward,
+    in_backward,
+    note_reductions,
+)
 from lightning_mics.collectives.control_plane import Stream
 from lightning_mics.techniques.once_per_step import NodeCache
 from lightning_mics.techniques.partition_groups import PartitionGroups
@@ -64,6 +71,23 @@ class RankAgreement:
             stream.agree(words[in_backward(module), cached])
 
         return NotedAllGather(gather, before=agree, explained=self._control.explained)
+
+    @contextmanager
+    def direct_use(self, kind: str, axis: str, name: str) -> Iterator[None]:
+        """Run a collective inside that serves the direct use of a parameter, once its ranks agree on it.
+
+        Args:
+            kind: Kind of the collective.
+            axis: Axis of the mesh by name.
+            name: What is communicated.
+        """
+        stream = self._partition if axis == "shard" else self._replication
+        if stream is not None:
+            stream.agree(f"{'gathers' if kind == 'all_gather' else 'reduces'} {name}, which is used directly")
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._control.explained(error) from error
 
     def follow(self, root: FSDPModule) -> None:
         """Agree before each reduction of a module under ``root``, and before each step of its optimizers."""

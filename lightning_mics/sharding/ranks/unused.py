@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics._torch.fsdp import ever_unsharded, fsdp_modules
-from lightning_mics._torch.param_groups import DeferredReductions, around_end_of_backward, gather_and_keep
+from lightning_mics._torch.units.param_groups import DeferredReductions, around_end_of_backward, gather_and_keep
 from lightning_mics.collectives.control_plane import ControlPlane
 from lightning_mics.techniques.once_per_step import RankCache
 
@@ -100,5 +100,7 @@ class UnusedUnits:
         self.forget()
 
     def _after_backward(self) -> None:
+        if torch.is_grad_enabled():  # create_graph=True: another backward needs the same weights
+            return
         for cache in self._dropped:
             cache.drop()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+import torch._inductor.config
 from torch import Tensor
 
 from tests.support.models import TinyModule
@@ -83,6 +84,9 @@ def test_the_blocks_really_run_compiled(cases: dict[str, Any], case: str) -> Non
 class CompiledByDefault(TinyModule):
     """Each block compiles into one graph, without a break, by torch's own compiler."""
 
+    def __init__(self) -> None:
+        super().__init__(layers=1)
+
     def configure_model(self) -> None:
         for block in self.net.blocks:
             block.compile(fullgraph=True)
@@ -90,8 +94,10 @@ class CompiledByDefault(TinyModule):
 
 def fit_with_inductor(folder: str) -> float:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # of both ranks: what one has built the other loads
+    torch._inductor.config.compile_threads = 1  # or each rank would start processes that compile, and import torch
+    torch._inductor.config.cpp.vec_isa_ok = False  # or it would build libraries to see which vectors work
     module = CompiledByDefault()
-    make_trainer(folder, strategy=mics(partition_size=2), devices=RANKS).fit(module, loader(16))
+    make_trainer(folder, strategy=mics(partition_size=2), devices=RANKS).fit(module, loader(8))
     return float(module.trainer.callback_metrics["train_loss"])
 
 

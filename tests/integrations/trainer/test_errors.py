@@ -89,7 +89,7 @@ CASES: dict[str, tuple[type[TinyModule], dict[str, Any], dict[str, Any], type[Ex
     ),
     "blocks that are not there": (
         TinyModule, {"block_classes": ["GPT2Block"]}, {}, ValueError,
-        "block_classes: TinyModule has no GPT2Block; its module classes are Linear (7), Block (3)",
+        "block_classes: TinyModule has no GPT2Block; its module classes are Linear (5), Block (2)",
     ),
     "blocks of the wrong kind": (
         TinyModule, {"block_classes": [3]}, {}, TypeError,

@@ -80,7 +80,7 @@ class Data(pl.LightningDataModule):
 
 
 def _save(folder: Path) -> Any:
-    module = WithParameters(lr=0.05, layers=2, note="kept")
+    module = WithParameters(lr=0.05, layers=1, note="kept")
     trainer = make_trainer(folder)
     trainer.fit(module, datamodule=Data(24))
     module.counter.counts["batches"] = 3
@@ -103,11 +103,11 @@ def test_a_module_loads_with_its_weights_and_hyper_parameters(saved: Any) -> Non
     for path in (saved["path"], str(saved["path"])):
         module = WithParameters.load_from_checkpoint(path)
         assert same(module.net.state_dict(), saved["weights"])
-        assert (module.lr, len(module.net.blocks), module.hparams["note"]) == (0.05, 2, "kept")
+        assert (module.lr, len(module.net.blocks), module.hparams["note"]) == (0.05, 1, "kept")
         assert module.seen["own"] == {"number": 5} and module.seen["global_step"] == 3
         assert module.counter.counts == {"batches": 3}
     assert WithParameters.load_from_checkpoint(saved["path"], lr=0.5).lr == 0.5
-    assert not same(WithParameters(layers=2).net.state_dict(), saved["weights"])
+    assert not same(WithParameters(layers=1).net.state_dict(), saved["weights"])
 
 
 def test_the_content_equals_the_full_file_except_optimizers_rank_states_and_origin(saved: Any) -> None:
@@ -131,7 +131,7 @@ def test_map_location_means_what_it_means_for_a_file(saved: Any, map_location: A
         {name: tensor.device for name, tensor in one["state_dict"].items() if torch.is_tensor(tensor)}
         for one in (whole, full)
     ]
-    assert devices[0] == devices[1] and len(devices[0]) > 10
+    assert devices[0] == devices[1] and len(devices[0]) == len(saved["weights"])
 
 
 def test_strict_means_what_it_means_in_lightning(saved: Any) -> None:

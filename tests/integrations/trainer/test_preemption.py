@@ -61,7 +61,7 @@ class Module(TinyModule):
     """Trained with AdamW and a rate that falls, so that a lost or a repeated step shows; records its losses."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(layers=1)
         self.losses: list[float] = []
         self.validated: list[float] = []
 
@@ -75,7 +75,7 @@ class Module(TinyModule):
             self.validated.append(self.trainer.callback_metrics["val_loss"].item())
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02, foreach=True)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.8)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
@@ -180,7 +180,6 @@ VALIDATING = {"limit_val_batches": 1.0}
 # planned signals (hook, earlier calls, sender, receivers), options of the Trainer, micro-steps until the stop
 CASES: dict[str, tuple[list[Any], dict[str, Any], int]] = {
     "to itself": ([("micro-step", 2, 1, (1,))], {}, 3),
-    "to all at once": (everyone("micro-step", 2), {}, 3),
     "to another, where sharding always communicates": (
         [("micro-step", 2, 0, (3,))],
         {"strategy": CommunicationOptions.PAPER.keywords()},
@@ -190,7 +189,6 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], int]] = {
     "at an epoch's end": ([("epoch's end", 0, 1, (1,))], {}, 7),
     "at different steps of different ranks": ([("micro-step", 3, 0, (1,)), ("micro-step", 4, 1, (0,))], WINDOW, 6),
     "again while it is saved": ([("micro-step", 2, 1, (1,)), *everyone("saving", 0)], {}, 3),
-    "in a validation": ([("validation", 1, 2, (2,))], VALIDATING, 6),
     "in a validation inside a window": (
         [("validation", 1, 2, (0,))],
         {**VALIDATING, **WINDOW, "val_check_interval": 2},
@@ -200,6 +198,8 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], int]] = {
 
 
 IN_CAMPAIGN: dict[str, tuple[list[Any], dict[str, Any], int]] = {
+    "to all at once": (everyone("micro-step", 2), {}, 3),
+    "in a validation": ([("validation", 1, 2, (2,))], VALIDATING, 6),
     "to rank 0": ([("micro-step", 2, 0, (0,))], {}, 3),
     "to all from one, wherever they wait": ([("backward", 2, 2, (0, 1, 2, 3))], {}, 3),
     "in the first micro-step of a window": ([("micro-step", 3, 3, (3,))], WINDOW, 6),

@@ -23,7 +23,7 @@ LR = 0.5
 RANKS = 4
 
 
-UNITS = 4  # three blocks and the root
+UNITS = 3  # two blocks and the root
 
 
 SAMPLES = tokens(40, seed=5)  # two per rank and micro-step: five micro-steps

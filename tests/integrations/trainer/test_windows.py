@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import MagicMock, patch
 
 import lightning.pytorch as pl
 import pytest
@@ -15,8 +17,9 @@ from torch.utils.data import DataLoader
 
 from lightning_mics import CommunicationOptions
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
+from tests.support.forked import Run
 from tests.support.models import TinyLM, TinyModule, tokens
-from tests.support.trainers import make_trainer, mics, on_ranks
+from tests.support.trainers import make_trainer, mics
 
 RANKS = 4
 
@@ -83,14 +86,16 @@ ENDS: dict[str, tuple[type[Automatic], dict[str, Any]]] = {
 
 
 def fit_twice(folder: str, options_of_strategy: dict[str, Any], guarded: bool) -> dict[str, Any]:
-    if not guarded:
-        AccumulationWindow.abandon = lambda self: None
-        AccumulationWindow.drop_pending_gradients = lambda self: None  # the Trainer begins with `zero_grad()`
-
     def trainer(**options: Any) -> pl.Trainer:
         return make_trainer(folder, strategy=mics(**options_of_strategy), use_distributed_sampler=False, **options)
 
-    return {end: first_gradients_of_the_second_fit(trainer, *ENDS[end]) for end in ENDS}
+    with nullcontext() if guarded else dropping_nothing():
+        return {end: first_gradients_of_the_second_fit(trainer, *ENDS[end]) for end in ENDS}
+
+
+def dropping_nothing() -> Any:
+    """In place of what drops gradients of a window; the Trainer begins with `zero_grad()`."""
+    return patch.multiple(AccumulationWindow, abandon=MagicMock(), drop_pending_gradients=MagicMock())
 
 
 def first_gradients_of_the_second_fit(
@@ -124,13 +129,15 @@ def strategy(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory, strategy: dict[str, Any]) -> dict[str, Any]:
-    return on_ranks(fit_twice, str(tmp_path_factory.mktemp("fit")), strategy, True)[0]
+def guarded(tmp_path_factory: pytest.TempPathFactory, strategy: dict[str, Any], on_shared_ranks: Run) -> dict[str, Any]:
+    return on_shared_ranks(fit_twice, str(tmp_path_factory.mktemp("fit")), strategy, True)[0]
 
 
 @pytest.fixture(scope="module")
-def unguarded(tmp_path_factory: pytest.TempPathFactory, strategy: dict[str, Any]) -> dict[str, Any]:
-    return on_ranks(fit_twice, str(tmp_path_factory.mktemp("fit")), strategy, False)[0]
+def unguarded(
+    tmp_path_factory: pytest.TempPathFactory, strategy: dict[str, Any], on_shared_ranks: Run
+) -> dict[str, Any]:
+    return on_shared_ranks(fit_twice, str(tmp_path_factory.mktemp("fit")), strategy, False)[0]
 
 
 @pytest.fixture(scope="module")

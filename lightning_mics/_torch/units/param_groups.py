@@ -163,7 +163,8 @@ class DeferredReductions:
     def used(self) -> list[bool]:
         """Whether each parameter has a gradient that is not reduced yet: [parameters]."""
         return [
-            parameter.unsharded_accumulated_grad is not None or parameter.unsharded_param.grad is not None
+            hasattr(parameter, "_unsharded_param")
+            and (parameter.unsharded_accumulated_grad is not None or parameter.unsharded_param.grad is not None)
             for group in self._groups
             for parameter in group.fsdp_params
         ]
