@@ -302,6 +302,15 @@ def forget_iteration(root: FSDPModule) -> None:
         _reset_iter_state(root)
 
 
+def is_in_iteration(root: FSDPModule) -> bool:
+    """Whether a forward or backward of a module under ``root`` has begun and not ended, as after an error in it."""
+    return any(
+        group._training_state != TrainingState.IDLE
+        for module in fsdp_modules(root).values()
+        for group in _param_groups(module)
+    )
+
+
 def fsdp_modules(root: nn.Module | FSDPModule) -> dict[str, FSDPModule]:
     """The FSDP modules under ``root``, itself included, by fully qualified name."""
     assert isinstance(root, nn.Module)

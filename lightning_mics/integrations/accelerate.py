@@ -29,6 +29,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate import accelerator as accelerate_accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
+    DDPCommunicationHookType,
     convert_outputs_to_fp32,
     get_int_from_env,
     get_mixed_precision_context_manager,
@@ -199,6 +200,7 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
             "the model is on the meta device, where Accelerate cannot tell the optimizer's parameters from each other; "
             "build it on the CPU: only one block at a time is on the device unsharded"
         )
+    _check_communication_hooks(accelerator)
     precision = _precision(accelerator, model)
     handle = plugin.policy.shard(
         model,
@@ -290,6 +292,16 @@ class _GradientSync:
 
 
 # -- what is patched in Accelerate and transformers --------------------------------------------------------------------
+
+
+def _check_communication_hooks(accelerator: Accelerator) -> None:
+    hook = getattr(accelerator.ddp_handler, "comm_hook", None)
+    if hook not in (None, DDPCommunicationHookType.NO):
+        raise ValueError(
+            f"DistributedDataParallelKwargs(comm_hook={hook}) is for DistributedDataParallel and has no effect on a "
+            "sharded model; leave it out, and for smaller messages between nodes pass "
+            "MiCSPlugin(inter_node_reduce_dtype=torch.bfloat16)"
+        )
 
 
 def _patched_prepare(prepare: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics import checkpoint
+from lightning_mics._torch.fsdp import is_in_iteration
 from lightning_mics._torch.units.use_errors import described_errors
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.foreign.folders import holds_shards
@@ -332,10 +333,13 @@ class _TwoHop(_BackwardSyncControl):
 
 
 def _reset_after_load(model: nn.Module) -> None:
-    """Reshard, drop the open accumulation window, and verify replicas."""
+    """Reshard, verify replicas, and keep the gradients of an open window, unless an error has broken it off."""
     assert isinstance(model, FSDPModule)
     model.reshard()
-    sharded(model).schedule.window.abandon()
+    schedule = sharded(model).schedule
+    if is_in_iteration(model):
+        schedule.window.abandon()
+    schedule.cache.invalidate()
     verify_replicas(model, sharded(model).groups)
 
 

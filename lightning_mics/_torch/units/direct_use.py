@@ -97,7 +97,8 @@ def _take_gradients_of_shards() -> None:
         sharded = parameter.sharded_param
         known = (sharded._cdata, sharded.dtype)  # module.to() gives the same Python object another tensor
         if sharded.requires_grad and getattr(parameter, "_taken_of", None) != known:
-            node = torch.autograd.graph.get_gradient_edge(sharded).node
+            with torch.enable_grad():  # torch's get_gradient_edge takes a view, which may communicate
+                node = aten.alias.default(sharded).grad_fn.next_functions[0][0]
             node.register_prehook(partial(_take_gradient, weakref.ref(parameter)))
             parameter._taken_of, parameter._accumulation = known, node  # torch itself keeps it with a graph only
 

@@ -13,9 +13,7 @@ import accelerate
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    ParallelismConfig,
-)
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, ParallelismConfig
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -28,6 +26,9 @@ from tests.support.loops import start as start_fabric
 from tests.support.trainers import cases_on_ranks
 
 Seen = dict[Any, list[Any]]
+
+HALF = DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.FP16)
+BUCKETS = DistributedDataParallelKwargs(bucket_cap_mb=1)
 
 
 def sharded_by_others() -> nn.Module:
@@ -48,6 +49,8 @@ def refused(case: str) -> str:
         ),
         "a parallelism_config": lambda: start(parallelism_config=ParallelismConfig(dp_shard_size=4)),
         "a model on the meta device": lambda: start().prepare(model := network().to("meta"), sgd(model)),
+        "a communication hook": lambda: start(kwargs_handlers=[HALF]).prepare(model := network(), sgd(model)),
+        "no communication hook": lambda: start(kwargs_handlers=[BUCKETS]).prepare(model := network(), sgd(model)),
         "another plugin": lambda: (
             start(),
             Accelerator(cpu=True, fsdp_plugin=MiCSPlugin(partition_size=4)),
@@ -70,6 +73,8 @@ CASES = [
     ("a partition size that is none", "ValueError: partition_size=3"),
     ("a parallelism_config", "ValueError: .*parallelism_config"),
     ("a model on the meta device", "ValueError: the model is on the meta device"),
+    ("a communication hook", "ValueError: DistributedDataParallelKwargs.* has no effect .* inter_node_reduce_dtype"),
+    ("no communication hook", "no error"),
     ("another plugin", "ValueError: another Accelerator exists already, and all share its plugin"),
     ("float16", "ValueError: MiCSPlugin does not support mixed_precision='fp16'; use one of 'no', 'bf16'"),
     ("nothing prepared", "ValueError: the Accelerator has prepared 0 models with a MiCSPlugin"),

@@ -95,6 +95,7 @@ def saved(folder: Path) -> Seen:
             "full file": partial(save_a_full_file, folder / "four.pt"),
             "store": partial(save_and_load_in_a_store, folder),
             **{("trainer", kind): partial(fit, folder, kind) for kind in ("sharded", "full")},
+            **{("window", kind): partial(load_in_a_window, folder / kind, OF_WINDOWS[kind]) for kind in OF_WINDOWS},
             "for the trainer": partial(save_for_the_trainer, folder / "fabric.ckpt"),
         }
     )
@@ -137,6 +138,38 @@ def test_training_resumes_from_a_checkpoint(name: str, saved: Seen, loaded: Seen
         assert_same(weights_loaded, weights_saved)
         if RESUMED[name][1] == 4:
             assert_same(then, went_on, 1e-6)
+
+
+OF_WINDOWS: dict[str, dict[str, Any]] = {
+    "never": {"cache_parameters": "never", "accumulate_gradients": "shard"},
+    "node": {},
+    "rank": {"cache_parameters": "rank", "accumulate_gradients": "rank"},
+}
+
+
+def load_in_a_window(path: Path, options: dict[str, Any]) -> dict[str, Tensor]:
+    fabric = start(**options)
+    model, optimizer = set_up_in_one_call(fabric)
+    state = {"model": model, "optimizer": optimizer}
+    fabric.save(path, state)
+    with fabric.no_backward_sync(model):
+        fabric.backward(model(tokens(2, seed=fabric.global_rank)))
+    fabric.load(path, state)
+    fabric.backward(model(tokens(2, seed=10 + fabric.global_rank)))
+    fabric.load(path, state)
+    optimizer.step()
+    optimizer.zero_grad()
+    return weights(model)
+
+
+@pytest.mark.parametrize("kind", OF_WINDOWS)
+def test_loading_between_backward_and_step_keeps_the_gradients(kind: str, saved: Seen) -> None:
+    model = network()
+    optimizer = sgd(model)
+    (sum(model(tokens(2, seed=10 * index + rank)) for rank in range(4) for index in range(2)) / 4).backward()
+    optimizer.step()
+    for of_rank in saved["window", kind]:
+        assert_same(of_rank, model.state_dict(), 1e-6)
 
 
 def load_what_is_not_there(path: Path) -> tuple[str, Any]:
