@@ -265,6 +265,25 @@ def saved_in_a_step(folder: Path) -> tuple[bool, bool, str, bool]:
     return equal, shapes, module.said, module.copied
 
 
+class SavesFirst(TinyModule):
+    """Saves in ``setup``, before the strategy is set up."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def setup(self, stage: str) -> None:
+        self.trainer.save_checkpoint(self.path)
+
+
+def saved_before_the_fit(folder: Path, kind: str) -> bool:
+    path = folder / f"before {kind}"
+    strategy = mics(partition_size=2, state_dict_type=kind)
+    first, _ = fit(folder, lambda: SavesFirst(path), strategy=strategy)
+    resumed, _ = fit(folder, TinyModule, strategy=mics(partition_size=2), ckpt_path=path)
+    return same(whole_weights(first.lightning_module), whole_weights(resumed.lightning_module))
+
+
 class Plain(TinyModule):
     """Loads an unsharded state dict in a hook, and one of a block."""
 
@@ -323,6 +342,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
         cases["renamed", kind] = partial(renamed_in_a_hook, folder, kind)
         cases["steps", kind] = partial(steps_of_saves, folder, kind)
         cases["containers", kind] = partial(containers, folder, kind)
+        cases["before", kind] = partial(saved_before_the_fit, folder, kind)
         cases["keys", kind] = partial(by_key, folder, kind)
     cases["network"] = partial(network_in_hyperparameters, folder)
     cases["in a step"] = partial(saved_in_a_step, folder)
@@ -381,6 +401,11 @@ def test_fabric_saves_several_models_and_bare_state_dicts(seen: Any, kind: str) 
 
 def test_a_network_in_hyperparameters_is_saved_as_it_was_before_sharding(seen: Any) -> None:
     assert seen["network"] == [True, True]
+
+
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_a_checkpoint_saved_before_the_fit_has_the_initial_weights(kind: str, seen: dict[Any, list[Any]]) -> None:
+    assert all(seen["before", kind])
 
 
 def test_saving_in_the_middle_of_a_step_changes_nothing_and_full_state_dict_is_whole(seen: Any) -> None:

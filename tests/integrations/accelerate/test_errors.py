@@ -73,7 +73,7 @@ CASES = [
     ("a partition size that is none", "ValueError: partition_size=3"),
     ("a parallelism_config", "ValueError: .*parallelism_config"),
     ("a model on the meta device", "ValueError: the model is on the meta device"),
-    ("a communication hook", "ValueError: DistributedDataParallelKwargs.* has no effect .* inter_node_reduce_dtype"),
+    ("a communication hook", "ValueError: DistributedDataParallelKwargs.* has no effect .*inter_node_reduce_dtype"),
     ("no communication hook", "no error"),
     ("another plugin", "ValueError: another Accelerator exists already, and all share its plugin"),
     ("float16", "ValueError: MiCSPlugin does not support mixed_precision='fp16'; use one of 'no', 'bf16'"),
