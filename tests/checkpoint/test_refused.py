@@ -71,7 +71,7 @@ def _refusals(folder: Path) -> dict[str, Any]:
         )
     if dist.get_rank() == 0:
         (folder / "empty").mkdir()
-        torch.save({"weight": torch.zeros(1)}, folder / "raw.pt")
+        torch.save({"weight": 1}, folder / "raw.pt")
     dist.barrier()
     for name in ("empty", "nowhere", "raw.pt"):
         facts[name] = refusal_of(folder / name, model)

@@ -200,7 +200,7 @@ class Loop:
 
     Attributes:
         model: The model, set up.
-        optimizer: Its optimizer.
+        optimizer: Optimizer of the model.
         backward: Function that runs the backward of a loss.
         host: Fabric or Accelerator.
     """

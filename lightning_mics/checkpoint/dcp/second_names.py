@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from lightning_mics.checkpoint.keys import MODEL_KEY, optimizer_key
 
-OWN_KEYS = re.compile(rf"{MODEL_KEY}|entries|(optimizer|rank)_\d+")  # of this package's entries
+OWN_KEYS = re.compile(rf"{MODEL_KEY}|entries(\.\d+)?|(optimizer|rank)_\d+")  # of this package's entries
 
 TRAINER_MODEL_KEY = "state_dict"
 

@@ -117,8 +117,8 @@ def unwrapped(name: Any) -> Any:
 def _path(name: str, paths: Mapping[str, Any]) -> Path:
     if name in paths:
         return tuple(paths[name])
-    own = name.startswith((f"{MODEL_KEY}.", "optimizer_", "rank_"))  # from versions of torch that stored no paths
-    return tuple(name.split(".", 1)) if own else (name,)
+    key, dot, rest = name.partition(".")  # tensors of entries have no paths, and in old versions of torch none had
+    return (key, rest) if dot and OWN_KEYS.fullmatch(key) else (name,)
 
 
 def _is_own(path: Path) -> bool:

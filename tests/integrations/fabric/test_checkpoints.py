@@ -188,7 +188,7 @@ def load_what_is_not_there(path: Path) -> tuple[str, Any]:
 
 def test_what_a_checkpoint_lacks_is_named_unless_that_is_allowed(saved: Seen) -> None:
     for message, epoch in saved["lacking"]:
-        assert "has no 'epoch'; load with strict=False" in message
+        assert re.search(r"has no \\?'epoch\\?': .*; load with strict=False", message)
         assert epoch == 3
 
 
