@@ -148,7 +148,7 @@ def load_model(opened: OpenedCheckpoint, *, model: nn.Module, strict: bool) -> N
     Raises:
         RuntimeError: If a shape differs, or if names differ and ``strict``.
     """
-    own, state = get_model_state_dict(model), opened.model
+    own, state = get_model_state_dict(model), _with_tied(opened.model, model)
     check_model(own, state, strict=strict)
     targets: dict[tuple[Any, ...], Any] = {}
     whole: dict[str, Any] = {}
@@ -166,6 +166,18 @@ def load_model(opened: OpenedCheckpoint, *, model: nn.Module, strict: bool) -> N
             name: opened.record.containers.restore(value, f"{MODEL_KEY}.{name}") for name, value in values.items()
         }
     set_model_state_dict(model, {**values, **whole}, options=StateDictOptions(strict=strict))
+
+
+def _with_tied(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """``state`` with tied parameters under all of their names: safetensors holds each once."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    whole = dict(state)
+    for tied in names.values():
+        found = [state[name] for name in tied if name in state]
+        whole.update({name: found[0] for name in tied if found and name not in state})
+    return whole
 
 
 def shown_to_hooks(opened: OpenedCheckpoint) -> OpenedCheckpoint:

@@ -276,6 +276,12 @@ def fsdp2() -> Accelerator:
     return accelerator
 
 
+def accelerate_ddp() -> Accelerator:
+    """Accelerate with DistributedDataParallel."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=True)
+
+
 def accelerate_loop(accelerator: Accelerator, *, seed: int = 1) -> Loop:
     network = make_network(seed)
     model, optimizer = accelerator.prepare(network, adamw(network))

@@ -33,6 +33,7 @@ from tests.support.elsewhere import (
     LoopFSDP,
     TrainedSharded,
     TrainerFSDP,
+    accelerate_ddp,
     accelerate_load,
     accelerate_loop,
     accelerate_save,
@@ -122,6 +123,10 @@ def run_there(folder: Path) -> dict[Any, list[float]]:
                 fabric_save,
             ),
             "accelerate": (lambda: accelerate_loop(fsdp2()), accelerate_save),
+            "accelerate unsharded": (
+                lambda: accelerate_loop(accelerate_ddp()),
+                lambda loop, path: loop.host.save_state(str(path)),
+            ),
             "dcp": (plain_loop, save_plainly),
         }
         for name, (make, save) in loops.items():
@@ -139,6 +144,7 @@ BY_FABRIC = {  # with the keys in the state, and whether there is another entry
     "fabric fsdp full": (("model", "optimizer"), True),
     "accelerate": (OWN_KEYS, False),
     "accelerate full": (OWN_KEYS, False),
+    "accelerate unsharded": (OWN_KEYS, False),
     "dcp": (("model", "optimizer"), True),
     "dcp optim": (("model", "optimizer"), True),
     "dcp long keys": (OWN_KEYS, True),
@@ -149,7 +155,7 @@ BY_FABRIC = {  # with the keys in the state, and whether there is another entry
 
 BY_ACCELERATE = ["accelerate", "accelerate full"]
 
-BY_PLUGIN = ["fabric fsdp full", "accelerate", "dcp flat"]
+BY_PLUGIN = ["fabric fsdp full", "accelerate", "accelerate unsharded", "dcp flat"]
 
 
 def rejected(loop: Loop, path: Path) -> str:
