@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,17 +151,17 @@ def measured_in(checkout: Path, system: str, width: int) -> dict[str, float]:
         return found
 
 
-def compare(against: Path | None, width: int, turns: int) -> list[dict[str, Any]]:
-    """Measure all systems in turns: a list of measurements with their turn, system and checkout."""
+def compare(against: Path | None, width: int, turns: int) -> Iterator[list[dict[str, Any]]]:
+    """Measure all systems in turns: after each, all measurements so far with their turn, system and checkout."""
     here = Path(__file__).resolve().parents[1]
     runs = [(here, "now", system) for system in SYSTEMS]
     if against is not None:
         runs += [(against.resolve(), "before", system) for system, options in SYSTEMS.items() if options is not None]
-    measured = []
+    measured: list[dict[str, Any]] = []
     for turn in range(turns):
         for checkout, age, system in runs if turn % 2 == 0 else runs[::-1]:
             measured.append({"turn": turn, "system": system, "checkout": age, **measured_in(checkout, system, width)})
-    return measured
+        yield measured
 
 
 def ratio(measured: Sequence[dict[str, Any]], one: tuple[str, str], other: tuple[str, str], what: str) -> list[float]:
@@ -249,9 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mp.start_processes(measure, (options.measure, options.width, str(options.out)), RANKS, start_method="fork")
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    measured = compare(options.against, options.width, options.turns)
-    (options.out / "results.json").write_text(json.dumps(measured, indent=1))
-    write_page(options.out, typed, measured, options.width)
+    for measured in compare(options.against, options.width, options.turns):  # what there is stays if it is ended
+        (options.out / "results.json").write_text(json.dumps(measured, indent=1))
+        write_page(options.out, typed, measured, options.width)
     return 0
 
 
