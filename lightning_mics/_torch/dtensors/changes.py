@@ -149,18 +149,14 @@ def calling_before_gradients(function: Callable[[], None]) -> Iterator[None]:
 
 
 def accept_unsharded_operands(kind: type[Tensor]) -> None:
-    """Let the operators and in-place methods of ``kind`` mix sharded and unsharded tensors."""
+    """Let the in-place methods of ``kind`` mix sharded and unsharded tensors."""
     for name in IN_PLACE:
         if name not in vars(kind):
             setattr(kind, name, _mixed_in_place(name))
 
 
 def accept_sharded_operands(kind: Kind) -> Kind:
-    """Class decorator: let a class of unsharded tensors take sharded operands.
-
-    Not reflected operators: Python prefers a subclass's, and ``x / parameter`` would be another operation, rounded
-    otherwise. An unsharded left operand leaves it to the sharded right one.
-    """
+    """Class decorator: let in-place methods of a class of unsharded tensors take sharded operands."""
     accept_unsharded_operands(kind)
     return kind
 
