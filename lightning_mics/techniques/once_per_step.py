@@ -45,6 +45,7 @@ from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from lightning_mics._torch.fsdp import AllGather, ReusedUnshard, weights_version
+from lightning_mics._torch.streams import has_streams, keep_for_current_stream
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
 from lightning_mics.techniques.hierarchical import HierarchicalReduceScatter, TwoStages
 from lightning_mics.techniques.pending_gradients import PendingGradients
@@ -89,7 +90,7 @@ class ParameterCache:
             own: This rank's part of the cached parameters: [shard].
             shard: This rank's shard now: [shard].
         """
-        if own.is_cuda:
+        if has_streams(own.device):
             differs = _bits_differ(own, shard)
             self._differs = differs if self._differs is None else self._differs | differs
         elif not torch.equal(own, shard) and _bits_differ(own, shard):
@@ -136,8 +137,7 @@ class NodeCache(ParameterCache, TwoStages, AllGather):
             self.rail.all_gather(cached, input_tensor, technique="gather along rails")
             self._rail_slice = cached
             self.mark_valid()
-        if cached.is_cuda:  # a user who unshards a module by hand may have allocated it on another stream
-            cached.record_stream(torch.cuda.current_stream(cached.device))
+        keep_for_current_stream(cached)  # a user who unshards a module by hand may have allocated it on another
         if self.node is None:
             output_tensor.copy_(cached)
             return None
