@@ -35,16 +35,25 @@ def has_inner_tensors(tensor: Tensor) -> bool:
     return bool(is_traceable_wrapper_subclass(tensor))
 
 
-class _OrdinaryBuffers:
+class OrdinaryBuffers:
+    """Memory of FSDP2's collectives as torch gives it: neither symmetric nor a process group's."""
+
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory that FSDP2 fills for a collective, or has it filled by one: [size].
+
+        Args:
+            size: Numbers of elements, one per dim.
+            dtype: Dtype of the elements.
+            device: The device of this rank.
+        """
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class AllGather(_OrdinaryBuffers, _fsdp_api.AllGather):
+class AllGather(OrdinaryBuffers, _fsdp_api.AllGather):
     """Base class of the all-gathers that FSDP2 calls to unshard parameters, with ordinary buffers."""
 
 
-class ReduceScatter(_OrdinaryBuffers, _fsdp_api.ReduceScatter):
+class ReduceScatter(OrdinaryBuffers, _fsdp_api.ReduceScatter):
     """Base class of the reduce-scatters that FSDP2 calls for gradients, with ordinary buffers."""
 
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 HIGH_PRIORITY = -1  # what FSDP2 gives its streams of communication
@@ -45,3 +46,48 @@ def keep_for_current_stream(tensor: Tensor) -> None:
     """
     if has_streams(tensor.device):
         tensor.record_stream(current_stream(tensor.device))
+
+
+class SideStream:
+    """A stream that communication is enqueued on beside the streams that need its result.
+
+    It is made at its first use: before the first forward of a model torch may not know the device of this rank.
+    """
+
+    def __init__(self) -> None:
+        self._stream: Any = None
+
+    def after(self, stream: Any, device: torch.device) -> AbstractContextManager[Any]:
+        """Enqueue the operations inside on this stream, after those that ``stream`` has now.
+
+        Args:
+            stream: Stream of ``device``.
+            device: The device of this rank.
+        """
+        if self._stream is None:
+            self._stream = new_stream(device)
+        self._stream.wait_stream(stream)
+        return on_stream(self._stream, device)
+
+    def record(self) -> Any:
+        """An event after what this stream has now, for other streams to wait for."""
+        return self._stream.record_event()
+
+    def work(self, device: torch.device) -> dist.Work:
+        """What this stream has now, as the work of an asynchronous collective.
+
+        Args:
+            device: The device of this rank.
+        """
+        return _EnqueuedWork(self.record(), device)
+
+
+class _EnqueuedWork(dist.Work):
+    def __init__(self, done: Any, device: torch.device) -> None:
+        super().__init__()
+        self._done, self._device = done, device
+
+    def wait(self, timeout: Any = None) -> bool:
+        """Have the current stream wait; the host does not."""
+        current_stream(self._device).wait_event(self._done)
+        return True

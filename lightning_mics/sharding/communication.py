@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, replace_all_reduce, sharded_parameters
+from lightning_mics._torch.streams import SideStream
 from lightning_mics._torch.units.direct_use import serve_direct_use
 from lightning_mics._torch.units.unit_hooks import UnitHooks
 from lightning_mics.collectives.counted_group import CountedGroup
@@ -58,6 +59,7 @@ class Communication:
         self._replication = self._counted(groups.replication) if groups.replication else None
         self._rail = self._counted(groups.rail) if groups.rail else None
         self._node = self._counted(groups.node) if groups.node else None
+        self._gathers_begin_on, self._reductions_begin_on = SideStream(), SideStream()
         self._pending_gradients: dict[str, PendingGradients] = {}
         self._caches: list[ParameterCache] = []
         self._on_rank: dict[str, RankCache] = {}
@@ -106,8 +108,8 @@ class Communication:
         if self._rail is None:
             return FlatAllGather(self._partition)
         if self._options.cache_parameters != "node":
-            return HierarchicalAllGather(rail=self._rail, node=self._node)
-        cache = NodeCache(rail=self._rail, node=self._node, module=module)
+            return HierarchicalAllGather(rail=self._rail, node=self._node, first_stage=self._gathers_begin_on)
+        cache = NodeCache(rail=self._rail, node=self._node, module=module, first_stage=self._gathers_begin_on)
         self._caches.append(cache)
         return cache
 
@@ -116,10 +118,15 @@ class Communication:
             return FlatReduceScatter(self._partition)
         wire_dtype = self._options.inter_node_reduce_dtype
         if self._options.accumulate_gradients != "node":
-            return HierarchicalReduceScatter(rail=self._rail, node=self._node, wire_dtype=wire_dtype)
-        pending_gradients = self._pending_gradients_of(name, module)
+            return HierarchicalReduceScatter(
+                rail=self._rail, node=self._node, first_stage=self._reductions_begin_on, wire_dtype=wire_dtype
+            )
         return NodeReduceScatter(
-            rail=self._rail, node=self._node, pending_gradients=pending_gradients, wire_dtype=wire_dtype
+            rail=self._rail,
+            node=self._node,
+            pending_gradients=self._pending_gradients_of(name, module),
+            first_stage=self._reductions_begin_on,
+            wire_dtype=wire_dtype,
         )
 
     def _set_second_hop(self, name: str, module: FSDPModule, replication: CountedGroup) -> None:
