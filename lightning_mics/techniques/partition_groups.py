@@ -79,8 +79,8 @@ def create_partition_groups(
         timeout: Longest time of a collective of these groups; None is the backend's default.
 
     Raises:
-        RuntimeError: If ``torch.distributed`` is not initialized, torch is too old for groups that span nodes, or ranks
-            are members of different numbers of process groups.
+        RuntimeError: If ``torch.distributed`` is not initialized, or ranks are members of different numbers of process
+            groups.
         ValueError: If the topology is not that of the running job, the backend cannot serve the device, or
             ``hierarchical`` does not fit the topology.
     """

@@ -6,16 +6,21 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from lightning_mics import Topology, create_partition_groups
+from lightning_mics._torch import process_groups
+from lightning_mics._torch.process_groups import all_gather_single
 from tests.support.forked import run_ranks
 
 KINDS = ("partition", "replication", "rail", "node")
 
 
+@pytest.mark.parametrize("torch_keeps_order", [process_groups.KEEPS_ORDER, False], ids=["this torch", "before 2.13"])
 @pytest.mark.parametrize("shape", [(8, 2, 4), (8, 4, 8), (4, 2, 2), (4, 2, 1)])
-def test_every_rank_makes_the_groups_it_needs_and_no_others(shape):
+def test_every_rank_makes_the_groups_it_needs_and_no_others(shape, torch_keeps_order, monkeypatch):
+    monkeypatch.setattr(process_groups, "KEEPS_ORDER", torch_keeps_order)
     topology = Topology(world_size=shape[0], ranks_per_node=shape[1], partition_size=shape[2])
     for rank, seen in enumerate(run_ranks(shape[0], _describe, topology)):
         assert seen["partition"] == topology.partition_group(rank)
@@ -24,6 +29,7 @@ def test_every_rank_makes_the_groups_it_needs_and_no_others(shape):
         assert seen["node"] == (topology.node_group(rank) if topology.spans_nodes else None)
         first_ranks = range(0, topology.world_size, topology.partition_size)
         assert seen["mesh"] == [list(topology.partition_group(first)) for first in first_ranks]
+        assert seen["gathered"] == list(topology.partition_group(rank))
         assert seen["names"] == ("replicate", "shard")[-2 if topology.replicas > 1 else -1 :]
         needed = [seen[kind] for kind in KINDS if seen[kind] is not None]
         assert seen["backend"] == "gloo"
@@ -33,18 +39,23 @@ def test_every_rank_makes_the_groups_it_needs_and_no_others(shape):
 def _describe(topology: Topology) -> dict[str, Any]:
     groups = create_partition_groups(topology, device_type="cpu")
     made = {kind: getattr(groups, kind) for kind in KINDS}
+    gathered = torch.empty(groups.partition.size(), dtype=torch.int64)
+    all_gather_single(gathered, torch.tensor([dist.get_rank()]), group=groups.partition)
     dist.barrier()  # a rank that ends early would break the connections of others
     mesh = groups.mesh.mesh if groups.mesh.ndim == 2 else groups.mesh.mesh[None]
     return {
         **{kind: group and tuple(dist.get_process_group_ranks(group)) for kind, group in made.items()},
         "mesh": mesh.tolist(),
+        "gathered": gathered.tolist(),
         "names": groups.mesh.mesh_dim_names,
         "made": len(dist.distributed_c10d._world.pg_map),
         "backend": groups.backend,
     }
 
 
-def test_the_timeout_reaches_every_group():
+@pytest.mark.parametrize("torch_keeps_order", [process_groups.KEEPS_ORDER, False], ids=["this torch", "before 2.13"])
+def test_the_timeout_reaches_every_group(torch_keeps_order, monkeypatch):
+    monkeypatch.setattr(process_groups, "KEEPS_ORDER", torch_keeps_order)
     for timeouts in run_ranks(8, _timeouts):
         assert timeouts == [timedelta(seconds=77)] * 4
 
