@@ -283,22 +283,18 @@ def after_backward(function: Callable[[], None]) -> None:
     engine.queue_callback(lambda: engine.queue_callback(function))  # FSDP2's own may be queued in between
 
 
-def reduces_unused_parameters(module: FSDPModule) -> bool:
-    """Whether this torch has :func:`reduce_unused_parameters` (>= 2.13)."""
-    return hasattr(module, "set_reduce_scatter_unused_params")
-
-
 def reduce_unused_parameters(module: FSDPModule, enabled: bool) -> None:
-    """Include parameters of ``module`` without a gradient in its reductions, as zeros; before torch 2.13 do nothing.
+    """Include parameters of ``module`` without a gradient in its reductions, as zeros.
 
-    See [Note: Zero gradients before the boundary].
+    torch 2.13 adds the zeros; before that :func:`~lightning_mics._torch.units.param_groups.note_reductions` does. See
+    [Note: Zero gradients before the boundary].
 
     Args:
         module: FSDP module.
         enabled: Whether such parameters take part in the reductions from now on.
     """
-    if reduces_unused_parameters(module):
-        module.set_reduce_scatter_unused_params(enabled, recurse=False)
+    for group in _param_groups(module):
+        group.reduce_scatter_unused_params = enabled
 
 
 def forget_iteration(root: FSDPModule) -> None:
