@@ -13,7 +13,7 @@ from lightning_mics._torch.process_groups import (
     premultiplied_sum_factor,
     reduce_scatter_single,
 )
-from lightning_mics.collectives.traffic import Kind, Traffic, pair_share, sent_by
+from lightning_mics.collectives.traffic import Kind, SentShares, Traffic
 
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 
@@ -32,7 +32,7 @@ class CountedGroup:
         self._group = group
         self._gloo = backend == "gloo"
         self._traffic = traffic
-        self._nodes = nodes
+        self._sent_shares = SentShares(nodes, position=group.rank())
 
     @property
     def size(self) -> int:
@@ -92,11 +92,16 @@ class CountedGroup:
         Raises:
             ValueError: If ``op`` is one that a local sum cannot do: other than SUM, AVG and PREMUL_SUM.
         """
-        if wire_dtype is not None or (self._gloo and pair_share(self._nodes, self.rank) in (0, 1)):
+        if wire_dtype is not None or (self._gloo and self._sent_shares.of_pairs in (0, 1)):
             parts = self._exchange(source.to(wire_dtype or source.dtype), technique)
             _reduce_locally(parts, output, op=op)
             return None
         self._count("reduce_scatter", source.nbytes, technique, gloo=self._gloo)
+        if source.dtype == torch.bfloat16 and (factor := premultiplied_sum_factor(op)) is not None:
+            # NCCL would be handed a factor of zero: https://github.com/pytorch/pytorch/issues/190745, ends with 2.14
+            reduce_scatter_single(output, source, group=self._group, op=dist.ReduceOp.SUM)
+            output.mul_(factor)
+            return None
         work: dist.Work | None = reduce_scatter_single(output, source, group=self._group, op=op, async_op=async_op)
         return work
 
@@ -155,8 +160,7 @@ class CountedGroup:
         dist.broadcast(tensor, group=self._group, group_src=0)
 
     def _count(self, kind: Kind, total_bytes: int, technique: str, *, gloo: bool = False) -> None:
-        sent = sent_by(kind, total_bytes, nodes=self._nodes, position=self.rank, gloo=gloo)
-        self._traffic.record(technique, sent)
+        self._traffic.record(technique, self._sent_shares.sent(kind, total_bytes, gloo=gloo))
 
 
 def _reduce_locally(parts: Tensor, output: Tensor, *, op: ReduceOp) -> None:
