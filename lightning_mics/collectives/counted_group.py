@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,7 @@ class CountedGroup:
         *,
         technique: str,
         async_op: bool = False,
+        run: Callable[..., dist.Work | None] | None = None,
     ) -> dist.Work | None:
         """Gather every rank's shard, in the order of the group.
 
@@ -59,10 +61,11 @@ class CountedGroup:
             shard: Shard of this rank: [shard]; may be its part of ``output``.
             technique: Name that traffic is counted under.
             async_op: Whether to return at once with the work to wait for.
+            run: Collective to call in place of the backend's own over this group.
         """
         self._count("all_gather", self.size * shard.nbytes, technique)
-        work: dist.Work | None = all_gather_single(output, shard, group=self._group, async_op=async_op)
-        return work
+        run = run or partial(all_gather_single, group=self._group)
+        return run(output, shard, async_op=async_op)
 
     def reduce_scatter(
         self,
@@ -73,6 +76,7 @@ class CountedGroup:
         technique: str,
         wire_dtype: torch.dtype | None = None,
         async_op: bool = False,
+        run: Callable[..., dist.Work | None] | None = None,
     ) -> dist.Work | None:
         """Reduce over the ranks and leave each with its shard.
 
@@ -88,6 +92,7 @@ class CountedGroup:
             technique: Name that traffic is counted under.
             wire_dtype: Dtype of messages; None is that of ``source``.
             async_op: Whether to return at once with the work to wait for, where the backend's own collective runs.
+            run: Collective to call in place of the backend's own over this group.
 
         Raises:
             ValueError: If ``op`` is one that a local sum cannot do: other than SUM, AVG and PREMUL_SUM.
@@ -97,13 +102,13 @@ class CountedGroup:
             _reduce_locally(parts, output, op=op)
             return None
         self._count("reduce_scatter", source.nbytes, technique, gloo=self._gloo)
+        run = run or partial(reduce_scatter_single, group=self._group)
         if source.dtype == torch.bfloat16 and (factor := premultiplied_sum_factor(op)) is not None:
             # NCCL would be handed a factor of zero: https://github.com/pytorch/pytorch/issues/190745, ends with 2.14
-            reduce_scatter_single(output, source, group=self._group, op=dist.ReduceOp.SUM)
+            run(output, source, op=dist.ReduceOp.SUM)
             output.mul_(factor)
             return None
-        work: dist.Work | None = reduce_scatter_single(output, source, group=self._group, op=op, async_op=async_op)
-        return work
+        return run(output, source, op=op, async_op=async_op)
 
     def all_reduce(self, tensor: Tensor, *, op: ReduceOp, technique: str, wire_dtype: torch.dtype) -> None:
         """Reduce ``tensor`` in place over the ranks, with messages in ``wire_dtype`` and sums in its own dtype.

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, replace_all_reduce, sharded_parameters
 from lightning_mics._torch.streams import SideStream
 from lightning_mics._torch.units.direct_use import serve_direct_use
+from lightning_mics._torch.units.own_collectives import reject_options, serve_options
 from lightning_mics._torch.units.unit_hooks import UnitHooks
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Kind, Traffic
@@ -70,10 +71,15 @@ class Communication:
         """Set the collectives of every parameter group under ``root``; returns the schedule that drives them."""
         for name, module in fsdp_modules(root).items():
             if self._topology.partition_size > 1:
-                module.set_custom_all_gather(self._agreement.before_gathers(name, module, self._all_gather(module)))
+                gather, reduce = self._all_gather(module), self._reduce_scatter(name, module)
+                module.set_custom_all_gather(self._agreement.before_gathers(name, module, gather))
                 if self._options.cache_parameters == "rank" or self._options.allow_unused:
                     self._on_rank[name] = RankCache(module)
-                module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
+                module.set_custom_reduce_scatter(reduce)
+                if isinstance(gather, FlatAllGather) and isinstance(reduce, FlatReduceScatter):
+                    serve_options(module, gather, reduce)
+                else:
+                    reject_options(module)
             if self._replication is not None:
                 self._set_second_hop(name, module, self._replication)
         serve_direct_use(root, self._mesh, around=self._around_direct_use)
