@@ -14,7 +14,7 @@ from lightning_mics._torch.process_groups import (
     premultiplied_sum_factor,
     reduce_scatter_single,
 )
-from lightning_mics.collectives.traffic import Kind, SentShares, Traffic
+from lightning_mics.collectives.traffic import Kind, SentShares, Traffic, part_of
 
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 
@@ -121,7 +121,7 @@ class CountedGroup:
             technique: Name that traffic is counted under.
             wire_dtype: Dtype of messages.
         """
-        shard_numel = -(-tensor.numel() // self.size)
+        shard_numel = part_of(tensor.numel(), self.size)
         source = tensor.new_zeros(self.size * shard_numel, dtype=wire_dtype)
         source[: tensor.numel()].copy_(tensor.view(-1))
         shard = tensor.new_empty(shard_numel)

@@ -13,6 +13,8 @@ from typing import Literal
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast"]
 
+ALIGNED_FROM = 1024  # elements, from which on alignment adds less than 1 % to a message
+
 
 @dataclass(frozen=True)
 class Sent:
@@ -31,6 +33,19 @@ class Sent:
 
     def __sub__(self, other: Sent) -> Sent:
         return Sent(self.inside_bytes - other.inside_bytes, self.between_bytes - other.between_bytes)
+
+
+def part_of(elements: int, ranks: int) -> int:
+    """Elements that each of ``ranks`` sums of a tensor, where it is reduced by pairs.
+
+    Large parts begin at multiples of 8 elements: NCCL copies 16 bytes at a time only where memory is aligned to them.
+
+    Args:
+        elements: Number of elements of the tensor.
+        ranks: Number of ranks.
+    """
+    part = -(-elements // ranks)
+    return part if part < ALIGNED_FROM else part + -part % 8
 
 
 class SentShares:
