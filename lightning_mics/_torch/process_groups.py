@@ -19,26 +19,45 @@ all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tens
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-def new_group(ranks: tuple[int, ...], *, name: str, timeout: timedelta | None) -> dist.ProcessGroup:
+def new_group(
+    ranks: tuple[int, ...], *, name: str, timeout: timedelta | None, max_ctas: int | None = None
+) -> dist.ProcessGroup:
     """Make the process group of ``ranks`` in the given order; only its members need to call.
 
     Args:
         ranks: Members, in the order of the group.
         name: Name of the group in torch's messages.
         timeout: Longest time of its collectives; None is the backend's default.
+        max_ctas: Largest number of blocks of threads of a collective, on NCCL; None is NCCL's default.
     """
+    options = None if max_ctas is None else _nccl_options(max_ctas, timeout)
     description, in_order = f"mics {name}", list(ranks) == sorted(ranks)
     if not in_order and not KEEPS_ORDER:
-        return _new_unsorted_group(list(ranks), description=description, timeout=timeout)
+        return _new_unsorted_group(list(ranks), description=description, timeout=timeout, options=options)
     order: dict[str, Any] = {} if in_order else {"sort_ranks": False}
     group = dist.new_group(
-        list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=description, **order
+        list(ranks),
+        timeout=timeout,
+        pg_options=options,
+        use_local_synchronization=True,
+        group_desc=description,
+        **order,
     )
     assert isinstance(group, dist.ProcessGroup)  # the caller is a member
     return group
 
 
-def _new_unsorted_group(ranks: list[int], *, description: str, timeout: timedelta | None) -> dist.ProcessGroup:
+def _nccl_options(max_ctas: int, timeout: timedelta | None) -> Any:
+    options: Any = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = max_ctas
+    if timeout is not None:
+        options._timeout = timeout  # torch takes the one that it is given beside them, and warns if they differ
+    return options
+
+
+def _new_unsorted_group(
+    ranks: list[int], *, description: str, timeout: timedelta | None, options: Any
+) -> dist.ProcessGroup:
     """What ``new_group(ranks, sort_ranks=False)`` of torch 2.13 does, for 2.11 and 2.12, which always sort."""
     c10d: Any = dist.distributed_c10d
     default = c10d._get_default_group()
@@ -50,6 +69,7 @@ def _new_unsorted_group(ranks: list[int], *, description: str, timeout: timedelt
         c10d.Backend(backend),
         store,
         c10d._process_group_name(ranks, use_hashed_name=True),
+        backend_options=options,
         timeout=timeout or c10d._get_default_timeout(c10d.Backend(backend)),
         device_id=default.bound_device_id,
         group_desc=description,

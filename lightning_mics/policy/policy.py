@@ -57,6 +57,7 @@ class Policy:
         self._block_classes = policy.get("block_classes")
         self._activation_checkpointing = policy.get("activation_checkpointing", False)
         self._broadcast_buffers = policy.get("broadcast_buffers", True)
+        self._rail_max_ctas = policy.get("rail_max_ctas")
         self._timeout = timeout
 
     def check(self, *, world_size: int, local_size: int) -> None:
@@ -116,6 +117,7 @@ class Policy:
             device_type=device.type,
             hierarchical=choice.communication.hierarchical,
             timeout=self._timeout,
+            rail_max_ctas=self._rail_max_ctas,
         )
         schedule = shard_model(
             model,

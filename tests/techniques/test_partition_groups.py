@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch.distributed as dist
 
 from lightning_mics import Topology, create_partition_groups
 from lightning_mics._torch import process_groups
+from lightning_mics._torch.fake import rehearsed_job
 from lightning_mics._torch.process_groups import all_gather_single
+from lightning_mics.techniques import partition_groups
 from tests.support.forked import run_ranks
 
 KINDS = ("partition", "replication", "rail", "node")
@@ -66,3 +69,43 @@ def _timeouts() -> list[timedelta]:
     dist.barrier()
     mine = (groups.partition, groups.replication, groups.rail, groups.node)
     return [group._get_backend(groups.device).options._timeout for group in mine]
+
+
+class Options:
+    """NCCL's options of a group; torch has them where it was built for CUDA."""
+
+    def __init__(self) -> None:
+        self.config, self._timeout = SimpleNamespace(max_ctas=None), None
+
+
+def test_blocks_of_threads_are_limited_for_rails_only(monkeypatch):
+    made = {}
+
+    def new_group(ranks, **options):
+        made[options["group_desc"]] = options["pg_options"]
+        return make(ranks, **{**options, "pg_options": None})
+
+    make = dist.new_group
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
+    monkeypatch.setattr(dist, "new_group", new_group)
+    with rehearsed_job(world_size=8, rank=0):
+        monkeypatch.setattr(partition_groups, "_check_job", lambda topology, device_type: "nccl")
+        topology = Topology(world_size=8, ranks_per_node=2, partition_size=4)
+        create_partition_groups(topology, device_type="cpu", rail_max_ctas=4, timeout=timedelta(seconds=77))
+    assert made.pop("mics rail").config.max_ctas == 4
+    assert set(made) >= {"mics replication", "mics node"}
+    assert set(made.values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (4, "rail_max_ctas=4 is an option of NCCL, and this job runs on fake"),
+        (0, "neither None nor a positive integer"),
+    ],
+)
+def test_a_limit_that_the_backend_does_not_have_is_rejected(value, message):
+    with rehearsed_job(world_size=4, rank=0), pytest.raises(ValueError, match=message):
+        create_partition_groups(
+            Topology(world_size=4, ranks_per_node=2, partition_size=4), device_type="cpu", rail_max_ctas=value
+        )
