@@ -26,7 +26,8 @@ test-oldest:
 	$(MAKE) $(VENV)-oldest/.installed-dev VENV="$(VENV)-oldest" TORCH="$(OLDEST_TORCH)"
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(JOBS) --dist=loadfile $(ARGS) \
 		tests/techniques tests/_torch tests/sharding tests/integrations/trainer/test_training.py \
-		tests/integrations/trainer/test_once_per_step.py tests/integrations/trainer/test_windows.py
+		tests/integrations/trainer/test_once_per_step.py tests/integrations/trainer/test_windows.py \
+		tests/use/test_gradients_and_flags.py tests/use/test_row_changes.py tests/use/test_unused_parameters.py
 
 # What takes too long for each change: the rest of the matrices, and the long forms of the random tests.
 campaign: $(VENV)/.installed-dev
