@@ -33,7 +33,12 @@ def new_stream(device: torch.device) -> Any:
 
 
 def on_stream(stream: Any, device: torch.device) -> AbstractContextManager[Any]:
-    """Enqueue the operations inside on ``stream``, one of ``device``."""
+    """Enqueue the operations inside on a stream.
+
+    Args:
+        stream: Stream of ``device``.
+        device: The device of this rank.
+    """
     context: AbstractContextManager[Any] = torch.get_device_module(device).stream(stream)
     return context
 

@@ -64,7 +64,13 @@ class TwoStages(OrdinaryBuffers):
 
     @override
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory that FSDP2 then fills on the current stream, or has filled: [size]."""
+        """Memory that FSDP2 then fills on the current stream, or has filled: [size].
+
+        Args:
+            size: Numbers of elements, one per dim.
+            dtype: Dtype of the elements.
+            device: The device of this rank.
+        """
         memory = super().allocate(size, dtype=dtype, device=device)
         self._filled_on[memory.numel()] = current_stream(device)
         return memory

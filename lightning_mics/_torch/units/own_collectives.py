@@ -28,7 +28,13 @@ class OwnAllGather(AllGather):
         self.own: Any = DefaultAllGather()
 
     def allocate(self, size: Any, *, dtype: Any, device: Any) -> Any:
-        """Memory as FSDP2's own object takes it: [size]."""
+        """Memory as FSDP2's own object takes it: [size].
+
+        Args:
+            size: Numbers of elements, one per dim.
+            dtype: Dtype of the elements.
+            device: The device of this rank.
+        """
         return self.own.allocate(size, dtype=dtype, device=device)
 
 
@@ -39,7 +45,13 @@ class OwnReduceScatter(ReduceScatter):
         self.own: Any = DefaultReduceScatter()
 
     def allocate(self, size: Any, *, dtype: Any, device: Any) -> Any:
-        """Memory as FSDP2's own object takes it: [size]."""
+        """Memory as FSDP2's own object takes it: [size].
+
+        Args:
+            size: Numbers of elements, one per dim.
+            dtype: Dtype of the elements.
+            device: The device of this rank.
+        """
         return self.own.allocate(size, dtype=dtype, device=device)
 
 
