@@ -13,9 +13,7 @@ needs both). The reduce-scatter, which the paper leaves flat, is the mirror imag
 
 Where a partition group has one rank on each node there is no second stage, and ``node`` is None.
 
-[Note: The stages of two units side by side]
-
-The first stage runs on a stream of its own, which waits for nothing but the input. So it runs beside the second stage
+*The stages of two units, side by side.* The first stage runs on a stream of its own, which waits for nothing but the input. So it runs beside the second stage
 of the unit before it, which uses the other kind of link. FSDP2 asks for the memory of the input on the stream that then
 fills it::
 
@@ -48,7 +46,7 @@ NOT_DIVIDED_BEFORE = (torch.float32, torch.bfloat16)
 class TwoStages(OrdinaryBuffers):
     """The groups of a two-stage collective in either direction, and the stream of its first stage.
 
-    See [Note: The stages of two units side by side].
+    The stages of two units run side by side, as the module says.
 
     Args:
         rail: Ranks with this local rank, one per node, in the order of nodes.
