@@ -13,9 +13,9 @@ needs both). The reduce-scatter, which the paper leaves flat, is the mirror imag
 
 Where a partition group has one rank on each node there is no second stage, and ``node`` is None.
 
-*The stages of two units, side by side.* The first stage runs on a stream of its own, which waits for nothing but the input. So it runs beside the second stage
-of the unit before it, which uses the other kind of link. FSDP2 asks for the memory of the input on the stream that then
-fills it::
+*The stages of two units, side by side.* The first stage runs on a stream of its own, which waits for nothing but the
+input. So it runs beside the second stage of the unit before it, which uses the other kind of link. FSDP2 asks for the
+memory of the input on the stream that then fills it::
 
     copy-in stream       fill 1   fill 2   fill 3
     rail stream                   rail 1   rail 2   rail 3
