@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from lightning_mics._torch.process_groups import (
     premultiplied_sum_factor,
     reduce_scatter_single,
 )
-from lightning_mics.collectives.traffic import Kind, Traffic, pair_share, sent_by
+from lightning_mics.collectives.traffic import Kind, SentShares, Traffic, part_of
 
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 
@@ -32,7 +33,7 @@ class CountedGroup:
         self._group = group
         self._gloo = backend == "gloo"
         self._traffic = traffic
-        self._nodes = nodes
+        self._sent_shares = SentShares(nodes, position=group.rank())
 
     @property
     def size(self) -> int:
@@ -51,6 +52,7 @@ class CountedGroup:
         *,
         technique: str,
         async_op: bool = False,
+        run: Callable[..., dist.Work | None] | None = None,
     ) -> dist.Work | None:
         """Gather every rank's shard, in the order of the group.
 
@@ -59,10 +61,11 @@ class CountedGroup:
             shard: Shard of this rank: [shard]; may be its part of ``output``.
             technique: Name that traffic is counted under.
             async_op: Whether to return at once with the work to wait for.
+            run: Collective to call in place of the backend's own over this group.
         """
         self._count("all_gather", self.size * shard.nbytes, technique)
-        work: dist.Work | None = all_gather_single(output, shard, group=self._group, async_op=async_op)
-        return work
+        run = run or partial(all_gather_single, group=self._group)
+        return run(output, shard, async_op=async_op)
 
     def reduce_scatter(
         self,
@@ -73,6 +76,7 @@ class CountedGroup:
         technique: str,
         wire_dtype: torch.dtype | None = None,
         async_op: bool = False,
+        run: Callable[..., dist.Work | None] | None = None,
     ) -> dist.Work | None:
         """Reduce over the ranks and leave each with its shard.
 
@@ -88,17 +92,23 @@ class CountedGroup:
             technique: Name that traffic is counted under.
             wire_dtype: Dtype of messages; None is that of ``source``.
             async_op: Whether to return at once with the work to wait for, where the backend's own collective runs.
+            run: Collective to call in place of the backend's own over this group.
 
         Raises:
             ValueError: If ``op`` is one that a local sum cannot do: other than SUM, AVG and PREMUL_SUM.
         """
-        if wire_dtype is not None or (self._gloo and pair_share(self._nodes, self.rank) in (0, 1)):
+        if wire_dtype is not None or (self._gloo and self._sent_shares.of_pairs in (0, 1)):
             parts = self._exchange(source.to(wire_dtype or source.dtype), technique)
             _reduce_locally(parts, output, op=op)
             return None
         self._count("reduce_scatter", source.nbytes, technique, gloo=self._gloo)
-        work: dist.Work | None = reduce_scatter_single(output, source, group=self._group, op=op, async_op=async_op)
-        return work
+        run = run or partial(reduce_scatter_single, group=self._group)
+        if source.dtype == torch.bfloat16 and (factor := premultiplied_sum_factor(op)) is not None:
+            # NCCL would be handed a factor of zero: https://github.com/pytorch/pytorch/issues/190745, ends with 2.14
+            run(output, source, op=dist.ReduceOp.SUM)
+            output.mul_(factor)
+            return None
+        return run(output, source, op=op, async_op=async_op)
 
     def all_reduce(self, tensor: Tensor, *, op: ReduceOp, technique: str, wire_dtype: torch.dtype) -> None:
         """Reduce ``tensor`` in place over the ranks, with messages in ``wire_dtype`` and sums in its own dtype.
@@ -111,7 +121,7 @@ class CountedGroup:
             technique: Name that traffic is counted under.
             wire_dtype: Dtype of messages.
         """
-        shard_numel = -(-tensor.numel() // self.size)
+        shard_numel = part_of(tensor.numel(), self.size)
         source = tensor.new_zeros(self.size * shard_numel, dtype=wire_dtype)
         source[: tensor.numel()].copy_(tensor.view(-1))
         shard = tensor.new_empty(shard_numel)
@@ -155,8 +165,7 @@ class CountedGroup:
         dist.broadcast(tensor, group=self._group, group_src=0)
 
     def _count(self, kind: Kind, total_bytes: int, technique: str, *, gloo: bool = False) -> None:
-        sent = sent_by(kind, total_bytes, nodes=self._nodes, position=self.rank, gloo=gloo)
-        self._traffic.record(technique, sent)
+        self._traffic.record(technique, self._sent_shares.sent(kind, total_bytes, gloo=gloo))
 
 
 def _reduce_locally(parts: Tensor, output: Tensor, *, op: ReduceOp) -> None:

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lightning_mics.collectives.traffic import Kind, Sent, sent_by
+from lightning_mics.collectives.traffic import Kind, Sent, part_of, sent_by
 from lightning_mics.cost.collective import Collective
 from lightning_mics.sharding.blocks import group_modules
 from lightning_mics.sharding.options import CommunicationOptions
@@ -171,7 +171,7 @@ class _Step:
         wire, replicas = self.options.inter_node_reduce_dtype, self.topology.replicas
         if wire is None:
             return [self._run("all_reduce", "replication", shard, dtype, when=when)]
-        padded = -(-shard // replicas) * replicas
+        padded = part_of(shard, replicas) * replicas
         kinds: tuple[Kind, Kind] = ("all_to_all", "all_gather")
         return [self._run(kind, "replication", padded, wire, when=when) for kind in kinds]
 

@@ -12,7 +12,6 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
-from lightning_mics._torch.process_groups import check_order
 from lightning_mics.policy.choice import Choice, choose
 from lightning_mics.policy.memory import ModelSize, device_memory_bytes, measure_model
 from lightning_mics.policy.options import PolicyOptions, check_names
@@ -23,7 +22,7 @@ from lightning_mics.sharding.modules.initializers import describe_initializers
 from lightning_mics.sharding.options import CommunicationOptions, floating_dtype
 from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
 from lightning_mics.sharding.sharded import Sharded
-from lightning_mics.techniques.partition_groups import choose_hierarchical, create_partition_groups
+from lightning_mics.techniques.partition_groups import create_partition_groups
 from lightning_mics.topology import Topology
 
 
@@ -58,6 +57,7 @@ class Policy:
         self._block_classes = policy.get("block_classes")
         self._activation_checkpointing = policy.get("activation_checkpointing", False)
         self._broadcast_buffers = policy.get("broadcast_buffers", True)
+        self._rail_max_ctas = policy.get("rail_max_ctas")
         self._timeout = timeout
 
     def check(self, *, world_size: int, local_size: int) -> None:
@@ -75,7 +75,7 @@ class Policy:
         size = node_size if self.partition_size == "auto" else self.partition_size
         topology = Topology(world_size=world_size, ranks_per_node=node_size, partition_size=size)
         if self.partition_size != "auto":
-            self._check_collectives(topology)
+            self.communication.check(topology)
 
     def shard(
         self, model: nn.Module, *, precision: str, device: torch.device, local_size: int, training: bool = True
@@ -110,13 +110,14 @@ class Policy:
         )
         if self._block_classes is None and not blocks and size.gathered_bytes:
             _check_one_unit(model, choice)
-        self._check_collectives(choice.topology)
+        self.communication.check(choice.topology)
         initializers = describe_initializers(model)
         groups = create_partition_groups(
             choice.topology,
             device_type=device.type,
             hierarchical=choice.communication.hierarchical,
             timeout=self._timeout,
+            rail_max_ctas=self._rail_max_ctas,
         )
         schedule = shard_model(
             model,
@@ -182,11 +183,6 @@ class Policy:
 
     def _node_size(self, local_size: int) -> int:
         return self._ranks_per_node or local_size
-
-    def _check_collectives(self, topology: Topology) -> None:
-        if choose_hierarchical(self.communication.hierarchical, topology):
-            check_order(topology.partition_group(0))
-        self.communication.check(topology)
 
 
 def _check_one_unit(model: nn.Module, choice: Choice) -> None:

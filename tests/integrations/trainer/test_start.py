@@ -20,7 +20,6 @@ from lightning.pytorch.trainer.connectors import accelerator_connector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_mics import MiCSStrategy
-from lightning_mics._torch import process_groups
 from lightning_mics.policy.memory import measure_model
 from lightning_mics.topology import Topology
 from tests.support.models import TinyModule
@@ -244,15 +243,3 @@ def test_weight_averaging_callbacks_are_rejected(tmp_path: Path) -> None:
         f"{name} copies the unsharded model, which no rank holds with strategy 'mics'; remove it"
         for name in ("StochasticWeightAveraging", "EMAWeightAveraging", "WeightAveraging")
     ]
-
-
-def test_a_torch_without_unsorted_groups_is_rejected_with_the_version_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(process_groups, "HAS_UNSORTED_GROUPS", False)
-    strategy = mics(partition_size=4)
-    trainer = make_trainer(tmp_path, strategy=strategy)
-    strategy.connect(TinyModule())
-    strategy.lightning_module._trainer = trainer
-    with pytest.raises(RuntimeError, match=r"spans nodes of several ranks needs torch >= 2\.13, this is torch"):
-        strategy.setup_environment()  # before any rank communicates
