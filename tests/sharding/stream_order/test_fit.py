@@ -86,7 +86,10 @@ def test_nothing_waits_between_the_boundaries_of_a_fit(
 ) -> None:
     for counted in on_ranks(fit, tmp_path, net, options):
         assert counted["problems"] == {}
-        assert {place for place in counted["waits"] if place.startswith("package")} == set()
+        ours = {place for place in counted["waits"] if place.startswith("package")}
+        assert {
+            place for place in ours if "control.py" not in place
+        } == set()  # what ranks tell each other is on the CPU
         collectives = counted["collectives"]
         assert collectives.pop("mics partition", 0) + collectives.pop("mics rail", 0) > STEPS
         assert collectives.keys() <= {"mics node", "mics replication"}
