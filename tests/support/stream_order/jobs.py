@@ -57,22 +57,25 @@ PRECISIONS = {"32-true": None, "bf16-mixed": None, "bf16-true": torch.float32}  
 class Block(nn.Module):
     """A residual block of which no dimension divides by a number of ranks."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, further_parameters: int) -> None:
         super().__init__()
         self.up = nn.Linear(dim, 2 * dim + 1)
         self.down = nn.Linear(2 * dim + 1, dim)
+        self.scales = nn.ParameterList(torch.ones(dim) for _ in range(further_parameters))
 
     def forward(self, hidden: Tensor) -> Tensor:  # [batch, seq, dim] -> same
+        for scale in self.scales:
+            hidden = hidden * scale
         return hidden + self.down(torch.tanh(self.up(hidden)))
 
 
 class Network(nn.Module):
     """A language model of three blocks, with an embedding and a head that belong to the root."""
 
-    def __init__(self, dim: int = 7) -> None:
+    def __init__(self, dim: int = 7, *, further_parameters: int = 0) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, dim)
-        self.blocks = nn.ModuleList(Block(dim) for _ in range(3))
+        self.blocks = nn.ModuleList(Block(dim, further_parameters) for _ in range(3))
         self.head = nn.Linear(dim, VOCAB)
 
     def forward(self, tokens: Tensor) -> Tensor:  # [batch, seq] -> []
@@ -230,15 +233,26 @@ USAGES: dict[str, Callable[[Job], None]] = {
 
 
 @contextmanager
-def simulated_job(options: str, precision: str, *, recomputed: bool = False) -> Iterator[Job]:
-    """One rank of a job with an option set, after a first window, which makes the optimizer's states."""
+def simulated_job(
+    options: str, precision: str, *, recomputed: bool = False, further_parameters: int = 0
+) -> Iterator[Job]:
+    """One rank of a job with an option set.
+
+    Args:
+        options: Option set by name.
+        precision: Precision by Lightning's name.
+        recomputed: Whether blocks are recomputed in backward.
+        further_parameters: Number of parameters that each block has beside those of its layers.
+    """
     (world_size, ranks_per_node, partition_size), communication = OPTIONS[options]
     topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
     with rehearsed_job(world_size=world_size, rank=world_size // 2 + 1):
         groups = create_partition_groups(topology, device_type="cpu", hierarchical=communication.hierarchical)
         groups = replace(groups, backend="nccl")
         torch.manual_seed(0)
-        model = Network().to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
+        model = Network(further_parameters=further_parameters).to(
+            torch.bfloat16 if precision == "bf16-true" else torch.float32
+        )
         schedule = shard_model(
             model,
             groups,

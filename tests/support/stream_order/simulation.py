@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
@@ -114,7 +115,6 @@ class Simulation:
 
     def run(self, operation: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation as one that was enqueued on the current stream, or on that of its process group."""
-        named = {argument.name: value for argument, value in zip(operation._schema.arguments, args, strict=False)}
         group = group_of(operation, args)
         if group is not None and group.group_desc == CONTROL:
             return self._run_on_host(operation, args, kwargs)
@@ -122,7 +122,7 @@ class Simulation:
             self.collectives["the default group" if group is dist.group.WORLD else group.group_desc] += 1
         if operation.namespace == "_c10d_functional":
             return self._run_functional(operation, args, kwargs)
-        if operation.namespace == "c10d" and {**named, **kwargs}.get("asyncOp", named.get("async_op")):
+        if group is not None and _is_asynchronous(operation, args, kwargs):
             stream = self._of_group(operation, args)
             stream.wait_stream(self.current)
             with self.on(stream):
@@ -287,7 +287,7 @@ class _Watch(TorchDispatchMode):
 def simulated_streams() -> Iterator[Simulation]:
     """Simulate the streams of a device on CPU tensors."""
     simulation = Simulation()
-    wait, resize = dist.Work.wait, torch.UntypedStorage.resize_
+    resize = torch.UntypedStorage.resize_
     of_device = {
         "Stream": simulation.new_stream,
         "Event": partial(_DeviceEvent, simulation),
@@ -300,13 +300,17 @@ def simulated_streams() -> Iterator[Simulation]:
     in_place += [(torch.cuda, "synchronize", of_device["synchronize"])]
     in_place += [(package_streams, "WITHOUT_STREAMS", frozenset({"meta"}))]
     in_place += [
-        (dist.Work, "wait", lambda work, *args, **kw: simulation.wait_for_work(wait, work, *args, **kw)),
         (torch.UntypedStorage, "resize_", lambda storage, size: simulation.resize(resize, storage, size)),
         (torch.Tensor, "record_stream", lambda tensor, stream: simulation.record_stream(tensor, stream)),
     ]
+    in_place += [(kind, "wait", _waiting_for_work(simulation, kind.wait)) for kind in (dist.Work, FakeWork)]
     in_place += [(torch.Tensor, name, _waiting(simulation, name)) for name in ("cpu", "numpy", "tolist")]
     with _replaced(in_place), _Watch(simulation):
         yield simulation
+
+
+def _waiting_for_work(simulation: Simulation, wait: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda work, *args, **kwargs: simulation.wait_for_work(wait, work, *args, **kwargs)
 
 
 def _waiting(simulation: Simulation, name: str) -> Callable[..., Any]:
@@ -339,6 +343,15 @@ def _replaced(in_place: list[tuple[Any, str, Any]]) -> Iterator[None]:
 @cache
 def _name(operation: Any) -> str:
     return f"{operation.namespace}.{operation.overloadpacket.__name__}"
+
+
+def _is_asynchronous(operation: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a collective goes to a stream of its group; arguments that have their default value are not passed."""
+    for position, argument in enumerate(operation._schema.arguments):
+        if argument.name in ("async_op", "asyncOp"):
+            given = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
+            return bool(given)
+    return False
 
 
 def _accesses(operation: Any, name: str, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -398,6 +411,8 @@ def _place() -> tuple[str, str]:
             frames.append(f"{file}:{frame.f_lineno} {frame.f_code.co_name}")
             if of_frame == "user":
                 break
+        elif frame.f_code.co_name == "_engine_run_backward":  # its operations are those of the user's forward
+            owner = owner or "user"
         frame = frame.f_back
     return owner or "user", " < ".join(frames)
 
