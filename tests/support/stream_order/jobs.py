@@ -131,7 +131,7 @@ class Job:
 
 def train(job: Job) -> None:
     job.window()
-    job.window()
+    job.window(micro_steps=2)
 
 
 def unshard_by_hand(job: Job) -> None:
@@ -165,7 +165,7 @@ def prefetch(job: Job) -> None:
     for index, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 3])
         block.set_modules_to_backward_prefetch(blocks[max(0, index - 2) : index][::-1])
-    job.window()
+    job.window(micro_steps=2)
     for block in blocks:
         block.set_modules_to_forward_prefetch([])
         block.set_modules_to_backward_prefetch([])
@@ -182,7 +182,7 @@ def change_weights_inside(job: Job) -> None:
                 parameter.to_local().mul_(0.99)
         job.schedule.invalidate_cache()
 
-    job.window(between)
+    job.window(between, micro_steps=2)
 
 
 def train_on_a_stream_of_ones_own(job: Job) -> None:
@@ -234,7 +234,7 @@ USAGES: dict[str, Callable[[Job], None]] = {
 
 @contextmanager
 def simulated_job(
-    options: str, precision: str, *, recomputed: bool = False, further_parameters: int = 0
+    options: str, precision: str, *, recomputed: bool = False, further_parameters: int = 0, buffer: bool = False
 ) -> Iterator[Job]:
     """One rank of a job with an option set.
 
@@ -243,6 +243,7 @@ def simulated_job(
         precision: Precision by Lightning's name.
         recomputed: Whether blocks are recomputed in backward.
         further_parameters: Number of parameters that each block has beside those of its layers.
+        buffer: Whether the model has a buffer.
     """
     (world_size, ranks_per_node, partition_size), communication = OPTIONS[options]
     topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
@@ -253,6 +254,8 @@ def simulated_job(
         model = Network(further_parameters=further_parameters).to(
             torch.bfloat16 if precision == "bf16-true" else torch.float32
         )
+        if buffer:
+            model.register_buffer("scale", torch.ones(3))
         schedule = shard_model(
             model,
             groups,

@@ -41,7 +41,7 @@ WAITS = {  # operations with a result that the host needs
     "aten._unique2",
     "c10d.barrier",
 }
-WITHOUT_ACCESS = {"aten.detach", "aten.alias", "aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided"}
+WITHOUT_ACCESS = {"aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided"}
 CONTROL = "mics control plane"  # the process groups of the control plane, on gloo
 COUNT_AS_PACKAGE: set[str] = set()  # further files, whose functions stand in for some of the package
 OUTPUT_FIRST = {"c10d._allgather_base_", "c10d._reduce_scatter_base_", "c10d.alltoall_base_"}
@@ -170,7 +170,7 @@ class Simulation:
             self.wait_on_host(stream.seen)
         known = {tensor.untyped_storage()._cdata for tensor in (*reads, *writes)}
         result = operation(*args, **kwargs)
-        for tensor in () if operation.is_view else tensors_in(result):
+        for tensor in tensors_in(result):
             storage = tensor.untyped_storage()
             if storage._cdata not in known and not self.memory.knows(tensor):
                 self.memory.allocate(storage, allocated_on or stream, place=place)
@@ -277,6 +277,8 @@ class _Watch(TorchDispatchMode):
         if any(issubclass(each, (DTensor, AsyncCollectiveTensor)) for each in types):
             return NotImplemented  # operations on what is inside come
         kwargs = kwargs or {}
+        if operation.is_view:  # launches nothing
+            return operation(*args, **kwargs)
         given = (*tensors_in(args), *tensors_in(list(kwargs.values())))
         if any(isinstance(tensor, FakeTensor) or tensor.device.type != "cpu" for tensor in given):
             return operation(*args, **kwargs)
@@ -356,7 +358,7 @@ def _is_asynchronous(operation: Any, args: Any, kwargs: Any) -> bool:
 
 def _accesses(operation: Any, name: str, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors that an operation reads, and those that it writes in place."""
-    if operation.is_view or name in WITHOUT_ACCESS:
+    if name in WITHOUT_ACCESS:
         return [], []
     if name in OUTPUT_FIRST:
         return list(tensors_in(args[1])), list(tensors_in(args[0]))
