@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -13,13 +15,20 @@ from lightning_mics._torch.process_groups import (
     premultiplied_sum_factor,
     reduce_scatter_single,
 )
+from lightning_mics._torch.profiling import named_range
 from lightning_mics.collectives.traffic import Kind, Traffic, pair_share, sent_by
 
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 
 
+_HOPS = {"reduce": "hop 1: ", "all-reduce": "hop 2: "}  # by the first word of a technique
+
+
 class CountedGroup:
     """A process group with the collectives that techniques are made of.
+
+    Profilers show each collective as a range with the names of its technique and its parameter group, such as
+    ``MiCS::hop 1: reduce inside nodes (blocks.3)``.
 
     Args:
         group: Process group of this rank.
@@ -33,6 +42,17 @@ class CountedGroup:
         self._gloo = backend == "gloo"
         self._traffic = traffic
         self._nodes = nodes
+        self._unit: str | None = None
+
+    def of_unit(self, name: str) -> CountedGroup:
+        """The same group for the collectives of one parameter group, which profilers then name.
+
+        Args:
+            name: Fully qualified name of the parameter group's module; empty for the root.
+        """
+        named = copy.copy(self)
+        named._unit = name or "root"
+        return named
 
     @property
     def size(self) -> int:
@@ -61,7 +81,8 @@ class CountedGroup:
             async_op: Whether to return at once with the work to wait for.
         """
         self._count("all_gather", self.size * shard.nbytes, technique)
-        work: dist.Work | None = all_gather_single(output, shard, group=self._group, async_op=async_op)
+        with self._range(technique):
+            work: dist.Work | None = all_gather_single(output, shard, group=self._group, async_op=async_op)
         return work
 
     def reduce_scatter(
@@ -93,11 +114,13 @@ class CountedGroup:
             ValueError: If ``op`` is one that a local sum cannot do: other than SUM, AVG and PREMUL_SUM.
         """
         if wire_dtype is not None or (self._gloo and pair_share(self._nodes, self.rank) in (0, 1)):
-            parts = self._exchange(source.to(wire_dtype or source.dtype), technique)
-            _reduce_locally(parts, output, op=op)
+            with self._range(technique):
+                parts = self._exchange(source.to(wire_dtype or source.dtype), technique)
+                _reduce_locally(parts, output, op=op)
             return None
         self._count("reduce_scatter", source.nbytes, technique, gloo=self._gloo)
-        work: dist.Work | None = reduce_scatter_single(output, source, group=self._group, op=op, async_op=async_op)
+        with self._range(technique):
+            work: dist.Work | None = reduce_scatter_single(output, source, group=self._group, op=op, async_op=async_op)
         return work
 
     def all_reduce(self, tensor: Tensor, *, op: ReduceOp, technique: str, wire_dtype: torch.dtype) -> None:
@@ -115,18 +138,20 @@ class CountedGroup:
         source = tensor.new_zeros(self.size * shard_numel, dtype=wire_dtype)
         source[: tensor.numel()].copy_(tensor.view(-1))
         shard = tensor.new_empty(shard_numel)
-        _reduce_locally(self._exchange(source, technique), shard, op=op)
+        with self._range(technique):
+            _reduce_locally(self._exchange(source, technique), shard, op=op)
         self.all_gather(source, shard.to(wire_dtype), technique=technique)
         tensor.view(-1).copy_(source[: tensor.numel()])
 
     def count_all_reduce(self, tensor: Tensor, *, technique: str) -> None:
-        """Count an all-reduce over this group that FSDP2 has run.
+        """Count an all-reduce over this group that FSDP2 has run; profilers show a mark behind it.
 
         Args:
             tensor: Reduced values: [any].
             technique: Name that traffic is counted under.
         """
-        self._count("all_reduce", tensor.nbytes, technique)
+        with self._range(technique):
+            self._count("all_reduce", tensor.nbytes, technique)
 
     def count_direct_use(self, kind: Kind, total_bytes: int) -> None:
         """Count a collective over this group that serves the direct use of a sharded parameter.
@@ -152,7 +177,11 @@ class CountedGroup:
             technique: Name that traffic is counted under.
         """
         self._count("broadcast", tensor.nbytes, technique)
-        dist.broadcast(tensor, group=self._group, group_src=0)
+        with self._range(technique):
+            dist.broadcast(tensor, group=self._group, group_src=0)
+
+    def _range(self, technique: str) -> AbstractContextManager[object]:
+        return named_range(lambda: f"MiCS::{_HOPS.get(technique.split()[0], '')}{technique} ({self._unit or 'all'})")
 
     def _count(self, kind: Kind, total_bytes: int, technique: str, *, gloo: bool = False) -> None:
         sent = sent_by(kind, total_bytes, nodes=self._nodes, position=self.rank, gloo=gloo)

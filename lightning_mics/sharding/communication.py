@@ -68,7 +68,9 @@ class Communication:
         """Set the collectives of every parameter group under ``root``; returns the schedule that drives them."""
         for name, module in fsdp_modules(root).items():
             if self._topology.partition_size > 1:
-                module.set_custom_all_gather(self._agreement.before_gathers(name, module, self._all_gather(module)))
+                module.set_custom_all_gather(
+                    self._agreement.before_gathers(name, module, self._all_gather(name, module))
+                )
                 if self._options.cache_parameters == "rank" or self._options.allow_unused:
                     self._on_rank[name] = RankCache(module)
                 module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
@@ -102,27 +104,28 @@ class Communication:
         schedule.units = UnitHooks(root)  # around what was set above
         return schedule
 
-    def _all_gather(self, module: FSDPModule) -> AllGather:
+    def _all_gather(self, name: str, module: FSDPModule) -> AllGather:
         if self._rail is None:
-            return FlatAllGather(self._partition)
+            return FlatAllGather(self._partition.of_unit(name))
+        rail, node = self._rail.of_unit(name), self._node and self._node.of_unit(name)
         if self._options.cache_parameters != "node":
-            return HierarchicalAllGather(rail=self._rail, node=self._node)
-        cache = NodeCache(rail=self._rail, node=self._node, module=module)
+            return HierarchicalAllGather(rail=rail, node=node)
+        cache = NodeCache(rail=rail, node=node, module=module)
         self._caches.append(cache)
         return cache
 
     def _reduce_scatter(self, name: str, module: FSDPModule) -> ReduceScatter:
         if self._rail is None:
-            return FlatReduceScatter(self._partition)
+            return FlatReduceScatter(self._partition.of_unit(name))
+        rail, node = self._rail.of_unit(name), self._node and self._node.of_unit(name)
         wire_dtype = self._options.inter_node_reduce_dtype
         if self._options.accumulate_gradients != "node":
-            return HierarchicalReduceScatter(rail=self._rail, node=self._node, wire_dtype=wire_dtype)
+            return HierarchicalReduceScatter(rail=rail, node=node, wire_dtype=wire_dtype)
         pending_gradients = self._pending_gradients_of(name, module)
-        return NodeReduceScatter(
-            rail=self._rail, node=self._node, pending_gradients=pending_gradients, wire_dtype=wire_dtype
-        )
+        return NodeReduceScatter(rail=rail, node=node, pending_gradients=pending_gradients, wire_dtype=wire_dtype)
 
-    def _set_second_hop(self, name: str, module: FSDPModule, replication: CountedGroup) -> None:
+    def _set_second_hop(self, name: str, module: FSDPModule, replicas: CountedGroup) -> None:
+        replication = replicas.of_unit(name)
         wire_dtype = self._options.inter_node_reduce_dtype
         if wire_dtype is None:
 
