@@ -34,12 +34,13 @@ def run(findings: Findings) -> None:
     """Run the part."""
     on_gpu = findings.device == "cuda"
     size = LARGE if on_gpu else SMALL
-    for name, (topology, communication) in JOBS.items():
+    for name, (topology, communication) in JOBS.items() if on_gpu else list(JOBS.items())[2:3]:
         with findings.attempt(name):
             planned = _rehearsed(size, topology, communication)
             findings.add(f"{name}: rehearsed peak, GiB", round(planned / 2**30, 4))
             if not on_gpu:
-                _train(size, topology, communication, findings.device)
+                seen = _train(size, topology, communication, findings.device)
+                findings.add(f"{name}: most memory allocated on CPUs, which do not count it", seen["allocated"])
                 continue
             torch.cuda.set_device(0)
             left_over = torch.cuda.memory_allocated()

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ def run_part(name: str, device: str, out: Path) -> dict[str, Any]:
     Returns:
         What it found, why it failed, how long it took, and its pictures.
     """
+    if device == "cpu":  # forked: what is imported here, no part has to import again
+        with suppress(Exception):
+            importlib.import_module(PARTS[name].module)
     with tempfile.TemporaryDirectory() as scratch:
         process = context_of(device).Process(target=_part, args=(name, device, scratch))
         begun = time.monotonic()
