@@ -13,7 +13,7 @@ ARGS ?=
 # Processes that run tests; a test may start up to 8 ranks of its own. A file's tests stay together and share ranks.
 JOBS ?= 2
 
-.PHONY: train test test-oldest campaign check format docs dist clean
+.PHONY: train test test-oldest campaign gpu check format docs dist clean
 
 train: $(VENV)/.installed-recipes
 	$(BIN)/python train.py $(ARGS)
@@ -34,6 +34,10 @@ campaign: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist=loadfile --campaign -m campaign $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kill_while_saving --kills 100
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.fuzz_checkpoints --mutations 2000
+
+# Everything that one GPU can show; ARGS="--part memory" one part, ARGS="--device cpu" all of it small.
+gpu: $(VENV)/.installed-recipes
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from lightning_mics.policy.choice import Choice, choose
 from lightning_mics.policy.memory import ModelSize, device_memory_bytes, measure_model
 from lightning_mics.policy.options import PolicyOptions, check_names
+from lightning_mics.policy.out_of_memory import memory_advice
 from lightning_mics.policy.start_report import start_report
 from lightning_mics.sharding.activation_checkpointing import find_recomputed
 from lightning_mics.sharding.blocks import find_blocks
@@ -95,7 +96,8 @@ class Policy:
         """
         mixed_precision = mixed_precision_policy(precision, reduce_dtype=self._reduce_dtype)
         blocks = find_blocks(model, self._block_classes, may_be_empty=not training)
-        find_recomputed(model, blocks, self._activation_checkpointing)  # raises before ranks wait for each other
+        # raises before ranks wait for each other
+        recomputed = find_recomputed(model, blocks, self._activation_checkpointing)
         size = measure_model(
             model,
             blocks.values(),
@@ -131,7 +133,8 @@ class Policy:
         half = precision == "bf16-true"
         reduce_dtype = mixed_precision.reduce_dtype or (torch.bfloat16 if half else torch.float32)
         report = start_report(choice, reduce_dtype=reduce_dtype, initializers=initializers)
-        return Sharded(groups, schedule, report, tuple(blocks.values()))
+        advice = memory_advice(choice, recomputes=bool(recomputed))
+        return Sharded(groups, schedule, report, tuple(blocks.values()), advice)
 
     def choose(self, size: ModelSize, *, world_size: int, local_size: int, capacity_bytes: int) -> Choice:
         """Choose how to shard a model: these options, with "auto" replaced by what memory allows.

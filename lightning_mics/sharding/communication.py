@@ -71,7 +71,7 @@ class Communication:
         """Set the collectives of every parameter group under ``root``; returns the schedule that drives them."""
         for name, module in fsdp_modules(root).items():
             if self._topology.partition_size > 1:
-                gather, reduce = self._all_gather(module), self._reduce_scatter(name, module)
+                gather, reduce = self._all_gather(name, module), self._reduce_scatter(name, module)
                 module.set_custom_all_gather(self._agreement.before_gathers(name, module, gather))
                 if self._options.cache_parameters == "rank" or self._options.allow_unused:
                     self._on_rank[name] = RankCache(module)
@@ -110,32 +110,35 @@ class Communication:
         schedule.units = UnitHooks(root)  # around what was set above
         return schedule
 
-    def _all_gather(self, module: FSDPModule) -> AllGather:
+    def _all_gather(self, name: str, module: FSDPModule) -> AllGather:
         if self._rail is None:
-            return FlatAllGather(self._partition)
+            return FlatAllGather(self._partition.of_unit(name))
+        rail, node = self._rail.of_unit(name), self._node and self._node.of_unit(name)
         if self._options.cache_parameters != "node":
-            return HierarchicalAllGather(rail=self._rail, node=self._node, first_stage=self._gathers_begin_on)
-        cache = NodeCache(rail=self._rail, node=self._node, module=module, first_stage=self._gathers_begin_on)
+            return HierarchicalAllGather(rail=rail, node=node, first_stage=self._gathers_begin_on)
+        cache = NodeCache(rail=rail, node=node, module=module, first_stage=self._gathers_begin_on)
         self._caches.append(cache)
         return cache
 
     def _reduce_scatter(self, name: str, module: FSDPModule) -> ReduceScatter:
         if self._rail is None:
-            return FlatReduceScatter(self._partition)
+            return FlatReduceScatter(self._partition.of_unit(name))
+        rail, node = self._rail.of_unit(name), self._node and self._node.of_unit(name)
         wire_dtype = self._options.inter_node_reduce_dtype
         if self._options.accumulate_gradients != "node":
             return HierarchicalReduceScatter(
-                rail=self._rail, node=self._node, first_stage=self._reductions_begin_on, wire_dtype=wire_dtype
+                rail=rail, node=node, first_stage=self._reductions_begin_on, wire_dtype=wire_dtype
             )
         return NodeReduceScatter(
-            rail=self._rail,
-            node=self._node,
+            rail=rail,
+            node=node,
             pending_gradients=self._pending_gradients_of(name, module),
             first_stage=self._reductions_begin_on,
             wire_dtype=wire_dtype,
         )
 
-    def _set_second_hop(self, name: str, module: FSDPModule, replication: CountedGroup) -> None:
+    def _set_second_hop(self, name: str, module: FSDPModule, replicas: CountedGroup) -> None:
+        replication = replicas.of_unit(name)
         wire_dtype = self._options.inter_node_reduce_dtype
         if wire_dtype is None:
 
