@@ -52,6 +52,19 @@ def gloo_group(ranks: Sequence[int], *, timeout: timedelta | None) -> dist.Proce
     return group
 
 
+def group_of_all(*, timeout: timedelta | None) -> dist.ProcessGroup:
+    """A gloo group of all ranks, which all of them make.
+
+    It may be made at any time: unlike those of some ranks, its name does not depend on the groups of this rank.
+
+    Args:
+        timeout: Longest time of its collectives; None is the backend's default.
+    """
+    group = dist.new_group(backend="gloo", timeout=timeout, group_desc="mics control plane")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def exchange(group: dist.ProcessGroup, record: bytes) -> list[bytes]:
     """Every rank's record, in the order of the group; it blocks, and is no operation of torch.
 

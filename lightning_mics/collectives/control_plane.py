@@ -21,6 +21,15 @@ the job's store twice a second. A rank that has waited in a meeting posts there 
 others compare it with what their rank did at this position of the stream. The first that finds a difference posts the
 verdict; all watchers read it, and abort the process groups, so that every rank raises it from wherever it waits. A rank
 that raises an exception, or whose program ends, posts that as well, and does not wait.
+
+A comparison that nobody has to wait for at once, such as that of signals after each step, stays in flight while ranks
+train, meet and save, all on one gloo group. Gloo numbers the collectives of a group as they are begun, and delivers
+messages by this number and the kind of collective, however many are in flight. So they match if all ranks *begin* them
+in one order; when each rank waits does not matter. The order is agreed on: a comparison is an entry of the streams and
+begins right after it. Ranks come to a position of a stream either all as predicted, and begin the comparison without a
+meeting, or all unexpectedly, and begin it after the meeting. In between lies an error: some have begun a comparison,
+others a meeting of the same number. These are of different kinds, so neither receives the other's data, and the
+watchers end both. Collectives inside of an operation of all ranks, such as saving, come after its entry.
 """
 
 from __future__ import annotations
@@ -28,7 +37,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -38,7 +47,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_mics._torch.control import exchange, gloo_group, is_rehearsed, job_store, was_cut_off
+from lightning_mics._torch.control import exchange, gloo_group, group_of_all, is_rehearsed, job_store, was_cut_off
 from lightning_mics.collectives import watcher
 from lightning_mics.collectives.watcher import RAISES, Waiting, Watcher, difference, kind
 
@@ -144,13 +153,14 @@ class ControlPlane:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._group: dist.ProcessGroup | None = None
         self._watcher: Watcher | None = None
-        if self._size > 1 and not is_rehearsed():  # in a rehearsal all ranks agree
-            self._group = gloo_group(range(self._size), timeout=timeout)
-            self._watcher = Watcher(self, job_store(self._group), self._streams)
+        if not is_rehearsed():  # there all ranks agree
+            self._group = group_of_all(timeout=timeout)
+            if self._size > 1:
+                self._watcher = Watcher(self, job_store(self._group), self._streams)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The gloo group of all ranks; None, the default group, in a rehearsal."""
+        """The gloo group of all ranks, also where there is one; None, the default group, in a rehearsal."""
         return self._group
 
     def stream(self, ranks: Sequence[int]) -> Stream | None:
@@ -187,6 +197,11 @@ class ControlPlane:
             RanksDifferError: If another rank does something else, before the operation or while this rank waits in it.
         """
         self.agree(entry)
+        with self._explaining():
+            yield
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -205,9 +220,29 @@ class ControlPlane:
         Raises:
             RanksDifferError: If other ranks do something else.
         """
-        with self.together(entry):
-            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
-        return values
+        return self.begin_largest(values, entry)()
+
+    def begin_largest(self, values: torch.Tensor, entry: str) -> Callable[[], torch.Tensor]:
+        """Begin :meth:`largest` and return a function that waits for its result; every rank calls both.
+
+        Collectives may be in flight at the same time: see [Note: Agreement without waiting].
+
+        Args:
+            values: Values of this rank on the CPU, [any], which must not change until the function has returned.
+            entry: What is done, in words.
+
+        Raises:
+            RanksDifferError: If other ranks do something else; the function raises it too.
+        """
+        self.agree(entry)
+        work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+        def result() -> torch.Tensor:
+            with self._explaining():
+                work.wait()
+            return values
+
+        return result
 
     def check(self) -> None:
         """Raise the job's error, if there is one.

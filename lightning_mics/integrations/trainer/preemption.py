@@ -6,13 +6,17 @@ inside the handler, where ranks may be at different points: a collective that on
 collective of the others. Here a handler only records the request. Ranks compare their requests at points that all of
 them reach in the same order, by an all-reduce of one number::
 
-    rank 0    step 7 ------------- compare: nothing    step 8 ------------- compare: SIGTERM   save   exit
-    rank 1    step 7 ------------- compare: nothing    step 8 -- SIGTERM -- compare: SIGTERM   save   exit
+    rank 0    step 7 ------------- read: -  begin     step 8 ---- read: SIGTERM   save   exit
+    rank 1    step 7 -- SIGTERM -- read: -  begin     step 8 ---- read: SIGTERM   save   exit
 
-So every rank receives the same request at the same point, at any time and number of signals. (The process group's store
-would not do: ranks that read it at different times get different answers. They would have to agree on a later step, and
-one server would answer all of them.) The points are after each optimizer step, never inside an accumulation window, and
-after each batch of an evaluation. If a validation follows a step, the checkpoint records that it is still to be run.
+A comparison that begins after a step is read after the next one. By then all ranks have long begun it, so a step waits
+neither for a device nor for the slowest rank: see [Note: Agreement without waiting]. And every rank
+receives the same request at the same point, at any time and number of signals. (The process group's store would not do:
+ranks that read it at different times get different answers. They would have to agree on a later step, and one server
+would answer all of them.) The points are after each optimizer step, never inside an accumulation window, and after some
+batches of an evaluation: about one second apart, but no more than :data:`MOST_BATCHES`, and read after the next batch.
+At the end of a loop requests are compared and read at once. If a validation follows a step, the checkpoint records that
+it is still to be run.
 
 The file is the ``last`` checkpoint of the first ModelCheckpoint that saves more than weights, for ``ckpt_path="last"``;
 before requeuing it is ``hpc_ckpt_N.ckpt`` in ``default_root_dir``, which Lightning finds by itself. Then all ranks
@@ -23,6 +27,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any
@@ -39,6 +44,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_mics.integrations.trainer.boundary import validation_follows
+
+MOST_BATCHES = 16  # of an evaluation from one comparison to the next
+APART = 1000  # milliseconds between two comparisons in an evaluation, as long as a batch is shorter
+
+BeginMax = Callable[[Tensor, str], Callable[[], Tensor]]
 
 
 class Request(IntEnum):
@@ -74,20 +84,21 @@ class StopTogether(Callback):
 
     Args:
         recorder: Recorder of this rank's signals.
-        reduce_max: Returns the elementwise maximum of a tensor over all ranks; every rank calls it.
+        begin_max: Begins the elementwise maximum of a tensor over all ranks, described in words, and returns a function
+            that waits for it and returns it; every rank calls both.
         wait_for_checkpoints: Returns when the files of all checkpoints are complete.
     """
 
     def __init__(
-        self,
-        recorder: SignalRecorder,
-        *,
-        reduce_max: Callable[[Tensor], Tensor],
-        wait_for_checkpoints: Callable[[], None],
+        self, recorder: SignalRecorder, *, begin_max: BeginMax, wait_for_checkpoints: Callable[[], None]
     ) -> None:
         self._recorder = recorder
-        self._reduce_max = reduce_max
+        self._begin_max = begin_max
         self._wait_for_checkpoints = wait_for_checkpoints
+        self._begun: Callable[[], Tensor] | None = None  # the comparison in flight
+        self._last_batch = 0.0  # time at which it ended, seconds
+        self._batches = 0  # of an evaluation since a comparison began
+        self._batches_apart = 1
         self._steps = 0
         self._at_boundary = True  # a resumed run may begin with the validation that follows a step
         self._equally_many = False
@@ -103,12 +114,14 @@ class StopTogether(Callback):
         self._at_boundary = trainer.global_step != self._steps
         self._steps = trainer.global_step
         if self._at_boundary and not validation_follows(trainer):
-            self._stop_if_asked(trainer)
+            self._stop_if_asked(trainer, self._read())
+            self._begin()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._at_boundary:
-            self._stop_if_asked(trainer)
+            self._compare_at_end(trainer)
+        self._read()
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -116,13 +129,13 @@ class StopTogether(Callback):
 
     @override
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self._equally_many and (self._at_boundary or not _training(trainer)):
-            self._stop_if_asked(trainer)
+        if self._at_boundary or not _training(trainer):
+            self._after_batch(trainer)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._at_boundary and _training(trainer):
-            self._stop_if_asked(trainer, validated=True)
+        if self._at_boundary or not _training(trainer):
+            self._compare_at_end(trainer)
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -130,8 +143,11 @@ class StopTogether(Callback):
 
     @override
     def on_test_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self._equally_many:
-            self._stop_if_asked(trainer)
+        self._after_batch(trainer)
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._compare_at_end(trainer)
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -139,8 +155,11 @@ class StopTogether(Callback):
 
     @override
     def on_predict_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self._equally_many:
-            self._stop_if_asked(trainer)
+        self._after_batch(trainer)
+
+    @override
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._compare_at_end(trainer)
 
     def _count(self, batches: Sequence[int | float]) -> None:
         """Check whether all ranks evaluate the same number of batches; if not, they compare requests at the end only.
@@ -148,16 +167,49 @@ class StopTogether(Callback):
         The numbers may differ where evaluation does not communicate.
         """
         own = float(sum(batches))
-        largest, smallest = self._reduce_max(torch.tensor([own, -own])).tolist()
+        largest, smallest = self._begin_max(torch.tensor([own, -own]), "counts batches of an evaluation")().tolist()
         self._equally_many = largest == -smallest != float("inf")
+        self._batches, self._batches_apart, self._last_batch = 0, 1, time.monotonic()
+
+    def _after_batch(self, trainer: pl.Trainer) -> None:
+        """Begin or read a comparison after some batches of an evaluation, the same ones on all ranks."""
+        if not self._equally_many:
+            return
+        milliseconds, self._last_batch = 1000 * (time.monotonic() - self._last_batch), time.monotonic()
+        self._batches += 1
+        if self._begun is not None:
+            self._stop_if_asked(trainer, self._read())
+        elif self._batches >= self._batches_apart:
+            self._batches = 0
+            self._begin(batch_milliseconds=int(milliseconds))
+
+    def _compare_at_end(self, trainer: pl.Trainer) -> None:
+        """Compare requests at the end of a loop, where ranks meet anyway."""
+        self._stop_if_asked(trainer, self._read(), at_end=True)
+        self._begin()
+        self._stop_if_asked(trainer, self._read(), at_end=True)
+
+    # -- comparing requests --------------------------------------------------------------------------------------------
+
+    def _begin(self, batch_milliseconds: int = 0) -> None:
+        note = torch.tensor([self._recorder.request, batch_milliseconds])
+        self._begun = self._begin_max(note, "compares signals")
+
+    def _read(self) -> Request:
+        """The largest request of all ranks when the last comparison began; nothing if it was read."""
+        if self._begun is None:
+            return Request.NOTHING
+        request, batch_milliseconds = map(int, self._begun())
+        self._begun = None
+        self._batches_apart = max(1, min(MOST_BATCHES, APART // max(1, batch_milliseconds)))
+        return Request(request)
 
     # -- saving and stopping -------------------------------------------------------------------------------------------
 
-    def _stop_if_asked(self, trainer: pl.Trainer, *, validated: bool = False) -> None:
-        request = Request(int(self._reduce_max(torch.tensor(self._recorder.request))))
+    def _stop_if_asked(self, trainer: pl.Trainer, request: Request, *, at_end: bool = False) -> None:
         if request == Request.NOTHING:
             return
-        if trainer.validating and _training(trainer) and not validated:
+        if trainer.validating and _training(trainer) and not at_end:
             _validate_again(trainer)
         if request == Request.REQUEUE:
             self._requeue(trainer)
@@ -197,9 +249,7 @@ class StopTogether(Callback):
         rank_zero_info(f"Stopped by a signal after step {trainer.global_step}: {path}")
 
 
-def stop_when_signaled(
-    trainer: pl.Trainer, *, reduce_max: Callable[[Tensor], Tensor], wait_for_checkpoints: Callable[[], None]
-) -> None:
+def stop_when_signaled(trainer: pl.Trainer, *, begin_max: BeginMax, wait_for_checkpoints: Callable[[], None]) -> None:
     """Make ``trainer`` stop on all ranks when one of them receives a signal; for a strategy's ``setup``.
 
     Lightning registers its handlers later, before it runs; handlers of the user are called as well. Python delivers
@@ -207,12 +257,12 @@ def stop_when_signaled(
 
     Args:
         trainer: The Trainer that is about to run.
-        reduce_max: Returns the elementwise maximum of a tensor over all ranks; every rank calls it.
+        begin_max: See :class:`StopTogether`.
         wait_for_checkpoints: Returns when the files of all checkpoints are complete.
     """
     if not isinstance(trainer._signal_connector, SignalRecorder):
         trainer._signal_connector = SignalRecorder(trainer)
-    stop = StopTogether(trainer._signal_connector, reduce_max=reduce_max, wait_for_checkpoints=wait_for_checkpoints)
+    stop = StopTogether(trainer._signal_connector, begin_max=begin_max, wait_for_checkpoints=wait_for_checkpoints)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     # last, after callbacks that save; a new list, because the caller may pass the same one to another Trainer
     trainer.callbacks = [  # type: ignore[attr-defined]

@@ -123,7 +123,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
                 _optimizers_to_device(self.optimizers, self.root_device)
         self._is_set_up = True
         control = self._state().groups.control
-        stop_when_signaled(trainer, reduce_max=control.largest, wait_for_checkpoints=self.wait_for_checkpoints)
+        stop_when_signaled(trainer, begin_max=control.begin_largest, wait_for_checkpoints=self.wait_for_checkpoints)
         agree_on_batches(trainer, control)
 
     def _shard_now(self) -> Sharded:

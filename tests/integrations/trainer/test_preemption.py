@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from lightning_mics import CommunicationOptions
 from lightning_mics.collectives.control_plane import ControlPlane
+from lightning_mics.integrations.trainer import preemption
+from lightning_mics.integrations.trainer.preemption import Request, StopTogether
 from tests.support.campaign import campaign
 from tests.support.models import TinyModule, tokens
 from tests.support.trainers import cases_on_ranks, make_trainer, mics, on_ranks
@@ -179,31 +182,31 @@ VALIDATING = {"limit_val_batches": 1.0}
 
 # planned signals (hook, earlier calls, sender, receivers), options of the Trainer, micro-steps until the stop
 CASES: dict[str, tuple[list[Any], dict[str, Any], int]] = {
-    "to itself": ([("micro-step", 2, 1, (1,))], {}, 3),
+    "to itself": ([("micro-step", 2, 1, (1,))], {}, 4),
     "to another, where sharding always communicates": (
         [("micro-step", 2, 0, (3,))],
         {"strategy": CommunicationOptions.PAPER.keywords()},
-        3,
+        4,
     ),
-    "in the middle of a window, to all": (everyone("micro-step's end", 1), WINDOW, 3),
-    "at an epoch's end": ([("epoch's end", 0, 1, (1,))], {}, 7),
-    "at different steps of different ranks": ([("micro-step", 3, 0, (1,)), ("micro-step", 4, 1, (0,))], WINDOW, 6),
-    "again while it is saved": ([("micro-step", 2, 1, (1,)), *everyone("saving", 0)], {}, 3),
+    "in the middle of a window, to all": (everyone("micro-step's end", 1), WINDOW, 6),
+    "at an epoch's end": ([("epoch's end", 0, 1, (1,))], {}, 8),
+    "at different steps of different ranks": ([("micro-step", 3, 0, (1,)), ("micro-step", 4, 1, (0,))], WINDOW, 9),
+    "again while it is saved": ([("micro-step", 2, 1, (1,)), *everyone("saving", 0)], {}, 4),
     "in a validation inside a window": (
         [("validation", 1, 2, (0,))],
         {**VALIDATING, **WINDOW, "val_check_interval": 2},
-        3,
+        6,
     ),
 }
 
 
 IN_CAMPAIGN: dict[str, tuple[list[Any], dict[str, Any], int]] = {
-    "to all at once": (everyone("micro-step", 2), {}, 3),
+    "to all at once": (everyone("micro-step", 2), {}, 4),
     "in a validation": ([("validation", 1, 2, (2,))], VALIDATING, 6),
-    "to rank 0": ([("micro-step", 2, 0, (0,))], {}, 3),
-    "to all from one, wherever they wait": ([("backward", 2, 2, (0, 1, 2, 3))], {}, 3),
-    "in the first micro-step of a window": ([("micro-step", 3, 3, (3,))], WINDOW, 6),
-    "in the last micro-step of an epoch": ([("micro-step", 5, 1, (1,))], {}, 6),
+    "to rank 0": ([("micro-step", 2, 0, (0,))], {}, 4),
+    "to all from one, wherever they wait": ([("backward", 2, 2, (0, 1, 2, 3))], {}, 4),
+    "in the first micro-step of a window": ([("micro-step", 3, 3, (3,))], WINDOW, 9),
+    "in the last micro-step of an epoch": ([("micro-step", 5, 1, (1,))], {}, 7),
     "before a validation": ([("micro-step", 5, 1, (1,))], VALIDATING, 6),
     "in a validation inside an epoch": ([("validation", 1, 2, (0,))], {**VALIDATING, "val_check_interval": 2}, 2),
     "in the last batch of a validation": ([("validation", 2, 2, (2,))], VALIDATING, 6),
@@ -276,7 +279,7 @@ def seen(folder: Path) -> dict[str, list[Any]]:
 
 
 def saving_callbacks(folder: Path) -> dict[str, list[list[str]]]:
-    """What each ModelCheckpoint saves until a signal in the third step has stopped the run."""
+    """What each ModelCheckpoint saves until a signal in the third step has stopped the run after the fourth."""
 
     def until_stopped(*options: dict[str, Any]) -> list[list[str]]:
         callbacks = [Counted(dirpath=folder / str(len(found)) / str(i), **each) for i, each in enumerate(options)]
@@ -289,7 +292,7 @@ def saving_callbacks(folder: Path) -> dict[str, list[list[str]]]:
     found: dict[str, list[list[str]]] = {}
     found["no last"] = until_stopped({})
     found["last of this step"] = until_stopped({"save_last": True, "every_n_train_steps": 1, "filename": "{step}"})
-    found["a link"] = until_stopped({"save_last": "link", "every_n_train_steps": 2, "filename": "{step}"})
+    found["a link"] = until_stopped({"save_last": "link", "every_n_train_steps": 3, "filename": "{step}"})
     found["two, and the first keeps weights only"] = until_stopped(
         {"save_weights_only": True, "every_n_epochs": 2}, {}, {"every_n_epochs": 3}
     )
@@ -303,8 +306,8 @@ def test_the_first_model_checkpoint_that_saves_more_than_weights_saves_last_once
     for saved in seen["saving callbacks"]:
         assert saved == {
             "no last": [["last.ckpt"]],
-            "last of this step": [["step=1.ckpt", "last.ckpt", "step=2.ckpt", "last.ckpt", "step=3.ckpt", "last.ckpt"]],
-            "a link": [["step=2.ckpt", "last.ckpt"]],
+            "last of this step": [[name for step in (1, 2, 3, 4) for name in (f"step={step}.ckpt", "last.ckpt")]],
+            "a link": [["step=3.ckpt", "last.ckpt"]],
             "two, and the first keeps weights only": [[], ["last.ckpt"], []],
             "on exceptions as well": [["last.ckpt"]],
         }
@@ -315,14 +318,14 @@ def without_checkpoints(folder: Path) -> list[str]:
     trainer = make_trainer(folder, strategy=mics(), callbacks=[Signals(("micro-step", 2, 1, (1,)))])
     with warnings.catch_warnings(record=True, action="always") as warned, pytest.raises(SIGTERMException):
         trainer.fit(Module(), Batches())
-    assert trainer.global_step == 3
+    assert trainer.global_step == 4
     return [str(warning.message) for warning in warned if "Stopped by a signal" in str(warning.message)]
 
 
 def test_without_a_model_checkpoint_nothing_is_saved_and_rank_0_warns(folder: Path, seen: dict[str, list[Any]]) -> None:
     assert seen["without checkpoints"] == [
         [
-            "Stopped by a signal after step 3 without a checkpoint: no ModelCheckpoint of this Trainer saves complete "
+            "Stopped by a signal after step 4 without a checkpoint: no ModelCheckpoint of this Trainer saves complete "
             "ones; add one to `callbacks`, with save_weights_only=False"
         ],
         *[[]] * 3,
@@ -347,12 +350,14 @@ class Evaluations(Signals):
 
 
 def evaluations(folder: Path) -> dict[str, tuple[str, int]]:
+    """What became of evaluations of six batches, or three, in which ranks compare after every second one."""
     found = {}
     for method in ("validate", "test", "predict", "fit"):  # fit: in the check before the first step
         counting = Evaluations()
         trainer = make_trainer(folder, strategy=mics(), callbacks=[counting], num_sanity_val_steps=3)
         try:
-            getattr(trainer, method)(Module(), *[Batches()] * (2 if method == "fit" else 1))
+            with patch.object(preemption, "MOST_BATCHES", 2), patch.object(preemption, "APART", 10**6):
+                getattr(trainer, method)(Module(), *[Batches()] * (2 if method == "fit" else 1))
             stopped = "no"
         except SIGTERMException:
             stopped = "yes"
@@ -361,7 +366,7 @@ def evaluations(folder: Path) -> dict[str, tuple[str, int]]:
 
 
 def test_an_evaluation_stops_after_the_same_batch_on_all_ranks(seen: dict[str, list[Any]]) -> None:
-    expected = dict.fromkeys(("validate", "test", "predict", "fit"), ("yes", 2))
+    expected = {**dict.fromkeys(("validate", "test", "predict"), ("yes", 4)), "fit": ("yes", 3)}
     assert seen["evaluations"] == [expected] * RANKS
 
 
@@ -413,7 +418,7 @@ def by_hand(folder: Path) -> tuple[int, int]:
 
 
 def test_manual_optimization_stops_after_a_batch_in_which_an_optimizer_stepped(seen: dict[str, list[Any]]) -> None:
-    assert seen["by hand"] == [(2, 4)] * RANKS
+    assert seen["by hand"] == [(3, 6)] * RANKS
 
 
 def own_handler(folder: Path) -> tuple[list[int], bool, int]:
@@ -432,7 +437,7 @@ def own_handler(folder: Path) -> tuple[list[int], bool, int]:
 def test_an_earlier_handler_is_called_as_well_and_restored(seen: dict[str, list[Any]]) -> None:
     found = seen["own handler"]
     assert [heard for heard, _, _ in found] == [[], [signal.SIGTERM], [], []]
-    assert all(restored and step == 3 for _, restored, step in found)
+    assert all(restored and step == 4 for _, restored, step in found)
 
 
 def two_runs_of_one_trainer(folder: Path) -> tuple[int, int, int]:
@@ -447,20 +452,79 @@ def two_runs_of_one_trainer(folder: Path) -> tuple[int, int, int]:
 
 
 def test_a_trainer_that_has_stopped_can_run_again(seen: dict[str, list[Any]]) -> None:
-    assert seen["two runs"] == [(3, 3 + BATCHES, 1)] * RANKS
+    assert seen["two runs"] == [(4, 4 + BATCHES, 1)] * RANKS
 
 
 def comparisons(folder: Path) -> list[int]:
     counts = []
     for window in (1, 3):
         trainer = make_trainer(folder, strategy=mics(), accumulate_grad_batches=window)
-        with patch.object(ControlPlane, "largest", autospec=True, side_effect=ControlPlane.largest) as largest:
+        begin = ControlPlane.begin_largest
+        with patch.object(ControlPlane, "begin_largest", autospec=True, side_effect=begin) as begun:
             trainer.fit(Module(), Batches())
-        compared = [call.args[1] for call in largest.call_args_list if len(call.args) == 2]  # not of buffers
-        assert all(tensor.numel() == 1 for tensor in compared)
+        compared = [call.args[1] for call in begun.call_args_list if call.args[2] == "compares signals"]
+        assert all(tensor.numel() == 2 for tensor in compared)
         counts.append(len(compared))
     return counts
 
 
-def test_ranks_compare_one_number_per_optimizer_step_and_at_the_end(seen: dict[str, list[Any]]) -> None:
+def test_ranks_compare_signals_once_per_optimizer_step_and_at_the_end(seen: dict[str, list[Any]]) -> None:
     assert seen["comparisons"] == [[BATCHES + 1, BATCHES // 3 + 1]] * RANKS
+
+
+# -- when they compare ------------------------------------------------------------------------------------------------
+
+
+class OneRank:
+    """Runs the hooks of StopTogether as a Trainer does, and lists when comparisons begin and are waited for."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.recorder: Any = SimpleNamespace(request=Request.NOTHING)
+        self.trainer: Any = SimpleNamespace(global_step=0, num_test_batches=[100], state=SimpleNamespace(fn="test"))
+        self.callback = StopTogether(self.recorder, begin_max=self.begin, wait_for_checkpoints=lambda: None)
+        self.count = 0
+
+    def begin(self, note: Tensor, words: str) -> Callable[[], Tensor]:
+        if words != "compares signals":
+            return lambda: note
+        self.count += 1
+        name = str(self.count)
+        self.events.append(f"begin {name}")
+
+        def result() -> Tensor:
+            self.events.append(f"wait {name}")
+            return note
+
+        return result
+
+
+def test_no_step_waits_for_the_comparison_that_it_begins() -> None:
+    rank = OneRank()
+    with patch.object(preemption, "validation_follows", lambda trainer: False):
+        for _ in range(3):
+            rank.trainer.global_step += 1
+            rank.events.append("step")
+            rank.callback.on_train_batch_end(rank.trainer, None, None, 0)
+        rank.callback.on_train_end(rank.trainer, None)  # type: ignore[arg-type]
+    steps = ["step", "begin 1", "step", "wait 1", "begin 2", "step", "wait 2", "begin 3"]
+    assert rank.events == [*steps, "wait 3", "begin 4", "wait 4"]
+
+
+@pytest.mark.parametrize(("seconds", "compared_after"), [(0.01, [1, 17, 33]), (0.4, [1, 3, 5]), (20.0, [1, 3, 5])])
+def test_an_evaluation_compares_about_once_a_second_and_reads_after_the_next_batch(
+    seconds: float, compared_after: list[int]
+) -> None:
+    rank, clock = OneRank(), [100.0]
+    begun = []
+    with patch.object(preemption.time, "monotonic", lambda: clock[0]):
+        rank.callback.on_test_start(rank.trainer, None)  # type: ignore[arg-type]
+        for batch in range(1, 36):
+            clock[0] += seconds
+            rank.callback.on_test_batch_end(rank.trainer, None, None, None, batch)
+            begun += [batch] if rank.events[-1].startswith("begin") and len(rank.events) % 2 else []
+    assert list(dict.fromkeys(begun))[: len(compared_after)] == compared_after
+    assert (
+        rank.events
+        == [f"{what} {n}" for n in range(1, rank.count + 1) for what in ("begin", "wait")][: len(rank.events)]
+    )
