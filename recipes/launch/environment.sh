@@ -20,6 +20,10 @@ export FI_EFA_USE_HUGE_PAGE=0
 # beside the cheatsheet). With a list, lo and docker must be named too (NCCL's user guide, "Environment Variables").
 export NCCL_SOCKET_IFNAME='^lo,docker,veth'
 
+# Collectives of different groups run side by side here: of rails, nodes and replicas. On the device they then begin in the
+# order of the program, the same on all ranks (NCCL's user guide, since 2.26; nothing on older drivers than CUDA 12.3).
+export NCCL_LAUNCH_ORDER_IMPLICIT="${NCCL_LAUNCH_ORDER_IMPLICIT:-1}"
+
 # With NCCL_DEBUG=INFO the log has the network that NCCL uses, which is TCP if it does not find the plugin.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
