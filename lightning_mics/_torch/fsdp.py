@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 # FSDP2's communication interface has no public path yet (https://github.com/pytorch/pytorch/pull/155189).
 from torch.distributed.fsdp._fully_shard import _fsdp_api, _fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import _get_param_all_gather_inputs
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -172,14 +173,17 @@ class ReusedUnshard:
             out for group in self._groups for parameter in group.fsdp_params for out in parameter.all_gather_outputs
         ]
 
-    def own_parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's part of each unsharded parameter, [shard], and its shard now, [shard]."""
+    def own_parts(self) -> list[tuple[Tensor, Tensor]]:
+        """This rank's part of each unsharded parameter, [shard], and its shard now, [shard], both as gathered."""
+        parts: list[tuple[Tensor, Tensor]] = []
         for group in self._groups:
             mesh_info: Any = group.mesh_info
             position = mesh_info.shard_mesh_rank
-            for parameter in group.fsdp_params:
-                for unsharded, shard in zip(parameter.all_gather_outputs, parameter.all_gather_inputs, strict=True):
-                    yield unsharded.narrow(0, position * shard.numel(), shard.numel()), shard
+            shards = _get_param_all_gather_inputs(group.fsdp_params)  # casts them all at once
+            for parameter, of_parameter in zip(group.fsdp_params, shards, strict=True):
+                for unsharded, shard in zip(parameter.all_gather_outputs, of_parameter, strict=True):
+                    parts.append((unsharded.narrow(0, position * shard.numel(), shard.numel()), shard))
+        return parts
 
     def _unshard(self, group: FSDPParamGroup, async_op: bool = False) -> None:
         if group.is_unsharded or _is_unsharding(group):

@@ -36,7 +36,7 @@ shards are shown.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class ParameterCache:
         self._version = version
         self._cached_version: Hashable = None
         self._differs: Tensor | None = None  # [], bool: whether a shard differed from its part of the cache
+        self._compared: Any = None  # event after it was computed
 
     @property
     def usable(self) -> bool:
@@ -84,25 +85,35 @@ class ParameterCache:
         """Cached tensors in memory now, each [any]."""
         raise NotImplementedError
 
-    def compare(self, own: Tensor, shard: Tensor) -> None:
-        """Record whether this rank's part of the cache still equals its shard; does not wait for a device.
+    def compare(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Record whether this rank's part of the cache still equals its shards; does not wait for a device.
+
+        Comparisons on any stream add to the same flag, one after the other.
 
         Args:
-            own: This rank's part of the cached parameters: [shard].
-            shard: This rank's shard now: [shard].
+            parts: This rank's part of each cached tensor, [shard], and the shard now, [shard].
         """
-        if has_streams(own.device):
-            differs = _bits_differ(own, shard)
-            if self._differs is None:
-                self._differs = differs
-            else:  # in place: dropped, its memory could be given away on one stream while another one reads it
-                self._differs.logical_or_(differs)
-        elif not torch.equal(own, shard) and _bits_differ(own, shard):
-            self._differs = torch.tensor(True)
+        device = parts[0][0].device
+        if not has_streams(device):
+            if not all(torch.equal(*pair) for pair in parts) and _bits_differ(parts):  # NaN is unequal to itself
+                self._differs = torch.tensor(True)
+            return
+        differs, here = _bits_differ(parts), current_stream(device)
+        if self._differs is not None:  # not in place: the first one may be of an evaluation in inference mode
+            here.wait_event(self._compared)
+            keep_for_current_stream(self._differs)
+            differs = self._differs | differs
+        self._differs, self._compared = differs, here.record_event()
 
     def take_differs(self) -> Tensor | None:
-        """Return whether the cache was used after its shard had changed, [], and reset it; None if it never was."""
+        """Return whether the cache was used after its shard had changed, [], and reset it; None if it never was.
+
+        The flag is ready on the current stream.
+        """
         differs, self._differs = self._differs, None
+        if differs is not None and has_streams(differs.device):
+            current_stream(differs.device).wait_event(self._compared)
+            keep_for_current_stream(differs)  # it is dropped once it has been read there
         return differs
 
 
@@ -145,7 +156,7 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         device, cached = output_tensor.device, self._rail_slice
         if cached is not None and self.usable:
             current_stream(device).wait_event(self._gathered)  # it may have been another one's that waited for it
-            self.compare(cached.chunk(self.rail.size)[self.rail.rank], input_tensor)
+            self.compare([(cached.chunk(self.rail.size)[self.rail.rank], input_tensor)])
             work = self._spread(cached, output_tensor, async_op=async_op)
         else:
             with self.first_stage.after(self.filled_on(output_tensor), device):
@@ -250,12 +261,28 @@ class RankCache(ParameterCache):
         if not self.usable:
             return False
         if in_forward:  # a backward uses the weights of its forward, even if they have changed since
-            for own, shard in self._unsharded.own_parts():
-                self.compare(own, shard)
+            self.compare(self._unsharded.own_parts())
         return True
 
 
-def _bits_differ(one: Tensor, other: Tensor) -> Tensor:
-    """Whether two tensors of the same shape, [any], differ in any bit: [], bool. NaN equals itself."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(one.element_size(), torch.uint8)
-    return (one.view(bits) != other.view(bits)).any()
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size of an element in bytes
+
+
+@torch.no_grad()
+def _bits_differ(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Whether the tensors of any pair differ in any bit: [], bool. NaN equals itself.
+
+    The number of operations does not grow with the number of pairs.
+
+    Args:
+        pairs: Flat tensors, each two of the same size and dtype: [any].
+    """
+    bits = BITS.get(min(one.element_size() for one, _ in pairs), torch.int64)
+    ones, others = zip(*((one.view(bits), other.view(bits)) for one, other in pairs), strict=True)
+    one, other = ones[0], others[0]
+    if len(pairs) > 1:
+        sizes = [each.numel() for each in ones]
+        one, other = one.new_empty(2, sum(sizes))
+        torch._foreach_copy_([*one.split(sizes), *other.split(sizes)], [*ones, *others])
+    differs: Tensor = (one != other).any()
+    return differs

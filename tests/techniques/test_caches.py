@@ -1,0 +1,55 @@
+"""How cached parameters are compared with their shards, and the memory of caches and sums between windows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_mics.techniques.once_per_step import _bits_differ
+from tests.support.stream_order.jobs import simulated_job
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("options", ["node cache", "rank cache"])
+def test_a_change_in_raw_memory_raises_where_work_is_enqueued_on_streams(options: str, precision: str) -> None:
+    with simulated_job(options, precision) as job:
+        job.window()
+        job.micro_step()
+        last = list(job.blocks[2].parameters())[-1].detach().to_local().numpy()
+        last *= 1.5
+        last += 0.5
+        with pytest.raises(RuntimeError, match="in a way that torch does not record"):
+            job.micro_step(boundary=True)
+
+
+@pytest.mark.parametrize("options", ["node cache", "rank cache"])
+def test_an_evaluation_in_inference_mode_may_use_what_a_window_has_cached(options: str) -> None:
+    with simulated_job(options, "32-true") as job:
+        job.micro_step()
+        with torch.inference_mode():
+            job.loss()
+        job.model.reshard()
+        job.micro_step(boundary=True)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool, torch.complex64)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("dtypes", [DTYPES, *((dtype,) for dtype in DTYPES)], ids=str)
+def test_tensors_of_any_dtypes_differ_if_one_bit_of_them_does(dtypes: tuple[torch.dtype, ...], count: int) -> None:
+    ones = [torch.arange(5).to(dtype) for dtype in dtypes for _ in range(count)] + [torch.empty(0, dtype=dtypes[0])]
+    others = [one.clone() for one in ones]
+    assert not _bits_differ(list(zip(ones, others, strict=True)))
+    for other in others[:-1]:
+        memory = other.view(torch.uint8)
+        memory[-1] ^= 1
+        assert _bits_differ(list(zip(ones, others, strict=True)))
+        memory[-1] ^= 1
+    assert not _bits_differ(list(zip(ones, others, strict=True)))
+
+
+def test_nan_equals_itself_and_zeros_of_either_sign_differ() -> None:
+    nan = torch.full((3,), torch.nan)
+    assert not _bits_differ([(nan, nan.clone())])
+    assert _bits_differ([(torch.zeros(3), -torch.zeros(3))])
