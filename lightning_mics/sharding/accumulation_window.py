@@ -154,8 +154,9 @@ class AccumulationWindow:
             RuntimeError: If gradients are still pending, or weights changed unrecorded while they were cached.
         """
         if not self._at_boundary:
-            for pending_gradients in self._pending_gradients.values():
+            for name, pending_gradients in self._pending_gradients.items():
                 pending_gradients.remove_zeros()
+                drop_partial_sums(self._modules[name])  # zeros as well
             return
         self.direct_gradients.merge()
         still_pending = [name for name, m in self._modules.items() if self._pending(name) and any(trainable(m))]
@@ -180,6 +181,7 @@ class AccumulationWindow:
         for module in self._modules.values():
             drop_unreduced_gradients(module)
         self._cache.forget_comparisons()
+        self._cache.free()
         for action in self._when_abandoned:
             action()
         self._close()

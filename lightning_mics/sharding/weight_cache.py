@@ -73,6 +73,11 @@ class WeightCache:
         for cache in self._caches:
             cache.drop()
 
+    def free(self) -> None:
+        """Drop all cached parameters, and free their memory; every rank calls it."""
+        for cache in self._caches:
+            cache.free()
+
     def check_unchanged(self) -> None:
         """Check every comparison of a cache with its shard since the last check.
 
@@ -93,5 +98,5 @@ class WeightCache:
             cache.take_differs()
 
     def tensors(self) -> list[Tensor]:
-        """Cached parameters in memory now, each [any]."""
+        """Memory of cached parameters now, each [any]; node caches have theirs from one window to the next."""
         return [tensor for cache in self._caches for tensor in cache.tensors()]

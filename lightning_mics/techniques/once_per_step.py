@@ -78,11 +78,15 @@ class ParameterCache:
         self._cached_version = self._version()
 
     def drop(self) -> None:
-        """Drop the cached parameters: the next use gathers them."""
+        """Drop the cached parameters: the next use gathers them, into the same memory where there is some."""
         self._cached_version = None
 
+    def free(self) -> None:
+        """Drop the cached parameters, and free their memory."""
+        self.drop()
+
     def tensors(self) -> list[Tensor]:
-        """Cached tensors in memory now, each [any]."""
+        """Memory that the cache has now, each [any]."""
         raise NotImplementedError
 
     def compare(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -120,6 +124,8 @@ class ParameterCache:
 class NodeCache(ParameterCache, HierarchicalAllGather):
     """All-gather whose inter-node stage runs only if this rank's rail slice is not cached.
 
+    The slice is allocated once, on the stream of the rail: freed memory of that stream would serve nothing else.
+
     Args:
         rail: The ranks with this local rank, one per node, in the order of nodes.
         node: The ranks on this node, in the order of local ranks; None if there is one.
@@ -139,6 +145,7 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         HierarchicalAllGather.__init__(self, rail=rail, node=node, first_stage=first_stage)
         self._rail_slice: Tensor | None = None  # [nodes * shard]
         self._gathered: Any = None  # event after the stage along the rail
+        self._spread_out: Any = None  # event after the last use
 
     @property
     def is_cached(self) -> bool:
@@ -160,7 +167,7 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
             work = self._spread(cached, output_tensor, async_op=async_op)
         else:
             with self.first_stage.after(self.filled_on(output_tensor), device):
-                cached = torch.empty_like(self.rail_slice(output_tensor, group))
+                cached = self._memory_like(self.rail_slice(output_tensor, group))
                 self.rail.all_gather(cached, input_tensor, technique="gather along rails")
                 self._rail_slice, self._gathered = cached, self.first_stage.record()
                 self.mark_valid()
@@ -170,7 +177,17 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
                 current_stream(device).wait_event(self._gathered)
                 work = self._spread(cached, output_tensor, async_op=False)
         keep_for_current_stream(cached)  # freed, its memory goes back to the stream of the rail
+        self._spread_out = current_stream(device).record_event()
         return work
+
+    def _memory_like(self, rail_slice: Tensor) -> Tensor:
+        """Memory for the rail's slice, [nodes * shard]: what an earlier gather has filled, after its last use."""
+        memory = self._rail_slice
+        if memory is None or memory.shape != rail_slice.shape or memory.dtype != rail_slice.dtype:
+            with torch.inference_mode(False):  # after an evaluation it may be filled in training
+                return torch.empty_like(rail_slice)
+        current_stream(memory.device).wait_event(self._spread_out)
+        return memory
 
     def _spread(self, cached: Tensor, output: Tensor, *, async_op: bool) -> dist.Work | None:
         """Give the node this rank's slice, [nodes * shard]: the second stage, on the current stream."""
@@ -181,13 +198,13 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
 
     @override
     def tensors(self) -> list[Tensor]:
-        """The rail's slice, [nodes * shard], if it is cached."""
+        """Memory of the rail's slice, [nodes * shard], once there is some."""
         return [] if self._rail_slice is None else [self._rail_slice]
 
     @override
-    def drop(self) -> None:
-        """Drop the rail's slice: the next gather runs its inter-node stage."""
-        super().drop()
+    def free(self) -> None:
+        """Drop the rail's slice, and free its memory."""
+        super().free()
         self._rail_slice = None
 
 

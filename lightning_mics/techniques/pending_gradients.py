@@ -20,6 +20,9 @@ to None after it.
 
 At the boundary a parameter without a gradient takes part in the reduction as zeros if it had one earlier in the window.
 Otherwise the pending gradients of its parameter group would have no flat tensor to be added to.
+
+The memory of the sums stays from one window to the next: it belongs to the stream that reduces, and freed it would
+serve nothing else.
 """
 
 from __future__ import annotations
@@ -46,15 +49,16 @@ class PendingGradients:
         self.at_boundary = True
         self._parameters = parameters
         self._sum: Tensor | None = None  # [any], the shape of the accumulated tensors
+        self._pending = False
         self._without_gradient: list[nn.Parameter] = []
 
     @property
     def pending(self) -> bool:
         """Whether any gradients are pending."""
-        return self._sum is not None
+        return self._pending
 
     def tensors(self) -> list[Tensor]:
-        """The sum of pending gradients, [any], if there are any."""
+        """Memory of the sum of pending gradients, [any], once there is some."""
         return [] if self._sum is None else [self._sum]
 
     def accumulate(self, part: Tensor) -> None:
@@ -66,10 +70,13 @@ class PendingGradients:
             part: Flat gradients of the parameter group: [any], the same shape in all micro-steps of a window. Copied.
         """
         self._without_gradient += [p for p in self._parameters() if p.grad is None]
-        if self._sum is None:
+        if self._sum is None or (not self._pending and (self._sum.shape, self._sum.dtype) != (part.shape, part.dtype)):
             self._sum = part.clone()
-        else:
+        elif self._pending:
             self._sum += part
+        else:
+            self._sum.copy_(part)
+        self._pending = True
 
     def add_into(self, part: Tensor) -> None:
         """Add the pending gradients to ``part``, in place; none are pending afterwards.
@@ -77,9 +84,10 @@ class PendingGradients:
         Args:
             part: Flat gradients of the boundary's micro-step: [any], the shape of the accumulated tensors.
         """
-        if self._sum is not None:
+        if self._pending:
+            assert self._sum is not None
             part += self._sum
-        self._sum = None
+        self._pending = False
 
     @torch.no_grad()
     def remove_zeros(self) -> None:
@@ -92,6 +100,6 @@ class PendingGradients:
         self._without_gradient.clear()
 
     def drop(self) -> None:
-        """Drop the pending gradients."""
-        self._sum = None
+        """Drop the pending gradients, and free their memory."""
+        self._sum, self._pending = None, False
         self._without_gradient.clear()

@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
+from lightning_mics._torch.fsdp import fsdp_modules, partial_sums
 from lightning_mics.techniques.once_per_step import _bits_differ
-from tests.support.stream_order.jobs import simulated_job
+from tests.support.stream_order.jobs import Job, simulated_job
+
+ON_NODES = ["node cache and sums", "one rank a node, node cache and sums", "node cache and sums, wire dtype"]
+
+
+def held(job: Job) -> list[torch.Tensor]:
+    """Memory of caches and sums now, each [any]."""
+    return [*job.schedule.cache.tensors(), *job.schedule.window.tensors()]
+
+
+@pytest.mark.parametrize("options", ON_NODES)
+def test_caches_and_sums_have_the_same_memory_in_every_window(options: str) -> None:
+    with simulated_job(options, "bf16-mixed") as job:
+        seen = []
+        for _ in range(3):
+            job.micro_step()
+            seen.append(held(job))
+            job.micro_step(boundary=True)
+            job.step()
+        assert len(seen[0]) == 2 * len(fsdp_modules(job.model))
+        for one, other in pairwise(seen):
+            assert all(a is b for a, b in zip(one, other, strict=True))
+        job.micro_step()
+        job.schedule.window.abandon()
+        assert held(job) == []
+
+
+@pytest.mark.parametrize("options", ON_NODES)
+def test_no_zeros_are_held_beside_the_sums_of_nodes(options: str) -> None:
+    with simulated_job(options, "32-true") as job:
+        for boundary in (False, False, True):
+            job.micro_step(boundary=boundary)
+            assert [tensor for unit in fsdp_modules(job.model).values() for tensor in partial_sums(unit)] == []
+            assert all((parameter.grad is not None) == boundary for parameter in job.model.parameters())
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
