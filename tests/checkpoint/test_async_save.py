@@ -9,10 +9,13 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from lightning_mics.checkpoint.async_save import MOST_UNFINISHED, BackgroundSaving, ShardedSaving
+from lightning_mics.checkpoint.dcp import save_planner
 from lightning_mics.checkpoint.dcp.save_planner import HostBuffers
 from tests.support.checkpoints import is_same, load_into, sharded_model, weights_of
 from tests.support.forked import run_ranks
@@ -139,3 +142,31 @@ def test_the_thread_that_writes_copies_uses_no_stream_of_a_device(tmp_path: Path
     for facts in run_ranks(2, _saved_where_cuda_is_available, tmp_path):
         assert facts["copies"] == "saved" and facts["same"]
         assert "a stream of the device" in facts["tensors"]  # so that the loader is what torch would take
+
+
+def test_copies_of_many_tensors_share_a_few_blocks_which_the_next_checkpoint_uses_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(save_planner, "BLOCK_BYTES", 2**14)
+    dtypes = (torch.float32, torch.bfloat16, torch.int64, torch.bool)
+    values = {
+        MetadataIndex(f"{number}.{dtype}"): torch.arange(number % 37).to(dtype).reshape(-1, 1)
+        for number in range(200)
+        for dtype in dtypes
+    }
+    values[MetadataIndex("larger than a block")] = torch.randn(3, 5000)
+    values[MetadataIndex("a number")] = torch.tensor(2.5)
+    buffers, made = HostBuffers(), []
+    allocate = torch.empty
+    for factor in (1, 2):
+        changed = {index: value * factor for index, value in values.items()}
+        with patch("torch.empty", side_effect=lambda *size, **kw: made.append(size[0]) or allocate(*size, **kw)):
+            copies = buffers.copy(changed)
+        assert copies.keys() == changed.keys()
+        for index, value in changed.items():
+            assert copies[index].dtype == value.dtype
+            assert torch.equal(copies[index], value)
+    assert len(made) < 12
+    assert all(size & (size - 1) == 0 for size in made)
+    assert sum(value.nbytes for value in values.values()) < buffers.allocated_bytes == sum(made)
+    assert buffers.allocated_bytes < 1.5 * sum(-(-value.nbytes // 64) * 64 for value in values.values())

@@ -7,6 +7,7 @@ when it is made, and can copy them, so that training may continue while they are
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,31 +18,81 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, Te
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
-from lightning_mics._torch.streams import current_stream, has_streams
+from lightning_mics._torch.streams import current_stream
 from lightning_mics.checkpoint.dcp.rows import divide
+
+BLOCK_BYTES = 2**28  # torch gives pinned memory in powers of two
+ALIGNED_TO = 64  # bytes: a line of the cache
 
 
 class HostBuffers:
-    """Host memory for copies of tensors, reused from one checkpoint to the next; pinned for tensors on CUDA."""
+    """Host memory for copies of tensors, reused from one checkpoint to the next; pinned for tensors on a device.
+
+    It is a few large blocks whatever the number of tensors: torch rounds pinned memory up to a power of two, and
+    pinning new memory waits for the device.
+    """
 
     def __init__(self) -> None:
-        self._buffers: dict[MetadataIndex, Tensor] = {}
+        self._blocks: list[Tensor] = []  # each [bytes], uint8
 
-    def copy(self, index: MetadataIndex, values: Tensor) -> Tensor:
-        """Begin a copy; from CUDA it is complete after a synchronization.
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(block.nbytes for block in self._blocks)
+
+    def copy(self, values: Mapping[MetadataIndex, Tensor]) -> dict[MetadataIndex, Tensor]:
+        """Copy tensors to the host; returns when the copies are complete.
 
         Args:
-            index: Entry of the checkpoint, by which the buffer is found again.
-            values: Tensor to copy, [any shape].
+            values: Tensors to copy, each [any shape], by entry of the checkpoint.
 
         Returns:
-            The buffer, of the same shape.
+            The copies, of the same shapes, in memory that the next call overwrites.
         """
-        buffer = self._buffers.get(index)
-        if buffer is None or buffer.shape != values.shape or buffer.dtype != values.dtype:
-            buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-            self._buffers[index] = buffer
-        return buffer.copy_(values, non_blocking=True)
+        devices = {tensor.device for tensor in values.values() if tensor.device.type != "cpu"}
+        sizes = {index: -(-tensor.nbytes // ALIGNED_TO) * ALIGNED_TO for index, tensor in values.items()}
+        copies: dict[MetadataIndex, Tensor] = {}
+        for number, (block_bytes, indices) in enumerate(_packed(sizes)):
+            block, start = self._block(number, block_bytes, pinned=bool(devices)), 0
+            for index in indices:
+                memory = block[start : start + values[index].nbytes]
+                copies[index] = memory.view(values[index].dtype).view(values[index].shape)
+                copies[index].copy_(values[index], non_blocking=True)
+                start += sizes[index]
+        for device in devices:
+            current_stream(device).synchronize()
+        return copies
+
+    def _block(self, number: int, size_bytes: int, *, pinned: bool) -> Tensor:
+        """The block of this number, [at least size_bytes]; one that is too small is replaced."""
+        if number == len(self._blocks) or self._blocks[number].nbytes < size_bytes:
+            del self._blocks[number : number + 1]  # its memory first
+            self._blocks.insert(number, torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned))
+        return self._blocks[number]
+
+
+def _packed(sizes: Mapping[MetadataIndex, int]) -> list[tuple[int, list[MetadataIndex]]]:
+    """Entries packed into blocks: the bytes of each block, a power of two, and what is in it.
+
+    The largest go first, so that small ones fill what these leave; only the last block may be much larger than what
+    is in it.
+
+    Args:
+        sizes: Size of each entry in bytes.
+    """
+    blocks: list[tuple[int, list[MetadataIndex]]] = []  # bytes in use
+    for index in sorted(sizes, key=lambda index: -sizes[index]):
+        for number, (used, indices) in enumerate(blocks):
+            if used + sizes[index] <= max(BLOCK_BYTES, _power_of_two(sizes[indices[0]])):
+                blocks[number] = (used + sizes[index], [*indices, index])
+                break
+        else:
+            blocks.append((sizes[index], [index]))
+    return [(_power_of_two(used), indices) for used, indices in blocks]
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
 
 
 class OwnRowsSavePlanner(DefaultSavePlanner):
@@ -62,19 +113,18 @@ class OwnRowsSavePlanner(DefaultSavePlanner):
         self.state_dict = {name: value for name, value in self.state_dict.items() if name not in sharded}
         self.has_copies = buffers is not None
         self._items: list[WriteItem] = []
-        self._values: dict[MetadataIndex, Tensor] = {}
+        own: dict[MetadataIndex, Tensor] = {}
         for name, shard in divide(sharded).items():
             for rows in shard.own():
                 index = MetadataIndex(name, rows.offsets)
-                self._values[index] = rows.values if buffers is None else buffers.copy(index, rows.values)
+                own[index] = rows.values
                 facts = TensorWriteData(
                     rows.chunk, TensorProperties.create_from_tensor(rows.values), shard.unsharded_size
                 )
                 self._items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=facts))
+        self._values: Mapping[MetadataIndex, Tensor] = own if buffers is None else buffers.copy(own)
         if buffers is not None:
             self.state_dict = {name: _copied(value) for name, value in self.state_dict.items()}
-            for device in {shard.device for shard in sharded.values() if has_streams(shard.device)}:
-                current_stream(device).synchronize()
 
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
