@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_mics._torch.accelerator import device_in_use
 from lightning_mics.checkpoint.content.layout import FullNames
 from lightning_mics.checkpoint.dcp.save_planner import HostBuffers
 from lightning_mics.checkpoint.errors import all_ranks_answer
@@ -191,10 +192,9 @@ class BackgroundSaving:
 
 
 def _device_of_this_thread() -> Callable[[], None] | None:
-    """What makes the current device of this thread that of another one; None without an accelerator."""
-    if not torch.accelerator.is_available():
-        return None
-    return partial(torch.accelerator.set_device_index, torch.accelerator.current_device_index())
+    """What makes the current device of this thread that of another one; None while no accelerator is in use."""
+    device = device_in_use()
+    return None if device is None else partial(torch.accelerator.set_device_index, device.index)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The states of a rank's random number generators: torch's on the CPU and on the rank's GPU, Python's and NumPy's.
+"""The states of a rank's random number generators: torch's on the CPU and on the rank's device, Python's and NumPy's.
 
 They are captured as tensors, one per generator, so that a checkpoint with them is read without running code.
 """
@@ -12,9 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_mics._torch.accelerator import device_in_use
+
+EVERYWHERE = ("torch", "python", "numpy")  # the generators that every machine has
+
 
 def capture() -> dict[str, Tensor]:
-    """The states of this rank's generators by name, each [values], uint8 or float64; "cuda" only if CUDA is in use."""
+    """The states of this rank's generators by name, each [values], uint8 or float64.
+
+    The generator of a device, such as a GPU, has the name of the device's type; it is there if the device is in use.
+    """
     _, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     states = {
@@ -22,8 +29,8 @@ def capture() -> dict[str, Tensor]:
         "python": torch.tensor([*words, torch.nan if gauss is None else gauss], dtype=torch.float64),
         "numpy": torch.tensor([*np.asarray(keys).tolist(), position, has_gauss, cached], dtype=torch.float64),
     }  # a double holds each 32-bit word exactly
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        states["cuda"] = torch.cuda.get_rng_state()
+    if device := device_in_use():
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
     return states
 
 
@@ -34,8 +41,9 @@ def restore(states: dict[str, Tensor]) -> None:
     random.setstate((random.getstate()[0], tuple(map(int, words)), None if gauss != gauss else gauss))
     *keys, position, has_gauss, cached = states["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), int(position), int(has_gauss), cached))
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and accelerator.type in states:
+        torch.get_device_module(accelerator).set_rng_state(states[accelerator.type])
 
 
 def branch(states: dict[str, Tensor], *, rank: int, world_size: int) -> None:
@@ -50,7 +58,7 @@ def branch(states: dict[str, Tensor], *, rank: int, world_size: int) -> None:
         world_size: Number of ranks that resume.
     """
     digest = hashlib.sha256(f"{rank} of {world_size}".encode())
-    for name in ("torch", "python", "numpy"):  # the generators that every machine has
+    for name in EVERYWHERE:
         digest.update(states[name].numpy().tobytes())
     seed = digest.digest()
     torch.manual_seed(int.from_bytes(seed[:7], "big"))  # on the GPU as well

@@ -146,14 +146,14 @@ def fits(size: ModelSize, partition_size: int, capacity_bytes: int, *, cached_by
 
 
 def device_memory_bytes(device: torch.device, *, processes: int) -> int:
-    """Memory of a rank's device in bytes: its GPU, or an equal part of the machine's memory.
+    """Memory of a rank's device in bytes: its accelerator, or an equal part of the machine's memory.
 
     Args:
         device: Device of the rank.
         processes: Number of ranks on the machine.
     """
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
 
 

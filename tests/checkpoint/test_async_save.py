@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from lightning_mics.checkpoint import async_save
 from lightning_mics.checkpoint.async_save import MOST_UNFINISHED, BackgroundSaving, ShardedSaving
 from lightning_mics.checkpoint.dcp import save_planner
 from lightning_mics.checkpoint.dcp.save_planner import HostBuffers
@@ -170,3 +171,16 @@ def test_copies_of_many_tensors_share_a_few_blocks_which_the_next_checkpoint_use
     assert all(size & (size - 1) == 0 for size in made)
     assert sum(value.nbytes for value in values.values()) < buffers.allocated_bytes == sum(made)
     assert buffers.allocated_bytes < 1.5 * sum(-(-value.nbytes // 64) * 64 for value in values.values())
+
+
+def test_the_thread_that_writes_has_the_device_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[str, int]] = []
+    monkeypatch.setattr(async_save, "device_in_use", lambda: torch.device("cuda", 3))
+    monkeypatch.setattr(
+        torch.accelerator, "set_device_index", lambda index: chosen.append((threading.current_thread().name, index))
+    )
+    saving, writes = BackgroundSaving(), Writes()
+    writes.may_end.set()
+    saving.save("one", writes.prepare("one"))
+    saving.wait()
+    assert chosen == [("checkpoint_0", 3)]

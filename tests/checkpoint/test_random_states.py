@@ -77,3 +77,38 @@ def test_branches_differ_by_rank_and_by_number_of_ranks_and_come_again() -> None
     draws()
     random_states.branch(random_states.capture(), rank=1, world_size=8)
     assert draws() != found[1, 8]
+
+
+class _Accelerator:
+    """A kind of device that is not CUDA, with a generator of its own."""
+
+    def __init__(self) -> None:
+        self.state = torch.arange(16, dtype=torch.uint8)
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_rng_state(self, _device: torch.device) -> torch.Tensor:
+        return self.state.clone()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        self.state = state
+
+
+def test_the_generator_of_any_kind_of_device_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = _Accelerator()
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: device)
+    states = random_states.capture()
+    assert set(states) == {"torch", "python", "numpy", "xpu"}
+    device.state = torch.zeros(16, dtype=torch.uint8)
+    random_states.restore(states)
+    assert device.state.tolist() == list(range(16))
+
+
+def test_states_of_a_job_on_gpus_are_restored_without_one() -> None:
+    states = {**random_states.capture(), "cuda": torch.zeros(16, dtype=torch.uint8)}
+    expected = draws()
+    random_states.restore(states)
+    assert draws() == expected

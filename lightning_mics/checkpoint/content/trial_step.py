@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_mics._torch.accelerator import device_in_use
+
 
 def state_after_a_trial_step(
     optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], parameters: Mapping[str, nn.Parameter]
@@ -42,7 +44,8 @@ def state_after_a_trial_step(
     ]
     trial.param_groups = [group for group in trial.param_groups if group["params"]]
     step = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)  # without torch's hooks
-    devices = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    device = device_in_use()
+    devices = [] if device is None else [device]
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
             step(trial)
