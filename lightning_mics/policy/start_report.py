@@ -26,7 +26,7 @@ def start_report(choice: Choice, *, reduce_dtype: torch.dtype, initializers: str
         "replication groups": f"{t.partition_size} of {t.replicas} {_plural('rank', t.replicas)}",
         "hierarchical": f"{'on' if options.hierarchical else 'off'}: {why['hierarchical']}",
         "two-hop": _why_two_hop(t, options.two_hop),
-        "gradients": f"reduced, and summed over micro-steps, in {_name(reduce_dtype)}",
+        "gradients": f"reduced, and summed over micro-steps, in {_name(reduce_dtype)}{_hint(options, reduce_dtype)}",
     }
     if t.partition_size > 1:
         for option in ("cache_parameters", "accumulate_gradients"):
@@ -45,6 +45,13 @@ def start_report(choice: Choice, *, reduce_dtype: torch.dtype, initializers: str
         rows["warning"] = "the model states leave little of the device for activations: use more ranks if you can"
     width = max(map(len, rows))
     return "\n".join(["MiCS", *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+
+def _hint(options: CommunicationOptions, reduce_dtype: torch.dtype) -> str:
+    """What to do about sums that are rounded in each micro-step; empty if they are not."""
+    if options.accumulate_gradients == "shard" or reduce_dtype.itemsize >= torch.float32.itemsize:
+        return ""
+    return '; over many micro-steps, reduce_dtype="float32" keeps what this rounds off'
 
 
 def _why_two_hop(topology: Topology, two_hop: bool) -> str:

@@ -68,7 +68,8 @@ def test_the_table_names_groups_techniques_and_memory():
     assert report(16, 4, 8).splitlines()[4:] == [
         "  hierarchical           on: a partition group spans 2 nodes",
         "  two-hop                on: gradients are reduced over replicas at the boundary only",
-        "  gradients              reduced, and summed over micro-steps, in bfloat16",
+        "  gradients              reduced, and summed over micro-steps, in bfloat16; "
+        'over many micro-steps, reduce_dtype="float32" keeps what this rounds off',
         '  cache parameters       node ("auto": 0.25 GiB per rank of 2 GiB that model states leave)',
         '  accumulate gradients   node ("auto": 0.5 GiB per rank of 1.75 GiB that model states leave)',
         "  inter-node gathers     once per step",
