@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
 from lightning_mics._torch.process_groups import check_order
+from lightning_mics.collectives.control_plane import ControlPlane, control_plane
 from lightning_mics.policy.choice import Choice, choose
 from lightning_mics.policy.memory import ModelSize, device_memory_bytes, measure_model
 from lightning_mics.policy.options import PolicyOptions, check_names
@@ -106,7 +107,7 @@ class Policy:
             size,
             world_size=dist.get_world_size(),
             local_size=local_size,
-            capacity_bytes=_capacity_bytes(device, local_size=local_size),
+            capacity_bytes=_capacity_bytes(device, local_size=local_size, control=control_plane(self._timeout)),
         )
         if self._block_classes is None and not blocks and size.gathered_bytes:
             _check_one_unit(model, choice)
@@ -209,8 +210,7 @@ def _check_one_unit(model: nn.Module, choice: Choice) -> None:
         )
 
 
-def _capacity_bytes(device: torch.device, *, local_size: int) -> int:
+def _capacity_bytes(device: torch.device, *, local_size: int, control: ControlPlane) -> int:
     """Memory of the smallest device of the job: all ranks must choose the same partition size."""
-    smallest = torch.tensor(device_memory_bytes(device, processes=local_size), device=device)
-    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-    return int(smallest)
+    own = device_memory_bytes(device, processes=local_size)
+    return -int(control.largest(torch.tensor(-own), "compares the memory of devices"))

@@ -153,7 +153,7 @@ class AccumulationWindow:
 
         Raises:
             RuntimeError: If gradients are still pending that this torch version cannot reduce (before 2.13), or weights
-                changed unrecorded while they were cached.
+                changed unrecorded while they were cached, now or before an earlier step.
         """
         if not self._at_boundary:
             for pending_gradients in self._pending_gradients.values():
