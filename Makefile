@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # The version the tests were run with. The package accepts others; see pyproject.toml.
 TORCH ?= torch==2.13.0
+# The oldest version that the package accepts.
+OLDEST_TORCH ?= torch==2.11.0
 
 BIN := $(VENV)/bin
 # Overrides for train.py: make train ARGS="trainer.max_steps=10"
@@ -11,7 +13,7 @@ ARGS ?=
 # Processes that run tests; a test may start up to 8 ranks of its own. A file's tests stay together and share ranks.
 JOBS ?= 2
 
-.PHONY: train test campaign check format docs dist clean
+.PHONY: train test test-oldest campaign gpu check format docs dist clean
 
 train: $(VENV)/.installed-recipes
 	$(BIN)/python train.py $(ARGS)
@@ -19,11 +21,23 @@ train: $(VENV)/.installed-recipes
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist=loadfile $(ARGS)
 
+# What differs between versions of torch, with the oldest one, in an environment of its own.
+test-oldest:
+	$(MAKE) $(VENV)-oldest/.installed-dev VENV="$(VENV)-oldest" TORCH="$(OLDEST_TORCH)"
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(JOBS) --dist=loadfile $(ARGS) \
+		tests/techniques tests/_torch tests/sharding tests/integrations/trainer/test_training.py \
+		tests/integrations/trainer/test_once_per_step.py tests/integrations/trainer/test_windows.py \
+		tests/use/test_gradients_and_flags.py tests/use/test_row_changes.py tests/use/test_unused_parameters.py
+
 # What takes too long for each change: the rest of the matrices, and the long forms of the random tests.
 campaign: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist=loadfile --campaign -m campaign $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kill_while_saving --kills 100
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.fuzz_checkpoints --mutations 2000
+
+# Everything that one GPU can show; ARGS="--part memory" one part, ARGS="--device cpu" all of it small.
+gpu: $(VENV)/.installed-recipes
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -46,7 +60,7 @@ dist: $(VENV)/.installed-dist
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" .ci/try-wheel dist/*.whl
 
 clean:
-	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-oldest build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and by itself: the package's wider range then finds it there and installs no other.

@@ -35,16 +35,25 @@ def has_inner_tensors(tensor: Tensor) -> bool:
     return bool(is_traceable_wrapper_subclass(tensor))
 
 
-class _OrdinaryBuffers:
+class OrdinaryBuffers:
+    """Memory of FSDP2's collectives as torch gives it: neither symmetric nor a process group's."""
+
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory that FSDP2 fills for a collective, or has it filled by one: [size].
+
+        Args:
+            size: Numbers of elements, one per dim.
+            dtype: Dtype of the elements.
+            device: The device of this rank.
+        """
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class AllGather(_OrdinaryBuffers, _fsdp_api.AllGather):
+class AllGather(OrdinaryBuffers, _fsdp_api.AllGather):
     """Base class of the all-gathers that FSDP2 calls to unshard parameters, with ordinary buffers."""
 
 
-class ReduceScatter(_OrdinaryBuffers, _fsdp_api.ReduceScatter):
+class ReduceScatter(OrdinaryBuffers, _fsdp_api.ReduceScatter):
     """Base class of the reduce-scatters that FSDP2 calls for gradients, with ordinary buffers."""
 
 
@@ -274,22 +283,18 @@ def after_backward(function: Callable[[], None]) -> None:
     engine.queue_callback(lambda: engine.queue_callback(function))  # FSDP2's own may be queued in between
 
 
-def reduces_unused_parameters(module: FSDPModule) -> bool:
-    """Whether this torch has :func:`reduce_unused_parameters` (>= 2.13)."""
-    return hasattr(module, "set_reduce_scatter_unused_params")
-
-
 def reduce_unused_parameters(module: FSDPModule, enabled: bool) -> None:
-    """Include parameters of ``module`` without a gradient in its reductions, as zeros; before torch 2.13 do nothing.
+    """Include parameters of ``module`` without a gradient in its reductions, as zeros.
 
-    See [Note: Zero gradients before the boundary].
+    torch 2.13 adds the zeros; before that :func:`~lightning_mics._torch.units.param_groups.note_reductions` does. See
+    [Note: Zero gradients before the boundary].
 
     Args:
         module: FSDP module.
         enabled: Whether such parameters take part in the reductions from now on.
     """
-    if reduces_unused_parameters(module):
-        module.set_reduce_scatter_unused_params(enabled, recurse=False)
+    for group in _param_groups(module):
+        group.reduce_scatter_unused_params = enabled
 
 
 def forget_iteration(root: FSDPModule) -> None:
@@ -324,10 +329,19 @@ def _param_groups(module: FSDPModule) -> Iterator[FSDPParamGroup]:
 
 
 def _reset_iter_state(root: FSDPModule) -> None:
-    """Copy of ``FSDPModule.reset_iter_state`` for torch before 2.13."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    """Copy of ``FSDPModule.reset_iter_state`` for torch before 2.13.
+
+    The current stream waits for FSDP2's; the host does not: a collective that a lost rank is missing in never ends.
+    """
     shared: Any = root._get_fsdp_state()
+    current = shared._device_handle.current_stream()
+    for stream in (
+        shared._comm_ctx.all_gather_copy_in_stream,
+        shared._comm_ctx.all_gather_stream,
+        shared._comm_ctx.reduce_scatter_stream,
+        shared._comm_ctx.all_reduce_stream,
+    ):
+        current.wait_stream(stream)
     shared._state_ctx.iter_forward_root = None
     shared._state_ctx.post_backward_final_callback_queued = False
     shared._comm_ctx.all_gather_state = shared._comm_ctx.reduce_scatter_state = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import re
 import time
 from datetime import timedelta
@@ -12,45 +13,69 @@ import torch
 import torch.distributed as dist
 import torch.distributed.tensor.debug
 
-HAS_UNSORTED_GROUPS = hasattr(dist, "all_gather_single")  # `sort_ranks` came with it, in 2.13
+KEEPS_ORDER = "sort_ranks" in inspect.signature(dist.new_group).parameters  # since 2.13
+
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in 2.13
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-all_gather_single = dist.all_gather_single if HAS_UNSORTED_GROUPS else dist.all_gather_into_tensor
-
-
-reduce_scatter_single = dist.reduce_scatter_single if HAS_UNSORTED_GROUPS else dist.reduce_scatter_tensor
-
-
-def check_order(ranks: tuple[int, ...]) -> None:
-    """Check that torch supports a process group in this order.
-
-    Raises:
-        RuntimeError: If the order is not ascending and torch is older than 2.13, whose groups are always sorted.
-    """
-    if list(ranks) != sorted(ranks) and not HAS_UNSORTED_GROUPS:
-        raise RuntimeError(
-            f"a partition group that spans nodes of several ranks needs torch >= 2.13, this is torch "
-            f"{torch.__version__}: upgrade torch, or use a partition_size that stays inside one node"
-        )
-
-
-def new_group(ranks: tuple[int, ...], *, name: str, timeout: timedelta | None) -> dist.ProcessGroup:
+def new_group(
+    ranks: tuple[int, ...], *, name: str, timeout: timedelta | None, max_ctas: int | None = None
+) -> dist.ProcessGroup:
     """Make the process group of ``ranks`` in the given order; only its members need to call.
 
     Args:
         ranks: Members, in the order of the group.
         name: Name of the group in torch's messages.
         timeout: Longest time of its collectives; None is the backend's default.
-
-    Raises:
-        RuntimeError: If this torch does not support the order.
+        max_ctas: Largest number of blocks of threads of a collective, on NCCL; None is NCCL's default.
     """
-    check_order(ranks)
-    order: dict[str, Any] = {"sort_ranks": False} if list(ranks) != sorted(ranks) else {}
+    options = None if max_ctas is None else _nccl_options(max_ctas, timeout)
+    description, in_order = f"mics {name}", list(ranks) == sorted(ranks)
+    if not in_order and not KEEPS_ORDER:
+        return _new_unsorted_group(list(ranks), description=description, timeout=timeout, options=options)
+    order: dict[str, Any] = {} if in_order else {"sort_ranks": False}
     group = dist.new_group(
-        list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=f"mics {name}", **order
+        list(ranks),
+        timeout=timeout,
+        pg_options=options,
+        use_local_synchronization=True,
+        group_desc=description,
+        **order,
     )
     assert isinstance(group, dist.ProcessGroup)  # the caller is a member
+    return group
+
+
+def _nccl_options(max_ctas: int, timeout: timedelta | None) -> Any:
+    options: Any = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = max_ctas
+    if timeout is not None:
+        options._timeout = timeout  # torch takes the one that it is given beside them, and warns if they differ
+    return options
+
+
+def _new_unsorted_group(
+    ranks: list[int], *, description: str, timeout: timedelta | None, options: Any
+) -> dist.ProcessGroup:
+    """What ``new_group(ranks, sort_ranks=False)`` of torch 2.13 does, for 2.11 and 2.12, which always sort."""
+    c10d: Any = dist.distributed_c10d
+    default = c10d._get_default_group()
+    backend, store = c10d._world.pg_map[default]
+    group, _ = c10d._new_process_group_helper(
+        len(ranks),
+        ranks.index(default.rank()),
+        ranks,
+        c10d.Backend(backend),
+        store,
+        c10d._process_group_name(ranks, use_hashed_name=True),
+        backend_options=options,
+        timeout=timeout or c10d._get_default_timeout(c10d.Backend(backend)),
+        device_id=default.bound_device_id,
+        group_desc=description,
+    )
+    c10d._world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
+    assert isinstance(group, dist.ProcessGroup)
     return group
 
 

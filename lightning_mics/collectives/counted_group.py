@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,13 +16,20 @@ from lightning_mics._torch.process_groups import (
     premultiplied_sum_factor,
     reduce_scatter_single,
 )
-from lightning_mics.collectives.traffic import Kind, Traffic, pair_share, sent_by
+from lightning_mics._torch.profiling import named_range
+from lightning_mics.collectives.traffic import Kind, SentShares, Traffic, part_of
 
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 
 
+_HOPS = {"reduce": "hop 1: ", "all-reduce": "hop 2: "}  # by the first word of a technique
+
+
 class CountedGroup:
     """A process group with the collectives that techniques are made of.
+
+    Profilers show each collective as a range with the names of its technique and its parameter group, such as
+    ``MiCS::hop 1: reduce inside nodes (blocks.3)``.
 
     Args:
         group: Process group of this rank.
@@ -32,7 +42,18 @@ class CountedGroup:
         self._group = group
         self._gloo = backend == "gloo"
         self._traffic = traffic
-        self._nodes = nodes
+        self._sent_shares = SentShares(nodes, position=group.rank())
+        self._unit: str | None = None
+
+    def of_unit(self, name: str) -> CountedGroup:
+        """The same group for the collectives of one parameter group, which profilers then name.
+
+        Args:
+            name: Fully qualified name of the parameter group's module; empty for the root.
+        """
+        named = copy.copy(self)
+        named._unit = name or "root"
+        return named
 
     @property
     def size(self) -> int:
@@ -51,6 +72,7 @@ class CountedGroup:
         *,
         technique: str,
         async_op: bool = False,
+        run: Callable[..., dist.Work | None] | None = None,
     ) -> dist.Work | None:
         """Gather every rank's shard, in the order of the group.
 
@@ -59,10 +81,12 @@ class CountedGroup:
             shard: Shard of this rank: [shard]; may be its part of ``output``.
             technique: Name that traffic is counted under.
             async_op: Whether to return at once with the work to wait for.
+            run: Collective to call in place of the backend's own over this group.
         """
         self._count("all_gather", self.size * shard.nbytes, technique)
-        work: dist.Work | None = all_gather_single(output, shard, group=self._group, async_op=async_op)
-        return work
+        run = run or partial(all_gather_single, group=self._group)
+        with self._range(technique):
+            return run(output, shard, async_op=async_op)
 
     def reduce_scatter(
         self,
@@ -73,6 +97,7 @@ class CountedGroup:
         technique: str,
         wire_dtype: torch.dtype | None = None,
         async_op: bool = False,
+        run: Callable[..., dist.Work | None] | None = None,
     ) -> dist.Work | None:
         """Reduce over the ranks and leave each with its shard.
 
@@ -88,17 +113,25 @@ class CountedGroup:
             technique: Name that traffic is counted under.
             wire_dtype: Dtype of messages; None is that of ``source``.
             async_op: Whether to return at once with the work to wait for, where the backend's own collective runs.
+            run: Collective to call in place of the backend's own over this group.
 
         Raises:
             ValueError: If ``op`` is one that a local sum cannot do: other than SUM, AVG and PREMUL_SUM.
         """
-        if wire_dtype is not None or (self._gloo and pair_share(self._nodes, self.rank) in (0, 1)):
-            parts = self._exchange(source.to(wire_dtype or source.dtype), technique)
-            _reduce_locally(parts, output, op=op)
+        if wire_dtype is not None or (self._gloo and self._sent_shares.of_pairs in (0, 1)):
+            with self._range(technique):
+                parts = self._exchange(source.to(wire_dtype or source.dtype), technique)
+                _reduce_locally(parts, output, op=op)
             return None
         self._count("reduce_scatter", source.nbytes, technique, gloo=self._gloo)
-        work: dist.Work | None = reduce_scatter_single(output, source, group=self._group, op=op, async_op=async_op)
-        return work
+        run = run or partial(reduce_scatter_single, group=self._group)
+        with self._range(technique):
+            if source.dtype == torch.bfloat16 and (factor := premultiplied_sum_factor(op)) is not None:
+                # NCCL would be handed a factor of zero: https://github.com/pytorch/pytorch/issues/190745
+                run(output, source, op=dist.ReduceOp.SUM)
+                output.mul_(factor)
+                return None
+            return run(output, source, op=op, async_op=async_op)
 
     def all_reduce(self, tensor: Tensor, *, op: ReduceOp, technique: str, wire_dtype: torch.dtype) -> None:
         """Reduce ``tensor`` in place over the ranks, with messages in ``wire_dtype`` and sums in its own dtype.
@@ -111,22 +144,24 @@ class CountedGroup:
             technique: Name that traffic is counted under.
             wire_dtype: Dtype of messages.
         """
-        shard_numel = -(-tensor.numel() // self.size)
+        shard_numel = part_of(tensor.numel(), self.size)
         source = tensor.new_zeros(self.size * shard_numel, dtype=wire_dtype)
         source[: tensor.numel()].copy_(tensor.view(-1))
         shard = tensor.new_empty(shard_numel)
-        _reduce_locally(self._exchange(source, technique), shard, op=op)
+        with self._range(technique):
+            _reduce_locally(self._exchange(source, technique), shard, op=op)
         self.all_gather(source, shard.to(wire_dtype), technique=technique)
         tensor.view(-1).copy_(source[: tensor.numel()])
 
     def count_all_reduce(self, tensor: Tensor, *, technique: str) -> None:
-        """Count an all-reduce over this group that FSDP2 has run.
+        """Count an all-reduce over this group that FSDP2 has run; profilers show a mark behind it.
 
         Args:
             tensor: Reduced values: [any].
             technique: Name that traffic is counted under.
         """
-        self._count("all_reduce", tensor.nbytes, technique)
+        with self._range(technique):
+            self._count("all_reduce", tensor.nbytes, technique)
 
     def count_direct_use(self, kind: Kind, total_bytes: int) -> None:
         """Count a collective over this group that serves the direct use of a sharded parameter.
@@ -152,11 +187,14 @@ class CountedGroup:
             technique: Name that traffic is counted under.
         """
         self._count("broadcast", tensor.nbytes, technique)
-        dist.broadcast(tensor, group=self._group, group_src=0)
+        with self._range(technique):
+            dist.broadcast(tensor, group=self._group, group_src=0)
+
+    def _range(self, technique: str) -> AbstractContextManager[object]:
+        return named_range(lambda: f"MiCS::{_HOPS.get(technique.split()[0], '')}{technique} ({self._unit or 'all'})")
 
     def _count(self, kind: Kind, total_bytes: int, technique: str, *, gloo: bool = False) -> None:
-        sent = sent_by(kind, total_bytes, nodes=self._nodes, position=self.rank, gloo=gloo)
-        self._traffic.record(technique, sent)
+        self._traffic.record(technique, self._sent_shares.sent(kind, total_bytes, gloo=gloo))
 
 
 def _reduce_locally(parts: Tensor, output: Tensor, *, op: ReduceOp) -> None:

@@ -11,13 +11,13 @@ forward and in backward, with ``allow_unused`` in forward only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
 
-from lightning_mics.collectives.traffic import Kind, Sent, sent_by
+from lightning_mics.collectives.traffic import Kind, Sent, part_of, sent_by
 from lightning_mics.cost.collective import Collective
 from lightning_mics.sharding.blocks import group_modules
 from lightning_mics.sharding.options import CommunicationOptions
@@ -110,6 +110,40 @@ def step_traffic(
     ]
 
 
+def full_sharding_traffic(
+    units: Sequence[Unit],
+    topology: Topology,
+    *,
+    reshard_after_forward: bool | int,
+    communication: CommunicationOptions,
+    gathered_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+) -> list[ScheduledCollective]:
+    """List the collectives of rank 0 under plain FSDP2 with this ``reshard_after_forward``.
+
+    Args:
+        units: Parameter groups of the model, from :func:`find_units`.
+        topology: Topology of the job, with one partition group.
+        reshard_after_forward: True gathers blocks in forward and backward over all ranks; False in forward only; the
+            number of ranks of a node gathers them inside nodes in backward.
+        communication: Options of the collectives, with flat ones.
+        gathered_dtype: Dtype of unsharded parameters.
+        reduce_dtype: Dtype of gradient sums.
+    """
+    traffic = step_traffic(
+        units, topology, communication=communication, gathered_dtype=gathered_dtype, reduce_dtype=reduce_dtype
+    )
+    if reshard_after_forward is True:
+        return traffic
+    once = [replace(each, times=1) if each.collective.kind == "all_gather" else each for each in traffic]
+    if reshard_after_forward is False:
+        return once
+    step = _Step(topology, communication, hierarchical=False)
+    blocks = [unit.elements(topology.partition_size) for unit in units if not unit.is_root]
+    in_nodes = [step.run("all_gather", "node", elements, gathered_dtype, when="every") for elements in blocks]
+    return once + [each for each in in_nodes if each.collective.ranks > 1]
+
+
 def total_sent(traffic: Iterable[ScheduledCollective], *, micro_steps: int) -> Sent:
     """Bytes that rank 0 sends in an optimizer step.
 
@@ -145,11 +179,11 @@ class _Step:
         once, always = _Uses(1, "first"), _Uses(1 if unit.is_root or self.options.allow_unused else 2, "every")
         every = once if self.options.cache_parameters == "rank" else always
         if not self._in_stages:
-            return [self._run("all_gather", "partition", elements, dtype, times=every.times, when=every.when)]
+            return [self.run("all_gather", "partition", elements, dtype, times=every.times, when=every.when)]
         k = self.topology.local_ranks_per_partition_group
         crossing = always if self.options.cache_parameters == "never" else once
-        rail = self._run("all_gather", "rail", elements // k, dtype, times=crossing.times, when=crossing.when)
-        return [rail, self._run("all_gather", "node", elements, dtype, times=every.times, when=every.when)]
+        rail = self.run("all_gather", "rail", elements // k, dtype, times=crossing.times, when=crossing.when)
+        return [rail, self.run("all_gather", "node", elements, dtype, times=every.times, when=every.when)]
 
     def reductions(self, unit: Unit, dtype: torch.dtype) -> list[ScheduledCollective]:
         p, k = self.topology.partition_size, self.topology.local_ranks_per_partition_group
@@ -160,22 +194,22 @@ class _Step:
             rail: Kind = "reduce_scatter" if wire is None else "all_to_all"
             crossing = _when(self.options.accumulate_gradients != "shard")
             first = [
-                self._run("reduce_scatter", "node", elements, dtype, when=every),
-                self._run(rail, "rail", elements // k, wire or dtype, when=crossing),
+                self.run("reduce_scatter", "node", elements, dtype, when=every),
+                self.run(rail, "rail", elements // k, wire or dtype, when=crossing),
             ]
         else:
-            first = [self._run("reduce_scatter", "partition", elements, dtype, when=every)]
+            first = [self.run("reduce_scatter", "partition", elements, dtype, when=every)]
         return [*first, *self._second_hop(elements // p, dtype, _when(self.options.two_hop))]
 
     def _second_hop(self, shard: int, dtype: torch.dtype, when: When) -> list[ScheduledCollective]:
         wire, replicas = self.options.inter_node_reduce_dtype, self.topology.replicas
         if wire is None:
-            return [self._run("all_reduce", "replication", shard, dtype, when=when)]
-        padded = -(-shard // replicas) * replicas
+            return [self.run("all_reduce", "replication", shard, dtype, when=when)]
+        padded = part_of(shard, replicas) * replicas
         kinds: tuple[Kind, Kind] = ("all_to_all", "all_gather")
-        return [self._run(kind, "replication", padded, wire, when=when) for kind in kinds]
+        return [self.run(kind, "replication", padded, wire, when=when) for kind in kinds]
 
-    def _run(
+    def run(
         self, kind: Kind, group: str, elements: int, dtype: torch.dtype, *, when: When, times: int = 1
     ) -> ScheduledCollective:
         ranks = self._members(group)

@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.constants import default_pg_timeout
 from typing_extensions import Unpack
 
 from lightning_mics._torch.dtensors.numbers import whole_values
@@ -40,7 +39,7 @@ class LightningStrategy:
         async_save: bool = False,
         weights_only: bool = True,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
+        timeout: timedelta | None = None,
         **policy: Unpack[PolicyOptions],
     ) -> None:
         """Set the options of sharding, communication and saving, without communication.
@@ -53,7 +52,8 @@ class LightningStrategy:
             weights_only: Whether loading a checkpoint reads plain data and tensors only. False unpickles any object,
                 which may run code. An explicit ``weights_only`` of a loading call overrides it.
             process_group_backend: Backend of the process groups; None is nccl for CUDA, gloo for CPU.
-            timeout: Longest duration of a collective of any group; None is torch's default.
+            timeout: Longest duration of a collective of any group; None is the backend's default: 10 minutes with NCCL,
+                30 with gloo, over which ranks agree and save.
             policy: Options of sharding; see :class:`~lightning_mics.policy.options.PolicyOptions`.
 
         Raises:

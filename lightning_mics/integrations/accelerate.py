@@ -37,7 +37,6 @@ from accelerate.utils import (
 )
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from typing_extensions import Unpack, override
@@ -84,7 +83,8 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
         state_dict_type: Kind of model file that ``save_state`` writes, ``"sharded"`` or ``"full"``. None takes
             ``fsdp_state_dict_type`` of the config file of ``accelerate launch``, and ``"sharded"`` without one; the
             default of ``activation_checkpointing`` is also read from there.
-        timeout: Longest duration of a collective of any group; None is the backend's default.
+        timeout: Longest duration of a collective of any group; None is the backend's default: 10 minutes with NCCL, 30
+            with gloo, over which ranks agree and save.
         policy: Options of sharding; see :class:`~lightning_mics.policy.options.PolicyOptions`.
 
     Raises:
@@ -96,7 +96,7 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
         self,
         *,
         state_dict_type: Literal["sharded", "full"] | None = None,
-        timeout: timedelta | None = default_pg_timeout,
+        timeout: timedelta | None = None,
         **policy: Unpack[PolicyOptions],
     ) -> None:
         check_names(type(self), policy)

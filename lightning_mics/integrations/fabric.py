@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from lightning_mics.checkpoint.origin import NETWORK_KEY, TOPOLOGY_KEY, origin
 from lightning_mics.checkpoint.storage.path import StoragePath
 from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
 from lightning_mics.integrations._marked_methods import run_marked_methods_as_forwards
+from lightning_mics.policy.out_of_memory import explain_out_of_memory
 from lightning_mics.sharding.evaluation import allow_evaluation
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.sharded import sharded
@@ -100,6 +102,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
             allow_evaluation(module)
             sharded(module).schedule.optimizer_hooks.follow_steps()
             module.register_forward_pre_hook(self._note_forward)
+            module.register_forward_hook(_explain_forward, always_call=True)  # also where a forward raises
             self._models.append(module)
         return module
 
@@ -142,8 +145,13 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         for model in self._ran_forward:
             sharded(model).schedule.window.before_backward()
         self._ran_forward = []
-        with described_errors():
-            super().backward(tensor, module, *args, **kwargs)
+        try:
+            with described_errors():
+                super().backward(tensor, module, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            for model in self._models:
+                explain_out_of_memory(error, sharded(model).memory_advice)
+            raise
 
     @override
     def clip_gradients_norm(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -332,6 +340,11 @@ class _TwoHop(_BackwardSyncControl):
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         """Run a micro-step before the boundary: gradients are reduced inside the partition group only."""
         return sharded(module).schedule.micro_step(boundary=False) if enabled else nullcontext()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _explain_forward(module: nn.Module, _inputs: Any, _output: Any) -> None:
+    explain_out_of_memory(sys.exc_info()[1], sharded(module).memory_advice)
 
 
 def _reset_after_load(model: nn.Module) -> None:

@@ -4,7 +4,8 @@ from lightning_mics.cost.hardware import Hardware, find_instance
 from lightning_mics.cost.nccl_tests import with_measured
 from lightning_mics.planning.planner import Plan, plan, weak_scaling
 from lightning_mics.planning.rehearsal.rehearse import Rehearsal, rehearse
-from lightning_mics.planning.rehearsal.workload import Workload, measure_workload
+from lightning_mics.planning.rehearsal.workload import measure_workload
+from lightning_mics.policy.workload import Workload
 
 __all__ = [
     "Hardware",

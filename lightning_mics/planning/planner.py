@@ -1,63 +1,20 @@
 """The planner: all partition sizes of a job, ranked, with memory, traffic and the time of a step.
 
-The planner and the strategy replace "auto" by the same function (:mod:`lightning_mics.policy.choice`), so that they
+The planner and the recipes choose by the same function (:func:`lightning_mics.policy.candidates.fastest`), so that they
 never disagree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_mics.collectives.traffic import Sent
-from lightning_mics.cost.batches import Batches, split_global_batch
 from lightning_mics.cost.hardware import Hardware
-from lightning_mics.cost.step_time import Seconds, step_seconds
-from lightning_mics.cost.step_traffic import step_traffic, total_sent
-from lightning_mics.planning.rehearsal.workload import Workload
-from lightning_mics.policy.choice import Choice, choose
+from lightning_mics.policy.candidates import LEFT_FREE, Candidate, Job, fastest
 from lightning_mics.policy.memory import in_gib
+from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.options import CommunicationOptions
-from lightning_mics.topology import Topology, partition_sizes
-
-LEFT_FREE = 0.06  # share of a device for memory that is not counted: the CUDA context, NCCL, fragmentation
-
-
-FULL_SHARDING = "FSDP, ZeRO-3"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One way to run the job.
-
-    Attributes:
-        system: "MiCS", or the name of the baseline.
-        topology: Topology of the job.
-        batches: Division of the global batch.
-        communication: Options of the collectives, without "auto".
-        states_bytes: Model states of a rank, with the unsharded parameters and gradients of the peak, in bytes.
-        cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
-        memory_bytes: Memory of a rank, with the activations of a micro-batch, in bytes.
-        fits: Whether ``memory_bytes`` leaves enough of the device free.
-        node_sent: Bytes that a node sends per optimizer step.
-        seconds: Predicted seconds of an optimizer step.
-        hfu_tflops: TFLOP/s of one GPU at the expected time, with recomputation.
-        mfu_tflops: TFLOP/s of one GPU at the expected time, without recomputation.
-    """
-
-    system: str
-    topology: Topology
-    batches: Batches
-    communication: CommunicationOptions
-    states_bytes: int
-    cached_bytes: int
-    memory_bytes: int
-    fits: bool
-    node_sent: Sent
-    seconds: Seconds
-    hfu_tflops: float
-    mfu_tflops: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +22,12 @@ class Plan:
     """All ways to run a job, the best first.
 
     Attributes:
-        candidates: Candidates, those that fit before those that do not, faster before slower.
-        recommended: Candidate that ``partition_size="auto"`` chooses.
-        chosen: Candidate with the partition size that was given; without one, ``recommended``.
-        baseline: Full sharding over all ranks, with flat collectives and without caches.
+        candidates: Best candidate of each partition size, those that fit before those that do not, faster before
+            slower.
+        recommended: Fastest of all candidates that fit, with full sharding over all ranks among them.
+        chosen: Best candidate with the partition size that was given; without one, ``recommended``.
+        baseline: Full sharding over all ranks by FSDP2 with its defaults and the largest micro-batch that fits.
+        baseline_tuned: Fastest of FSDP2's own options over all ranks.
         global_batch_size: Samples per optimizer step.
         capacity_bytes: Memory of a GPU, in bytes.
         warnings: Sentences on memory, time and traffic, without a full stop.
@@ -78,6 +37,7 @@ class Plan:
     recommended: Candidate
     chosen: Candidate
     baseline: Candidate
+    baseline_tuned: Candidate
     global_batch_size: int
     capacity_bytes: int
     warnings: tuple[str, ...]
@@ -95,7 +55,7 @@ def plan(
     partition_size: int | Literal["auto"] = "auto",
     communication: CommunicationOptions = CommunicationOptions.AUTO,
 ) -> Plan:
-    """Compare all partition sizes.
+    """Compare all ways to run a job: partition sizes, flat or in stages, micro-batches, caches and accumulation.
 
     Args:
         workload: Workload, from :func:`~lightning_mics.planning.rehearsal.workload.measure_workload`.
@@ -103,48 +63,50 @@ def plan(
         nodes: Number of nodes.
         global_batch_size: Samples per optimizer step, over all ranks.
         ranks_per_node: Ranks on each node; None is one per GPU.
-        micro_batch: Samples per rank and micro-step; None is as many as fit.
+        micro_batch: Samples per rank and micro-step; None is chosen.
         accumulation: Micro-steps per optimizer step; None follows from the other two.
         partition_size: Ranks per partition group of the chosen candidate, or "auto"; all sizes are compared anyway.
-        communication: Options of the collectives; ``hierarchical`` applies if a partition group spans nodes.
+        communication: Options of the collectives, where "auto" is chosen; ``hierarchical`` applies if a partition group
+            spans nodes.
 
     Raises:
         ValueError: If ``nodes`` is not positive, the global batch cannot be split, a block does not fit a device, or
-            the partition size does not fit the job.
+            the partition size or an option does not fit the job.
     """
     if nodes < 1:
         raise ValueError(f"nodes={nodes} must be at least 1")
     ranks_per_node = ranks_per_node or hardware.gpus_per_node
-    world_size = nodes * ranks_per_node
     _check_block_fits(workload, hardware)
-    price = _Price(workload, hardware, global_batch_size, micro_batch, accumulation)
+    job = Job(
+        workload=workload,
+        hardware=hardware,
+        world_size=nodes * ranks_per_node,
+        ranks_per_node=ranks_per_node,
+        global_batch_size=global_batch_size,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+    )
+    baseline, tuned = job.full_sharding(), job.full_sharding_tuned()
 
-    def choice(size: int | Literal["auto"], *, spans_nodes: bool) -> Choice:
-        return choose(
-            workload.size,
-            world_size=world_size,
-            ranks_per_node=ranks_per_node,
-            capacity_bytes=hardware.memory_bytes,
-            partition_size=size,
-            communication=communication if spans_nodes else replace(communication, hierarchical="auto"),
-        )
+    def best(candidates: Sequence[Candidate]) -> Candidate:
+        return fastest(candidates, baseline, tuned, sample_tokens=workload.sample_tokens)
 
-    sizes = partition_sizes(world_size=world_size, ranks_per_node=ranks_per_node)
-    choices = [choice(size, spans_nodes=size > ranks_per_node) for size in sizes]
-    by_size = {each.topology.partition_size: price.candidate(each) for each in choices}
+    of_sizes: dict[int, list[Candidate]] = {}
+    for candidate in job.candidates("auto", communication):
+        of_sizes.setdefault(candidate.topology.partition_size, []).append(candidate)
+    by_size = {size: best(candidates) for size, candidates in of_sizes.items()}
+    recommended = best([candidate for candidates in of_sizes.values() for candidate in candidates])
+    by_size[recommended.topology.partition_size] = recommended
+    chosen = recommended
+    if partition_size != "auto":
+        chosen = by_size[partition_size] = best(list(job.candidates(partition_size, communication)))
     ranked = sorted(by_size.values(), key=lambda candidate: (not candidate.fits, candidate.seconds.expected))
-    recommended = by_size[choice("auto", spans_nodes=False).topology.partition_size]
-    chosen = recommended if partition_size == "auto" else by_size.get(partition_size)
-    if chosen is None:
-        raise ValueError(
-            f"partition_size={partition_size} does not fit the job; possible are {', '.join(map(str, by_size))}"
-        )
-    baseline = price.full_sharding(world_size=world_size, ranks_per_node=ranks_per_node)
     return Plan(
         candidates=tuple(ranked),
         recommended=recommended,
         chosen=chosen,
         baseline=baseline,
+        baseline_tuned=tuned,
         global_batch_size=global_batch_size,
         capacity_bytes=hardware.memory_bytes,
         warnings=tuple(_warnings(chosen, ranked, baseline, hardware)),
@@ -168,73 +130,6 @@ def weak_scaling(
         plan(workload, hardware, nodes=count, global_batch_size=samples_per_rank * count * ranks_per_node, **options)
         for count in nodes
     ]
-
-
-@dataclass(frozen=True)
-class _Price:
-    workload: Workload
-    hardware: Hardware
-    global_batch_size: int
-    micro_batch: int | None
-    accumulation: int | None
-
-    def full_sharding(self, *, world_size: int, ranks_per_node: int) -> Candidate:
-        """The baseline: all ranks in one partition group, flat collectives, nothing cached."""
-        topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=world_size)
-        return self._priced(FULL_SHARDING, topology, replace(CommunicationOptions.PAPER, hierarchical=False))
-
-    def candidate(self, choice: Choice) -> Candidate:
-        return self._priced("MiCS", choice.topology, choice.communication, cached_bytes=choice.cached_bytes)
-
-    def _priced(
-        self, system: str, topology: Topology, communication: CommunicationOptions, *, cached_bytes: int = 0
-    ) -> Candidate:
-        work, usable = self.workload, int((1 - LEFT_FREE) * self.hardware.memory_bytes)
-        batches = split_global_batch(
-            self.global_batch_size,
-            ranks=topology.world_size,
-            micro=self.micro_batch,
-            accumulation=self.accumulation,
-            largest_micro=max(
-                1,
-                work.size.largest_micro_batch(
-                    topology.partition_size, work.sample, free_bytes=usable, cached_bytes=cached_bytes
-                ),
-            ),
-        )
-        memory = work.size.rank_bytes(topology.partition_size, work.sample * batches.micro, cached_bytes=cached_bytes)
-        traffic = step_traffic(
-            work.units,
-            topology,
-            communication=communication,
-            gathered_dtype=work.gathered_dtype,
-            reduce_dtype=work.reduce_dtype,
-        )
-        seconds = step_seconds(
-            traffic,
-            self.hardware,
-            micro_steps=batches.accumulation,
-            micro_step_flops=batches.micro * work.hardware_flops,
-            ranks_per_node=topology.ranks_per_node,
-        )
-        of_rank = total_sent(traffic, micro_steps=batches.accumulation)
-        samples = batches.micro * batches.accumulation
-        return Candidate(
-            system=system,
-            topology=topology,
-            batches=batches,
-            communication=communication,
-            states_bytes=work.size.per_rank_bytes(topology.partition_size),
-            cached_bytes=cached_bytes,
-            memory_bytes=memory,
-            fits=memory <= usable,
-            node_sent=Sent(
-                of_rank.inside_bytes * topology.ranks_per_node, of_rank.between_bytes * topology.ranks_per_node
-            ),
-            seconds=seconds,
-            hfu_tflops=samples * work.hardware_flops / seconds.expected / 1e12,
-            mfu_tflops=samples * work.model_flops / seconds.expected / 1e12,
-        )
 
 
 def _check_block_fits(workload: Workload, hardware: Hardware) -> None:

@@ -37,6 +37,7 @@ class ModelSize:
         block_reduced_bytes: Gradients of the largest block, in the dtype of the reduction.
         gathered_bytes: All unsharded parameters.
         reduced_bytes: All gradients, in the dtype of the reduction.
+        gradients_bytes: Gradients among the model states.
     """
 
     states_bytes: int
@@ -46,6 +47,7 @@ class ModelSize:
     block_reduced_bytes: int
     gathered_bytes: int
     reduced_bytes: int
+    gradients_bytes: int = 0
 
     def per_rank_bytes(self, partition_size: int) -> int:
         """Bytes on each rank at the peak of a backward, without activations.
@@ -60,40 +62,27 @@ class ModelSize:
         in_blocks = 3 * self.block_bytes + self.block_reduced_bytes
         return -(-self.states_bytes // partition_size) + 2 * self.root_bytes + max(in_blocks, self.root_reduced_bytes)
 
-    def at_head_bytes(self, partition_size: int) -> int:
-        """Bytes on each rank when the backward begins, without activations: no block has gradients yet.
-
-        Args:
-            partition_size: Ranks per partition group.
-        """
-        return -(-self.states_bytes // partition_size) + 2 * self.root_bytes + self.block_bytes
-
-    def rank_bytes(self, partition_size: int, activations: Activations, *, cached_bytes: int = 0) -> int:
+    def rank_bytes(
+        self, partition_size: int, activations: Activations, *, cached_bytes: int = 0, micro_steps: int | None = None
+    ) -> int:
         """Bytes on each rank at the peak of a step, with activations and caches.
+
+        In a step of one micro-step, gradients grow as activations shrink: when the backward begins there are none, when
+        it reaches the first block there are all.
 
         Args:
             partition_size: Ranks per partition group.
             activations: Activations of a micro-batch.
             cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
+            micro_steps: Micro-steps per optimizer step; None if it is not known.
         """
-        at_head = self.at_head_bytes(partition_size) + activations.at_head
-        in_blocks = self.per_rank_bytes(partition_size) + activations.in_blocks
-        return cached_bytes + math.ceil(max(at_head, in_blocks))
-
-    def largest_micro_batch(
-        self, partition_size: int, sample: Activations, *, free_bytes: int, cached_bytes: int = 0
-    ) -> int:
-        """Number of samples whose activations fit into ``free_bytes`` with the model states; 0 if none does.
-
-        Args:
-            partition_size: Ranks per partition group.
-            sample: Activations of one sample.
-            free_bytes: Memory of a rank for model states, caches and activations, in bytes.
-            cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
-        """
-        at_head = (free_bytes - cached_bytes - self.at_head_bytes(partition_size)) // sample.at_head
-        in_blocks = (free_bytes - cached_bytes - self.per_rank_bytes(partition_size)) // sample.in_blocks
-        return max(0, int(min(at_head, in_blocks)))
+        in_blocks = self.per_rank_bytes(partition_size)
+        at_head = -(-self.states_bytes // partition_size) + 2 * self.root_bytes + self.block_bytes
+        peak = max(at_head + activations.at_head, in_blocks + activations.in_blocks)
+        if micro_steps == 1:
+            later = max(0, self.gradients_bytes - 2 * self.block_reduced_bytes) // partition_size
+            peak = max(peak - later, in_blocks + activations.at_end)
+        return cached_bytes + math.ceil(peak)
 
 
 def measure_model(
@@ -126,6 +115,7 @@ def measure_model(
         block_reduced_bytes=max((_bytes_in(unit, reduce_dtype) for unit in units), default=0),
         gathered_bytes=_bytes_in(model.parameters(), gathered_dtype),
         reduced_bytes=_bytes_in(trainable, reduce_dtype),
+        gradients_bytes=gradients_bytes,
     )
 
 
@@ -188,18 +178,20 @@ class Activations:
     Attributes:
         at_head: Peak in bytes until the backward of the last block: saved activations of all blocks, and the loss.
         in_blocks: Peak in bytes after that: saved activations of all blocks, and the work of one block.
+        at_end: Peak in bytes from the backward of the first block on.
     """
 
-    at_head: float
-    in_blocks: float
+    at_head: float = 0.0
+    in_blocks: float = 0.0
+    at_end: float = 0.0
 
     @property
     def peak(self) -> float:
         """Peak of the forward and backward, in bytes."""
-        return max(self.at_head, self.in_blocks)
+        return max(self.at_head, self.in_blocks, self.at_end)
 
     def __add__(self, other: Activations) -> Activations:
-        return Activations(self.at_head + other.at_head, self.in_blocks + other.in_blocks)
+        return Activations(self.at_head + other.at_head, self.in_blocks + other.in_blocks, self.at_end + other.at_end)
 
     def __mul__(self, factor: float) -> Activations:
-        return Activations(self.at_head * factor, self.in_blocks * factor)
+        return Activations(self.at_head * factor, self.in_blocks * factor, self.at_end * factor)

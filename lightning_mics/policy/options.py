@@ -47,6 +47,8 @@ class PolicyOptions(TypedDict, total=False):
         allow_unused: Whether ranks may use different blocks in training, as with layer drop, early exit or experts by
             rank, False by default; True trains them as DistributedDataParallel does with
             ``find_unused_parameters=True``, and takes the bytes of all parameters and all gradients on each rank.
+        rail_max_ctas: Largest number of blocks of threads that NCCL runs for collectives between nodes; None, the
+            default, is NCCL's own. A few are enough for a network, and leave the device to what runs beside them.
     """
 
     partition_size: int | Literal["auto"]
@@ -61,6 +63,7 @@ class PolicyOptions(TypedDict, total=False):
     broadcast_buffers: bool
     two_hop: bool
     allow_unused: bool
+    rail_max_ctas: int | None
 
 
 Documented = TypeVar("Documented", bound=Callable[..., object])

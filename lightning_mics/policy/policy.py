@@ -8,15 +8,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
-from lightning_mics._torch.process_groups import check_order
 from lightning_mics.collectives.control_plane import ControlPlane, control_plane
 from lightning_mics.policy.choice import Choice, choose
+from lightning_mics.policy.hosts import check_hosts
 from lightning_mics.policy.memory import ModelSize, device_memory_bytes, measure_model
 from lightning_mics.policy.options import PolicyOptions, check_names
+from lightning_mics.policy.out_of_memory import memory_advice
 from lightning_mics.policy.start_report import start_report
 from lightning_mics.sharding.activation_checkpointing import find_recomputed
 from lightning_mics.sharding.blocks import find_blocks
@@ -24,7 +24,7 @@ from lightning_mics.sharding.modules.initializers import describe_initializers
 from lightning_mics.sharding.options import CommunicationOptions, floating_dtype
 from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
 from lightning_mics.sharding.sharded import Sharded
-from lightning_mics.techniques.partition_groups import choose_hierarchical, create_partition_groups
+from lightning_mics.techniques.partition_groups import create_partition_groups
 from lightning_mics.topology import Topology
 
 
@@ -32,7 +32,8 @@ class Policy:
     """MiCS: which ranks share the model states, and when parameters and gradients are communicated.
 
     Args:
-        timeout: Longest duration of a collective of any group; None is the backend's default.
+        timeout: Longest duration of a collective of any group; None is the backend's default: 10 minutes with NCCL, 30
+            with gloo, over which ranks agree and save.
         policy: Options of sharding, as in :class:`~lightning_mics.policy.options.PolicyOptions`.
 
     Raises:
@@ -40,7 +41,7 @@ class Policy:
         ValueError: If the value of an option is invalid.
     """
 
-    def __init__(self, *, timeout: timedelta | None = default_pg_timeout, **policy: Unpack[PolicyOptions]) -> None:
+    def __init__(self, *, timeout: timedelta | None = None, **policy: Unpack[PolicyOptions]) -> None:
         check_names(type(self), policy)
         partition_size = policy.get("partition_size", "auto")
         if isinstance(partition_size, str) and partition_size != "auto":
@@ -59,6 +60,7 @@ class Policy:
         self._block_classes = policy.get("block_classes")
         self._activation_checkpointing = policy.get("activation_checkpointing", False)
         self._broadcast_buffers = policy.get("broadcast_buffers", True)
+        self._rail_max_ctas = policy.get("rail_max_ctas")
         self._timeout = timeout
 
     def check(self, *, world_size: int, local_size: int) -> None:
@@ -76,7 +78,7 @@ class Policy:
         size = node_size if self.partition_size == "auto" else self.partition_size
         topology = Topology(world_size=world_size, ranks_per_node=node_size, partition_size=size)
         if self.partition_size != "auto":
-            self._check_collectives(topology)
+            self.communication.check(topology)
 
     def shard(
         self, model: nn.Module, *, precision: str, device: torch.device, local_size: int, training: bool = True
@@ -92,32 +94,37 @@ class Policy:
 
         Raises:
             TypeError: If the model cannot be sharded.
-            ValueError: If an option does not fit the job or the model.
+            ValueError: If an option does not fit the job or the model, or ranks of one node run on several hosts.
         """
         mixed_precision = mixed_precision_policy(precision, reduce_dtype=self._reduce_dtype)
         blocks = find_blocks(model, self._block_classes, may_be_empty=not training)
-        find_recomputed(model, blocks, self._activation_checkpointing)  # raises before ranks wait for each other
+        # raises before ranks wait for each other
+        recomputed = find_recomputed(model, blocks, self._activation_checkpointing)
         size = measure_model(
             model,
             blocks.values(),
             gathered_dtype=mixed_precision.param_dtype,
             reduce_dtype=mixed_precision.reduce_dtype,
         )
+        control = control_plane(self._timeout)
+        if self._ranks_per_node is None:
+            check_hosts(local_size, control)
         choice = self.choose(
             size,
             world_size=dist.get_world_size(),
             local_size=local_size,
-            capacity_bytes=_capacity_bytes(device, local_size=local_size, control=control_plane(self._timeout)),
+            capacity_bytes=_capacity_bytes(device, local_size=local_size, control=control),
         )
         if self._block_classes is None and not blocks and size.gathered_bytes:
             _check_one_unit(model, choice)
-        self._check_collectives(choice.topology)
+        self.communication.check(choice.topology)
         initializers = describe_initializers(model)
         groups = create_partition_groups(
             choice.topology,
             device_type=device.type,
             hierarchical=choice.communication.hierarchical,
             timeout=self._timeout,
+            rail_max_ctas=self._rail_max_ctas,
         )
         schedule = shard_model(
             model,
@@ -131,7 +138,8 @@ class Policy:
         half = precision == "bf16-true"
         reduce_dtype = mixed_precision.reduce_dtype or (torch.bfloat16 if half else torch.float32)
         report = start_report(choice, reduce_dtype=reduce_dtype, initializers=initializers)
-        return Sharded(groups, schedule, report, tuple(blocks.values()))
+        advice = memory_advice(choice, recomputes=bool(recomputed))
+        return Sharded(groups, schedule, report, tuple(blocks.values()), advice)
 
     def choose(self, size: ModelSize, *, world_size: int, local_size: int, capacity_bytes: int) -> Choice:
         """Choose how to shard a model: these options, with "auto" replaced by what memory allows.
@@ -183,11 +191,6 @@ class Policy:
 
     def _node_size(self, local_size: int) -> int:
         return self._ranks_per_node or local_size
-
-    def _check_collectives(self, topology: Topology) -> None:
-        if choose_hierarchical(self.communication.hierarchical, topology):
-            check_order(topology.partition_group(0))
-        self.communication.check(topology)
 
 
 def _check_one_unit(model: nn.Module, choice: Choice) -> None:

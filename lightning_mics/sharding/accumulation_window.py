@@ -28,7 +28,6 @@ from lightning_mics._torch.fsdp import (
     fsdp_modules,
     has_pending_gradients,
     reduce_unused_parameters,
-    reduces_unused_parameters,
     trainable,
 )
 from lightning_mics._torch.parameter_hooks import ParameterHooks
@@ -152,8 +151,8 @@ class AccumulationWindow:
         gradients: see [Note: Zero gradients before the boundary].
 
         Raises:
-            RuntimeError: If gradients are still pending that this torch version cannot reduce (before 2.13), or weights
-                changed unrecorded while they were cached, now or before an earlier step.
+            RuntimeError: If gradients are still pending, or weights changed unrecorded while they were cached, now or
+                before an earlier step.
         """
         if not self._at_boundary:
             for pending_gradients in self._pending_gradients.values():
@@ -163,14 +162,9 @@ class AccumulationWindow:
         still_pending = [name for name, m in self._modules.items() if self._pending(name) and any(trainable(m))]
         if still_pending:
             names = ", ".join(name or "the root" for name in still_pending)
-            old = not reduces_unused_parameters(self._root)
             raise RuntimeError(
-                f"{names} got gradients earlier in this accumulation window and none at its boundary; "
-                + (
-                    f"reducing them needs torch >= 2.13, this is torch {torch.__version__}"
-                    if old
-                    else "run the last backward of a window as its boundary, outside of `no_backward_sync` or `no_sync`"
-                )
+                f"{names} got gradients earlier in this accumulation window and none at its boundary; run the last "
+                "backward of a window as its boundary, outside of `no_backward_sync` or `no_sync`"
             )
         self._cache.check_unchanged()
         self._close()

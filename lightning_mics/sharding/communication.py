@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, replace_all_reduce, sharded_parameters
+from lightning_mics._torch.streams import SideStream
 from lightning_mics._torch.units.direct_use import serve_direct_use
+from lightning_mics._torch.units.own_collectives import reject_options, serve_options
 from lightning_mics._torch.units.unit_hooks import UnitHooks
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Kind, Traffic
@@ -58,6 +60,7 @@ class Communication:
         self._replication = self._counted(groups.replication) if groups.replication else None
         self._rail = self._counted(groups.rail) if groups.rail else None
         self._node = self._counted(groups.node) if groups.node else None
+        self._gathers_begin_on, self._reductions_begin_on = SideStream(), SideStream()
         self._pending_gradients: dict[str, PendingGradients] = {}
         self._caches: list[ParameterCache] = []
         self._on_rank: dict[str, RankCache] = {}
@@ -68,10 +71,15 @@ class Communication:
         """Set the collectives of every parameter group under ``root``; returns the schedule that drives them."""
         for name, module in fsdp_modules(root).items():
             if self._topology.partition_size > 1:
-                module.set_custom_all_gather(self._agreement.before_gathers(name, module, self._all_gather(module)))
+                gather, reduce = self._all_gather(name, module), self._reduce_scatter(name, module)
+                module.set_custom_all_gather(self._agreement.before_gathers(name, module, gather))
                 if self._options.cache_parameters == "rank" or self._options.allow_unused:
                     self._on_rank[name] = RankCache(module)
-                module.set_custom_reduce_scatter(self._reduce_scatter(name, module))
+                module.set_custom_reduce_scatter(reduce)
+                if isinstance(gather, FlatAllGather) and isinstance(reduce, FlatReduceScatter):
+                    serve_options(module, gather, reduce)
+                else:
+                    reject_options(module)
             if self._replication is not None:
                 self._set_second_hop(name, module, self._replication)
         serve_direct_use(root, self._mesh, around=self._around_direct_use)
@@ -102,27 +110,35 @@ class Communication:
         schedule.units = UnitHooks(root)  # around what was set above
         return schedule
 
-    def _all_gather(self, module: FSDPModule) -> AllGather:
+    def _all_gather(self, name: str, module: FSDPModule) -> AllGather:
         if self._rail is None:
-            return FlatAllGather(self._partition)
+            return FlatAllGather(self._partition.of_unit(name))
+        rail, node = self._rail.of_unit(name), self._node and self._node.of_unit(name)
         if self._options.cache_parameters != "node":
-            return HierarchicalAllGather(rail=self._rail, node=self._node)
-        cache = NodeCache(rail=self._rail, node=self._node, module=module)
+            return HierarchicalAllGather(rail=rail, node=node, first_stage=self._gathers_begin_on)
+        cache = NodeCache(rail=rail, node=node, module=module, first_stage=self._gathers_begin_on)
         self._caches.append(cache)
         return cache
 
     def _reduce_scatter(self, name: str, module: FSDPModule) -> ReduceScatter:
         if self._rail is None:
-            return FlatReduceScatter(self._partition)
+            return FlatReduceScatter(self._partition.of_unit(name))
+        rail, node = self._rail.of_unit(name), self._node and self._node.of_unit(name)
         wire_dtype = self._options.inter_node_reduce_dtype
         if self._options.accumulate_gradients != "node":
-            return HierarchicalReduceScatter(rail=self._rail, node=self._node, wire_dtype=wire_dtype)
-        pending_gradients = self._pending_gradients_of(name, module)
+            return HierarchicalReduceScatter(
+                rail=rail, node=node, first_stage=self._reductions_begin_on, wire_dtype=wire_dtype
+            )
         return NodeReduceScatter(
-            rail=self._rail, node=self._node, pending_gradients=pending_gradients, wire_dtype=wire_dtype
+            rail=rail,
+            node=node,
+            pending_gradients=self._pending_gradients_of(name, module),
+            first_stage=self._reductions_begin_on,
+            wire_dtype=wire_dtype,
         )
 
-    def _set_second_hop(self, name: str, module: FSDPModule, replication: CountedGroup) -> None:
+    def _set_second_hop(self, name: str, module: FSDPModule, replicas: CountedGroup) -> None:
+        replication = replicas.of_unit(name)
         wire_dtype = self._options.inter_node_reduce_dtype
         if wire_dtype is None:
 

@@ -135,7 +135,7 @@ class AccumulationSchedule:
         Raises:
             RuntimeError: At the end, if weights did change in a way that torch does not record.
         """
-        return self.cache.cached_weights()
+        return self.cache.cached_weights(wait=not self.window.is_open)
 
     def invalidate_cache(self) -> None:
         """Drop cached parameters after weights were changed in a way that torch does not record; every rank calls it.

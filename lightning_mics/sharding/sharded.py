@@ -19,12 +19,14 @@ class Sharded:
         schedule: Accumulation schedule of the model.
         report: Table of groups, techniques and memory, as text.
         blocks: Modules that are parameter groups of their own.
+        memory_advice: Options that would take less memory, as text for errors; empty for none.
     """
 
     groups: PartitionGroups
     schedule: AccumulationSchedule
     report: str
     blocks: tuple[nn.Module, ...]
+    memory_advice: str = ""
 
 
 def sharded(model: nn.Module) -> Sharded:

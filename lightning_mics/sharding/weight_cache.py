@@ -21,7 +21,7 @@ if one was outdated. Only ``invalidate_cache()`` makes such a change legal there
 
 The end of a window does not wait for the device either: it begins to copy the result to the host, and raises for the
 results that have arrived. On a GPU these are of earlier windows, so the error names the step. Before a checkpoint is
-saved, and at the end of a fit and of ``cached_weights()``, all results are waited for.
+saved, and at the end of a fit and of an evaluation between windows, all results are waited for.
 """
 
 from __future__ import annotations
@@ -33,32 +33,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightning_mics._torch.streams import LateFlag
 from lightning_mics.techniques.once_per_step import ParameterCache
-
-
-class LateFlag:
-    """A flag of a device on its way to the host, copied in the order of the current stream.
-
-    Args:
-        flag: Flag on any device: [], bool.
-    """
-
-    def __init__(self, flag: Tensor) -> None:
-        device = flag.device
-        self._on_host = torch.empty((), dtype=torch.bool, pin_memory=device.type != "cpu")
-        self._on_host.copy_(flag, non_blocking=True)
-        self._event = torch.get_device_module(device).Event()
-        self._event.record()
-
-    @property
-    def has_arrived(self) -> bool:
-        """Whether :meth:`read` would return without waiting for the device."""
-        return bool(self._event.query())
-
-    def read(self) -> bool:
-        """The flag; waits until it has arrived."""
-        self._event.synchronize()
-        return bool(self._on_host)
 
 
 class WeightCache:
@@ -85,8 +61,11 @@ class WeightCache:
         return self._shared_by_forwards
 
     @contextmanager
-    def cached_weights(self) -> Iterator[None]:
+    def cached_weights(self, *, wait: bool = True) -> Iterator[None]:
         """Share cached parameters between the forwards inside, whose weights do not change.
+
+        Args:
+            wait: Whether to wait for the results of comparisons at the end.
 
         Raises:
             RuntimeError: At the end, if weights did change in a way that torch does not record.
@@ -96,7 +75,7 @@ class WeightCache:
         try:
             yield
             self.check_unchanged(f"in an evaluation after optimizer step {self._steps}")
-            self.check_arrived(wait=True)
+            self.check_arrived(wait=wait)
         finally:
             self._shared_by_forwards = before
             self.invalidate()
@@ -122,8 +101,8 @@ class WeightCache:
         """
         differ = [differs for cache in self._caches if (differs := cache.take_differs()) is not None]
         if differ:
-            flag = LateFlag(torch.stack(differ).any())
-            self._differ.append((where or f"before optimizer step {self._steps + 1}", flag))
+            where = where or f"before optimizer step {self._steps + 1}"
+            self._differ.append((where, LateFlag(torch.stack(differ).any())))
         self.check_arrived()
 
     def check_arrived(self, *, wait: bool = False) -> None:
@@ -136,8 +115,10 @@ class WeightCache:
             RuntimeError: If a cache was used after the weights had changed.
         """
         while self._differ and (wait or self._differ[0][1].has_arrived):
-            where, flag = self._differ.popleft()
-            if flag.read():
+            where, differs = self._differ.popleft()
+            if wait:
+                differs.wait()
+            if differs:
                 self._differ.clear()
                 raise RuntimeError(
                     "weights changed, in a way that torch does not record (in raw memory, as through NumPy or "

@@ -1,18 +1,25 @@
-"""The baseline: one collective over all ranks of the partition group, without stages."""
+"""The baseline: one collective over all ranks of the partition group, without stages: FSDP2's own, counted.
+
+So FSDP2's options of its collectives hold: symmetric memory, memory of the process group, and a group of its own for
+reductions, which FSDP2 hands over as ``group``.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from lightning_mics._torch.fsdp import AllGather, ReduceScatter
+from lightning_mics._torch.units.own_collectives import OwnAllGather, OwnReduceScatter
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
 
 
-class FlatAllGather(AllGather):
+class FlatAllGather(OwnAllGather):
     """All-gather over all ranks of the partition group in one stage."""
 
     def __init__(self, partition: CountedGroup) -> None:
+        super().__init__()
         self._partition = partition
 
     def __call__(
@@ -23,14 +30,19 @@ class FlatAllGather(AllGather):
         async_op: bool = False,
     ) -> dist.Work | None:
         return self._partition.all_gather(
-            output_tensor, input_tensor, technique="gather in partition groups", async_op=async_op
+            output_tensor,
+            input_tensor,
+            technique="gather in partition groups",
+            async_op=async_op,
+            run=partial(self.own, group=group),
         )
 
 
-class FlatReduceScatter(ReduceScatter):
+class FlatReduceScatter(OwnReduceScatter):
     """Reduce-scatter over all ranks of the partition group in one stage."""
 
     def __init__(self, partition: CountedGroup) -> None:
+        super().__init__()
         self._partition = partition
 
     def __call__(
@@ -42,5 +54,10 @@ class FlatReduceScatter(ReduceScatter):
         async_op: bool = False,
     ) -> dist.Work | None:
         return self._partition.reduce_scatter(
-            output_tensor, input_tensor, op=op, technique="reduce in partition groups", async_op=async_op
+            output_tensor,
+            input_tensor,
+            op=op,
+            technique="reduce in partition groups",
+            async_op=async_op,
+            run=partial(self.own, group=group),
         )

@@ -12,29 +12,70 @@ What a rail gathers is one contiguous slice, so both stages work in place: no re
 needs both). The reduce-scatter, which the paper leaves flat, is the mirror image: node first, then rail.
 
 Where a partition group has one rank on each node there is no second stage, and ``node`` is None.
+
+*The stages of two units, side by side.* The first stage runs on a stream of its own, which waits for nothing but the
+input. So it runs beside the second stage of the unit before it, which uses the other kind of link. FSDP2 asks for the
+memory of the input on the stream that then fills it::
+
+    copy-in stream       fill 1   fill 2   fill 3
+    rail stream                   rail 1   rail 2   rail 3
+    all-gather stream                      node 1   node 2   node 3
+
+For reductions it is node and rail, and the stream that fills the input is that of the arithmetic. It waits for the
+whole reduction of the unit before, unless ``set_reduce_scatter_max_input_buffers`` of torch 2.13 gives it another
+buffer to fill in the meantime.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
-from lightning_mics._torch.fsdp import AllGather, ReduceScatter
+from lightning_mics._torch.fsdp import AllGather, OrdinaryBuffers, ReduceScatter
 from lightning_mics._torch.process_groups import premultiplied_sum_factor
+from lightning_mics._torch.streams import SideStream, current_stream
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
 
+# FSDP2 divides gradients of any other dtype before they are reduced, on the stream that reduces them
+NOT_DIVIDED_BEFORE = (torch.float32, torch.bfloat16)
 
-class TwoStages:
-    """The groups of a two-stage collective in either direction. Both stages run on the current stream.
+
+class TwoStages(OrdinaryBuffers):
+    """The groups of a two-stage collective in either direction, and the stream of its first stage.
+
+    The stages of two units run side by side, as the module says.
 
     Args:
         rail: Ranks with this local rank, one per node, in the order of nodes.
         node: Ranks on this node, in the order of local ranks; None if there is one.
+        first_stage: Stream of the first stage, which all parameter groups of a model share; None makes a new one.
     """
 
-    def __init__(self, *, rail: CountedGroup, node: CountedGroup | None) -> None:
+    def __init__(self, *, rail: CountedGroup, node: CountedGroup | None, first_stage: SideStream | None = None) -> None:
         self.rail = rail
         self.node = node
+        self.first_stage = first_stage or SideStream()
+        self._filled_on: dict[int, Any] = {}  # streams by number of elements: inputs and outputs differ in it
+
+    @override
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory that FSDP2 then fills on the current stream, or has filled: [size].
+
+        Args:
+            size: Numbers of elements, one per dim.
+            dtype: Dtype of the elements.
+            device: The device of this rank.
+        """
+        memory = super().allocate(size, dtype=dtype, device=device)
+        self._filled_on[memory.numel()] = current_stream(device)
+        return memory
+
+    def filled_on(self, memory: torch.Tensor) -> Any:
+        """The stream that has filled ``memory``, [any]; the current one if FSDP2 has not asked for it here."""
+        return self._filled_on.get(memory.numel()) or current_stream(memory.device)
 
     def rail_slice(self, unsharded: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         """Return the slice of this rank's rail: [nodes * shard].
@@ -66,14 +107,19 @@ class HierarchicalAllGather(TwoStages, AllGather):
     ) -> dist.Work | None:
         """Gather every shard into ``output_tensor``, in the order of ``group`` (rail by rail).
 
-        Collectives are enqueued on the current stream, as FSDP2 expects of its own; with ``async_op`` the returned
-        work covers the second stage, and the first is ordered before it on the current stream.
+        The current stream waits for both stages, as FSDP2 expects of its own all-gather; with ``async_op`` it waits for
+        neither, and the returned work covers both.
         """
-        rail_slice = self.rail_slice(output_tensor, group)
+        rail_slice, device = self.rail_slice(output_tensor, group), output_tensor.device
         if self.node is None:
             return self.rail.all_gather(output_tensor, input_tensor, technique="gather along rails", async_op=async_op)
-        self.rail.all_gather(rail_slice, input_tensor, technique="gather along rails")
-        return self.node.all_gather(output_tensor, rail_slice, technique="gather inside nodes", async_op=async_op)
+        here = current_stream(device)
+        with self.first_stage.after(self.filled_on(output_tensor), device):
+            self.rail.all_gather(rail_slice, input_tensor, technique="gather along rails")
+            if async_op:  # called from here the work is ordered after the rail's, and `here` after nothing
+                return self.node.all_gather(output_tensor, rail_slice, technique="gather inside nodes", async_op=True)
+        here.wait_event(self.first_stage.record())
+        return self.node.all_gather(output_tensor, rail_slice, technique="gather inside nodes")
 
 
 class HierarchicalReduceScatter(TwoStages, ReduceScatter):
@@ -86,11 +132,19 @@ class HierarchicalReduceScatter(TwoStages, ReduceScatter):
     Args:
         rail: The ranks with this local rank, one per node, in the order of nodes.
         node: The ranks on this node, in the order of local ranks; None if there is one.
+        first_stage: Stream of the first stage; see :class:`TwoStages`.
         wire_dtype: Dtype of inter-node messages; None is the dtype of the sums.
     """
 
-    def __init__(self, *, rail: CountedGroup, node: CountedGroup | None, wire_dtype: torch.dtype | None = None) -> None:
-        super().__init__(rail=rail, node=node)
+    def __init__(
+        self,
+        *,
+        rail: CountedGroup,
+        node: CountedGroup | None,
+        first_stage: SideStream | None = None,
+        wire_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(rail=rail, node=node, first_stage=first_stage)
         self._wire_dtype = wire_dtype
 
     def __call__(
@@ -115,7 +169,11 @@ class HierarchicalReduceScatter(TwoStages, ReduceScatter):
         """
         rail_slice = self.rail_slice(unsharded, group)
         if self.node is not None:
-            self.node.reduce_scatter(rail_slice, unsharded, op=op, technique="reduce inside nodes")
+            here, device = current_stream(unsharded.device), unsharded.device
+            filled_on = self.filled_on(unsharded) if unsharded.dtype in NOT_DIVIDED_BEFORE else here
+            with self.first_stage.after(filled_on, device):
+                self.node.reduce_scatter(rail_slice, unsharded, op=op, technique="reduce inside nodes")
+            here.wait_event(self.first_stage.record())
         return rail_slice
 
     def reduce_along_rail(

@@ -37,6 +37,7 @@ shards are shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,9 +45,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
-from lightning_mics._torch.fsdp import AllGather, ReusedUnshard, weights_version
+from lightning_mics._torch.fsdp import ReusedUnshard, weights_version
+from lightning_mics._torch.streams import SideStream, current_stream, has_streams, keep_for_current_stream
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
-from lightning_mics.techniques.hierarchical import HierarchicalReduceScatter, TwoStages
+from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.techniques.pending_gradients import PendingGradients
 
 
@@ -89,7 +91,7 @@ class ParameterCache:
             own: This rank's part of the cached parameters: [shard].
             shard: This rank's shard now: [shard].
         """
-        if own.is_cuda:
+        if has_streams(own.device):
             differs = _bits_differ(own, shard)
             self._differs = differs if self._differs is None else self._differs | differs
         elif not torch.equal(own, shard) and _bits_differ(own, shard):
@@ -101,19 +103,28 @@ class ParameterCache:
         return differs
 
 
-class NodeCache(ParameterCache, TwoStages, AllGather):
+class NodeCache(ParameterCache, HierarchicalAllGather):
     """All-gather whose inter-node stage runs only if this rank's rail slice is not cached.
 
     Args:
         rail: The ranks with this local rank, one per node, in the order of nodes.
         node: The ranks on this node, in the order of local ranks; None if there is one.
         module: FSDP module of the parameter group.
+        first_stage: Stream of the first stage; see :class:`~lightning_mics.techniques.hierarchical.TwoStages`.
     """
 
-    def __init__(self, *, rail: CountedGroup, node: CountedGroup | None, module: FSDPModule) -> None:
+    def __init__(
+        self,
+        *,
+        rail: CountedGroup,
+        node: CountedGroup | None,
+        module: FSDPModule,
+        first_stage: SideStream | None = None,
+    ) -> None:
         ParameterCache.__init__(self, lambda: weights_version(module))
-        TwoStages.__init__(self, rail=rail, node=node)
+        HierarchicalAllGather.__init__(self, rail=rail, node=node, first_stage=first_stage)
         self._rail_slice: Tensor | None = None  # [nodes * shard]
+        self._gathered: Any = None  # event after the stage along the rail
 
     @property
     def is_cached(self) -> bool:
@@ -128,20 +139,31 @@ class NodeCache(ParameterCache, TwoStages, AllGather):
         async_op: bool = False,
     ) -> dist.Work | None:
         """Gather every shard into ``output_tensor``, in the order of ``group`` (rail by rail)."""
-        cached = self._rail_slice
+        device, cached = output_tensor.device, self._rail_slice
         if cached is not None and self.usable:
+            current_stream(device).wait_event(self._gathered)  # it may have been another one's that waited for it
             self.compare(cached.chunk(self.rail.size)[self.rail.rank], input_tensor)
+            work = self._spread(cached, output_tensor, async_op=async_op)
         else:
-            cached = torch.empty_like(self.rail_slice(output_tensor, group))
-            self.rail.all_gather(cached, input_tensor, technique="gather along rails")
-            self._rail_slice = cached
-            self.mark_valid()
-        if cached.is_cuda:  # a user who unshards a module by hand may have allocated it on another stream
-            cached.record_stream(torch.cuda.current_stream(cached.device))
+            with self.first_stage.after(self.filled_on(output_tensor), device):
+                cached = torch.empty_like(self.rail_slice(output_tensor, group))
+                self.rail.all_gather(cached, input_tensor, technique="gather along rails")
+                self._rail_slice, self._gathered = cached, self.first_stage.record()
+                self.mark_valid()
+                if async_op:
+                    work = self._spread(cached, output_tensor, async_op=True) or self.first_stage.work(device)
+            if not async_op:
+                current_stream(device).wait_event(self._gathered)
+                work = self._spread(cached, output_tensor, async_op=False)
+        keep_for_current_stream(cached)  # freed, its memory goes back to the stream of the rail
+        return work
+
+    def _spread(self, cached: Tensor, output: Tensor, *, async_op: bool) -> dist.Work | None:
+        """Give the node this rank's slice, [nodes * shard]: the second stage, on the current stream."""
         if self.node is None:
-            output_tensor.copy_(cached)
+            output.copy_(cached)
             return None
-        return self.node.all_gather(output_tensor, cached, technique="gather inside nodes", async_op=async_op)
+        return self.node.all_gather(output, cached, technique="gather inside nodes", async_op=async_op)
 
     @override
     def tensors(self) -> list[Tensor]:
@@ -165,6 +187,7 @@ class NodeReduceScatter(HierarchicalReduceScatter):
         rail: The ranks with this local rank, one per node, in the order of nodes.
         node: The ranks on this node, in the order of local ranks; None if there is one.
         pending_gradients: Pending gradients of the parameter group.
+        first_stage: Stream of the first stage; see :class:`~lightning_mics.techniques.hierarchical.TwoStages`.
         wire_dtype: Dtype of inter-node messages; None is the dtype of the sums.
     """
 
@@ -174,9 +197,10 @@ class NodeReduceScatter(HierarchicalReduceScatter):
         rail: CountedGroup,
         node: CountedGroup | None,
         pending_gradients: PendingGradients,
+        first_stage: SideStream | None = None,
         wire_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(rail=rail, node=node, wire_dtype=wire_dtype)
+        super().__init__(rail=rail, node=node, first_stage=first_stage, wire_dtype=wire_dtype)
         self._pending_gradients = pending_gradients
 
     def __call__(

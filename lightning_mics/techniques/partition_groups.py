@@ -66,36 +66,45 @@ def create_partition_groups(
     device_type: str,
     hierarchical: bool | Literal["auto"] = "auto",
     timeout: timedelta | None = None,
+    rail_max_ctas: int | None = None,
 ) -> PartitionGroups:
     """Make this rank's groups and mesh; every rank calls it, after ``init_process_group``.
 
     Each rank makes its own groups only, all ranks in the same order of kinds, so start-up does not grow with the number
-    of groups. Unused groups are not made: with NCCL each takes memory on the device.
+    of groups. With NCCL each takes memory on the device from its first collective on, or at once where
+    ``init_process_group`` was given a ``device_id``, so what serves nothing is not made. In two stages the partition
+    group still serves what the mesh does: norms of gradients, and parameters that are used directly or gathered whole.
 
     Args:
         topology: Positions of all ranks of the default process group.
         device_type: ``"cpu"`` or ``"cuda"``.
         hierarchical: Whether collectives of the partition group run in two stages; see :func:`choose_hierarchical`.
         timeout: Longest time of a collective of these groups; None is the backend's default.
+        rail_max_ctas: Largest number of blocks of threads of a collective along rails, on NCCL; None is NCCL's default.
 
     Raises:
-        RuntimeError: If ``torch.distributed`` is not initialized, torch is too old for groups that span nodes, or ranks
-            are members of different numbers of process groups.
-        ValueError: If the topology is not that of the running job, the backend cannot serve the device, or
-            ``hierarchical`` does not fit the topology.
+        RuntimeError: If ``torch.distributed`` is not initialized, or ranks are members of different numbers of process
+            groups.
+        ValueError: If the topology is not that of the running job, the backend cannot serve the device,
+            ``hierarchical`` does not fit the topology, or ``rail_max_ctas`` is given and the backend is not NCCL.
     """
     in_stages = choose_hierarchical(hierarchical, topology)
     backend = _check_job(topology, device_type)
+    _check_max_ctas(rail_max_ctas, backend)
     control = control_plane(timeout)
     _check_same_count_of_groups(control)
     rank, make = dist.get_rank(), partial(new_group, timeout=timeout)
-    partition = make(_members(topology, rank, in_stages), name="partition")
+    one_stage_over_rails = topology.spans_nodes and topology.local_ranks_per_partition_group == 1
+    partition = make(
+        _members(topology, rank, in_stages), name="partition", max_ctas=rail_max_ctas if one_stage_over_rails else None
+    )
     replication = make(topology.replication_group(rank), name="replication") if topology.replicas > 1 else None
     rail, node = None, None
-    if topology.spans_nodes and topology.local_ranks_per_partition_group == 1:
+    if one_stage_over_rails:
         rail = partition
     elif in_stages:
-        rail, node = make(topology.rail(rank), name="rail"), make(topology.node_group(rank), name="node")
+        rail = make(topology.rail(rank), name="rail", max_ctas=rail_max_ctas)
+        node = make(topology.node_group(rank), name="node")
     return PartitionGroups(
         topology=topology,
         partition=partition,
@@ -137,6 +146,17 @@ def check_hierarchical(hierarchical: object) -> None:
     """
     if hierarchical != "auto" and not isinstance(hierarchical, bool):
         raise ValueError(f'hierarchical={hierarchical!r} is not one of "auto", True, False')
+
+
+def _check_max_ctas(rail_max_ctas: int | None, backend: str) -> None:
+    if rail_max_ctas is None:
+        return
+    if isinstance(rail_max_ctas, bool) or not isinstance(rail_max_ctas, int) or rail_max_ctas < 1:
+        raise ValueError(f"rail_max_ctas={rail_max_ctas!r} is neither None nor a positive integer")
+    if backend != "nccl":
+        raise ValueError(
+            f"rail_max_ctas={rail_max_ctas} is an option of NCCL, and this job runs on {backend}; leave it out"
+        )
 
 
 def _members(topology: Topology, rank: int, in_stages: bool) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_mics._torch.streams import keep_for_current_stream
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
 from lightning_mics.techniques.pending_gradients import PendingGradients
 
@@ -60,8 +61,7 @@ class SecondHop:
             shard: Result of hop 1: [shard].
             op: Sum or average over the replicas.
         """
-        if shard.is_cuda:  # FSDP2 frees it after this, while its own stream still reads it
-            shard.record_stream(torch.cuda.current_stream(shard.device))
+        keep_for_current_stream(shard)  # FSDP2 frees it after this, while its own stream still reads it
         if self._pending_gradients.at_boundary:
             if not self._hop_1_accumulates:
                 self._pending_gradients.add_into(shard)

@@ -1,7 +1,9 @@
 """Choosing the values that are "auto" in a configuration, from the model, the cluster and the global batch.
 
-The order is devices, precision, partition size, caches, micro-batch, accumulation. The policy of the strategy chooses
-the options of the strategy. No value depends on the rank, so all ranks choose the same.
+Devices and precision come first. Where the rates of the cluster are known, the plan then chooses partition size,
+stages, caches, micro-batch and accumulation together, by the time of a step; elsewhere memory chooses them one after
+the other.
+No value depends on the rank, so all ranks choose the same.
 """
 
 from __future__ import annotations
@@ -12,15 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lightning_mics.cost.batches import split_global_batch
-from lightning_mics.planning import Workload
-from lightning_mics.planning.planner import LEFT_FREE
+from lightning_mics.planning import Plan, Workload
+from lightning_mics.policy.candidates import LEFT_FREE
 from lightning_mics.policy.choice import Choice
 from lightning_mics.policy.memory import device_memory_bytes, in_gib
-from lightning_mics.policy.options import PolicyOptions
-from lightning_mics.policy.policy import Policy
+from recipes.job.cluster_plan import hardware_of, plan_run, policy_of
 from recipes.job.machine import Launched
 from recipes.job.workload import measure_run
 from recipes.models.language_model import LanguageModel
@@ -61,12 +62,14 @@ class ChosenJob:
         choices: Table of the chosen values and their reasons, for display.
         sharding: Sharding of the model; the strategy will choose the same.
         workload: Sizes of the model, and memory and FLOPs of a sequence.
+        planned: All ways to run it by time; None if the rates of the cluster are unknown.
     """
 
     config: DictConfig
     choices: str
     sharding: Choice
     workload: Workload
+    planned: Plan | None
 
 
 def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
@@ -84,6 +87,10 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
     cluster.devices = choices.take("devices per node", cluster.devices, *_devices(cluster))
     cluster.precision = choices.take("precision", cluster.precision, *_precision(cluster))
     workload = measure_run(config, model)
+    planned, asked = None, copy.deepcopy(config)
+    if cluster.network_rate_gbits_per_s is not None:
+        planned = plan_run(config, workload, hardware_of(cluster))
+        _take_way(config, planned)
     sharding = policy_of(config).choose(
         workload.size,
         world_size=cluster.num_nodes * cluster.devices,
@@ -91,13 +98,35 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
         capacity_bytes=_capacity_bytes(cluster),
     )
     chosen = {"partition_size": sharding.topology.partition_size, **sharding.communication.keywords()}
+    by_time = planned and _why_fastest(planned)
     for option in ("partition_size", "cache_parameters", "accumulate_gradients"):
         why = sharding.reasons[option].removeprefix('"auto": ')
-        config.strategy[option] = choices.take(option.replace("_", " "), config.strategy[option], chosen[option], why)
-    _choose_batches(config, choices, _largest_micro_batch(sharding, workload))
+        if by_time and option == "partition_size":
+            why = by_time
+        config.strategy[option] = choices.take(option.replace("_", " "), asked.strategy[option], chosen[option], why)
+    if planned is None:
+        most = _largest_micro_batch(sharding, workload)
+        _choose_batches(config, choices, most, why=f"up to {most} fit with the model states")
+    else:
+        _choose_batches(config, choices, planned.chosen.batches.micro, why="as fast as any that fits")
     _choose_validation(config)
-    choices.rows["memory per rank"] = _memory_report(sharding, workload, config.data.batch_size)
-    return ChosenJob(config=config, choices=choices.table(), sharding=sharding, workload=workload)
+    choices.rows["memory per rank"] = _memory_report(sharding, workload, config)
+    return ChosenJob(config=config, choices=choices.table(), sharding=sharding, workload=workload, planned=planned)
+
+
+def _take_way(config: DictConfig, planned: Plan) -> None:
+    """Put the options of the chosen candidate in place of "auto"; :class:`Policy` then has nothing left to choose."""
+    way, strategy = planned.chosen, config.strategy
+    strategy.partition_size = way.topology.partition_size
+    strategy.cache_parameters = way.communication.cache_parameters
+    strategy.accumulate_gradients = way.communication.accumulate_gradients
+    if way.topology.spans_nodes and strategy.hierarchical == "auto":
+        strategy.hierarchical = way.in_stages
+
+
+def _why_fastest(planned: Plan) -> str:
+    ours, theirs = planned.chosen.seconds.expected, planned.baseline.seconds.expected
+    return f"the fastest that fits, with what follows: {ours:.3g} s per step; full sharding takes {theirs:.3g} s"
 
 
 def _devices(cluster: DictConfig) -> tuple[int, str]:
@@ -130,31 +159,29 @@ def _capacity_bytes(cluster: DictConfig) -> int:
     )
 
 
-def policy_of(config: DictConfig) -> Policy:
-    """The policy that the strategy of ``config`` creates from its options."""
-    strategy = OmegaConf.to_container(config.strategy, resolve=True)
-    return Policy(**{name: strategy[name] for name in PolicyOptions.__annotations__ if name in strategy})
-
-
 def _largest_micro_batch(sharding: Choice, workload: Workload) -> int:
     """Number of sequences whose activations fit with the model states; 0 if none does."""
-    return workload.size.largest_micro_batch(
-        sharding.topology.partition_size,
-        workload.sample,
-        free_bytes=int((1 - LEFT_FREE) * sharding.capacity_bytes),
-        cached_bytes=sharding.cached_bytes,
-    )
+    usable, size = (1 - LEFT_FREE) * sharding.capacity_bytes, sharding.topology.partition_size
+    fitting = 0
+    while fitting < 2**16 and (
+        workload.size.rank_bytes(size, workload.activations(fitting + 1), cached_bytes=sharding.cached_bytes) <= usable
+    ):
+        fitting += 1
+    return fitting
 
 
-def _memory_report(sharding: Choice, workload: Workload, micro_batch: int) -> str:
+def _memory_report(sharding: Choice, workload: Workload, config: DictConfig) -> str:
     total = workload.size.rank_bytes(
-        sharding.topology.partition_size, workload.sample * micro_batch, cached_bytes=sharding.cached_bytes
+        sharding.topology.partition_size,
+        workload.activations(config.data.batch_size),
+        cached_bytes=sharding.cached_bytes,
+        micro_steps=config.trainer.accumulate_grad_batches,
     )
     text = f"about {in_gib(total)} of {in_gib(sharding.capacity_bytes)}"
     return text if total <= (1 - LEFT_FREE) * sharding.capacity_bytes else f"{text}: this may not fit"
 
 
-def _choose_batches(config: DictConfig, choices: Choices, largest_micro_batch: int) -> None:
+def _choose_batches(config: DictConfig, choices: Choices, largest_micro_batch: int, *, why: str) -> None:
     data, trainer = config.data, config.trainer
     batches = split_global_batch(
         config.global_batch_size,
@@ -164,8 +191,7 @@ def _choose_batches(config: DictConfig, choices: Choices, largest_micro_batch: i
         largest_micro=max(1, largest_micro_batch),
     )
     choices.rows["global batch"] = f"{config.global_batch_size} sequences of {data.sequence_length} tokens"
-    fitting = f"up to {largest_micro_batch} fit with the model states"
-    data.batch_size = choices.take("micro-batch", data.batch_size, batches.micro, fitting)
+    data.batch_size = choices.take("micro-batch", data.batch_size, batches.micro, why)
     trainer.accumulate_grad_batches = choices.take(
         "accumulation", trainer.accumulate_grad_batches, batches.accumulation, "it makes up the global batch"
     )

@@ -41,13 +41,16 @@ def measure_run(config: DictConfig, model: LanguageModel) -> Workload:
     recompute = OmegaConf.to_object(OmegaConf.create({"": config.strategy.activation_checkpointing}))[""]
     blocks = find_blocks(network)
     shape, share = shape_of(network, model.config, recompute)
+    fixed, sample = _activations(model, network, length, recompute=recompute, share=share, precision=precision)
     return Workload(
         units=tuple(find_units(network, blocks)),
         size=measure_model(
             network, blocks.values(), gathered_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype
         ),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        sample=_activations(model, network, length, recompute=recompute, share=share, precision=precision),
+        sample=sample,
+        fixed=fixed,
+        sample_tokens=length,
         model_flops=shape.training_flops(length),
         hardware_flops=shape.training_flops(length, recomputed_share=share),
         gathered_dtype=policy.param_dtype or dtype,
@@ -57,32 +60,41 @@ def measure_run(config: DictConfig, model: LanguageModel) -> Workload:
 
 def _activations(
     model: LanguageModel, network: nn.Module, length: int, *, recompute: Any, share: float, precision: str
-) -> Activations:
-    """Activations of one sequence on a rank."""
+) -> tuple[Activations, Activations]:
+    """Activations of a rank that do not depend on the number of sequences, and those of one sequence."""
     dims = {dim for parameter in network.parameters() for dim in parameter.shape}
-    sequences = next(count for count in itertools.count(3) if count * length not in dims)
-    taken = partial(_extrapolated, model, sequences, length, mixed=precision == "bf16-mixed")
+    free = (count for count in itertools.count(3) if count * length not in dims)
+    few = next(free)
+    many = next(count for count in free if count >= 2 * few)
+    taken = partial(_taken, model, length, mixed=precision == "bf16-mixed")
+    small = taken(2, few, recompute=share > 0)
+    more = taken(2, many, recompute=share > 0) + small * -1
+    head = max(0.0, small.at_head - few * more.at_head / (many - few))  # the loss works in pieces of a bounded size
+    fixed = Activations(at_head=head)
+
+    def of_sequence(recompute: Any, two: Activations) -> Activations:
+        """Extrapolate from networks of two and four blocks: each further block takes the same."""
+        four = taken(4, few, recompute=recompute)
+        return (two + (four + two * -1) * ((model.config.num_hidden_layers - 2) / 2) + fixed * -1) * (1 / few)
+
     if share == 0:
-        return taken(recompute=recompute)
+        return fixed, of_sequence(recompute, taken(2, few, recompute=recompute) if recompute else small)
+    recomputed = of_sequence(True, small)
     if share == 1:
-        return taken(recompute=True)
-    return taken(recompute=True) * share + taken(recompute=False) * (1 - share)
+        return fixed, recomputed
+    return fixed, recomputed * share + of_sequence(False, taken(2, few, recompute=False)) * (1 - share)
 
 
-def _extrapolated(model: LanguageModel, sequences: int, length: int, *, mixed: bool, recompute: Any) -> Activations:
-    """Extrapolate from networks of two and four blocks: each further block takes the same."""
-
-    def taken(blocks: int) -> Activations:
-        return peak_activations(
-            lambda: _make_network(_with_blocks(model, blocks), recompute=recompute),
-            model.example_batch(sequences, length),
-            loss=lambda network, batch: model.loss_of(network["network"], batch),
-            dtype=torch.bfloat16 if mixed else torch.float32,
-            autocast_dtype=torch.bfloat16 if mixed else None,
-        )
-
-    two, four = taken(2), taken(4)
-    return (two + (four + two * -1) * ((model.config.num_hidden_layers - 2) / 2)) * (1 / sequences)
+def _taken(
+    model: LanguageModel, length: int, blocks: int, sequences: int, *, mixed: bool, recompute: Any
+) -> Activations:
+    return peak_activations(
+        lambda: _make_network(_with_blocks(model, blocks), recompute=recompute),
+        model.example_batch(sequences, length),
+        loss=lambda network, batch: model.loss_of(network["network"], batch),
+        dtype=torch.bfloat16 if mixed else torch.float32,
+        autocast_dtype=torch.bfloat16 if mixed else None,
+    )
 
 
 def _make_network(model: LanguageModel, *, recompute: Any) -> nn.ModuleDict:

@@ -1,4 +1,7 @@
-"""``dry_run=true``: all ways to run the job in a table, and the chosen one rehearsed, without its machines."""
+"""Dry runs, without the machines of the job.
+
+``dry_run=plan`` shows all ways to run the job in a table; ``dry_run=true`` rehearses the chosen one as well.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mics.planning import Hardware, Plan, Rehearsal, Workload, plan, rehearse, weak_scaling, with_measured
-from recipes.job.auto import ChosenJob, choose_automatically, policy_of
+from lightning_mics.planning import Hardware, Plan, Rehearsal, Workload, rehearse, weak_scaling
+from recipes.job.auto import ChosenJob, choose_automatically
+from recipes.job.cluster_plan import asked, hardware_of
 from recipes.models.language_model import LanguageModel
 from recipes.plan.page import write_plan_page
 from recipes.plan.tables import plan_table, rehearsal_tables
@@ -52,20 +56,21 @@ def dry_run(config: DictConfig, model: LanguageModel, *, command: Sequence[str])
         ValueError: If the job is invalid: the batch cannot be split, the rank does not exist, or a block does not fit
             a device.
     """
+    if config.dry_run not in (False, True, "plan"):
+        raise ValueError(f"dry_run={config.dry_run!r} is not one of false, plan, true")
     console, begin = Console(width=max(WIDTH, Console().width)), time.perf_counter()
     job = choose_automatically(config, model)
     chosen = job.config
     console.print(job.choices, highlight=False, markup=False, soft_wrap=True)
-    planned, hardware, scaling = None, None, []
-    if chosen.cluster.network_rate_gbits_per_s is not None:
+    planned, hardware, scaling = job.planned, None, []
+    if planned is not None:
         hardware = hardware_of(chosen.cluster)
-        planned = plan_run(config, job.workload, hardware)
         scaling = scaling_of(config, chosen, job.workload, hardware)
         console.print(plan_table(planned, config=chosen))
         for warning in planned.warnings:
             console.print(f"Note: {warning}.", highlight=False, soft_wrap=True)
-    rehearsal = rehearse_run(job, model, rank=config.dry_run_rank)
-    for table in rehearsal_tables(rehearsal, capacity_bytes=_capacity(chosen)):
+    rehearsal = None if config.dry_run == "plan" else rehearse_run(job, model, rank=config.dry_run_rank)
+    for table in rehearsal_tables(rehearsal, capacity_bytes=_capacity(chosen)) if rehearsal else ():
         console.print(table)
     folder = Path(config.run_dir)
     write_plan_page(
@@ -84,21 +89,6 @@ def dry_run(config: DictConfig, model: LanguageModel, *, command: Sequence[str])
     console.print(f"{folder}: plan.html, plan.json, after {seconds:.0f} s", soft_wrap=True)
 
 
-def plan_run(config: DictConfig, workload: Workload, hardware: Hardware) -> Plan:
-    """The plan of the run, with whatever ``config`` leaves to "auto"."""
-    cluster, data, trainer = config.cluster, config.data, config.trainer
-    return plan(
-        workload,
-        hardware,
-        nodes=cluster.num_nodes,
-        ranks_per_node=cluster.ranks_per_node or cluster.devices,
-        global_batch_size=config.global_batch_size,
-        micro_batch=None if data.batch_size == "auto" else data.batch_size,
-        accumulation=None if trainer.accumulate_grad_batches == "auto" else trainer.accumulate_grad_batches,
-        **_asked(config),
-    )
-
-
 def scaling_of(config: DictConfig, chosen: DictConfig, workload: Workload, hardware: Hardware) -> list[Plan]:
     """Plans for clusters of a partition group and more, with as much for each rank to do as in ``chosen``."""
     cluster = chosen.cluster
@@ -112,24 +102,7 @@ def scaling_of(config: DictConfig, chosen: DictConfig, workload: Workload, hardw
         samples_per_rank=chosen.global_batch_size // (cluster.num_nodes * cluster.devices),
         ranks_per_node=per_node,
         micro_batch=chosen.data.batch_size,
-        **_asked(config),
-    )
-
-
-def _asked(config: DictConfig) -> dict[str, Any]:
-    policy = policy_of(config)
-    return {"partition_size": policy.partition_size, "communication": policy.communication}
-
-
-def hardware_of(cluster: DictConfig) -> Hardware:
-    """What ``conf/cluster`` says of a node, and the user's own measurements."""
-    names = {field.name for field in dataclasses.fields(Hardware)} - {"gpus_per_node"}
-    hardware = Hardware(gpus_per_node=cluster.devices, **{name: cluster[name] for name in names})
-    return with_measured(
-        hardware,
-        in_node=cluster.in_node_nccl_tests and Path(cluster.in_node_nccl_tests),
-        between_nodes=cluster.network_nccl_tests and Path(cluster.network_nccl_tests),
-        nodes=cluster.num_nodes,
+        **asked(config),
     )
 
 
@@ -164,10 +137,12 @@ def rehearse_run(job: ChosenJob, model: LanguageModel, *, rank: int = 0) -> Rehe
     )
 
 
-def as_json(planned: Plan | None, rehearsal: Rehearsal) -> dict[str, Any]:
-    """Both as plain data."""
-    of_plan = None if planned is None else _plain(dataclasses.asdict(planned))
-    return {"plan": of_plan, "rehearsal": _plain(dataclasses.asdict(rehearsal))}
+def as_json(planned: Plan | None, rehearsal: Rehearsal | None) -> dict[str, Any]:
+    """Both as plain data; None where there is none."""
+    return {
+        name: None if part is None else _plain(dataclasses.asdict(part))
+        for name, part in {"plan": planned, "rehearsal": rehearsal}.items()
+    }
 
 
 def _plain(value: Any) -> Any:

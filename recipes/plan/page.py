@@ -29,7 +29,7 @@ def write_plan_page(
     choices: str,
     planned: Plan | None,
     scaling: Sequence[Plan],
-    rehearsal: Rehearsal,
+    rehearsal: Rehearsal | None,
     hardware: Hardware | None,
     config: DictConfig,
 ) -> None:
@@ -42,7 +42,7 @@ def write_plan_page(
         choices: Table of the values chosen for "auto".
         planned: Plan of the run; None if the rates of the machines are unknown.
         scaling: Plans for growing clusters.
-        rehearsal: Rehearsal of the chosen job.
+        rehearsal: Rehearsal of the chosen job; None if it was only planned.
         hardware: Hardware of each node; None without a plan.
         config: Configuration of the run, without "auto".
     """
@@ -59,11 +59,12 @@ def write_plan_page(
         ]
         if len(scaling) > 1:
             body.append(picture(draw_scaling(scaling), alt="predicted weak scaling"))
-        body.append(picture(draw_timeline(rehearsal, planned, hardware), alt="timeline of an optimizer step"))
-    body += ["<h2>Rehearsal</h2>"]
-    body += [
-        _as_text(table) for table in rehearsal_tables(rehearsal, capacity_bytes=planned and planned.capacity_bytes)
-    ]
+        if rehearsal is not None:
+            body.append(picture(draw_timeline(rehearsal, planned, hardware), alt="timeline of an optimizer step"))
+    if rehearsal is not None:
+        capacity_bytes = planned and planned.capacity_bytes
+        body += ["<h2>Rehearsal</h2>"]
+        body += [_as_text(table) for table in rehearsal_tables(rehearsal, capacity_bytes=capacity_bytes)]
     body += ["<h2>Job</h2>", f"<pre>{html.escape(choices)}</pre>"]
     write_page(path, title=title, body=body)
 

@@ -11,7 +11,7 @@ from rich.console import JustifyMethod
 from rich.table import Table
 
 from lightning_mics.planning import Plan, Rehearsal
-from lightning_mics.planning.planner import Candidate
+from lightning_mics.policy.candidates import Candidate
 from lightning_mics.policy.memory import in_gib
 
 COLUMNS: tuple[tuple[str, str, JustifyMethod], ...] = (  # and the unit, and the side that values are on
@@ -81,8 +81,10 @@ def places(candidate: Candidate) -> str:
 
 
 def size_label(candidate: Candidate, planned: Plan) -> str:
-    """The partition size, and whether "auto" takes it."""
-    return f"{candidate.topology.partition_size}" + (' "auto"' if candidate is planned.recommended else "")
+    """The partition size, whether its collectives over nodes are flat, and whether "auto" takes it."""
+    both = candidate.topology.spans_nodes and candidate.topology.local_ranks_per_partition_group > 1
+    flat = " flat" if both and not candidate.in_stages else ""
+    return f"{candidate.topology.partition_size}{flat}" + (' "auto"' if candidate is planned.recommended else "")
 
 
 def duration(planned: Plan, config: DictConfig) -> str:

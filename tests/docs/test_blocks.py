@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 import train
 from lightning_mics.integrations.trainer import traffic_monitor
 from recipes.job.auto import choose_automatically
-from recipes.plan.dry_run import WIDTH, hardware_of, plan_run
+from recipes.job.cluster_plan import hardware_of, plan_run
+from recipes.plan.dry_run import WIDTH
 from recipes.plan.tables import plan_table
 from tests.docs.pages import PAGES, ROOT, Block, blocks
 from tests.support.configs import composed

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_mics import Topology, create_partition_groups
+from lightning_mics._torch.process_groups import all_gather_single
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
@@ -66,7 +67,7 @@ def _all_gather_error(groups: PartitionGroups, *, async_op: bool) -> float:
     mine = output[position * SHARD : (position + 1) * SHARD]
     mine.copy_(torch.arange(SHARD) + 100.0 * dist.get_rank())
     flat = torch.empty_like(output)
-    dist.all_gather_single(flat, mine.clone(), group=groups.partition)
+    all_gather_single(flat, mine.clone(), group=groups.partition)
     gather = HierarchicalAllGather(**_stages(groups))
     work = gather(output, mine, groups.partition, async_op=async_op)
     if work is not None:
@@ -79,7 +80,7 @@ def _reduce_scatter_error(groups: PartitionGroups, op: dist.ReduceOp) -> float:
     generator = torch.Generator().manual_seed(dist.get_rank())
     source = torch.randn(groups.partition.size() * SHARD, generator=generator)
     everyone = torch.empty(groups.partition.size() * source.numel())
-    dist.all_gather_single(everyone, source, group=groups.partition)
+    all_gather_single(everyone, source, group=groups.partition)
     factor = {dist.ReduceOp.SUM: 1.0, dist.ReduceOp.AVG: 1 / groups.partition.size()}.get(op, 0.25)
     expected = everyone.view(groups.partition.size(), -1).sum(0).chunk(groups.partition.size())[groups.partition.rank()]
     output = torch.full((SHARD,), torch.nan)

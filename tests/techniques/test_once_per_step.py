@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from lightning_mics import AccumulationSchedule, CommunicationOptions, Topology, create_partition_groups, shard_model
-from lightning_mics._torch.fsdp import own_grad
+from lightning_mics._torch.fsdp import _param_groups, own_grad
 from tests.support.campaign import campaign
 from tests.support.forked import run_cases
 from tests.support.models import DIM, LAYERS, MODEL_BYTES, Stack
@@ -271,7 +271,7 @@ def held_on_ranks() -> list[tuple[int, int]]:
         micro_step(model, schedule, boundary=boundary)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())  # shards are what users see
         units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
-        groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+        groups = [group for unit in units for group in _param_groups(unit)]
         parameters = [parameter for group in groups for parameter in group.fsdp_params]
         stored = sum(t.untyped_storage().size() for parameter in parameters for t in parameter.all_gather_outputs)
         held.append((stored, nbytes([own_grad.__get__(parameter._unsharded_param) for parameter in parameters])))

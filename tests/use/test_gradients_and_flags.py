@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mics import Topology, create_partition_groups, shard_model
+from lightning_mics._torch.fsdp import _param_groups
 from tests.use.teachers import Block, Net, unsharded, weights
 from tests.use.test_weight_changes import CACHES, fit
 
@@ -203,7 +204,7 @@ def _unsharded_bytes() -> list[int]:
     model = nn.Sequential(*(_Keeping(6, 6) for _ in range(3)))
     topology = Topology(world_size=4, ranks_per_node=2, partition_size=2)
     shard_model(model, create_partition_groups(topology, device_type="cpu"), block_classes=[_Keeping])
-    groups = [group for block in model for group in block._get_fsdp_state()._fsdp_param_groups]
+    groups = [group for block in model for group in _param_groups(block)]
     found = []
     for model[1].keeps in (False, True):
         loss = model(torch.ones(2, 6)).sum()

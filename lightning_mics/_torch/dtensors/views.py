@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._redistribute import redistribute_local_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_mics._torch.process_groups import KEEPS_ORDER
 
 aten = torch.ops.aten
 
@@ -166,6 +169,25 @@ class _View(DTensor):
         for view in views:
             view._copy.write_back()
         return args[0]
+
+
+def _call_with_views(cls: Any, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """What :class:`_View` does with an operation, for torch before 2.13: there no subclass of DTensor is asked."""
+    views = [t for t in tree_leaves((args, kwargs)) if isinstance(t, _View)]
+    for view in views:
+        view._copy.refresh()
+    with torch._C.DisableTorchFunctionSubclass():
+        versions = [view._version for view in views]
+        with implicit_replication() if function.__name__.endswith("_") else nullcontext():
+            result = function(*args, **(kwargs or {}))
+        changed = [view for view, version in zip(views, versions, strict=True) if view._version != version]
+    for view in changed:
+        view._copy.write_back()
+    return result if changed else tree_map_only(DTensor, lambda out: _still_view(out, views), result)
+
+
+if not KEEPS_ORDER:
+    _View.__torch_function__ = classmethod(_call_with_views)  # type: ignore[assignment]
 
 
 _dispatch: Any = _View.__torch_dispatch__

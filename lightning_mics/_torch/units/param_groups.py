@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-from lightning_mics._torch.fsdp import AllGather, _param_groups, fsdp_modules
+from lightning_mics._torch.fsdp import AllGather, _param_groups, fsdp_modules, own_grad
+
+ADDS_ZEROS = hasattr(FSDPModule, "set_reduce_scatter_unused_params")  # for unused parameters, since torch 2.13
 
 
 def in_backward(module: FSDPModule) -> bool:
@@ -81,6 +84,8 @@ def note_reductions(
         def post_backward(*_: Any, group: FSDPParamGroup = group, inner: Any = group.post_backward) -> None:
             if group.reduce_grads and (bits := _with_gradient(group)):
                 before(bits, group.all_reduce_grads)
+                if not ADDS_ZEROS and _reduces_unused(group):
+                    _add_zero_gradients(group)
             try:
                 inner()
             except RuntimeError as error:
@@ -88,6 +93,20 @@ def note_reductions(
 
         group.wait_for_unshard = wait_for_unshard  # type: ignore[method-assign]
         group.post_backward = post_backward  # type: ignore[method-assign]
+
+
+def _reduces_unused(group: FSDPParamGroup) -> bool:
+    return getattr(group, "reduce_scatter_unused_params", False)  # FSDP2 has it since 2.13
+
+
+def _add_zero_gradients(group: FSDPParamGroup) -> None:
+    """Give the unused parameters of ``group`` zero gradients, as FSDP2 does since torch 2.13."""
+    for parameter in group.fsdp_params:
+        unsharded = getattr(parameter, "_unsharded_param", None)
+        if unsharded is None or not unsharded.requires_grad or parameter.unsharded_accumulated_grad is not None:
+            continue
+        if own_grad.__get__(unsharded) is None:
+            own_grad.__set__(unsharded, torch.zeros_like(unsharded))
 
 
 def _with_gradient(group: FSDPParamGroup) -> int:
@@ -100,7 +119,7 @@ def _with_gradient(group: FSDPParamGroup) -> int:
         if (
             parameter.unsharded_accumulated_grad is not None
             or unsharded.grad is not None
-            or (group.reduce_scatter_unused_params and unsharded.requires_grad)
+            or (_reduces_unused(group) and unsharded.requires_grad)
         ):
             bits |= 1 << index
     return bits

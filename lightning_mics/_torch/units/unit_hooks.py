@@ -149,6 +149,10 @@ class _Input(RegisterPostBackwardFunction):
     def forward(param_group: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor.detach() for tensor in inputs)
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # before 2.13 FSDP2 has it in `forward`
+        ctx.param_group = inputs[0]
+
 
 def _alias_inputs(group: Any, aliases: list[Any], args: Any, kwargs: Any) -> Any:
     """FSDP2's ``_register_post_backward_hook`` with another function; ``aliases`` gets the inputs and their aliases."""

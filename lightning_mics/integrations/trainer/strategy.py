@@ -32,6 +32,7 @@ from lightning_mics.integrations.trainer.manual_optimization import unshard_when
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
 from lightning_mics.integrations.trainer.preemption import forget_signals, stop_when_signaled
 from lightning_mics.integrations.trainer.steps import StepRedirection, StepsAsForward
+from lightning_mics.policy.out_of_memory import explain_out_of_memory
 from lightning_mics.sharding.modules.changes import write_changes
 from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.topology import Topology
@@ -220,6 +221,8 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
     @override
     def on_exception(self, exception: BaseException) -> None:
         tell_of_exception(self._trainer, self._control)
+        if self._sharded is not None:
+            explain_out_of_memory(exception, self._sharded.memory_advice)
         self._abandon_window()
         try:
             self.wait_for_checkpoints()

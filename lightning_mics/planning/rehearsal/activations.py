@@ -7,6 +7,7 @@ attention saves the same: queries, keys, values, the output and one sum per quer
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +44,7 @@ def peak_activations(
         autocast_dtype: Dtype of autocast; None disables autocast.
         find_blocks: Function that returns the blocks of the model by FQN, the last one first.
     """
-    head_peaks: list[int] = []
+    peaks: list[int] = []  # until the backward of the last block, then until that of the first
     with FakeTensorMode() as fake:
         with default_dtype(dtype):
             model = make_model()
@@ -53,20 +54,24 @@ def peak_activations(
         shapes = {_unordered(parameter) for parameter in model.parameters()}
         allocations = Allocations(counts=lambda tensor: _unordered(tensor) not in shapes)
 
-        def backward_reaches_blocks(*_: Any) -> None:
-            head_peaks.append(allocations.peak_bytes)
+        def next_peak(*_: Any) -> None:
+            peaks.append(allocations.peak_bytes)
             allocations.reset_peak()
 
-        last_block = next(iter(find_blocks(model).values()), None)
-        if last_block is not None:
-            last_block.register_full_backward_pre_hook(backward_reaches_blocks)
+        blocks = list(find_blocks(model).values())
+        for block in (blocks[0], blocks[-1]) if len(blocks) > 1 else blocks:
+            block.register_full_backward_pre_hook(next_peak)
         with (
+            warnings.catch_warnings(),
             allocations,
             WithoutValues(allocations),
             torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None),
         ):
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")  # only when it fires counts
             loss(model, batch).backward()  # type: ignore[no-untyped-call]
-    return Activations(max(head_peaks, default=allocations.peak_bytes), allocations.peak_bytes)
+    at_end = allocations.peak_bytes
+    at_head = peaks[0] if peaks else at_end
+    return Activations(at_head, max(at_end, *peaks[1:], 0), at_end)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,38 +11,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mics._torch.fake import FakeTensorMode, tree_map_only
-from lightning_mics.cost.step_traffic import Unit, find_units
+from lightning_mics.cost.step_traffic import find_units
 from lightning_mics.planning.rehearsal.activations import default_dtype, peak_activations
 from lightning_mics.planning.rehearsal.observed import WithoutValues, naming_values
-from lightning_mics.policy.memory import Activations, ModelSize, measure_model
+from lightning_mics.policy.memory import measure_model
+from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, find_blocks
 from lightning_mics.sharding.shard_model import mixed_precision_policy
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """Sizes of a model, and memory and FLOPs of one sample.
-
-    Attributes:
-        units: Parameter groups: the root and the blocks.
-        size: Sizes of model states.
-        parameters: Number of parameters.
-        sample: Activations of one sample.
-        model_flops: FLOPs of a forward and backward of one sample, without recomputation.
-        hardware_flops: FLOPs of a forward and backward of one sample, with recomputation.
-        gathered_dtype: Dtype of unsharded parameters.
-        reduce_dtype: Dtype of gradient sums.
-    """
-
-    units: tuple[Unit, ...]
-    size: ModelSize
-    parameters: int
-    sample: Activations
-    model_flops: float
-    hardware_flops: float
-    gathered_dtype: torch.dtype
-    reduce_dtype: torch.dtype
 
 
 def measure_workload(

@@ -72,12 +72,14 @@ def test_micro_steps_come_with_what_does_not_fit() -> None:
     assert config.trainer.accumulate_grad_batches > 1
 
 
-def test_the_papers_largest_run_gets_the_papers_partition_size_and_fits() -> None:
+def test_the_papers_largest_run_fits_in_the_papers_partition_size_and_runs_as_fast_as_it_can() -> None:
+    _, by_hand = chosen("model=gpt-100b", "cluster=p4d_64", "strategy.partition_size=128", "data.batch_size=16")
+    assert "may not fit" not in by_hand
     config, table = chosen("model=gpt-100b", "cluster=p4d_64")
-    assert shape(config)[:2] == (512, 128)
-    assert config.data.batch_size > 1
+    assert shape(config) == (512, 256, 16, 1)
+    assert config.strategy.hierarchical is False
     assert "may not fit" not in table
-    _, crowded = chosen("model=gpt-100b", "cluster=p4d_64", "data.batch_size=16")
+    _, crowded = chosen("model=gpt-100b", "cluster=p4d_64", "strategy.partition_size=64", "data.batch_size=16")
     assert "this may not fit" in crowded
 
 

@@ -11,8 +11,9 @@ from torch import nn
 
 import train
 from recipes.job.auto import choose_automatically
+from recipes.job.cluster_plan import hardware_of, plan_run
 from recipes.models.language_model import LanguageModel
-from recipes.plan.dry_run import hardware_of, plan_run, rehearse_run
+from recipes.plan.dry_run import rehearse_run
 from tests.support.configs import composed
 
 FEW_BLOCKS = ("model.network.num_hidden_layers=2", "cluster=p4d_2")
@@ -21,7 +22,9 @@ FEW_BLOCKS = ("model.network.num_hidden_layers=2", "cluster=p4d_2")
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dry_run")
-    train.rehearse_job(composed(*FEW_BLOCKS, f"run_dir={folder}", "dry_run_rank=9"), ["dry_run=true"])
+    train.rehearse_job(
+        composed(*FEW_BLOCKS, f"run_dir={folder}", "dry_run_rank=9", "strategy.partition_size=8"), ["dry_run=true"]
+    )
     return folder
 
 
@@ -33,7 +36,19 @@ def test_it_writes_a_page_with_pictures_and_json(written: Path) -> None:
     assert both["rehearsal"]["rank"] == 9
     sizes = {row["topology"]["partition_size"] for row in both["plan"]["candidates"]}
     assert sizes == {1, 2, 4, 8, 16}
-    assert both["plan"]["recommended"]["topology"]["partition_size"] == 8
+    assert both["plan"]["chosen"]["topology"]["partition_size"] == 8
+    ways = [both["plan"][name] for name in ("recommended", "chosen", "baseline_tuned", "baseline")]
+    seconds = [way["seconds"]["expected"] for way in ways]
+    assert seconds == sorted(seconds) and all(way["fits"] for way in ways)
+
+
+def test_a_plan_alone_is_written_without_a_rehearsal(tmp_path: Path) -> None:
+    train.rehearse_job(composed(*FEW_BLOCKS, f"run_dir={tmp_path}", "dry_run=plan"), ["dry_run=plan"])
+    both = json.loads((tmp_path / "plan.json").read_text())
+    assert both["rehearsal"] is None and both["plan"]["recommended"]["fits"]
+    assert "Rehearsal" not in (tmp_path / "plan.html").read_text()
+    with pytest.raises(SystemExit, match="dry_run='no' is not one of false, plan, true"):
+        train.rehearse_job(composed(*FEW_BLOCKS, f"run_dir={tmp_path}", "dry_run='no'"), [])
 
 
 def test_the_plan_recommends_what_the_run_takes() -> None:
@@ -74,7 +89,7 @@ def test_the_network_is_built_once_to_be_measured_and_once_to_be_rehearsed(
     monkeypatch.setattr(LanguageModel, "build_network", counted)
     overrides = ["model.network.num_hidden_layers=3", "cluster=p4d_2", "strategy.activation_checkpointing=true"]
     train.rehearse_job(composed(*overrides, f"run_dir={tmp_path}"), ["dry_run=true"])
-    assert built == [3, 2, 4, 3]  # blocks; activations are those of two and of four, extrapolated
+    assert built == [3, 2, 2, 4, 3]  # blocks; activations of two, for few and many sequences, and of four
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,317 @@
+"""All ways to run a job, each with its memory, its traffic and the predicted time of a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+from typing import Literal
+
+from lightning_mics.collectives.traffic import Sent
+from lightning_mics.cost.batches import Batches, split_global_batch
+from lightning_mics.cost.hardware import Hardware
+from lightning_mics.cost.step_time import Seconds, step_seconds
+from lightning_mics.cost.step_traffic import ScheduledCollective, Unit, full_sharding_traffic, step_traffic, total_sent
+from lightning_mics.policy.workload import Workload
+from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics.topology import Topology, partition_sizes
+
+LEFT_FREE = 0.06  # share of a device for memory that is not counted: the CUDA context, NCCL, fragmentation
+
+
+FULL_SHARDING = "FSDP, ZeRO-3"
+
+
+LEAST_TOKENS = 2048  # tokens of a micro-step below which kernels lose their share of the peak, which is not modeled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to run the job.
+
+    Attributes:
+        system: "MiCS", or the name of the baseline.
+        topology: Topology of the job.
+        batches: Division of the global batch.
+        communication: Options of the collectives, without "auto".
+        states_bytes: Model states of a rank, with the unsharded parameters and gradients of the peak, in bytes.
+        cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
+        memory_bytes: Memory of a rank, with the activations of a micro-batch, in bytes.
+        fits: Whether ``memory_bytes`` leaves enough of the device free.
+        node_sent: Bytes that a node sends per optimizer step.
+        seconds: Predicted seconds of an optimizer step.
+        hfu_tflops: TFLOP/s of one GPU at the expected time, with recomputation.
+        mfu_tflops: TFLOP/s of one GPU at the expected time, without recomputation.
+    """
+
+    system: str
+    topology: Topology
+    batches: Batches
+    communication: CommunicationOptions
+    states_bytes: int
+    cached_bytes: int
+    memory_bytes: int
+    fits: bool
+    node_sent: Sent
+    seconds: Seconds
+    hfu_tflops: float
+    mfu_tflops: float
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether inter-node collectives of the partition group are a stage of their own."""
+        return self.communication.hierarchical is True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A workload on a cluster, with what is given of its batches.
+
+    Attributes:
+        workload: The work of the model.
+        hardware: Hardware of each node.
+        world_size: Ranks in the job.
+        ranks_per_node: Ranks on each node.
+        global_batch_size: Samples per optimizer step, over all ranks.
+        micro_batch: Samples per rank and micro-step; None is free.
+        accumulation: Micro-steps per optimizer step; None is free.
+    """
+
+    workload: Workload
+    hardware: Hardware
+    world_size: int
+    ranks_per_node: int
+    global_batch_size: int
+    micro_batch: int | None = None
+    accumulation: int | None = None
+    _units: Counter[Unit] = field(init=False, repr=False, compare=False)  # blocks are alike: each kind is priced once
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_units", Counter(self.workload.units))
+        self.all_batches()  # raises
+
+    def all_batches(self) -> list[Batches]:
+        """All divisions of the global batch, small micro-batches first.
+
+        Raises:
+            ValueError: If the global batch cannot be split as given.
+        """
+        first = split_global_batch(
+            self.global_batch_size, ranks=self.world_size, micro=self.micro_batch, accumulation=self.accumulation
+        )
+        if self.micro_batch or self.accumulation:
+            return [first]
+        of_rank = first.micro * first.accumulation
+        return [Batches(micro, of_rank // micro) for micro in range(1, of_rank + 1) if of_rank % micro == 0]
+
+    def candidates(
+        self, partition_size: int | Literal["auto"], communication: CommunicationOptions
+    ) -> Iterator[Candidate]:
+        """All ways to run the job that the options allow; what is given is never changed.
+
+        Args:
+            partition_size: Ranks per partition group, or "auto" for all sizes.
+            communication: Options of the user, with "auto" where they are free.
+
+        Raises:
+            ValueError: If the partition size or an option does not fit the job.
+        """
+        sizes = partition_sizes(world_size=self.world_size, ranks_per_node=self.ranks_per_node)
+        for size in sizes if partition_size == "auto" else (partition_size,):
+            topology = Topology(world_size=self.world_size, ranks_per_node=self.ranks_per_node, partition_size=size)
+            for options in _allowed(topology, communication, is_free=partition_size == "auto"):
+                cached_bytes = _cached_bytes(self.workload, topology, options)
+                yield from self._priced("MiCS", topology, options, cached_bytes, step_traffic)
+
+    def full_sharding(self) -> Candidate:
+        """The baseline: FSDP2 over all ranks with its defaults and the largest micro-batch that fits."""
+        return self._largest(self._full_sharding(reshard_after_forward=True))
+
+    def full_sharding_tuned(self) -> Candidate:
+        """The fastest of FSDP2's own options over all ranks: what stays unsharded after a forward, when it reduces."""
+        places: tuple[Literal["shard", "rank"], ...] = ("shard", "rank")
+        candidates = (
+            candidate
+            for reshard, accumulate in product((True, self.ranks_per_node, False), places)
+            for candidate in self._full_sharding(reshard_after_forward=reshard, accumulate=accumulate)
+        )
+        return min(candidates, key=lambda candidate: (not candidate.fits, candidate.seconds.expected))
+
+    def _full_sharding(
+        self, *, reshard_after_forward: bool | int, accumulate: Literal["shard", "rank"] = "shard"
+    ) -> Iterator[Candidate]:
+        topology = Topology(
+            world_size=self.world_size, ranks_per_node=self.ranks_per_node, partition_size=self.world_size
+        )
+        options = replace(CommunicationOptions.PAPER, hierarchical=False, accumulate_gradients=accumulate)
+        cached_bytes = _cached_bytes(self.workload, topology, options)
+        if reshard_after_forward is not True:
+            cached_bytes += -(-self.workload.size.gathered_bytes // (int(reshard_after_forward) or 1))
+
+        traffic = partial(full_sharding_traffic, reshard_after_forward=reshard_after_forward)
+        return self._priced(FULL_SHARDING, topology, options, cached_bytes, traffic)
+
+    @staticmethod
+    def _largest(candidates: Iterator[Candidate]) -> Candidate:
+        listed = list(candidates)
+        return next((candidate for candidate in reversed(listed) if candidate.fits), listed[0])
+
+    def _priced(
+        self,
+        system: str,
+        topology: Topology,
+        options: CommunicationOptions,
+        cached_bytes: int,
+        traffic_of: Callable[..., list[ScheduledCollective]],
+    ) -> Iterator[Candidate]:
+        work, hardware = self.workload, self.hardware
+        usable = int((1 - LEFT_FREE) * hardware.memory_bytes)
+        traffic = [
+            replace(repeated, times=repeated.times * count)
+            for unit, count in self._units.items()
+            for repeated in traffic_of(
+                [unit],
+                topology,
+                communication=options,
+                gathered_dtype=work.gathered_dtype,
+                reduce_dtype=work.reduce_dtype,
+            )
+        ]
+        for batches in self.all_batches():
+            memory_bytes = work.size.rank_bytes(
+                topology.partition_size,
+                work.activations(batches.micro),
+                cached_bytes=cached_bytes,
+                micro_steps=batches.accumulation,
+            )
+            seconds = step_seconds(
+                traffic,
+                hardware,
+                micro_steps=batches.accumulation,
+                micro_step_flops=batches.micro * work.hardware_flops,
+                ranks_per_node=topology.ranks_per_node,
+            )
+            of_rank = total_sent(traffic, micro_steps=batches.accumulation)
+            samples = batches.micro * batches.accumulation
+            yield Candidate(
+                system=system,
+                topology=topology,
+                batches=batches,
+                communication=options,
+                states_bytes=work.size.per_rank_bytes(topology.partition_size),
+                cached_bytes=cached_bytes,
+                memory_bytes=memory_bytes,
+                fits=memory_bytes <= usable,
+                node_sent=Sent(
+                    of_rank.inside_bytes * topology.ranks_per_node, of_rank.between_bytes * topology.ranks_per_node
+                ),
+                seconds=seconds,
+                hfu_tflops=samples * work.hardware_flops / seconds.expected / 1e12,
+                mfu_tflops=samples * work.model_flops / seconds.expected / 1e12,
+            )
+
+
+def fastest(
+    candidates: Sequence[Candidate], baseline: Candidate, tuned: Candidate, *, sample_tokens: int | None = None
+) -> Candidate:
+    """The candidate to take: the fastest that fits, and of those as fast as it the simplest.
+
+    What is predicted within 1 % counts as equally fast: then caches on ranks are avoided, then bytes between nodes,
+    then memory, then large partition groups. Candidates that are slower than the baseline by more than 1 % if all or no
+    communication overlaps are not taken, because the share that overlaps is uncertain.
+
+    Args:
+        candidates: Candidates of a job, at least one.
+        baseline: Full sharding over all ranks by FSDP2 with its defaults.
+        tuned: Fastest of FSDP2's own options over all ranks; what is equally fast is no slower than it.
+        sample_tokens: Tokens of one sample; None does not avoid small micro-batches.
+    """
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    if not fitting:
+        return min(candidates, key=lambda candidate: (candidate.memory_bytes, candidate.seconds.expected))
+    if sample_tokens is not None:
+        enough = [c for c in fitting if c.batches.micro * sample_tokens >= LEAST_TOKENS or c.batches.accumulation == 1]
+        fitting = enough or fitting
+    if baseline.fits:
+        fitting = [candidate for candidate in fitting if not _is_risky(candidate, baseline)] or fitting
+    best = min(candidate.seconds.expected for candidate in fitting)
+    others = [other.seconds.expected for other in (baseline, tuned) if other.fits]
+    bound = min([1.01 * best, *(seconds for seconds in others if seconds >= best)])
+    return min((c for c in fitting if c.seconds.expected <= bound), key=_simplicity)
+
+
+def _is_risky(candidate: Candidate, baseline: Candidate) -> bool:
+    ours, theirs = candidate.seconds, baseline.seconds
+    return ours.least > 1.01 * theirs.least or ours.most > 1.01 * theirs.most
+
+
+def _simplicity(candidate: Candidate) -> tuple[float, ...]:
+    options = candidate.communication
+    on_ranks = (options.cache_parameters == "rank") + (options.accumulate_gradients == "rank")
+    return (
+        on_ranks,
+        round(candidate.node_sent.between_bytes, -6),
+        candidate.memory_bytes,
+        candidate.topology.partition_size,
+        candidate.seconds.expected,
+    )
+
+
+def _allowed(
+    topology: Topology, communication: CommunicationOptions, *, is_free: bool
+) -> Iterator[CommunicationOptions]:
+    """The options without "auto" that fit ``topology``.
+
+    Args:
+        topology: Topology of the job.
+        communication: Options of the user.
+        is_free: Whether the partition size is free, so that options which do not fit this one are left out.
+    """
+    both = topology.spans_nodes and topology.local_ranks_per_partition_group > 1
+    given = communication.hierarchical
+    if given is True and not both and is_free:
+        given = "auto" if not topology.spans_nodes else False
+    stages = ((True, False) if both else (False,)) if given == "auto" else (given,)
+    single, on_nodes = topology.partition_size == 1, topology.spans_nodes
+    for in_stages in stages:
+        on_node = ("node",) if in_stages or (on_nodes and not both) else ()
+        caches = ("never",) if single else ("never", *on_node, "rank")
+        sums = ("shard",) if single or not communication.two_hop else ("shard", *on_node, "rank")
+        if communication.cache_parameters != "auto":
+            caches = (communication.cache_parameters,)
+        if communication.accumulate_gradients != "auto":
+            sums = (communication.accumulate_gradients,)
+        for cache, accumulate in product(caches, sums):
+            options = replace(
+                communication, hierarchical=in_stages, cache_parameters=cache, accumulate_gradients=accumulate
+            )
+            if communication.allow_unused:
+                options = options.on_ranks()
+            try:
+                options.check(topology)
+            except ValueError:
+                if len(stages) == 1 and not is_free:
+                    raise
+                continue
+            yield options
+
+
+def _cached_bytes(work: Workload, topology: Topology, options: CommunicationOptions) -> int:
+    """Bytes of a rank until the boundary."""
+    if topology.partition_size == 1:
+        return 0
+    if options.allow_unused:
+        return work.size.gathered_bytes + work.size.reduced_bytes
+    in_stages = options.hierarchical is True or (topology.spans_nodes and topology.local_ranks_per_partition_group == 1)
+
+    def taken(place: str, unsharded_bytes: int) -> int:
+        if place == "rank":
+            return unsharded_bytes
+        on_node = place == "node" and in_stages
+        return -(-unsharded_bytes // topology.local_ranks_per_partition_group) if on_node else 0
+
+    return taken(options.cache_parameters, work.size.gathered_bytes) + taken(
+        options.accumulate_gradients, work.size.reduced_bytes
+    )

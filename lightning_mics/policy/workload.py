@@ -1,0 +1,45 @@
+"""The work of a model, independent of the cluster: its parameter groups, and memory and FLOPs of a sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_mics.cost.step_traffic import Unit
+from lightning_mics.policy.memory import Activations, ModelSize
+
+NO_ACTIVATIONS = Activations()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Sizes of a model, and memory and FLOPs of one sample.
+
+    Attributes:
+        units: Parameter groups: the root and the blocks.
+        size: Sizes of model states.
+        parameters: Number of parameters.
+        sample: Activations of one sample.
+        fixed: Activations of a micro-batch that do not depend on its size, such as a loss that is computed in pieces.
+        model_flops: FLOPs of a forward and backward of one sample, without recomputation.
+        hardware_flops: FLOPs of a forward and backward of one sample, with recomputation.
+        gathered_dtype: Dtype of unsharded parameters.
+        reduce_dtype: Dtype of gradient sums.
+        sample_tokens: Tokens of one sample; None if it has none, or nobody has counted them.
+    """
+
+    units: tuple[Unit, ...]
+    size: ModelSize
+    parameters: int
+    sample: Activations
+    fixed: Activations = NO_ACTIVATIONS
+    model_flops: float
+    hardware_flops: float
+    gathered_dtype: torch.dtype
+    reduce_dtype: torch.dtype
+    sample_tokens: int | None = None
+
+    def activations(self, samples: int) -> Activations:
+        """Activations of a micro-batch of ``samples`` samples."""
+        return self.fixed + self.sample * samples

@@ -1,0 +1,189 @@
+"""The fastest way to run a job: what is searched, what is taken, and what is never overridden."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.auto import planned_pairs, ratio
+from lightning_mics import CommunicationOptions
+from lightning_mics.cost.hardware import find_instance
+from lightning_mics.cost.step_traffic import Unit
+from lightning_mics.policy.candidates import LEFT_FREE, Candidate, Job, fastest
+from lightning_mics.policy.memory import Activations, ModelSize
+from lightning_mics.policy.workload import Workload
+
+GIB = 2**30
+P4D = find_instance("p4d.24xlarge")
+AUTO = CommunicationOptions.AUTO
+BLOCK = 2**27  # elements
+
+
+def work(**options: Any) -> Workload:
+    """Forty blocks of 0.5 GiB and a root of as much, in float32; a sample takes 0.25 GiB."""
+    units = (Unit(((2**14, 2**13),), is_root=True), *[Unit(((2**14, 2**13),), is_root=False)] * 40)
+    total = 4 * 41 * BLOCK
+    size = ModelSize(
+        states_bytes=4 * total,
+        root_bytes=4 * BLOCK,
+        root_reduced_bytes=4 * BLOCK,
+        block_bytes=4 * BLOCK,
+        block_reduced_bytes=4 * BLOCK,
+        gathered_bytes=total,
+        reduced_bytes=total,
+        gradients_bytes=total,
+    )
+    facts = {
+        "units": units,
+        "size": size,
+        "parameters": 41 * BLOCK,
+        "sample": Activations(0.25 * GIB, 0.25 * GIB, 0.05 * GIB),
+        "model_flops": 6e12,
+        "hardware_flops": 8e12,
+        "gathered_dtype": torch.float32,
+        "reduce_dtype": torch.float32,
+    }
+    return Workload(**{**facts, **options})
+
+
+def job(**options: Any) -> Job:
+    facts = {"workload": work(), "hardware": P4D, "world_size": 32, "ranks_per_node": 8, "global_batch_size": 1024}
+    return Job(**{**facts, **options})
+
+
+def taken(job: Job, **communication: Any) -> Candidate:
+    candidates = list(job.candidates("auto", replace(AUTO, **communication)))
+    return fastest(candidates, job.full_sharding(), job.full_sharding_tuned())
+
+
+def test_full_sharding_is_always_among_the_candidates() -> None:
+    baseline = job().full_sharding()
+    same = [
+        candidate
+        for candidate in job().candidates("auto", AUTO)
+        if (candidate.topology, candidate.batches, candidate.communication)
+        == (baseline.topology, baseline.batches, replace(AUTO, hierarchical=False, **paper()))
+    ]
+    assert len(same) == 1
+    assert same[0].seconds == baseline.seconds and same[0].memory_bytes == baseline.memory_bytes
+
+
+def paper() -> dict[str, Any]:
+    return {"cache_parameters": "never", "accumulate_gradients": "shard"}
+
+
+@pytest.mark.parametrize("rate", [3200, 400, 100, 25])
+def test_what_is_taken_is_no_slower_than_full_sharding_whatever_overlaps(rate: float) -> None:
+    slower = job(hardware=replace(P4D, network_rate_gbits_per_s=rate))
+    best, baseline = taken(slower), slower.full_sharding()
+    assert best.fits
+    assert best.seconds.expected <= min(baseline.seconds.expected, slower.full_sharding_tuned().seconds.expected)
+    assert best.seconds.least <= 1.01 * baseline.seconds.least and best.seconds.most <= 1.01 * baseline.seconds.most
+
+
+def test_on_a_slow_network_parameters_are_cached_and_gradients_accumulated() -> None:
+    best = taken(job(hardware=replace(P4D, network_rate_gbits_per_s=25), micro_batch=4))
+    assert best.batches.accumulation == 8
+    assert best.communication.cache_parameters != "never" and best.communication.accumulate_gradients != "shard"
+    assert best.topology.spans_nodes and best.in_stages
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"cache_parameters": "never"},
+        {"accumulate_gradients": "shard"},
+        {"hierarchical": True},
+        {"hierarchical": False},
+        {"inter_node_reduce_dtype": torch.bfloat16},
+        {"two_hop": False},
+        {"allow_unused": True},
+    ],
+    ids=str,
+)
+def test_what_is_given_is_obeyed_by_all_candidates(given: dict[str, Any]) -> None:
+    candidates = list(job().candidates("auto", replace(AUTO, **given)))
+    ((name, value),) = given.items()
+    inside = {c.topology.partition_size for c in candidates if not c.topology.spans_nodes}
+    assert candidates and (inside or name == "hierarchical")
+    over_nodes = [candidate for candidate in candidates if candidate.topology.spans_nodes]
+    assert over_nodes and all(getattr(candidate.communication, name) == value for candidate in over_nodes)
+
+
+def test_given_batches_are_the_only_ones() -> None:
+    assert {candidate.batches.micro for candidate in job(micro_batch=4).candidates("auto", AUTO)} == {4}
+    assert {candidate.batches.accumulation for candidate in job(accumulation=4).candidates("auto", AUTO)} == {4}
+    with pytest.raises(ValueError, match="global_batch_size=1000 sequences cannot be split over 32 ranks"):
+        job(global_batch_size=1000)
+
+
+def test_an_option_that_does_not_fit_a_given_partition_size_is_an_error() -> None:
+    flat_copies = replace(AUTO, hierarchical=False, cache_parameters="node")
+    with pytest.raises(ValueError, match="cache_parameters='node' needs a separate inter-node stage"):
+        list(job().candidates(32, flat_copies))
+    assert {candidate.topology.partition_size for candidate in job().candidates("auto", flat_copies)} == {1, 2, 4, 8}
+    with pytest.raises(ValueError, match="hierarchical=True needs partition groups over several nodes"):
+        list(job().candidates(8, replace(AUTO, hierarchical=True)))
+
+
+def test_of_candidates_as_fast_as_each_other_the_simplest_is_taken() -> None:
+    single = job(world_size=8, hardware=replace(P4D, in_node_rate_gbytes_per_s=1e6, in_node_latency_us=1e-3))
+    best = taken(single)
+    assert (best.communication.cache_parameters, best.communication.accumulate_gradients) == ("never", "shard")
+
+
+def test_micro_steps_of_few_tokens_are_avoided_where_larger_ones_fit() -> None:
+    each = job(hardware=replace(P4D, network_rate_gbits_per_s=25))
+    baseline, tuned = each.full_sharding(), each.full_sharding_tuned()
+    candidates = list(each.candidates("auto", AUTO))
+    tokens = 64
+    best = fastest(candidates, baseline, tuned, sample_tokens=tokens)
+    assert best.batches.micro * tokens >= 2048
+    only_small = [candidate for candidate in candidates if candidate.batches.micro <= 2]
+    assert fastest(only_small, baseline, tuned, sample_tokens=tokens).fits
+
+
+def test_if_nothing_fits_what_takes_least_memory_is_taken() -> None:
+    tight = job(hardware=replace(P4D, memory_gib=5))
+    candidates = list(tight.candidates("auto", AUTO))
+    best = taken(tight)
+    assert not best.fits
+    assert best.memory_bytes == min(candidate.memory_bytes for candidate in candidates)
+
+
+def test_gradients_of_a_single_micro_step_are_not_there_while_all_activations_are() -> None:
+    size, activations = work().size, work().activations(16)
+    several = size.rank_bytes(8, activations, micro_steps=2)
+    single = size.rank_bytes(8, activations, micro_steps=1)
+    assert size.rank_bytes(8, activations) == several
+    assert several - single == (size.gradients_bytes - 2 * size.block_reduced_bytes) // 8
+    few = work().activations(1)  # then the end of the backward is the peak, when all gradients are there
+    assert size.rank_bytes(8, few, micro_steps=1) >= size.per_rank_bytes(8) + few.at_end
+
+
+def test_activations_have_a_part_that_does_not_grow_with_the_batch() -> None:
+    fixed = work(fixed=Activations(at_head=GIB))
+    assert fixed.activations(4).at_head == GIB + 4 * 0.25 * GIB
+    assert fixed.activations(4).in_blocks == 4 * 0.25 * GIB
+
+
+def test_memory_is_what_decides_the_largest_micro_batch_of_full_sharding() -> None:
+    baseline = job().full_sharding()
+    larger = [c for c in job().candidates(32, replace(AUTO, hierarchical=False, **paper())) if c.batches.micro > 16]
+    assert baseline.fits and baseline.memory_bytes <= (1 - LEFT_FREE) * P4D.memory_bytes
+    assert not any(c.fits for c in larger if c.batches.micro > baseline.batches.micro)
+
+
+@pytest.mark.rehearsal
+@pytest.mark.parametrize(("model", "cluster"), [("gpt-20b", "p4d_16"), ("bert-10b", "p3dn_16")])
+def test_no_plan_of_these_models_is_slower_than_full_sharding_at_its_best(model: str, cluster: str) -> None:
+    rows = list(planned_pairs([model], [cluster]))
+    assert len(rows) == (3 if cluster == "p4d_16" else 2)  # the rates of the cluster, 100 and 25
+    for row in rows:
+        assert row["recommended"]["fits"]
+        assert ratio(row, "baseline") >= 1
+        assert ratio(row, "baseline", "least") >= 0.99 and ratio(row, "baseline", "most") >= 0.99
+        assert row["recommended"]["between_bytes"] <= 1.05 * row["baseline"]["between_bytes"]

@@ -1,0 +1,90 @@
+"""An error of a device that is out of memory names the options that would take less."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_mics import CommunicationOptions
+from lightning_mics.policy.choice import choose
+from lightning_mics.policy.out_of_memory import BEGINNING, memory_advice
+from tests.policy.test_start_report import SIZE
+from tests.support.loops import network, sgd, start
+from tests.support.models import TinyModule, loader_of_tokens, tokens
+from tests.support.trainers import cases_on_ranks, make_trainer, mics
+
+CASES = ("trainer", "fabric forward", "fabric backward")
+
+
+class _Full(torch.autograd.Function):
+    """A backward for which there is no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+class Large(TinyModule):
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def _raise(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def run(case: str) -> str:
+    try:
+        if case == "trainer":
+            options = CommunicationOptions.RANK.keywords()
+            make_trainer(Path("."), strategy=mics(partition_size=2, **options)).fit(Large(), loader_of_tokens())
+        fabric = start()
+        model = network()
+        if case == "fabric forward":
+            model.blocks[1].register_forward_pre_hook(_raise)
+        wrapped, _ = fabric.setup(model, sgd(model))
+        fabric.backward(_Full.apply(wrapped(tokens(2))))
+    except torch.OutOfMemoryError as error:
+        return "".join(traceback.format_exception(error))
+    raise AssertionError("it did not raise")
+
+
+def test_errors_of_the_trainer_and_fabric_name_options_to_change() -> None:
+    seen = cases_on_ranks({case: _Run(case) for case in CASES})
+    for case in CASES:
+        for text in seen[case]:
+            assert text.count(BEGINNING) == 1, case
+            assert "activation_checkpointing=True; partition_size=4 in place of 2" in text
+    assert 'cache_parameters="never" in place of "rank"' in seen["trainer"][0]
+    assert 'accumulate_gradients="shard" in place of "rank"' in seen["trainer"][0]
+
+
+class _Run:
+    def __init__(self, case: str) -> None:
+        self._case = case
+
+    def __call__(self) -> str:
+        return run(self._case)
+
+
+def test_advice_begins_with_caches_and_leaves_out_what_is_done_already() -> None:
+    def advice(partition_size: int, communication: CommunicationOptions, *, recomputes: bool = False) -> str:
+        choice = choose(
+            SIZE, world_size=8, ranks_per_node=4, capacity_bytes=2**34, partition_size=partition_size,
+            communication=communication,
+        )  # fmt: skip
+        return memory_advice(choice, recomputes=recomputes).removeprefix(BEGINNING)
+
+    assert advice(8, CommunicationOptions.PAPER, recomputes=True).startswith("micro-batches of fewer samples")
+    assert advice(8, CommunicationOptions.RANK).startswith(
+        'cache_parameters="node" in place of "rank" (caches take 3 GiB per rank); accumulate_gradients="node"'
+    )
+    assert advice(8, CommunicationOptions.NODE).startswith('cache_parameters="never" in place of "node"')
+    assert advice(1, CommunicationOptions.RANK).startswith("activation_checkpointing=True; partition_size=2")

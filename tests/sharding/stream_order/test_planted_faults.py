@@ -1,0 +1,133 @@
+"""The simulation of streams finds faults that are planted in this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_mics._torch import streams
+from lightning_mics.collectives.counted_group import CountedGroup
+from lightning_mics.sharding.accumulation_window import AccumulationWindow
+from lightning_mics.techniques import two_hop
+from lightning_mics.techniques.hierarchical import HierarchicalReduceScatter
+from lightning_mics.techniques.pending_gradients import PendingGradients
+from tests.support.stream_order import simulation
+from tests.support.stream_order.jobs import Findings, run_usage, simulated_job, train
+
+simulation.COUNT_AS_PACKAGE.add(__file__)
+CPU = torch.device("cpu")
+TWO_STAGES = ("two stages", "node cache and sums")
+
+
+class Plant:
+    """Functions of this package replaced by faulty ones, which count their calls."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._patch = patch
+        self.calls = 0
+
+    def replace(self, owner: Any, name: str, faulty: Callable[..., Any]) -> None:
+        """Replace a function; the faulty one is called with the original before the arguments."""
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return faulty(original, *args, **kwargs)
+
+        self._patch.setattr(owner, name, counted)
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
+    return Plant(monkeypatch)
+
+
+def found_in(plant: Plant, options: str, precision: str) -> Findings:
+    """What training does wrong with the planted fault."""
+    with simulated_job(options, precision) as job:
+        found = run_usage(job, train)
+    assert plant.calls, "the planted fault was not executed"
+    return found
+
+
+@pytest.mark.parametrize("options", ["inside a node, wire dtype", "two stages, wire dtype", "rank cache, wire dtype"])
+def test_no_record_stream_in_the_second_hop(plant: Plant, options: str) -> None:
+    plant.replace(two_hop, "keep_for_current_stream", lambda _original, _tensor: None)
+    found = found_in(plant, options, "bf16-true")
+    assert found.order and all(each.startswith("reused") for each in found.order)
+
+
+@pytest.mark.parametrize("options", ["node cache and sums", "one rank a node, node cache and sums"])
+def test_sums_on_the_wrong_stream(plant: Plant, options: str) -> None:
+    def on_another(original: Any, *args: Any) -> Any:
+        with streams.on_stream(streams.new_stream(CPU), CPU):
+            return original(*args)
+
+    plant.replace(PendingGradients, "accumulate", on_another)
+    assert any(each.startswith("race") for each in found_in(plant, options, "32-true").order)
+
+
+@pytest.mark.parametrize("options", ["two stages", "node cache and sums", "one rank a node"])
+def test_a_rail_stage_in_no_order(plant: Plant, options: str) -> None:
+    def beside(original: Any, *args: Any, technique: str, **kwargs: Any) -> Any:
+        if technique != "gather along rails":
+            plant.calls -= 1
+            return original(*args, technique=technique, **kwargs)
+        with streams.on_stream(streams.new_stream(CPU), CPU):
+            return original(*args, technique=technique, **kwargs)
+
+    plant.replace(CountedGroup, "all_gather", beside)
+    assert any(each.startswith("race") for each in found_in(plant, options, "bf16-mixed").order)
+
+
+@pytest.mark.parametrize("options", TWO_STAGES)
+@pytest.mark.parametrize("wait", ["item", "cpu", "synchronize"])
+def test_a_wait_of_the_host(plant: Plant, options: str, wait: str) -> None:
+    def waiting(original: Any, self: Any, rail_slice: Any, *args: Any, **kwargs: Any) -> Any:
+        if wait == "item":
+            rail_slice[0].item()
+        elif wait == "cpu":
+            rail_slice.cpu()
+        else:
+            streams.current_stream(CPU).synchronize()
+        return original(self, rail_slice, *args, **kwargs)
+
+    plant.replace(HierarchicalReduceScatter, "reduce_along_rail", waiting)
+    assert any("waiting" in each for each in found_in(plant, options, "32-true").waits)
+
+
+@pytest.mark.parametrize("options", ["flat", "rank cache and sums"])
+def test_a_wait_for_the_whole_device(plant: Plant, options: str) -> None:
+    def waiting(original: Any, self: Any) -> None:
+        torch.cpu.synchronize()
+        original(self)
+
+    plant.replace(AccumulationWindow, "_close", waiting)
+    assert any("waiting" in each for each in found_in(plant, options, "32-true").waits)
+
+
+@pytest.mark.parametrize("options", TWO_STAGES)
+def test_a_buffer_freed_too_early(plant: Plant, options: str) -> None:
+    def through_a_copy(original: Any, self: Any, unsharded: Any, *args: Any) -> Any:
+        current, other = streams.current_stream(CPU), streams.new_stream(CPU)
+        with streams.on_stream(other, CPU):
+            copy = torch.empty_like(unsharded)
+        current.wait_stream(other)
+        unsharded.copy_(copy.copy_(unsharded))
+        del copy
+        with streams.on_stream(other, CPU):
+            torch.zeros_like(unsharded)
+        return original(self, unsharded, *args)
+
+    plant.replace(HierarchicalReduceScatter, "reduce_in_node", through_a_copy)
+    found = found_in(plant, options, "32-true")
+    assert any(each.startswith("reused") for each in found.order)
+
+
+def test_a_fault_that_is_not_executed_fails(plant: Plant) -> None:
+    plant.replace(PendingGradients, "accumulate", lambda original, *args: original(*args))
+    with pytest.raises(AssertionError, match="not executed"):
+        found_in(plant, "flat", "32-true")

@@ -1,0 +1,57 @@
+"""On streams that run later, every option set and usage is ordered, and the host waits for nothing."""
+
+from __future__ import annotations
+
+import pytest
+from torch.distributed.fsdp import FSDPModule
+
+from tests.support.stream_order.jobs import (
+    OPTIONS,
+    PRECISIONS,
+    USAGES,
+    Findings,
+    findings,
+    run_usage,
+    simulated_job,
+    train,
+    trained,
+)
+
+ON_NODES = {name for name, (_, options) in OPTIONS.items() if options.cache_parameters == "node"}
+BY_HAND = ("unsharded by hand", "unsharded asynchronously")
+CASES = [(options, usage) for options in OPTIONS for usage in USAGES]
+
+
+def reused_flag(options: str, usage: str) -> pytest.MarkDecorator | tuple[()]:
+    if options in ON_NODES and usage in BY_HAND:
+        return pytest.mark.xfail(strict=True, reason="the flag of a comparison is freed while another stream reads it")
+    return ()
+
+
+@pytest.mark.parametrize(("options", "usage"), [pytest.param(*case, marks=reused_flag(*case)) for case in CASES])
+def test_all_uses_of_memory_are_ordered(options: str, usage: str) -> None:
+    assert findings(options)[usage].order == ()
+
+
+@pytest.mark.parametrize(("options", "usage"), CASES)
+def test_the_host_waits_for_nothing_in_a_step(options: str, usage: str) -> None:
+    assert findings(options)[usage].waits == ()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_training_is_ordered_in_every_precision(options: str, precision: str) -> None:
+    assert trained(options, precision).order == ()
+
+
+@pytest.mark.xfail(strict=True, reason="the comparison of buffers after some windows is read at once")
+def test_the_host_does_not_wait_for_a_comparison_of_buffers() -> None:
+    with simulated_job("two stages", "32-true", buffer=True) as job:
+        assert run_usage(job, train).waits == ()
+
+
+@pytest.mark.parametrize("options", ["two stages", "node cache and sums"])
+def test_torch_before_2_13_abandons_a_window_without_waiting(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated_job(options, "bf16-mixed") as job:
+        monkeypatch.delattr(FSDPModule, "reset_iter_state", raising=False)
+        assert run_usage(job, USAGES["an abandoned window"]) == Findings(order=(), waits=())
