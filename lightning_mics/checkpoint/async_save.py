@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -118,7 +119,12 @@ class BackgroundSaving:
     @property
     def _thread(self) -> ThreadPoolExecutor:
         if self._started is None:
-            self._started = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+            self._started = ThreadPoolExecutor(
+                max_workers=1,
+                thread_name_prefix="checkpoint",
+                # a new thread would begin on the first GPU of the node
+                initializer=_device_of_this_thread(),
+            )
         return self._started
 
     def save(self, name: str, prepare: Callable[[HostBuffers], Callable[[], None]]) -> None:
@@ -182,6 +188,13 @@ class BackgroundSaving:
             raise RuntimeError(
                 f"saving checkpoint {save.name} asynchronously failed: {error}; earlier ones are unchanged"
             ) from error
+
+
+def _device_of_this_thread() -> Callable[[], None] | None:
+    """What makes the current device of this thread that of another one; None without an accelerator."""
+    if not torch.accelerator.is_available():
+        return None
+    return partial(torch.accelerator.set_device_index, torch.accelerator.current_device_index())
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def _write_sharded(
     ):
         draft: StoragePath = on_rank_0(location.begin, group=group)
         try:
-            writer = ShardWriter(draft, advance=advance, second_keys=keys)
+            writer = ShardWriter(draft, advance=advance, second_keys=keys, from_host=planner.has_copies)
             plans = group or control_plane().group
             save_shards({}, storage_writer=writer, planner=planner, process_group=plans)
             written = on_all_ranks(lambda: _with_meta(writer, meta), group=group)

@@ -33,7 +33,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lightning_mics._torch.streams import LateFlag
+from lightning_mics._torch.streams import LateFlag, keep_for_current_stream
 from lightning_mics.techniques.once_per_step import ParameterCache
 
 
@@ -101,6 +101,8 @@ class WeightCache:
         """
         differ = [differs for cache in self._caches if (differs := cache.take_differs()) is not None]
         if differ:
+            for flag in differ:  # made on the streams of gathers
+                keep_for_current_stream(flag)
             where = where or f"before optimizer step {self._steps + 1}"
             self._differ.append((where, LateFlag(torch.stack(differ).any())))
         self.check_arrived()

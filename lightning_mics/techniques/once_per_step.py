@@ -93,7 +93,10 @@ class ParameterCache:
         """
         if has_streams(own.device):
             differs = _bits_differ(own, shard)
-            self._differs = differs if self._differs is None else self._differs | differs
+            if self._differs is None:
+                self._differs = differs
+            else:  # in place: dropped, its memory could be given away on one stream while another one reads it
+                self._differs.logical_or_(differs)
         elif not torch.equal(own, shard) and _bits_differ(own, shard):
             self._differs = torch.tensor(True)
 

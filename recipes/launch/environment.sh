@@ -20,10 +20,9 @@ export FI_EFA_USE_HUGE_PAGE=0
 # beside the cheatsheet). With a list, lo and docker must be named too (NCCL's user guide, "Environment Variables").
 export NCCL_SOCKET_IFNAME='^lo,docker,veth'
 
-# Collectives inside nodes, along rails and between replicas are on three communicators and streams of one GPU. Each rank
-# launches them in one order, which NCCL keeps on the GPU as well with this (since NCCL 2.26 with CUDA 12.3; its user guide,
-# "Using multiple NCCL communicators concurrently"). RCCL can hang without it.
-export NCCL_LAUNCH_ORDER_IMPLICIT=1
+# Collectives of different groups run side by side here: of rails, nodes and replicas. On the device they then begin in the
+# order of the program, the same on all ranks (NCCL's user guide, since 2.26; nothing on older drivers than CUDA 12.3).
+export NCCL_LAUNCH_ORDER_IMPLICIT="${NCCL_LAUNCH_ORDER_IMPLICIT:-1}"
 
 # With NCCL_DEBUG=INFO the log has the network that NCCL uses, which is TCP if it does not find the plugin.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from lightning_mics.checkpoint.async_save import MOST_UNFINISHED, BackgroundSaving
+from lightning_mics.checkpoint.async_save import MOST_UNFINISHED, BackgroundSaving, ShardedSaving
 from lightning_mics.checkpoint.dcp.save_planner import HostBuffers
+from tests.support.checkpoints import is_same, load_into, sharded_model, weights_of
+from tests.support.forked import run_ranks
 
 
 class Writes:
@@ -96,3 +103,39 @@ def test_a_failure_is_raised_by_the_save_that_must_wait_for_it() -> None:
     writes.may_end.set()
     with pytest.raises(RuntimeError, match="checkpoint bad"):
         saving.save("next", writes.prepare("next"))
+
+
+class _OnTheFirstGPUError(Exception):
+    pass
+
+
+def _saved_where_cuda_is_available(folder: Path) -> dict[str, Any]:
+    model, facts = sharded_model(), {}
+    loader = patch.object(
+        filesystem, "_OverlappingCpuLoader", side_effect=_OnTheFirstGPUError("a stream of the device")
+    )
+    for name, synchronous in (("copies", False), ("tensors", True)):
+        saving = ShardedSaving(asynchronous=True, timeout=None)
+        with patch("torch.cuda.is_available", return_value=True), loader:
+            try:
+                saving.save(
+                    folder / name,
+                    model_state=get_model_state_dict(model),
+                    optimizer_states=[],
+                    meta={},
+                    synchronous=synchronous,
+                )
+                saving.wait()
+                facts[name] = "saved"
+            except Exception as error:
+                facts[name] = str(error)
+    loaded = sharded_model(seed=1)
+    load_into(folder / "copies", loaded)
+    facts["same"] = is_same(weights_of(loaded), weights_of(model))
+    return facts
+
+
+def test_the_thread_that_writes_copies_uses_no_stream_of_a_device(tmp_path: Path) -> None:
+    for facts in run_ranks(2, _saved_where_cuda_is_available, tmp_path):
+        assert facts["copies"] == "saved" and facts["same"]
+        assert "a stream of the device" in facts["tensors"]  # so that the loader is what torch would take

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, Te
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
+from lightning_mics._torch.streams import current_stream, has_streams
 from lightning_mics.checkpoint.dcp.rows import divide
 
 
@@ -49,6 +50,9 @@ class OwnRowsSavePlanner(DefaultSavePlanner):
     Args:
         state: Nested dicts of tensors and plain values, with the same names on all ranks.
         buffers: Host memory to copy to; None writes the tensors themselves, which must not change meanwhile.
+
+    Attributes:
+        has_copies: Whether all tensors to write are copies in host memory.
     """
 
     def __init__(self, state: dict[str, Any], *, buffers: HostBuffers | None) -> None:
@@ -56,6 +60,7 @@ class OwnRowsSavePlanner(DefaultSavePlanner):
         super().set_up_planner(state)
         sharded = {name: value for name, value in self.state_dict.items() if isinstance(value, DTensor)}
         self.state_dict = {name: value for name, value in self.state_dict.items() if name not in sharded}
+        self.has_copies = buffers is not None
         self._items: list[WriteItem] = []
         self._values: dict[MetadataIndex, Tensor] = {}
         for name, shard in divide(sharded).items():
@@ -68,8 +73,8 @@ class OwnRowsSavePlanner(DefaultSavePlanner):
                 self._items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=facts))
         if buffers is not None:
             self.state_dict = {name: _copied(value) for name, value in self.state_dict.items()}
-            if torch.cuda.is_available():
-                torch.cuda.current_stream().synchronize()
+            for device in {shard.device for shard in sharded.values() if has_streams(shard.device)}:
+                current_stream(device).synchronize()
 
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False

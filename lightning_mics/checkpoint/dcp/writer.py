@@ -23,6 +23,8 @@ from lightning_mics.checkpoint.storage.manifest import FileFacts
 from lightning_mics.checkpoint.storage.path import StoragePath, has_folders, is_local, size_and_etag, storage_path
 from lightning_mics.checkpoint.storage.progress import no_progress
 
+COPY_AHEAD_BYTES = 10_000_000  # from a device while earlier bytes are written; torch's default
+
 
 class ShardWriter(FileSystemWriter):
     """Writes this rank's shards into a folder.
@@ -31,6 +33,8 @@ class ShardWriter(FileSystemWriter):
         folder: Folder on storage that all ranks share.
         advance: Function to call with the number of bytes of each write.
         second_keys: Keys under which other programs find entries, with this package's keys of these.
+        from_host: Whether all tensors are in host memory. torch would otherwise copy on the current CUDA stream, which
+            in a thread of its own is one of the first GPU.
     """
 
     def __init__(
@@ -39,8 +43,11 @@ class ShardWriter(FileSystemWriter):
         *,
         advance: Callable[[int], object] = no_progress,
         second_keys: Mapping[str, str] | None = None,
+        from_host: bool = False,
     ) -> None:
-        super().__init__(str(folder), sync_files=is_local(folder))
+        super().__init__(
+            str(folder), sync_files=is_local(folder), per_thread_copy_ahead=0 if from_host else COPY_AHEAD_BYTES
+        )
         self._second_keys = second_keys or {}
         self.fs: Any = ShardFiles(advance=advance)
         self.path: Any = folder

@@ -194,8 +194,8 @@ def timeouts(folder: str, options: dict[str, int]) -> list[tuple[tuple[int, ...]
     made = []
     new_group = dist.new_group
 
-    def recording(ranks: list[int], **options: Any) -> Any:
-        made.append((tuple(ranks), options["timeout"], options["group_desc"] == "mics control plane"))
+    def recording(ranks: list[int] | None = None, **options: Any) -> Any:
+        made.append((tuple(ranks or ()), options["timeout"], options["group_desc"] == "mics control plane"))
         return new_group(ranks, **options)
 
     dist.new_group = recording

@@ -17,18 +17,10 @@ from tests.support.stream_order.jobs import (
     trained,
 )
 
-ON_NODES = {name for name, (_, options) in OPTIONS.items() if options.cache_parameters == "node"}
-BY_HAND = ("unsharded by hand", "unsharded asynchronously")
 CASES = [(options, usage) for options in OPTIONS for usage in USAGES]
 
 
-def reused_flag(options: str, usage: str) -> pytest.MarkDecorator | tuple[()]:
-    if options in ON_NODES and usage in BY_HAND:
-        return pytest.mark.xfail(strict=True, reason="the flag of a comparison is freed while another stream reads it")
-    return ()
-
-
-@pytest.mark.parametrize(("options", "usage"), [pytest.param(*case, marks=reused_flag(*case)) for case in CASES])
+@pytest.mark.parametrize(("options", "usage"), CASES)
 def test_all_uses_of_memory_are_ordered(options: str, usage: str) -> None:
     assert findings(options)[usage].order == ()
 
