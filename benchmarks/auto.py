@@ -169,10 +169,10 @@ def _lines(results: dict[str, Any]) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to six digits."""
+    """Floats to five digits."""
     if isinstance(value, dict):
         return {name: _rounded(entry) for name, entry in value.items()}
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def way(took: dict[str, Any]) -> str:
