@@ -164,7 +164,7 @@ def write_page(out: Path, rows: Sequence[dict[str, Any]], command: str) -> None:
 def _lines(results: dict[str, Any]) -> str:
     """JSON with a line per row of the table."""
     head = json.dumps({name: value for name, value in results.items() if name != "rows"}, indent=1)
-    rows = ",\n".join(json.dumps(_rounded(row)) for row in results["rows"])
+    rows = ",\n".join(json.dumps(_rounded(row), separators=(",", ":")) for row in results["rows"])
     return f'{head.removesuffix(chr(10) + "}")},\n "rows": [\n{rows}\n ]\n}}\n'
 
 
