@@ -191,10 +191,10 @@ class BackgroundSaving:
 
 
 def _device_of_this_thread() -> Callable[[], None] | None:
-    """What makes the current device of this thread that of another one; None without an accelerator."""
-    if not torch.accelerator.is_available():
+    """What makes the current GPU of this thread that of another one; None if CUDA is not in use."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return None
-    return partial(torch.accelerator.set_device_index, torch.accelerator.current_device_index())
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 @dataclass(frozen=True)

@@ -93,16 +93,18 @@ class ParameterCache:
         """
         if has_streams(own.device):
             differs = _bits_differ(own, shard)
-            if self._differs is None:
-                self._differs = differs
-            else:  # in place: dropped, its memory could be given away on one stream while another one reads it
-                self._differs.logical_or_(differs)
+            if self._differs is not None:
+                keep_for_current_stream(self._differs)  # it may have been made on another one
+                differs = differs | self._differs  # not in place: either may be a tensor of inference mode
+            self._differs = differs
         elif not torch.equal(own, shard) and _bits_differ(own, shard):
             self._differs = torch.tensor(True)
 
     def take_differs(self) -> Tensor | None:
         """Return whether the cache was used after its shard had changed, [], and reset it; None if it never was."""
         differs, self._differs = self._differs, None
+        if differs is not None:
+            keep_for_current_stream(differs)
         return differs
 
 
