@@ -164,15 +164,15 @@ def write_page(out: Path, rows: Sequence[dict[str, Any]], command: str) -> None:
 def _lines(results: dict[str, Any]) -> str:
     """JSON with a line per row of the table."""
     head = json.dumps({name: value for name, value in results.items() if name != "rows"}, indent=1)
-    rows = ",\n".join(json.dumps(_rounded(row)) for row in results["rows"])
+    rows = ",\n".join(json.dumps(_rounded(row), separators=(",", ":")) for row in results["rows"])
     return f'{head.removesuffix(chr(10) + "}")},\n "rows": [\n{rows}\n ]\n}}\n'
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to six digits."""
+    """Floats to five digits."""
     if isinstance(value, dict):
         return {name: _rounded(entry) for name, entry in value.items()}
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def way(took: dict[str, Any]) -> str:

@@ -60,7 +60,8 @@ def group_of_all(*, timeout: timedelta | None) -> dist.ProcessGroup:
     Args:
         timeout: Longest time of its collectives; None is the backend's default.
     """
-    group = dist.new_group(backend="gloo", timeout=timeout, group_desc="mics control plane")
+    ranks = list(range(dist.get_world_size()))
+    group = dist.new_group(ranks, backend="gloo", timeout=timeout, group_desc="mics control plane")
     assert isinstance(group, dist.ProcessGroup)
     return group
 

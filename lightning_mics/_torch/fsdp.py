@@ -333,10 +333,19 @@ def _param_groups(module: FSDPModule) -> Iterator[FSDPParamGroup]:
 
 
 def _reset_iter_state(root: FSDPModule) -> None:
-    """Copy of ``FSDPModule.reset_iter_state`` for torch before 2.13."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    """Copy of ``FSDPModule.reset_iter_state`` for torch before 2.13.
+
+    The current stream waits for FSDP2's; the host does not: a collective that a lost rank is missing in never ends.
+    """
     shared: Any = root._get_fsdp_state()
+    current = shared._device_handle.current_stream()
+    for stream in (
+        shared._comm_ctx.all_gather_copy_in_stream,
+        shared._comm_ctx.all_gather_stream,
+        shared._comm_ctx.reduce_scatter_stream,
+        shared._comm_ctx.all_reduce_stream,
+    ):
+        current.wait_stream(stream)
     shared._state_ctx.iter_forward_root = None
     shared._state_ctx.post_backward_final_callback_queued = False
     shared._comm_ctx.all_gather_state = shared._comm_ctx.reduce_scatter_state = None

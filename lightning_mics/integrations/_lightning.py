@@ -10,14 +10,13 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.constants import default_pg_timeout
 from typing_extensions import Unpack
 
 from lightning_mics._torch.dtensors.numbers import whole_values
 from lightning_mics._torch.process_groups import let_gloo_finish
 from lightning_mics.checkpoint.async_save import ShardedSaving
 from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
-from lightning_mics.collectives.control_plane import ControlPlane
+from lightning_mics.collectives.control_plane import ControlPlane, control_plane
 from lightning_mics.policy.options import PolicyOptions, check_names, documented
 from lightning_mics.policy.policy import Policy
 
@@ -40,7 +39,7 @@ class LightningStrategy:
         async_save: bool = False,
         weights_only: bool = True,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
+        timeout: timedelta | None = None,
         **policy: Unpack[PolicyOptions],
     ) -> None:
         """Set the options of sharding, communication and saving, without communication.
@@ -53,7 +52,8 @@ class LightningStrategy:
             weights_only: Whether loading a checkpoint reads plain data and tensors only. False unpickles any object,
                 which may run code. An explicit ``weights_only`` of a loading call overrides it.
             process_group_backend: Backend of the process groups; None is nccl for CUDA, gloo for CPU.
-            timeout: Longest duration of a collective of any group; None is torch's default.
+            timeout: Longest duration of a collective of any group; None is the backend's default: 10 minutes with NCCL,
+                30 with gloo, over which ranks agree and save.
             policy: Options of sharding; see :class:`~lightning_mics.policy.options.PolicyOptions`.
 
         Raises:
@@ -70,7 +70,7 @@ class LightningStrategy:
         self._policy = Policy(timeout=timeout, **policy)
         self._weights_only = weights_only
         self._saving = ShardedSaving(asynchronous=async_save, timeout=timeout)
-        self._control: ControlPlane | None = None  # once a model is sharded
+        self._control: ControlPlane | None = None  # once the process groups are initialized
         self._initialize()
 
     def _initialize(self) -> None:
@@ -88,6 +88,7 @@ class LightningStrategy:
         self._set_world_ranks()
         self._check_before_communicating()
         self._setup_distributed()
+        self._control = control_plane(self._timeout)
         let_gloo_finish(self.root_device)
 
     def _check_before_communicating(self: Any) -> None:
@@ -99,18 +100,20 @@ class LightningStrategy:
         return nullcontext() if self._control is None else self._control.together(entry)
 
     def barrier(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Wait for all ranks, as Lightning's strategies do; not for those that are known not to come.
+        """Wait for all ranks, but not for their devices, and not for ranks that are known not to come.
 
         Raises:
             RanksDifferError: If another rank does something else.
         """
-        if self._control is not None and self._control.has_raised and self._control.verdict is not None:
+        if self._control is None or not dist.is_initialized():
+            return
+        if self._control.has_raised and self._control.verdict is not None:
             return
         with self._together("waits at a barrier"):
-            super().barrier(*args, **kwargs)  # type: ignore[misc]
+            dist.barrier(group=self._control.group)
 
     def broadcast(self: Any, obj: Any, src: int = 0) -> Any:
-        """Send a value from one rank to all, as Lightning's strategies do.
+        """Send a value from one rank to all, by the CPU.
 
         Args:
             obj: The value, which must pickle.
@@ -119,8 +122,27 @@ class LightningStrategy:
         Raises:
             RanksDifferError: If another rank does something else.
         """
+        if self._control is None or not dist.is_initialized():
+            return obj
+        values = [obj]
         with self._together("broadcasts a value"):
-            return super().broadcast(obj, src)  # type: ignore[misc]
+            dist.broadcast_object_list(values, src=src, group=self._control.group)
+        return values[0]
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all ranks, or any of them, decide so; by the CPU.
+
+        Args:
+            decision: Decision of this rank.
+            all: Whether all must decide so, not any.
+
+        Raises:
+            RanksDifferError: If another rank does something else.
+        """
+        if self._control is None or not dist.is_initialized():
+            return decision
+        differs = self._control.largest(torch.tensor(int(bool(decision) != all)), "decides with all ranks")
+        return bool(differs) != all
 
     def wait_for_checkpoints(self) -> None:
         """Wait until all checkpoints that are being written asynchronously are complete; every rank calls it.
@@ -200,6 +222,8 @@ def check_saving(*, state_dict_type: str, async_save: bool) -> None:
 def reduce_in_place(tensor: Any, *, group: Any, op: Any) -> Any:
     """Reduce a tensor in place, as Lightning's strategies do, but without a barrier of all ranks before it.
 
+    A tensor on the CPU is reduced there over all ranks, also where the default process group serves GPUs only.
+
     Args:
         tensor: Tensor to reduce, [any]; other values are returned unchanged.
         group: Process group to reduce over; None is all ranks.
@@ -208,6 +232,8 @@ def reduce_in_place(tensor: Any, *, group: Any, op: Any) -> Any:
     tensor = whole_values(tensor)  # the same on all ranks of a partition group
     if not isinstance(tensor, Tensor) or not dist.is_initialized():
         return tensor
+    if group in (None, dist.group.WORLD) and tensor.device.type == "cpu":
+        group = control_plane().group
     mean = isinstance(op, str) and op.lower() in ("mean", "avg")
     named = getattr(dist.ReduceOp, op.upper()) if isinstance(op, str) and not mean else op
     dist.all_reduce(tensor, op=dist.ReduceOp.SUM if mean or op is None else named, group=group)

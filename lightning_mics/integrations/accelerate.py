@@ -37,7 +37,6 @@ from accelerate.utils import (
 )
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from typing_extensions import Unpack, override
@@ -46,6 +45,7 @@ from lightning_mics import checkpoint
 from lightning_mics._torch.dtensors.numbers import taking_whole_values
 from lightning_mics._torch.fsdp import use_as_default_mesh
 from lightning_mics._torch.process_groups import let_gloo_finish
+from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin
 from lightning_mics.checkpoint.storage.path import storage_path
@@ -83,7 +83,8 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
         state_dict_type: Kind of model file that ``save_state`` writes, ``"sharded"`` or ``"full"``. None takes
             ``fsdp_state_dict_type`` of the config file of ``accelerate launch``, and ``"sharded"`` without one; the
             default of ``activation_checkpointing`` is also read from there.
-        timeout: Longest duration of a collective of any group; None is the backend's default.
+        timeout: Longest duration of a collective of any group; None is the backend's default: 10 minutes with NCCL, 30
+            with gloo, over which ranks agree and save.
         policy: Options of sharding; see :class:`~lightning_mics.policy.options.PolicyOptions`.
 
     Raises:
@@ -95,7 +96,7 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
         self,
         *,
         state_dict_type: Literal["sharded", "full"] | None = None,
-        timeout: timedelta | None = default_pg_timeout,
+        timeout: timedelta | None = None,
         **policy: Unpack[PolicyOptions],
     ) -> None:
         check_names(type(self), policy)
@@ -105,6 +106,7 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
             raise ValueError("MiCSPlugin does not offload parameters: set fsdp_offload_params to false")
         policy.setdefault("activation_checkpointing", bool(parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")))
         self.policy = Policy(timeout=timeout, **policy)
+        self._timeout = timeout
         super().__init__(
             fsdp_version=2,
             state_dict_type=f"{state_dict_type}_state_dict".upper() if state_dict_type else None,
@@ -129,16 +131,18 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
 
         Raises:
             OSError: On all ranks, if storage fails on one; an earlier checkpoint at ``path`` is unchanged.
+            SilentRankError: If a rank does not take part within the timeout.
             ValueError: If no model was prepared with a :class:`MiCSPlugin`.
         """
         model = _prepared_model(accelerator)
-        sharded(model).schedule.buffers.make_equal()
-        checkpoint.save_sharded(
-            storage_path(path),
-            model_state=get_model_state_dict(model),
-            optimizer_states=[optimizer_state(model, each, sharded=True) for each in _optimizers(accelerator)],
-            meta={**state, **origin(model, sharded(model).groups.topology)},
-        )
+        sharded(model).schedule.prepare_to_save()
+        with all_ranks_answer(f"saving {path}", timeout=self._timeout):
+            checkpoint.save_sharded(
+                storage_path(path),
+                model_state=get_model_state_dict(model),
+                optimizer_states=[optimizer_state(model, each, sharded=True) for each in _optimizers(accelerator)],
+                meta={**state, **origin(model, sharded(model).groups.topology)},
+            )
 
     def load_checkpoint(
         self, accelerator: Accelerator, path: str | Path, *, weights_only: bool = True
@@ -161,13 +165,14 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
         """
         model = _prepared_model(accelerator)
         sharded(model).schedule.window.abandon()
-        rest = checkpoint.load(
-            storage_path(path),
-            model=model,
-            optimizers=_optimizers(accelerator),
-            strict=True,
-            weights_only=weights_only,
-        )
+        with all_ranks_answer(f"loading {path}", timeout=self._timeout):
+            rest = checkpoint.load(
+                storage_path(path),
+                model=model,
+                optimizers=_optimizers(accelerator),
+                strict=True,
+                weights_only=weights_only,
+            )
         verify_replicas(model, sharded(model).groups)
         return rest
 
@@ -229,7 +234,7 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
 
 
 def _prepare_for_states(accelerator: Accelerator, handle: Sharded) -> None:
-    """Make buffers equal before Accelerate saves, abandon the open window when it loads. Hooks must not keep models."""
+    """Prepare the model before Accelerate saves, abandon the open window when it loads. Hooks must not keep models."""
     known, registered, mesh = weakref.ref(handle.schedule), accelerator._custom_objects, handle.groups.mesh
 
     def abandon(*_: Any) -> None:
@@ -237,13 +242,13 @@ def _prepare_for_states(accelerator: Accelerator, handle: Sharded) -> None:
         if (alive := known()) is not None:
             alive.window.abandon()
 
-    def make_equal(*_: Any) -> None:
+    def prepare(*_: Any) -> None:
         gather_shards_of(registered, mesh)
         if (alive := known()) is not None:
-            alive.buffers.make_equal()
+            alive.prepare_to_save()
 
     accelerator.register_load_state_pre_hook(abandon)
-    accelerator.register_save_state_pre_hook(make_equal)
+    accelerator.register_save_state_pre_hook(prepare)
 
 
 def _precision(accelerator: Accelerator, model: nn.Module) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.precision import Precision
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
@@ -166,7 +167,8 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     @override
     def all_reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Any:
         """See :func:`~lightning_mics.integrations._lightning.reduce_in_place`."""
-        with self._together("reduces a value over all ranks") if group is None else nullcontext():
+        of_all = group in (None, dist.group.WORLD)  # Fabric passes the latter
+        with self._together("reduces a value over all ranks") if of_all else nullcontext():
             return reduce_in_place(tensor, group=group, op=reduce_op)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     def _save(self, path: StoragePath, parts: _Parts, filter: Filter) -> None:
         full = not self._save_distributed_checkpoint
         for model in parts.models.values():
-            sharded(model).schedule.buffers.make_equal()
+            sharded(model).schedule.prepare_to_save()
         options = StateDictOptions(full_state_dict=full, cpu_offload=full)
         model_state = get_model_state_dict(parts.model, options=options)
         optimizers = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import product
 from typing import Literal
 
@@ -14,6 +14,7 @@ from lightning_mics.cost.batches import Batches, split_global_batch
 from lightning_mics.cost.hardware import Hardware
 from lightning_mics.cost.step_time import Seconds, step_seconds
 from lightning_mics.cost.step_traffic import ScheduledCollective, Unit, full_sharding_traffic, step_traffic, total_sent
+from lightning_mics.policy.choice import Choice, choose
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology, partition_sizes
@@ -86,11 +87,14 @@ class Job:
     global_batch_size: int
     micro_batch: int | None = None
     accumulation: int | None = None
-    _units: Counter[Unit] = field(init=False, repr=False, compare=False)  # blocks are alike: each kind is priced once
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_units", Counter(self.workload.units))
         self.all_batches()  # raises
+
+    @cached_property
+    def _units(self) -> Counter[Unit]:
+        """Parameter groups and how many are alike: each kind is priced once."""
+        return Counter(self.workload.units)
 
     def all_batches(self) -> list[Batches]:
         """All divisions of the global batch, small micro-batches first.
@@ -122,8 +126,8 @@ class Job:
         for size in sizes if partition_size == "auto" else (partition_size,):
             topology = Topology(world_size=self.world_size, ranks_per_node=self.ranks_per_node, partition_size=size)
             for options in _allowed(topology, communication, is_free=partition_size == "auto"):
-                cached_bytes = _cached_bytes(self.workload, topology, options)
-                yield from self._priced("MiCS", topology, options, cached_bytes, step_traffic)
+                choice = self._choice(topology, options)
+                yield from self._priced("MiCS", topology, choice.communication, choice.cached_bytes, step_traffic)
 
     def full_sharding(self) -> Candidate:
         """The baseline: FSDP2 over all ranks with its defaults and the largest micro-batch that fits."""
@@ -146,12 +150,23 @@ class Job:
             world_size=self.world_size, ranks_per_node=self.ranks_per_node, partition_size=self.world_size
         )
         options = replace(CommunicationOptions.PAPER, hierarchical=False, accumulate_gradients=accumulate)
-        cached_bytes = _cached_bytes(self.workload, topology, options)
+        cached_bytes = self._choice(topology, options).cached_bytes
         if reshard_after_forward is not True:
             cached_bytes += -(-self.workload.size.gathered_bytes // (int(reshard_after_forward) or 1))
 
         traffic = partial(full_sharding_traffic, reshard_after_forward=reshard_after_forward)
         return self._priced(FULL_SHARDING, topology, options, cached_bytes, traffic)
+
+    def _choice(self, topology: Topology, options: CommunicationOptions) -> Choice:
+        """What the strategy makes of options without "auto"."""
+        return choose(
+            self.workload.size,
+            world_size=topology.world_size,
+            ranks_per_node=topology.ranks_per_node,
+            capacity_bytes=self.hardware.memory_bytes,
+            partition_size=topology.partition_size,
+            communication=options,
+        )
 
     @staticmethod
     def _largest(candidates: Iterator[Candidate]) -> Candidate:
@@ -296,22 +311,3 @@ def _allowed(
                     raise
                 continue
             yield options
-
-
-def _cached_bytes(work: Workload, topology: Topology, options: CommunicationOptions) -> int:
-    """Bytes of a rank until the boundary."""
-    if topology.partition_size == 1:
-        return 0
-    if options.allow_unused:
-        return work.size.gathered_bytes + work.size.reduced_bytes
-    in_stages = options.hierarchical is True or (topology.spans_nodes and topology.local_ranks_per_partition_group == 1)
-
-    def taken(place: str, unsharded_bytes: int) -> int:
-        if place == "rank":
-            return unsharded_bytes
-        on_node = place == "node" and in_stages
-        return -(-unsharded_bytes // topology.local_ranks_per_partition_group) if on_node else 0
-
-    return taken(options.cache_parameters, work.size.gathered_bytes) + taken(
-        options.accumulate_gradients, work.size.reduced_bytes
-    )

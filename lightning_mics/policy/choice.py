@@ -11,7 +11,8 @@ On ranks, the cache takes M bytes, and accumulated gradients take their full siz
 sharding is there to save memory, so "auto" does it only if the unsharded model states, as in DDP, would fit a rank.
 Optimizer states stay sharded, so this takes less memory than DDP.
 
-Strategies, plans and recipes all choose by :func:`choose`, so that they never disagree.
+Strategies choose by :func:`choose`: they know the size of the model, and neither rates nor batches. Plans, which know
+all of these, choose by time (:mod:`lightning_mics.policy.candidates`).
 """
 
 from __future__ import annotations

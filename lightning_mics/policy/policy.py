@@ -8,11 +8,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
+from lightning_mics.collectives.control_plane import ControlPlane, control_plane
 from lightning_mics.policy.choice import Choice, choose
+from lightning_mics.policy.hosts import check_hosts
 from lightning_mics.policy.memory import ModelSize, device_memory_bytes, measure_model
 from lightning_mics.policy.options import PolicyOptions, check_names
 from lightning_mics.policy.out_of_memory import memory_advice
@@ -31,7 +32,8 @@ class Policy:
     """MiCS: which ranks share the model states, and when parameters and gradients are communicated.
 
     Args:
-        timeout: Longest duration of a collective of any group; None is the backend's default.
+        timeout: Longest duration of a collective of any group; None is the backend's default: 10 minutes with NCCL, 30
+            with gloo, over which ranks agree and save.
         policy: Options of sharding, as in :class:`~lightning_mics.policy.options.PolicyOptions`.
 
     Raises:
@@ -39,7 +41,7 @@ class Policy:
         ValueError: If the value of an option is invalid.
     """
 
-    def __init__(self, *, timeout: timedelta | None = default_pg_timeout, **policy: Unpack[PolicyOptions]) -> None:
+    def __init__(self, *, timeout: timedelta | None = None, **policy: Unpack[PolicyOptions]) -> None:
         check_names(type(self), policy)
         partition_size = policy.get("partition_size", "auto")
         if isinstance(partition_size, str) and partition_size != "auto":
@@ -92,7 +94,7 @@ class Policy:
 
         Raises:
             TypeError: If the model cannot be sharded.
-            ValueError: If an option does not fit the job or the model.
+            ValueError: If an option does not fit the job or the model, or ranks of one node run on several hosts.
         """
         mixed_precision = mixed_precision_policy(precision, reduce_dtype=self._reduce_dtype)
         blocks = find_blocks(model, self._block_classes, may_be_empty=not training)
@@ -104,11 +106,14 @@ class Policy:
             gathered_dtype=mixed_precision.param_dtype,
             reduce_dtype=mixed_precision.reduce_dtype,
         )
+        control = control_plane(self._timeout)
+        if self._ranks_per_node is None:
+            check_hosts(local_size, control)
         choice = self.choose(
             size,
             world_size=dist.get_world_size(),
             local_size=local_size,
-            capacity_bytes=_capacity_bytes(device, local_size=local_size),
+            capacity_bytes=_capacity_bytes(device, local_size=local_size, control=control),
         )
         if self._block_classes is None and not blocks and size.gathered_bytes:
             _check_one_unit(model, choice)
@@ -208,8 +213,7 @@ def _check_one_unit(model: nn.Module, choice: Choice) -> None:
         )
 
 
-def _capacity_bytes(device: torch.device, *, local_size: int) -> int:
+def _capacity_bytes(device: torch.device, *, local_size: int, control: ControlPlane) -> int:
     """Memory of the smallest device of the job: all ranks must choose the same partition size."""
-    smallest = torch.tensor(device_memory_bytes(device, processes=local_size), device=device)
-    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-    return int(smallest)
+    own = device_memory_bytes(device, processes=local_size)
+    return -int(control.largest(torch.tensor(-own), "compares the memory of devices"))

@@ -151,7 +151,8 @@ class AccumulationWindow:
         gradients: see [Note: Zero gradients before the boundary].
 
         Raises:
-            RuntimeError: If gradients are still pending, or weights changed unrecorded while they were cached.
+            RuntimeError: If gradients are still pending, or weights changed unrecorded while they were cached, now or
+                before an earlier step.
         """
         if not self._at_boundary:
             for name, pending_gradients in self._pending_gradients.items():

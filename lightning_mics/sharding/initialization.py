@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_mics._torch.parameter_hooks import carry_over
+from lightning_mics.collectives.control_plane import control_plane
 from lightning_mics.sharding.blocks import group_modules
 from lightning_mics.sharding.modules.initializers import init_weights_of, initialize
 from lightning_mics.techniques.partition_groups import PartitionGroups
@@ -27,11 +28,11 @@ CHECKSUM_CHUNK = 2**22  # elements at a time: the 64-bit integers take several t
 @contextmanager
 def seeded_by_rank_0(device: torch.device) -> Iterator[None]:
     """Draw the same random numbers on every rank: those of rank 0's seed. Restores each rank's own state afterwards."""
-    seed = torch.tensor(torch.initial_seed(), dtype=torch.uint64).view(torch.int64).to(device)
-    dist.broadcast(seed, src=0)
+    seed = torch.tensor(torch.initial_seed(), dtype=torch.uint64).view(torch.int64)
+    dist.broadcast(seed, src=0, group=control_plane().group)
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices):
-        torch.manual_seed(int(seed.cpu().view(torch.uint64).item()))
+        torch.manual_seed(int(seed.view(torch.uint64).item()))
         yield
 
 
@@ -108,8 +109,7 @@ def verify_replicas(model: nn.Module, groups: PartitionGroups) -> None:
     dist.all_gather(of_replicas, checksums, group=groups.replication)
     same = (torch.stack(of_replicas) == checksums).all(dim=0)  # [parameters]
     # a rank whose own part agrees must raise with the others
-    dist.all_reduce(differ := (~same.all()).int(), op=dist.ReduceOp.MAX)
-    if differ:
+    if groups.control.largest((~same.all()).int().cpu(), "compares replicas"):
         differing = [name for name, ok in zip(names, same.tolist(), strict=True) if not ok]
         raise RuntimeError(
             f"the replicas of the model differ in {len(differing)} of {len(names)} parameters that rank "

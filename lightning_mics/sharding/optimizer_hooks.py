@@ -103,7 +103,7 @@ class OptimizerHooks:
     def _after_step(self, optimizer: Optimizer) -> None:
         if not self.trains_with(optimizer):
             return
-        self._cache.invalidate()
+        self._cache.follow_step()
         if self._follows_steps:
             self._root.reshard()
 

@@ -122,7 +122,7 @@ class AccumulationSchedule:
 
         Raises:
             RuntimeError: After a boundary, if gradients are still pending that this torch version cannot reduce, or
-                weights changed unrecorded while they were cached.
+                weights changed unrecorded while they were cached; on a GPU perhaps some boundaries later.
         """
         return self.window.micro_step(boundary=boundary)
 
@@ -135,7 +135,7 @@ class AccumulationSchedule:
         Raises:
             RuntimeError: At the end, if weights did change in a way that torch does not record.
         """
-        return self.cache.cached_weights()
+        return self.cache.cached_weights(wait=not self.window.is_open)
 
     def invalidate_cache(self) -> None:
         """Drop cached parameters after weights were changed in a way that torch does not record; every rank calls it.
@@ -144,6 +144,15 @@ class AccumulationSchedule:
         [Note: When cached weights are dropped].
         """
         self.cache.invalidate()
+
+    def prepare_to_save(self) -> None:
+        """Check cached weights and give all ranks rank 0's buffers before a checkpoint is saved; every rank calls it.
+
+        Raises:
+            RuntimeError: If weights changed in a way that torch does not record while they were cached.
+        """
+        self.cache.check_arrived(wait=True)
+        self.buffers.make_equal()
 
     def _register_hooks(self, root: FSDPModule) -> None:
         """See [Note: Hooks on the root, in order]. The hooks keep the schedule alive for as long as the model."""

@@ -18,16 +18,22 @@ Between windows weights may therefore change by any means. Inside, changes in ra
 NumPy array, or by ``torch.distributed.checkpoint.load``. Against those every use in a forward compares this rank's part
 of the cache with its shard, without waiting for the device, and the end of the window or of ``cached_weights()`` raises
 if one was outdated. Only ``invalidate_cache()`` makes such a change legal there.
+
+The end of a window does not wait for the device either: it begins to copy the result to the host, and raises for the
+results that have arrived. On a GPU these are of earlier windows, so the error names the step. Before a checkpoint is
+saved, and at the end of a fit and of an evaluation between windows, all results are waited for.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from lightning_mics._torch.streams import LateFlag
 from lightning_mics.techniques.once_per_step import ParameterCache
 
 
@@ -41,6 +47,8 @@ class WeightCache:
     def __init__(self, caches: Sequence[ParameterCache] = ()) -> None:
         self._caches = tuple(caches)
         self._shared_by_forwards = False
+        self._steps = 0  # of the optimizers of this model
+        self._differ: deque[tuple[str, LateFlag]] = deque()  # results of comparisons, and where these were
 
     @property
     def enabled(self) -> bool:
@@ -53,8 +61,11 @@ class WeightCache:
         return self._shared_by_forwards
 
     @contextmanager
-    def cached_weights(self) -> Iterator[None]:
+    def cached_weights(self, *, wait: bool = True) -> Iterator[None]:
         """Share cached parameters between the forwards inside, whose weights do not change.
+
+        Args:
+            wait: Whether to wait for the results of comparisons at the end.
 
         Raises:
             RuntimeError: At the end, if weights did change in a way that torch does not record.
@@ -63,7 +74,8 @@ class WeightCache:
         before, self._shared_by_forwards = self._shared_by_forwards, True
         try:
             yield
-            self.check_unchanged()
+            self.check_unchanged(f"in an evaluation after optimizer step {self._steps}")
+            self.check_arrived(wait=wait)
         finally:
             self._shared_by_forwards = before
             self.invalidate()
@@ -78,19 +90,47 @@ class WeightCache:
         for cache in self._caches:
             cache.free()
 
-    def check_unchanged(self) -> None:
-        """Check every comparison of a cache with its shard since the last check.
+    def follow_step(self) -> None:
+        """Drop all cached parameters after an optimizer of this model has stepped."""
+        self._steps += 1
+        self.invalidate()
+
+    def check_unchanged(self, where: str | None = None) -> None:
+        """Begin to check every comparison of a cache with its shard since the last call, and check what has arrived.
+
+        Args:
+            where: Place of these comparisons in the training, for the error; None is before the next optimizer step.
+
+        Raises:
+            RuntimeError: If a cache was used after the weights had changed, here or at an earlier call.
+        """
+        differ = [differs for cache in self._caches if (differs := cache.take_differs()) is not None]
+        if differ:
+            where = where or f"before optimizer step {self._steps + 1}"
+            self._differ.append((where, LateFlag(torch.stack(differ).any())))
+        self.check_arrived()
+
+    def check_arrived(self, *, wait: bool = False) -> None:
+        """Check the comparisons whose results have arrived on the host.
+
+        Args:
+            wait: Whether to wait for all of them.
 
         Raises:
             RuntimeError: If a cache was used after the weights had changed.
         """
-        differ = [differs for cache in self._caches if (differs := cache.take_differs()) is not None]
-        if differ and bool(torch.stack(differ).any()):
-            raise RuntimeError(
-                "weights changed, in a way that torch does not record (in raw memory, as through NumPy or "
-                "`torch.distributed.checkpoint.load`), while they were cached; call `invalidate_cache()` after such a "
-                "change, on all ranks, or make it between optimizer steps"
-            )
+        while self._differ and (wait or self._differ[0][1].has_arrived):
+            where, differs = self._differ.popleft()
+            if wait:
+                differs.wait()
+            if differs:
+                self._differ.clear()
+                raise RuntimeError(
+                    "weights changed, in a way that torch does not record (in raw memory, as through NumPy or "
+                    f"`torch.distributed.checkpoint.load`), while they were cached, {where} (counted since the model "
+                    "was sharded); call `invalidate_cache()` after such a change, on all ranks, or make it between "
+                    "optimizer steps"
+                )
 
     def forget_comparisons(self) -> None:
         """Discard the comparisons since the last check, after results computed with the cache were discarded."""

@@ -91,8 +91,8 @@ def create_partition_groups(
     in_stages = choose_hierarchical(hierarchical, topology)
     backend = _check_job(topology, device_type)
     _check_max_ctas(rail_max_ctas, backend)
-    _check_same_count_of_groups(device_type)
     control = control_plane(timeout)
+    _check_same_count_of_groups(control)
     rank, make = dist.get_rank(), partial(new_group, timeout=timeout)
     one_stage_over_rails = topology.spans_nodes and topology.local_ranks_per_partition_group == 1
     partition = make(
@@ -197,12 +197,10 @@ def _check_job(topology: Topology, device_type: str) -> str:
     return backends[device_type]
 
 
-def _check_same_count_of_groups(device_type: str) -> None:
+def _check_same_count_of_groups(control: ControlPlane) -> None:
     """Torch names a group after the count of earlier ones, so ranks that differ in it would wait forever."""
     own = groups_made()
-    extremes = torch.tensor([own, -own], device=device_type)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MIN)
-    fewest, most = int(extremes[0]), -int(extremes[1])
+    most, fewest = control.largest(torch.tensor([own, -own]), "compares the numbers of its groups").abs().tolist()
     if fewest != most:
         raise RuntimeError(
             f"some ranks are members of {most} process groups and others of {fewest}; make groups of your own after "

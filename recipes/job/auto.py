@@ -2,14 +2,14 @@
 
 Devices and precision come first. Where the rates of the cluster are known, the plan then chooses partition size,
 stages, caches, micro-batch and accumulation together, by the time of a step; elsewhere memory chooses them one after
-the other.
-No value depends on the rank, so all ranks choose the same.
+the other. No value depends on the rank, so all ranks choose the same.
 """
 
 from __future__ import annotations
 
 import copy
 import os
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,11 +98,11 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
         capacity_bytes=_capacity_bytes(cluster),
     )
     chosen = {"partition_size": sharding.topology.partition_size, **sharding.communication.keywords()}
-    by_time = planned and _why_fastest(planned)
+    reasons = {option: why.removeprefix('"auto": ') for option, why in sharding.reasons.items()}
+    if planned is not None:
+        reasons["partition_size"] = _why_fastest(planned)
     for option in ("partition_size", "cache_parameters", "accumulate_gradients"):
-        why = sharding.reasons[option].removeprefix('"auto": ')
-        if by_time and option == "partition_size":
-            why = by_time
+        why = reasons[option]
         config.strategy[option] = choices.take(option.replace("_", " "), asked.strategy[option], chosen[option], why)
     if planned is None:
         most = _largest_micro_batch(sharding, workload)
@@ -161,13 +161,13 @@ def _capacity_bytes(cluster: DictConfig) -> int:
 
 def _largest_micro_batch(sharding: Choice, workload: Workload) -> int:
     """Number of sequences whose activations fit with the model states; 0 if none does."""
-    usable, size = (1 - LEFT_FREE) * sharding.capacity_bytes, sharding.topology.partition_size
-    fitting = 0
-    while fitting < 2**16 and (
-        workload.size.rank_bytes(size, workload.activations(fitting + 1), cached_bytes=sharding.cached_bytes) <= usable
-    ):
-        fitting += 1
-    return fitting
+
+    def taken(sequences: int) -> int:
+        return workload.size.rank_bytes(
+            sharding.topology.partition_size, workload.activations(sequences), cached_bytes=sharding.cached_bytes
+        )
+
+    return bisect_right(range(1, 2**30), (1 - LEFT_FREE) * sharding.capacity_bytes, key=taken)
 
 
 def _memory_report(sharding: Choice, workload: Workload, config: DictConfig) -> str:

@@ -88,6 +88,7 @@ def test_a_script_starts_the_program_with_what_was_typed(tmp_path: Path, script:
     assert {
         "FI_EFA_USE_HUGE_PAGE=0",
         "NCCL_SOCKET_IFNAME=^lo,docker,veth",
+        "NCCL_LAUNCH_ORDER_IMPLICIT=1",
         "NCCL_DEBUG=WARN",
         "SLURM_CPU_BIND=cores",
         "SLURM_DISTRIBUTION=block:block",

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from lightning_mics import AccumulationSchedule, CommunicationOptions, Topology, create_partition_groups, shard_model
+from lightning_mics._torch import streams
 from lightning_mics._torch.fsdp import _param_groups, own_grad
+from lightning_mics.techniques.once_per_step import ParameterCache
 from tests.support.campaign import campaign
 from tests.support.forked import run_cases
 from tests.support.models import DIM, LAYERS, MODEL_BYTES, Stack
@@ -380,3 +382,17 @@ def send_in_dtypes(shape: tuple[int, int, int], options: CommunicationOptions) -
         crossing["bfloat16"] * 2 == crossing["float32"] > 0,
         all(torch.equal(replica, replicas[0]) for replica in replicas),
     )
+
+
+def test_comparisons_inside_and_outside_of_inference_mode_are_one_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Tensor] = []
+    monkeypatch.setattr(streams, "WITHOUT_STREAMS", frozenset())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append(tensor))
+    cache, own = ParameterCache(lambda: 0), torch.ones(4)
+    with torch.inference_mode():
+        cache.compare(own, torch.zeros(4))
+    cache.compare(own, own)
+    differs = cache.take_differs()
+    assert differs is not None and bool(differs)
+    assert len(kept) == 2 and kept[1] is differs  # what was dropped, and what is read on another stream
+    assert cache.take_differs() is None

@@ -116,6 +116,18 @@ def _boundary_on_one_rank(model: Any, micro_step: Any, rank: int) -> None:
     micro_step()
 
 
+@torch.no_grad()
+def _change_of_weights(model: Any, rank: int) -> None:
+    if rank == 1:
+        model.layers[1].one.weight.to_local().mul_(1.1)
+
+
+def _weights_changed_on_one_rank(model: Any, micro_step: Any, rank: int) -> None:
+    micro_step(boundary=False)
+    _change_of_weights(model, rank)
+    micro_step()
+
+
 DIFFERENT: dict[str, tuple[Callable[..., Any], str]] = {
     "another order": (partial(_steps, _other_order), "'layers.1'"),
     "another order from the start": (partial(_steps, _other_order, differs_at=0), "'layers.1'"),
@@ -126,6 +138,14 @@ DIFFERENT: dict[str, tuple[Callable[..., Any], str]] = {
     "a backward more, replicated": (partial(_steps, _backward_more_on_one_rank, size=1), "steps SGD"),
     "a micro-step fewer": (partial(_steps, _micro_step_fewer_on_one_rank), "'layers.2'"),
     "another boundary": (partial(_steps, _boundary_on_one_rank), "over the replicas"),
+    "weights cached by ranks changed": (
+        partial(_steps, _weights_changed_on_one_rank, cache="rank"),
+        "rank 1 gathers 'layers.1' for a forward",
+    ),
+    "weights cached by nodes changed": (
+        partial(_steps, _weights_changed_on_one_rank, size=4, cache="node"),
+        "rank 1 gathers 'layers.1' for a forward (",
+    ),
 }
 IN_CAMPAIGN: dict[str, tuple[Callable[..., Any], str]] = {
     "another order, over all ranks": (partial(_steps, _other_order, size=4), "'layers.1'"),

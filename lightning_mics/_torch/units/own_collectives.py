@@ -21,38 +21,32 @@ CHOOSES_OBJECTS = {
 }
 
 
-class OwnAllGather(AllGather):
+class _OwnMemory:
+    own: Any
+
+    def allocate(self, size: Any, *, dtype: Any, device: Any) -> Any:
+        """Memory as FSDP2's own object takes it: [size].
+
+        Args:
+            size: Numbers of elements, one per dim.
+            dtype: Dtype of the elements.
+            device: The device of this rank.
+        """
+        return self.own.allocate(size, dtype=dtype, device=device)
+
+
+class OwnAllGather(_OwnMemory, AllGather):
     """Base class of all-gathers around FSDP2's own."""
 
     def __init__(self) -> None:
-        self.own: Any = DefaultAllGather()
-
-    def allocate(self, size: Any, *, dtype: Any, device: Any) -> Any:
-        """Memory as FSDP2's own object takes it: [size].
-
-        Args:
-            size: Numbers of elements, one per dim.
-            dtype: Dtype of the elements.
-            device: The device of this rank.
-        """
-        return self.own.allocate(size, dtype=dtype, device=device)
+        self.own = DefaultAllGather()
 
 
-class OwnReduceScatter(ReduceScatter):
+class OwnReduceScatter(_OwnMemory, ReduceScatter):
     """Base class of reduce-scatters around FSDP2's own."""
 
     def __init__(self) -> None:
-        self.own: Any = DefaultReduceScatter()
-
-    def allocate(self, size: Any, *, dtype: Any, device: Any) -> Any:
-        """Memory as FSDP2's own object takes it: [size].
-
-        Args:
-            size: Numbers of elements, one per dim.
-            dtype: Dtype of the elements.
-            device: The device of this rank.
-        """
-        return self.own.allocate(size, dtype=dtype, device=device)
+        self.own = DefaultReduceScatter()
 
 
 def serve_options(module: FSDPModule, gather: OwnAllGather, reduce: OwnReduceScatter) -> None:

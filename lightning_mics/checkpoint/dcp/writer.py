@@ -23,8 +23,6 @@ from lightning_mics.checkpoint.storage.manifest import FileFacts
 from lightning_mics.checkpoint.storage.path import StoragePath, has_folders, is_local, size_and_etag, storage_path
 from lightning_mics.checkpoint.storage.progress import no_progress
 
-COPY_AHEAD_BYTES = 10_000_000  # from a device while earlier bytes are written; torch's default
-
 
 class ShardWriter(FileSystemWriter):
     """Writes this rank's shards into a folder.
@@ -45,9 +43,9 @@ class ShardWriter(FileSystemWriter):
         second_keys: Mapping[str, str] | None = None,
         from_host: bool = False,
     ) -> None:
-        super().__init__(
-            str(folder), sync_files=is_local(folder), per_thread_copy_ahead=0 if from_host else COPY_AHEAD_BYTES
-        )
+        super().__init__(str(folder), sync_files=is_local(folder))
+        if from_host:
+            self.per_thread_copy_ahead = 0
         self._second_keys = second_keys or {}
         self.fs: Any = ShardFiles(advance=advance)
         self.path: Any = folder

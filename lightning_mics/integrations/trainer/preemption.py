@@ -199,7 +199,7 @@ class StopTogether(Callback):
         """The largest request of all ranks when the last comparison began; nothing if it was read."""
         if self._begun is None:
             return Request.NOTHING
-        request, batch_milliseconds = map(int, self._begun())
+        request, batch_milliseconds = self._begun().tolist()
         self._begun = None
         self._batches_apart = max(1, min(MOST_BATCHES, APART // max(1, batch_milliseconds)))
         return Request(request)

@@ -207,6 +207,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
 
     @override
     def on_train_end(self) -> None:
+        self._state().schedule.cache.check_arrived(wait=True)
         self._state().groups.control.agree("ends training")
         self._abandon_window()
         self.wait_for_checkpoints()

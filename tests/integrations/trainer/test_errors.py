@@ -255,7 +255,7 @@ def test_groups_need_a_running_job():
 
 def test_ranks_that_made_different_numbers_of_groups_are_rejected_without_waiting():
     for message in on_ranks(_group_of_some_ranks, world_size=4):
-        assert message.startswith("some ranks are members of 2 process groups and others of 1; make groups of your own")
+        assert message.startswith("some ranks are members of 3 process groups and others of 2; make groups of your own")
 
 
 def _group_of_some_ranks() -> str:

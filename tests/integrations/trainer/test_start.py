@@ -20,6 +20,9 @@ from lightning.pytorch.trainer.connectors import accelerator_connector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_mics import MiCSStrategy
+from lightning_mics.integrations import _lightning
+from lightning_mics.integrations.accelerate import MiCSPlugin
+from lightning_mics.integrations.fabric import MiCSFabricStrategy
 from lightning_mics.policy.memory import measure_model
 from lightning_mics.topology import Topology
 from tests.support.models import TinyModule
@@ -170,6 +173,7 @@ def test_the_backend_follows_the_device_unless_named(
 ) -> None:
     init = mock.Mock()
     monkeypatch.setattr(dist, "init_process_group", init)
+    monkeypatch.setattr(_lightning, "control_plane", mock.Mock())
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
     strategy_on(device, process_group_backend=given, timeout=timedelta(seconds=77)).setup_environment()
@@ -177,6 +181,13 @@ def test_the_backend_follows_the_device_unless_named(
     assert init.call_args.kwargs["timeout"] == timedelta(seconds=77)
     assert (init.call_args.kwargs["rank"], init.call_args.kwargs["world_size"]) == (0, 2)
     assert init.call_args.kwargs.get("device_id") == (None if device == "cpu" else torch.device(device))
+
+
+@pytest.mark.parametrize("make", [MiCSStrategy, MiCSFabricStrategy, MiCSPlugin])
+def test_without_a_timeout_each_backend_has_its_own(make: Any) -> None:
+    made = make()
+    policy = made.policy if isinstance(made, MiCSPlugin) else made._policy
+    assert made._timeout is policy._timeout is None  # torch then gives NCCL's groups 10 minutes, and gloo's 30
 
 
 def timeouts(folder: str, options: dict[str, int]) -> list[tuple[tuple[int, ...], timedelta, bool]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from torch.distributed.fsdp import FSDPModule
 
 from tests.support.stream_order.jobs import (
     OPTIONS,
     PRECISIONS,
     USAGES,
+    Findings,
     findings,
     run_usage,
     simulated_job,
@@ -15,16 +17,7 @@ from tests.support.stream_order.jobs import (
     trained,
 )
 
-CACHED = {name for name, (_, options) in OPTIONS.items() if options.cache_parameters != "never"}
-ON_NODES = {name for name, (_, options) in OPTIONS.items() if options.cache_parameters == "node"}
 CASES = [(options, usage) for options in OPTIONS for usage in USAGES]
-
-
-def waits_at_boundary(options: str, usage: str) -> pytest.MarkDecorator | tuple[()]:
-    dropped = options not in ON_NODES and usage == "weights changed inside a window"  # before each use
-    if options in CACHED and not dropped:
-        return pytest.mark.xfail(strict=True, reason="the comparison of cached weights is read at the boundary")
-    return ()
 
 
 @pytest.mark.parametrize(("options", "usage"), CASES)
@@ -32,7 +25,7 @@ def test_all_uses_of_memory_are_ordered(options: str, usage: str) -> None:
     assert findings(options)[usage].order == ()
 
 
-@pytest.mark.parametrize(("options", "usage"), [pytest.param(*case, marks=waits_at_boundary(*case)) for case in CASES])
+@pytest.mark.parametrize(("options", "usage"), CASES)
 def test_the_host_waits_for_nothing_in_a_step(options: str, usage: str) -> None:
     assert findings(options)[usage].waits == ()
 
@@ -47,3 +40,10 @@ def test_training_is_ordered_in_every_precision(options: str, precision: str) ->
 def test_the_host_does_not_wait_for_a_comparison_of_buffers() -> None:
     with simulated_job("two stages", "32-true", buffer=True) as job:
         assert run_usage(job, train).waits == ()
+
+
+@pytest.mark.parametrize("options", ["two stages", "node cache and sums"])
+def test_torch_before_2_13_abandons_a_window_without_waiting(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated_job(options, "bf16-mixed") as job:
+        monkeypatch.delattr(FSDPModule, "reset_iter_state", raising=False)
+        assert run_usage(job, USAGES["an abandoned window"]) == Findings(order=(), waits=())

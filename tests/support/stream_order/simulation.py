@@ -120,6 +120,10 @@ class Simulation:
             return self._run_on_host(operation, args, kwargs)
         if group is not None:
             self.collectives["the default group" if group is dist.group.WORLD else group.group_desc] += 1
+        if kwargs.get("pin_memory"):  # memory of the host; here there may be no device to pin it for
+            result = operation(*args, **{**kwargs, "pin_memory": False})
+            self.memory.block_of(result).on_host = True
+            return result
         if operation.namespace == "_c10d_functional":
             return self._run_functional(operation, args, kwargs)
         if group is not None and _is_asynchronous(operation, args, kwargs):
