@@ -9,7 +9,10 @@ from tests.docs.pages import PAGES, ROOT, name_of
 
 # Figures that are no results, by page, each with the reason.
 NOT_RESULTS = {
-    "docs/checkpoints.md": {"1 GB": "size of the state that benchmarks/saving_time.py makes, its default"},
+    "docs/checkpoints.md": {
+        "1 GB": "size of the state that benchmarks/saving_time.py makes, its default",
+        "256 MiB": "BLOCK_BYTES of lightning_mics/checkpoint/dcp/save_planner.py",
+    },
     "docs/optimizers.md": dict.fromkeys(
         ("1e-06", "1e-04", "1e-02"), "tests/use/test_optimizers.py reads these tolerances from the table"
     ),

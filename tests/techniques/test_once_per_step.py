@@ -390,8 +390,8 @@ def test_comparisons_inside_and_outside_of_inference_mode_are_one_result(monkeyp
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append(tensor))
     cache, own = ParameterCache(lambda: 0), torch.ones(4)
     with torch.inference_mode():
-        cache.compare(own, torch.zeros(4))
-    cache.compare(own, own)
+        cache.compare([(own, torch.zeros(4))])
+    cache.compare([(own, own)])
     differs = cache.take_differs()
     assert differs is not None and bool(differs)
     assert len(kept) == 2 and kept[1] is differs  # what was dropped, and what is read on another stream
