@@ -87,32 +87,31 @@ class SideStream:
         return _EnqueuedWork(self.record(), device)
 
 
-class LateFlag:
-    """A flag of a device on its way to the host, copied in the order of the current stream.
+class HostCopy:
+    """Values of a device on their way to the host, copied in the order of the current stream.
 
     Args:
-        flag: Flag on any device: [], bool.
+        values: Tensor on any device: [any].
+
+    Attributes:
+        values: The copy on the CPU, [any], to be read once it has arrived.
     """
 
-    def __init__(self, flag: Tensor) -> None:
-        device = flag.device
-        self._on_host = torch.empty((), dtype=torch.bool, pin_memory=has_streams(device))
-        self._on_host.copy_(flag, non_blocking=True)
+    def __init__(self, values: Tensor) -> None:
+        device = values.device
+        self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=has_streams(device))
+        self.values.copy_(values, non_blocking=True)
         self._event = torch.get_device_module(device).Event()
         self._event.record()
 
     @property
     def has_arrived(self) -> bool:
-        """Whether the flag is on the host."""
+        """Whether the values are on the host."""
         return bool(self._event.query())
 
     def wait(self) -> None:
-        """Wait until the flag is on the host."""
+        """Wait until the values are on the host."""
         self._event.synchronize()
-
-    def __bool__(self) -> bool:
-        """The flag, once it has arrived."""
-        return bool(self._on_host.numpy())
 
 
 class _EnqueuedWork(dist.Work):

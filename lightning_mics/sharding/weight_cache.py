@@ -33,7 +33,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lightning_mics._torch.streams import LateFlag
+from lightning_mics._torch.streams import HostCopy
 from lightning_mics.techniques.once_per_step import ParameterCache
 
 
@@ -48,7 +48,7 @@ class WeightCache:
         self._caches = tuple(caches)
         self._shared_by_forwards = False
         self._steps = 0  # of the optimizers of this model
-        self._differ: deque[tuple[str, LateFlag]] = deque()  # results of comparisons, and where these were
+        self._differ: deque[tuple[str, HostCopy]] = deque()  # results of comparisons, and where these were
 
     @property
     def enabled(self) -> bool:
@@ -107,7 +107,7 @@ class WeightCache:
         differ = [differs for cache in self._caches if (differs := cache.take_differs()) is not None]
         if differ:
             where = where or f"before optimizer step {self._steps + 1}"
-            self._differ.append((where, LateFlag(torch.stack(differ).any())))
+            self._differ.append((where, HostCopy(torch.stack(differ).any())))
         self.check_arrived()
 
     def check_arrived(self, *, wait: bool = False) -> None:
@@ -123,7 +123,7 @@ class WeightCache:
             where, differs = self._differ.popleft()
             if wait:
                 differs.wait()
-            if differs:
+            if differs.values.numpy():
                 self._differ.clear()
                 raise RuntimeError(
                     "weights changed, in a way that torch does not record (in raw memory, as through NumPy or "

@@ -161,7 +161,9 @@ def _evaluate() -> dict[str, Tensor]:
 def test_only_buffers_that_differ_are_sent_and_counted(run_shared):
     for sent in run_shared(4, _sent_bytes):
         assert sent["none"] == sent["constant"] == sent["equal on all ranks"] == 0
-        assert sent["statistics"] == 4 * 2 * 4 * 4 * 3 / 4  # windows, tensors, features, float32, (ranks - 1) / ranks
+        of_a_window = 4 * 4 * 3 / 4  # features, float32, (ranks - 1) / ranks
+        assert sent["statistics"] == 6 * 2 * of_a_window  # after window 1
+        assert sent["statistics from window 2"] == 2 * of_a_window  # compared after window 3, known after window 5
 
 
 def _sent_bytes() -> dict[str, float]:
@@ -170,16 +172,30 @@ def _sent_bytes() -> dict[str, float]:
             super().__init__(4, 4)
             self.register_buffer("mask", torch.ones(4, 4))
 
+    class Late(nn.Linear):
+        windows = 0
+
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.windows += 1
+            if self.windows > 1:
+                self.mean.copy_(x.mean(dim=0))
+            return super().forward(x)
+
     networks: dict[str, nn.Module] = {
         "none": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
         "constant": nn.Sequential(Constant(), Constant()),
         "equal on all ranks": nn.Sequential(spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 4)),
         "statistics": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)),
+        "statistics from window 2": nn.Sequential(Late(), nn.Linear(4, 4)),
     }
     sent = {}
     for name, model in networks.items():
         schedule = shard(model, block_classes=[])
-        for step in range(5):
+        for step in range(7):
             model(rank_inputs(step)).sum().backward()
         of_buffers = schedule.traffic.by_technique().get("broadcast of buffers")
         sent[name] = of_buffers.inside_bytes + of_buffers.between_bytes if of_buffers else 0.0

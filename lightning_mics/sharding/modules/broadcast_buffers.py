@@ -6,20 +6,22 @@ saved all are made equal as well, so that what is evaluated is what is saved, an
 
 Most buffers never differ: masks, frequencies, power iterations. Only those that did are broadcast in a window. Which
 they are is found where ranks compare checksums of all buffers: before an evaluation, before a checkpoint, and after the
-last forward of windows 1, 3, 5, 9, 17 and so on. All ranks do so, whether or not their own buffers have changed. A
+last forward of windows 1, 3, 5, 9, 17 and so on. All ranks do so, whether or not their own buffers have changed. The
+comparisons after window 1 take two more windows, so that the host waits neither for the device nor for other ranks. A
 model without buffers has no part in this.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mics._torch.fsdp import is_fake
+from lightning_mics._torch.streams import HostCopy
 from lightning_mics.collectives.control_plane import ControlPlane
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.sharding.initialization import checksum
@@ -48,7 +50,8 @@ class BufferBroadcast:
         self._forwards = 0  # of the root, that are running now: a forward may call itself
         self._handled: BaseException | None = None  # exception that was being handled before the forward
         self._windows = 0  # whose last forward has run
-        self._next_comparison = 1  # window that ends with a comparison of all buffers
+        self._next_comparison = 1  # window at whose end a comparison of all buffers begins
+        self._comparison: Iterator[None] = iter(())  # goes on at the end of each window
         self._begins_window = False
         self._trained = self._may_differ = False  # since buffers were made equal: by a training forward, by any
         if group is not None and self._buffers():
@@ -58,7 +61,9 @@ class BufferBroadcast:
     def make_equal(self) -> None:
         """Give all ranks the buffers of rank 0 if a forward has run since the last time; every rank calls it."""
         if self._may_differ:
-            self._compare()
+            self._finish_comparison()  # of an earlier window
+            self._comparison = self._compare()
+            self._finish_comparison()
             self._broadcast()
             self._may_differ = self._trained = self._begins_window = False
 
@@ -91,24 +96,35 @@ class BufferBroadcast:
     def _end_window(self) -> None:
         """Compare after some windows. The broadcast waits for the next: a backward may still need the buffers."""
         self._windows += 1
+        next(self._comparison, None)
         if self._windows == self._next_comparison:
             self._next_comparison = max(3, 2 * self._next_comparison - 1)
-            self._compare()
+            self._comparison = self._compare()
+            next(self._comparison, None)
+        if self._windows == 1:  # most buffers that ever differ do so by now
+            self._finish_comparison()
+
+    def _finish_comparison(self) -> None:
+        for _ in self._comparison:
+            pass
 
     def _buffers(self) -> dict[str, Tensor]:
         buffers = dict(self._root.named_buffers())
         device = next((tensor.device for tensor in (*self._root.parameters(), *buffers.values())), None)
         return {name: buffer for name, buffer in buffers.items() if buffer.device == device}
 
-    @torch.no_grad()
-    def _compare(self) -> None:
-        """Find the buffers that differ; waits for the device."""
+    def _compare(self) -> Iterator[None]:
+        """Find the buffers that differ, in three parts; each waits for what the one before has begun."""
         buffers = self._buffers()
         sums = torch.stack([checksum(buffer) for buffer in buffers.values()])  # [buffers]
         if is_fake(sums):  # a rehearsal has no values
             return
-        both = torch.stack([sums, ~sums]).cpu()  # the complement orders the other way
-        largest = self._control.largest(both, "compares buffers")
+        copy = HostCopy(torch.stack([sums, ~sums]))  # the complement orders the other way
+        yield
+        copy.wait()
+        all_compared = self._control.begin_largest(copy.values, "compares buffers")
+        yield
+        largest = all_compared()
         equal = (largest[0] == ~largest[1]).tolist()
         self._differing |= {name for name, same in zip(buffers, equal, strict=True) if not same}
 

@@ -123,6 +123,7 @@ class Job:
 
     def window(self, between: Callable[[], None] = lambda: None, micro_steps: int = 3) -> None:
         """Run one accumulation window and the step after it, with ``between`` before each micro-step."""
+        self.simulation.begin_window()
         for micro_step in range(1, micro_steps + 1):
             between()
             self.micro_step(boundary=micro_step == micro_steps)

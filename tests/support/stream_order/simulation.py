@@ -71,7 +71,7 @@ class Simulation:
     Attributes:
         current: Current stream.
         problems: Operations in no order, and memory reused too early, with how often each was seen.
-        waits: Waits of the host by place, with how often each was seen.
+        waits: Waits of the host for what the current window has enqueued, by place, with how often each was seen.
         collectives: Collectives by group, without those of the control plane, which is on the host.
         launches: Operations on tensors by owner ("package", "fsdp" or "user") and name.
     """
@@ -88,6 +88,7 @@ class Simulation:
         self._of_groups: dict[Any, streams.Stream] = {}
         self._works: dict[int, tuple[Any, streams.Event, list[Tensor]]] = {}  # by identity of the work
         self._results: dict[int, streams.Event] = {}  # of functional collectives, by address of the storage
+        self._before_this_window: Clock = {}
 
     def new_stream(self, device: Any = None, priority: int = 0) -> streams.Stream:
         stream = _DeviceStream(self, name=f"the stream of {_place()[1]}")
@@ -106,10 +107,17 @@ class Simulation:
     def wait_on_host(self, clock: Clock | None = None) -> None:
         """Let the host wait: for ``clock``, or for all that was enqueued."""
         owner, place = _place()
-        self.waits[f"{owner}: {place}"] += 1
+        if clock is None or any(n > self._before_this_window.get(stream, 0) for stream, n in clock.items()):
+            self.waits[f"{owner}: {place}"] += 1
         for stream in self._streams if clock is None else ():
             merge(self.host, stream.seen)
         merge(self.host, clock or {})
+
+    def begin_window(self) -> None:
+        """Begin a window: from now on the device has work while the host waits for what was enqueued before."""
+        self._before_this_window = {}
+        for stream in self._streams:
+            merge(self._before_this_window, stream.seen)
 
     # -- operations ----------------------------------------------------------------------------------------------------
 
@@ -163,7 +171,10 @@ class Simulation:
         stream.seen[stream.number] += 1
         reads, writes = _accesses(operation, name, args, kwargs)
         if (reads or writes) and all(self.memory.block_of(tensor).on_host for tensor in (*reads, *writes)):
-            return operation(*args, **kwargs)
+            result = operation(*args, **kwargs)
+            for tensor in tensors_in(result):
+                self.memory.block_of(tensor).on_host = True
+            return result
         if reads or writes:
             self.launches[owner, name] += 1
         for tensor in reads:
