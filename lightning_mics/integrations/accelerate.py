@@ -135,7 +135,7 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
             ValueError: If no model was prepared with a :class:`MiCSPlugin`.
         """
         model = _prepared_model(accelerator)
-        sharded(model).schedule.prepare_to_save()
+        sharded(model).prepare_to_save()
         with all_ranks_answer(f"saving {path}", timeout=self._timeout):
             checkpoint.save_sharded(
                 storage_path(path),
@@ -235,12 +235,12 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
 
 def _prepare_for_states(accelerator: Accelerator, handle: Sharded) -> None:
     """Prepare the model before Accelerate saves, abandon the open window when it loads. Hooks must not keep models."""
-    known, registered, mesh = weakref.ref(handle.schedule), accelerator._custom_objects, handle.groups.mesh
+    known, registered, mesh = weakref.ref(handle), accelerator._custom_objects, handle.groups.mesh
 
     def abandon(*_: Any) -> None:
         gather_shards_of(registered, mesh)
         if (alive := known()) is not None:
-            alive.window.abandon()
+            alive.schedule.window.abandon()
 
     def prepare(*_: Any) -> None:
         gather_shards_of(registered, mesh)

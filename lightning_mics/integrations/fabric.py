@@ -202,7 +202,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     def _save(self, path: StoragePath, parts: _Parts, filter: Filter) -> None:
         full = not self._save_distributed_checkpoint
         for model in parts.models.values():
-            sharded(model).schedule.prepare_to_save()
+            sharded(model).prepare_to_save()
         options = StateDictOptions(full_state_dict=full, cpu_offload=full)
         model_state = get_model_state_dict(parts.model, options=options)
         optimizers = {

@@ -145,15 +145,6 @@ class AccumulationSchedule:
         """
         self.cache.invalidate()
 
-    def prepare_to_save(self) -> None:
-        """Check cached weights and give all ranks rank 0's buffers before a checkpoint is saved; every rank calls it.
-
-        Raises:
-            RuntimeError: If weights changed in a way that torch does not record while they were cached.
-        """
-        self.cache.check_arrived(wait=True)
-        self.buffers.make_equal()
-
     def _register_hooks(self, root: FSDPModule) -> None:
         """See [Note: Hooks on the root, in order]. The hooks keep the schedule alive for as long as the model."""
         assert isinstance(root, nn.Module)

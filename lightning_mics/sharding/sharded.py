@@ -28,6 +28,15 @@ class Sharded:
     blocks: tuple[nn.Module, ...]
     memory_advice: str = ""
 
+    def prepare_to_save(self) -> None:
+        """Check cached weights and give all ranks rank 0's buffers before a checkpoint is saved; every rank calls it.
+
+        Raises:
+            RuntimeError: If weights changed in a way that torch does not record while they were cached.
+        """
+        self.schedule.cache.check_arrived(wait=True)
+        self.schedule.buffers.make_equal()
+
 
 def sharded(model: nn.Module) -> Sharded:
     """The groups, schedule and report of a model that the Trainer, Fabric or Accelerate has sharded.

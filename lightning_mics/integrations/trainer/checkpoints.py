@@ -82,7 +82,7 @@ class SavesAndLoads:
         """The state by FQN, sharded; for a full checkpoint unsharded, on rank 0 only."""
         sharded = self._shard_now()
         with WithoutOtherRanks(self._control), self._together("prepares the model's state"):
-            sharded.schedule.prepare_to_save()
+            sharded.prepare_to_save()
             if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
                 return get_model_state_dict(self._root())
             return super().lightning_module_state_dict()  # type: ignore[misc, no-any-return]
