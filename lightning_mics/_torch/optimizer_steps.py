@@ -25,10 +25,11 @@ class _Calls:
     def add(self, method: Call) -> None:
         """Call ``method(optimizer)`` from now on."""
         if self._methods is None:
-            self._register(self._call)
+            self._register(self.call)
         self._methods = [*(known for known in self._methods or () if known() is not None), WeakMethod(method)]
 
-    def _call(self, optimizer: Optimizer, *_: Any) -> None:
+    def call(self, optimizer: Optimizer, *_: Any) -> None:
+        """Call the methods now."""
         for method in self._alive():
             method(optimizer)
 
@@ -56,3 +57,13 @@ def call_after_steps(method: Call) -> None:
         method: Bound method, called as ``method(optimizer)``; its object is held weakly.
     """
     _after.add(method)
+
+
+def call_as_stepped(optimizer: Optimizer) -> None:
+    """Make the calls before and after a step of an optimizer that is skipped.
+
+    Args:
+        optimizer: Optimizer that does not step.
+    """
+    _before.call(optimizer)
+    _after.call(optimizer)

@@ -1,0 +1,411 @@
+"""``"16-mixed"`` under the Trainer, Fabric and Accelerate: scales and weights of one process, also resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from lightning.fabric import Fabric
+from lightning.fabric.connector import _Connector
+from lightning.fabric.plugins.precision import MixedPrecision as FabricMixedPrecision
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_mics import CommunicationOptions, LossScaleMonitor, MiCSFabricStrategy, MiCSStrategy, sharded
+from tests.support.accelerators import plugin_of
+from tests.support.accelerators import start as start_accelerate
+from tests.support.fits import refusal
+from tests.support.scaled import (
+    INIT_SCALE,
+    Trained,
+    assert_as_trained,
+    fused,
+    layers,
+    note,
+    samples,
+    scaler,
+    sgd,
+    train_alone,
+    unsharded,
+)
+from tests.support.trainers import cases_on_ranks, make_trainer
+
+STEPS, MICRO_STEPS, CLIP, SAVED_AFTER = 6, 2, 0.1, 3  # saved when one more good step will change the scale
+
+
+HOW: dict[str, Any] = {"steps": STEPS, "micro_steps": MICRO_STEPS, "clip": CLIP}
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "flat": {**CommunicationOptions.PAPER.keywords(), "hierarchical": False, "partition_size": 4},
+    "on ranks": {"partition_size": 2, **CommunicationOptions.RANK.keywords()},
+}
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {"flat": sgd, "on ranks": fused}
+
+
+# -- the Trainer -------------------------------------------------------------------------------------------------------
+
+
+class Module(pl.LightningModule):
+    """Notes the scale of each step, and the norm of gradients that hooks and the optimizer see."""
+
+    def __init__(self, make_optimizer: Callable[[Any], torch.optim.Optimizer] = sgd) -> None:
+        super().__init__()
+        self.net = layers()
+        self.make_optimizer = make_optimizer
+        self.trained = Trained()
+        self.norms: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(self.parameters())
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self.before = self.trainer.precision_plugin.scaler.get_scale()
+        super().configure_gradient_clipping(optimizer, *args, **kwargs)
+        self.norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters()]).full_tensor()))
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        if (batch_idx + 1) % MICRO_STEPS == 0:
+            now = self.trainer.precision_plugin.scaler.get_scale()
+            note(self.trained, self.trainer.global_step - 1, self.before, now)
+            assert not self.trainer.strategy._state().schedule.window.is_open
+
+
+class SaveOnce(pl.Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == SAVED_AFTER and not trainer.fit_loop.epoch_loop._should_accumulate():
+            trainer.save_checkpoint(self.path)
+
+
+def batches(rank: int, *, begin: int = 0) -> DataLoader[Any]:
+    """All batches of a rank, beginning with those of a step: Lightning does not skip those of the saved run."""
+    own = [samples(step, micro_step, rank) for step in range(STEPS) for micro_step in range(MICRO_STEPS)]
+    return DataLoader(own[begin * MICRO_STEPS :] + own[: begin * MICRO_STEPS], batch_size=None)
+
+
+def trainer_of(folder: Path, name: str, *, devices: int = 4, **options: Any) -> pl.Trainer:
+    strategy = {**OPTIONS[name], "ranks_per_node": 2, **options.pop("strategy", {})}
+    return make_trainer(
+        folder,
+        strategy=MiCSStrategy(**{**strategy, "partition_size": min(devices, strategy["partition_size"])}),
+        devices=devices,
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler())],
+        use_distributed_sampler=False,
+        accumulate_grad_batches=MICRO_STEPS,
+        gradient_clip_val=CLIP,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        **options,
+    )
+
+
+def fit(folder: Path, name: str, kind: str) -> dict[str, Any]:
+    """A fit that saves, and another one that goes on from there."""
+    strategy, path = {"state_dict_type": kind}, folder / f"{name} {kind}.ckpt"
+    logger = CSVLogger(folder, name=f"{name} {kind}") if dist.get_rank() == 0 else False
+    callbacks = [SaveOnce(path), LossScaleMonitor()]
+    trainer = trainer_of(folder, name, strategy=strategy, logger=logger, callbacks=callbacks)
+    module = Module(OPTIMIZERS[name])
+    rank = dist.get_rank()
+    trainer.fit(module, batches(rank))
+    module.trained.weights = unsharded(module.net)
+    resumed, second = trainer_of(folder, name, strategy=strategy), Module(OPTIMIZERS[name])
+    second.net.last.bias.data.add_(1)
+    resumed.fit(second, batches(rank, begin=SAVED_AFTER), ckpt_path=path)
+    second.trained.weights = unsharded(second.net)
+    return {
+        "trained": module.trained,
+        "norms": module.norms,
+        "skipped": trainer.strategy.skipped_steps,
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "resumed": second.trained,
+        "skipped after resuming": resumed.strategy.skipped_steps,
+        "evaluated": trainer.validate(module, batches(rank), verbose=False),
+    }
+
+
+def load_elsewhere(folder: Path, name: str, kind: str) -> dict[str, Any]:
+    """The state of the scaler that another number of ranks resumes with."""
+    trainer, module = trainer_of(folder, name, devices=2, max_steps=SAVED_AFTER), Module(OPTIMIZERS[name])
+    trainer.fit(module, batches(dist.get_rank()), ckpt_path=folder / f"{name} {kind}.ckpt")
+    return trainer.precision_plugin.scaler.state_dict()
+
+
+def lbfgs(folder: Path) -> str:
+    module = Module(lambda parameters: torch.optim.LBFGS(list(parameters)))
+    return refusal(lambda: trainer_of(folder, "flat").fit(module, batches(0)))
+
+
+def float16_weights(folder: Path) -> str:
+    module = Module()
+    module.net.last.half()
+    return refusal(lambda: trainer_of(folder, "flat").fit(module, batches(0)))
+
+
+# -- Fabric ------------------------------------------------------------------------------------------------------------
+
+
+def start_fabric(name: str) -> Fabric:
+    strategy = MiCSFabricStrategy(ranks_per_node=2, **OPTIONS[name])
+    plugin = FabricMixedPrecision("16-mixed", "cpu", scaler())
+    fabric = Fabric(accelerator="cpu", devices=4, strategy=strategy, plugins=[plugin])
+    fabric.launch()
+    return fabric
+
+
+def train_by_fabric(folder: Path, name: str) -> dict[str, Any]:
+    fabric, trained = start_fabric(name), Trained()
+    net = layers()
+    model, optimizer = fabric.setup(net, OPTIMIZERS[name](net.parameters()))
+    for step in range(STEPS):
+        if step == SAVED_AFTER:
+            fabric.save(folder / f"fabric {name}", {"model": model, "optimizer": optimizer})
+            saved = fabric.strategy.precision.scaler.state_dict()
+        fabric_step(fabric, model, optimizer, step, trained)
+    trained.weights = unsharded(model._forward_module)
+    second = start_fabric(name)
+    net = layers()
+    model, optimizer = second.setup(net, OPTIMIZERS[name](net.parameters()))
+    rest = second.load(folder / f"fabric {name}", {"model": model, "optimizer": optimizer})
+    loaded, resumed = second.strategy.precision.scaler.state_dict(), Trained()
+    for step in range(SAVED_AFTER, STEPS):
+        fabric_step(second, model, optimizer, step, resumed)
+    resumed.weights = unsharded(model._forward_module)
+    return {
+        "trained": trained,
+        "resumed": resumed,
+        "skipped": fabric.strategy.skipped_steps,
+        "saved": saved,
+        "loaded": loaded,
+        "rest": rest,
+    }
+
+
+def fabric_step(fabric: Fabric, model: Any, optimizer: Any, step: int, trained: Trained) -> None:
+    own, window = fabric.strategy.precision.scaler, sharded(model).schedule.window
+    for micro_step in range(MICRO_STEPS):
+        boundary = micro_step == MICRO_STEPS - 1
+        with nullcontext() if boundary else fabric.no_backward_sync(model):
+            fabric.backward(model(samples(step, micro_step, fabric.global_rank)) / MICRO_STEPS)
+    before = own.get_scale()
+    fabric.clip_gradients(model, optimizer, max_norm=CLIP, error_if_nonfinite=False)
+    optimizer.step()
+    assert not window.is_open  # also after a skipped step
+    optimizer.zero_grad()
+    note(trained, step, before, own.get_scale())
+
+
+# -- Accelerate --------------------------------------------------------------------------------------------------------
+
+
+def start_fp16(name: str) -> Any:
+    """An Accelerator with fp16 on CPUs, as it is on GPUs; on CPUs it would neither compute in it nor scale."""
+    accelerator = start_accelerate(
+        plugin=OPTIONS[name], mixed_precision="fp16", gradient_accumulation_steps=MICRO_STEPS
+    )
+    accelerator.native_amp, accelerator.scaler = True, scaler()
+    return accelerator
+
+
+def train_by_accelerate(folder: Path, name: str) -> dict[str, Any]:
+    accelerator, trained = start_fp16(name), Trained()
+    net = layers()
+    model, optimizer = accelerator.prepare(net, OPTIMIZERS[name](net.parameters()))
+    if name == "flat":  # torch steps an optimizer without states, which AdamW counts
+        accelerator.save_state(folder / f"before {name}")  # before there is a scale
+    first = accelerator.scaler.state_dict()
+    for step in range(STEPS):
+        if step == SAVED_AFTER:
+            accelerator.save_state(folder / f"state {name}")
+            plugin_of(accelerator).save_checkpoint(accelerator, folder / f"accelerate {name}", note=1)
+            saved = accelerator.scaler.state_dict()
+        accelerate_step(accelerator, model, optimizer, step, trained)
+    trained.weights = unsharded(model)
+    facts = {"trained": trained, "first": first, "saved": saved}
+    for how in ("state", "accelerate"):
+        second, resumed = start_fp16(name), Trained()
+        net = layers()
+        model, optimizer = second.prepare(net, OPTIMIZERS[name](net.parameters()))
+        if how == "state":
+            second.load_state(folder / f"state {name}")
+        else:
+            facts["rest"] = plugin_of(second).load_checkpoint(second, folder / f"accelerate {name}")
+        facts[f"loaded {how}"] = second.scaler.state_dict()
+        for step in range(SAVED_AFTER, STEPS):
+            accelerate_step(second, model, optimizer, step, resumed)
+        resumed.weights = unsharded(model)
+        facts[f"resumed {how}"] = resumed
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return facts
+
+
+def accelerate_step(accelerator: Any, model: Any, optimizer: Any, step: int, trained: Trained) -> None:
+    for micro_step in range(MICRO_STEPS):
+        with accelerator.accumulate(model):
+            before = accelerator.scaler.get_scale()
+            accelerator.backward(model(samples(step, micro_step, accelerator.process_index)))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+    note(trained, step, before, accelerator.scaler.get_scale())
+    if not optimizer.defaults.get("fused"):  # Accelerate does not see what is skipped inside of a fused step
+        assert accelerator.optimizer_step_was_skipped == (step in trained.skipped)
+    assert not sharded(model).schedule.window.is_open
+
+
+# -- claims ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scaled")
+
+
+RUNS = [("flat", "full"), ("on ranks", "sharded")]
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path) -> dict[Any, list[Any]]:
+    cases: dict[Any, Any] = {("fit", name): partial(fit, folder, name, kind) for name, kind in RUNS}
+    for name in OPTIONS:
+        cases["fabric", name] = partial(train_by_fabric, folder, name)
+        cases["accelerate", name] = partial(train_by_accelerate, folder, name)
+    cases["lbfgs"], cases["half"] = partial(lbfgs, folder), partial(float16_weights, folder)
+    return cases_on_ranks(cases)
+
+
+def alone(name: str) -> Trained:
+    return train_alone(**HOW, make_optimizer=OPTIMIZERS[name])
+
+
+def after_saving(trained: Trained) -> Trained:
+    skipped = [step for step in trained.skipped if step >= SAVED_AFTER]
+    return Trained(trained.scales[SAVED_AFTER:], skipped, trained.weights)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("integration", ["fit", "fabric", "accelerate"])
+def test_scales_and_weights_are_those_of_one_process(integration: str, name: str, seen: dict[Any, Any]) -> None:
+    of_one = alone(name)
+    assert len(of_one.skipped) >= 2
+    assert of_one.skipped[-1] >= SAVED_AFTER > of_one.skipped[0]
+    for of_rank in seen[integration, name]:
+        assert_as_trained(of_rank["trained"], of_one)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("integration", "resumed"),
+    [("fit", "resumed"), ("fabric", "resumed"), ("accelerate", "resumed state"), ("accelerate", "resumed accelerate")],
+)
+def test_a_resumed_run_has_the_scales_and_weights_of_an_uninterrupted_one(
+    integration: str, resumed: str, name: str, seen: dict[Any, Any]
+) -> None:
+    for of_rank in seen[integration, name]:
+        whole, second = after_saving(of_rank["trained"]), of_rank[resumed]
+        assert second.scales == whole.scales
+        assert second.skipped == whole.skipped
+        for key, value in whole.weights.items():
+            torch.testing.assert_close(second.weights[key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradients_are_unscaled_before_they_are_clipped(name: str, seen: dict[Any, Any]) -> None:
+    for of_rank in seen["fit", name]:
+        taken = [norm for step, norm in enumerate(of_rank["norms"]) if step not in of_rank["trained"].skipped]
+        assert max(taken) == pytest.approx(CLIP, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_skipped_steps_are_counted_logged_and_saved(name: str, seen: dict[Any, Any]) -> None:
+    for of_rank in seen["fit", name]:
+        trained = of_rank["trained"]
+        assert of_rank["skipped"] == of_rank["skipped after resuming"] == len(trained.skipped)
+        assert of_rank["metrics"] == {"loss_scale": trained.scales[-1], "skipped_steps": len(trained.skipped)}
+    for of_rank in seen["fabric", name]:
+        assert of_rank["skipped"] == len(of_rank["trained"].skipped)
+
+
+def test_fabric_and_accelerate_save_the_scale_with_the_model(seen: dict[Any, Any]) -> None:
+    for name in OPTIONS:
+        for of_rank in seen["fabric", name]:
+            assert of_rank["loaded"] == of_rank["saved"] != scaler().state_dict()
+            assert of_rank["rest"] == {}
+        for of_rank in seen["accelerate", name]:
+            assert of_rank["first"]["scale"] == INIT_SCALE
+            assert of_rank["loaded state"] == of_rank["loaded accelerate"] == of_rank["saved"]
+            assert of_rank["rest"]["note"] == 1
+            assert "MixedPrecision" not in of_rank["rest"]
+
+
+def test_other_numbers_of_ranks_resume_with_the_same_scale(folder: Path, seen: dict[Any, Any]) -> None:
+    cases = {name: partial(load_elsewhere, folder, name, kind) for name, kind in RUNS}
+    for name, of_ranks in cases_on_ranks(cases, world_size=2).items():
+        trained = seen["fit", name][0]["trained"]
+        for state in of_ranks:
+            assert state["scale"] == trained.scales[SAVED_AFTER - 1]
+            assert state["skipped_steps"] == len([step for step in trained.skipped if step < SAVED_AFTER])
+
+
+def test_what_cannot_be_scaled_is_rejected_before_training(seen: dict[Any, Any]) -> None:
+    for said in seen["lbfgs"]:
+        assert said.startswith("ValueError: LBFGS runs several backwards in one step")
+    for said in seen["half"]:
+        assert said.startswith("ValueError: parameter 'net.last.weight' is in float16, and precision='16-mixed'")
+
+
+def test_a_full_file_holds_the_scale_where_lightning_looks_for_it(folder: Path, seen: dict[Any, Any]) -> None:
+    state = torch.load(folder / "flat full.ckpt", weights_only=True)["MixedPrecision"]
+    plugin = MixedPrecision("16-mixed", "cpu")
+    plugin.load_state_dict(state)  # into torch's own scaler
+    assert plugin.scaler.get_scale() == seen["fit", "flat"][0]["trained"].scales[SAVED_AFTER - 1]
+
+
+CONNECTORS: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "trainer": (_AcceleratorConnector, {"_precision_flag": "16-mixed", "_precision_plugin_flag": None}, MiCSStrategy),
+    "fabric": (_Connector, {"_precision_input": "16-mixed", "_precision_instance": None}, MiCSFabricStrategy),
+}
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled, but CUDA is not available")
+def test_16_mixed_by_name_reaches_the_strategy_on_gpus(name: str) -> None:
+    connector, flags, strategy = CONNECTORS[name]
+    job = SimpleNamespace(strategy=strategy(), _strategy_flag=strategy(), _accelerator_flag="cuda", **flags)
+    job._validate_precision_choice = partial(getattr(connector, "_validate_precision_choice", lambda _: None), job)
+    plugin = connector._check_and_init_precision(job)
+    assert (plugin.precision, plugin.device) == ("16-mixed", "cuda")
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_other_precisions_of_other_strategies_are_checked_as_ever(name: str) -> None:
+    connector, flags, strategy = CONNECTORS[name]
+    other = object.__new__(next(base for base in strategy.__mro__ if base.__name__ == "ModelParallelStrategy"))
+    job = SimpleNamespace(strategy=other, _strategy_flag=other, _accelerator_flag="cuda", **flags)
+    job._validate_precision_choice = partial(getattr(connector, "_validate_precision_choice", lambda _: None), job)
+    with pytest.raises(ValueError, match=r"does not support .*16-mixed"):
+        connector._check_and_init_precision(job)
