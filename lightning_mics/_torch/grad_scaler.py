@@ -17,7 +17,7 @@ from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_mics._torch.optimizer_steps import call_as_stepped
+from lightning_mics._torch.optimizer_steps import call_as_stepped, call_as_unscaled
 
 SKIPPED = "skipped_steps"  # key in the state of a scaler, beside those of torch
 
@@ -72,6 +72,7 @@ class ShardedGradScaler(GradScaler):
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
+        call_as_unscaled(optimizer)
         by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
         for group in optimizer.param_groups:
             for parameter in group["params"]:

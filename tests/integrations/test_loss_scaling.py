@@ -168,9 +168,9 @@ def float16_weights(folder: Path) -> str:
 # -- Fabric ------------------------------------------------------------------------------------------------------------
 
 
-def start_fabric(name: str) -> Fabric:
+def start_fabric(name: str, *, scale: float = INIT_SCALE) -> Fabric:
     strategy = MiCSFabricStrategy(ranks_per_node=2, **OPTIONS[name])
-    plugin = FabricMixedPrecision("16-mixed", "cpu", scaler())
+    plugin = FabricMixedPrecision("16-mixed", "cpu", scaler(scale))
     fabric = Fabric(accelerator="cpu", devices=4, strategy=strategy, plugins=[plugin])
     fabric.launch()
     return fabric
@@ -202,6 +202,39 @@ def train_by_fabric(folder: Path, name: str) -> dict[str, Any]:
         "loaded": loaded,
         "rest": rest,
     }
+
+
+def train_with_penalty() -> dict[str, Tensor]:
+    """Three steps, each with a penalty on weights in its first micro-step only."""
+    fabric, net = start_fabric("on ranks", scale=2.0**8), layers()
+    model, optimizer = fabric.setup(net, sgd(net.parameters()))
+    for step in range(3):
+        with fabric.no_backward_sync(model):
+            penalty = net.blocks[0][0].weight.square().sum()
+            fabric.backward(model(samples(step, 0, fabric.global_rank)) + penalty)
+        fabric.backward(model(samples(step, 1, fabric.global_rank)))
+        fabric.clip_gradients(model, optimizer, max_norm=CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+    return unsharded(net)
+
+
+def penalized_alone() -> dict[str, Tensor]:
+    """The same in one process, without scaling."""
+    model = layers()
+    optimizer = sgd(model.parameters())
+    for step in range(3):
+        for rank in range(4):
+            for micro_step in range(MICRO_STEPS):
+                with torch.autocast("cpu", dtype=torch.float16):
+                    loss = model(samples(step, micro_step, rank))
+                if micro_step == 0:
+                    loss = loss + model.blocks[0][0].weight.square().sum()
+                (loss / 4).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+    return unsharded(model)
 
 
 def fabric_step(fabric: Fabric, model: Any, optimizer: Any, step: int, trained: Trained) -> None:
@@ -294,6 +327,7 @@ def seen(folder: Path) -> dict[Any, list[Any]]:
     for name in OPTIONS:
         cases["fabric", name] = partial(train_by_fabric, folder, name)
         cases["accelerate", name] = partial(train_by_accelerate, folder, name)
+    cases["penalty"] = train_with_penalty
     cases["lbfgs"], cases["half"] = partial(lbfgs, folder), partial(float16_weights, folder)
     return cases_on_ranks(cases)
 
@@ -338,6 +372,13 @@ def test_gradients_are_unscaled_before_they_are_clipped(name: str, seen: dict[An
     for of_rank in seen["fit", name]:
         taken = [norm for step, norm in enumerate(of_rank["norms"]) if step not in of_rank["trained"].skipped]
         assert max(taken) == pytest.approx(CLIP, rel=1e-4)
+
+
+def test_gradients_of_sharded_weights_are_unscaled_and_clipped_with_the_others(seen: dict[Any, Any]) -> None:
+    expected = penalized_alone()
+    for of_rank in seen["penalty"]:
+        for key, value in expected.items():
+            torch.testing.assert_close(of_rank[key], value, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

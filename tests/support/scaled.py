@@ -40,8 +40,8 @@ def samples(step: int, micro_step: int, rank: int) -> Tensor:
     return torch.randn(2, 5, generator=torch.Generator().manual_seed(1000 * step + 10 * micro_step + rank))
 
 
-def scaler() -> GradScaler:
-    return GradScaler("cpu", init_scale=INIT_SCALE, growth_interval=GROWTH_INTERVAL)
+def scaler(scale: float = INIT_SCALE) -> GradScaler:
+    return GradScaler("cpu", init_scale=scale, growth_interval=GROWTH_INTERVAL)
 
 
 @dataclass
