@@ -18,7 +18,13 @@ Filter = Mapping[str, Callable[[str, Any], bool]]
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The objects in a state that is saved or loaded, by kind."""
+    """The objects in a state that is saved or loaded, by kind.
+
+    Attributes:
+        models: Models that were set up, by their keys.
+        optimizers: Optimizers by their keys.
+        rest: All else, by its keys.
+    """
 
     models: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
@@ -32,6 +38,7 @@ class Parts:
 
     @property
     def names(self) -> checkpoint.FullNames:
+        """The names of models and optimizers in a full file."""
         several = list(self.models) if len(self.models) > 1 else []
         return checkpoint.FullNames(
             model=", ".join(sorted(self.models)), optimizers=list(self.optimizers), models=several
@@ -39,10 +46,15 @@ class Parts:
 
     @property
     def topology(self) -> Topology:
+        """Positions of all ranks."""
         return sharded(next(iter(self.models.values()))).groups.topology
 
     def divided(self, model_state: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """The state of each model by its key, of a state of :attr:`model`."""
+        """The state of each model by its key.
+
+        Args:
+            model_state: State of :attr:`model`.
+        """
         if len(self.models) == 1:
             return dict.fromkeys(self.models, model_state)
         return {
@@ -51,13 +63,26 @@ class Parts:
         }
 
     def joined(self, states: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of :attr:`model`, of those of each model by its key."""
+        """The state of :attr:`model`.
+
+        Args:
+            states: State of each model by its key.
+        """
         if len(self.models) == 1:
             return {name: value for key in self.models for name, value in states[key].items()}
         return {f"{key}.{name}": value for key in self.models for name, value in states[key].items()}
 
     @classmethod
     def of(cls, state: Mapping[str, Any], *, doing: str) -> Parts:
+        """The parts of a state.
+
+        Args:
+            state: State given to Fabric, by its keys.
+            doing: Name of the method of Fabric that was called, for the error.
+
+        Raises:
+            ValueError: If no model in it was set up.
+        """
         models = {key: value for key, value in state.items() if isinstance(value, nn.Module) and "_mics" in vars(value)}
         if not models:
             raise ValueError(
@@ -70,6 +95,12 @@ class Parts:
 
 
 def filtered(value: Any, keeps: Callable[[str, Any], bool] | None) -> Any:
+    """The entries of a dictionary that are kept; other values are returned unchanged.
+
+    Args:
+        value: Part of a state.
+        keeps: Function of key and entry that returns whether the entry is kept; None keeps all.
+    """
     if keeps is None or not isinstance(value, dict):
         return value
     return {key: entry for key, entry in value.items() if keeps(key, entry)}

@@ -31,7 +31,7 @@ class Float16Mixed(MixedPrecision):
 
         Args:
             plugin: Precision plugin of Fabric.
-            scaler: Its gradient scaler.
+            scaler: Gradient scaler of the plugin.
         """
         return cls("16-mixed", plugin.device, scaler) if type(plugin) is MixedPrecision else plugin
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,11 +14,9 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from lightning.fabric import Fabric
-from lightning.fabric.connector import _Connector
 from lightning.fabric.plugins.precision import MixedPrecision as FabricMixedPrecision
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -114,11 +111,9 @@ def trainer_of(folder: Path, name: str, *, devices: int = 4, **options: Any) -> 
         devices=devices,
         plugins=[MixedPrecision("16-mixed", "cpu", scaler())],
         use_distributed_sampler=False,
-        accumulate_grad_batches=MICRO_STEPS,
-        gradient_clip_val=CLIP,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        **options,
+        **{"accumulate_grad_batches": MICRO_STEPS, "gradient_clip_val": CLIP, **options},
     )
 
 
@@ -136,15 +131,44 @@ def fit(folder: Path, name: str, kind: str) -> dict[str, Any]:
     second.net.last.bias.data.add_(1)
     resumed.fit(second, batches(rank, begin=SAVED_AFTER), ckpt_path=path)
     second.trained.weights = unsharded(second.net)
+    metrics, state = dict(trainer.callback_metrics), trainer.precision_plugin.scaler.state_dict()
+    trainer.validate(module, batches(rank), verbose=False)
     return {
+        "changed in evaluation": trainer.precision_plugin.scaler.state_dict() != state,
         "trained": module.trained,
         "norms": module.norms,
         "skipped": trainer.strategy.skipped_steps,
-        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "metrics": {name: float(value) for name, value in metrics.items()},
         "resumed": second.trained,
         "skipped after resuming": resumed.strategy.skipped_steps,
-        "evaluated": trainer.validate(module, batches(rank), verbose=False),
     }
+
+
+class Manual(Module):
+    """Steps by hand, after each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        own, optimizer = self.trainer.precision_plugin.scaler, self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.net(batch))
+        before = own.get_scale()
+        optimizer.step()
+        note(self.trained, batch_idx, before, own.get_scale())
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        pass
+
+
+def fit_by_hand(folder: Path) -> Trained:
+    module = Manual()
+    trainer = trainer_of(folder, "on ranks", accumulate_grad_batches=1, gradient_clip_val=None)
+    trainer.fit(module, DataLoader([samples(step, 0, dist.get_rank()) for step in range(STEPS)], batch_size=None))
+    module.trained.weights = unsharded(module.net)
+    return module.trained
 
 
 def load_elsewhere(folder: Path, name: str, kind: str) -> dict[str, Any]:
@@ -327,7 +351,7 @@ def seen(folder: Path) -> dict[Any, list[Any]]:
     for name in OPTIONS:
         cases["fabric", name] = partial(train_by_fabric, folder, name)
         cases["accelerate", name] = partial(train_by_accelerate, folder, name)
-    cases["penalty"] = train_with_penalty
+    cases["penalty"], cases["by hand"] = train_with_penalty, partial(fit_by_hand, folder)
     cases["lbfgs"], cases["half"] = partial(lbfgs, folder), partial(float16_weights, folder)
     return cases_on_ranks(cases)
 
@@ -349,6 +373,18 @@ def test_scales_and_weights_are_those_of_one_process(integration: str, name: str
     assert of_one.skipped[-1] >= SAVED_AFTER > of_one.skipped[0]
     for of_rank in seen[integration, name]:
         assert_as_trained(of_rank["trained"], of_one)
+
+
+def test_steps_by_hand_are_those_of_one_process(seen: dict[Any, Any]) -> None:
+    of_one = train_alone(steps=STEPS)
+    assert len(of_one.skipped) >= 2
+    for trained in seen["by hand"]:
+        assert_as_trained(trained, of_one)
+
+
+def test_an_evaluation_leaves_the_scale_alone(seen: dict[Any, Any]) -> None:
+    for name in OPTIONS:
+        assert not any(of_rank["changed in evaluation"] for of_rank in seen["fit", name])
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -424,29 +460,3 @@ def test_a_full_file_holds_the_scale_where_lightning_looks_for_it(folder: Path, 
     plugin = MixedPrecision("16-mixed", "cpu")
     plugin.load_state_dict(state)  # into torch's own scaler
     assert plugin.scaler.get_scale() == seen["fit", "flat"][0]["trained"].scales[SAVED_AFTER - 1]
-
-
-CONNECTORS: dict[str, tuple[Any, dict[str, Any], Any]] = {
-    "trainer": (_AcceleratorConnector, {"_precision_flag": "16-mixed", "_precision_plugin_flag": None}, MiCSStrategy),
-    "fabric": (_Connector, {"_precision_input": "16-mixed", "_precision_instance": None}, MiCSFabricStrategy),
-}
-
-
-@pytest.mark.parametrize("name", CONNECTORS)
-@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled, but CUDA is not available")
-def test_16_mixed_by_name_reaches_the_strategy_on_gpus(name: str) -> None:
-    connector, flags, strategy = CONNECTORS[name]
-    job = SimpleNamespace(strategy=strategy(), _strategy_flag=strategy(), _accelerator_flag="cuda", **flags)
-    job._validate_precision_choice = partial(getattr(connector, "_validate_precision_choice", lambda _: None), job)
-    plugin = connector._check_and_init_precision(job)
-    assert (plugin.precision, plugin.device) == ("16-mixed", "cuda")
-
-
-@pytest.mark.parametrize("name", CONNECTORS)
-def test_other_precisions_of_other_strategies_are_checked_as_ever(name: str) -> None:
-    connector, flags, strategy = CONNECTORS[name]
-    other = object.__new__(next(base for base in strategy.__mro__ if base.__name__ == "ModelParallelStrategy"))
-    job = SimpleNamespace(strategy=other, _strategy_flag=other, _accelerator_flag="cuda", **flags)
-    job._validate_precision_choice = partial(getattr(connector, "_validate_precision_choice", lambda _: None), job)
-    with pytest.raises(ValueError, match=r"does not support .*16-mixed"):
-        connector._check_and_init_precision(job)
