@@ -50,7 +50,7 @@ def scale_with_all_ranks(scaler: GradScaler) -> None:
     Args:
         scaler: The scaler, changed in place.
     """
-    agree_on_overflows(scaler, _largest)
+    agree_on_overflows(scaler, find_overflow)
 
 
 def skipped_steps(scaler: GradScaler | None) -> int:
@@ -77,8 +77,12 @@ def scale_and_skipped(scaler: GradScaler | None) -> tuple[Tensor, Tensor] | None
     return scale, skipped
 
 
-def _largest(found_inf: Tensor) -> None:
-    """The maximum over all ranks, in place: []."""
+def find_overflow(found_inf: Tensor) -> None:
+    """Replace what this rank has found by what any rank has; every rank calls it. Does not wait for the device.
+
+    Args:
+        found_inf: Whether a gradient of this rank is inf or nan, 0 or 1: [].
+    """
     if dist.is_initialized() and dist.get_world_size() > 1:
         control_plane().agree("looks for an overflow of gradients")
         dist.all_reduce(found_inf, op=dist.ReduceOp.MAX)
