@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_mics.collectives.control_plane import RanksDifferError
     from lightning_mics.integrations.accelerate import MiCSPlugin as MiCSPlugin
     from lightning_mics.integrations.fabric import MiCSFabricStrategy
+    from lightning_mics.integrations.trainer.loss_scale_monitor import LossScaleMonitor
     from lightning_mics.integrations.trainer.strategy import MiCSStrategy
     from lightning_mics.integrations.trainer.traffic_monitor import TrafficMonitor
     from lightning_mics.sampler import ResumableSampler
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccumulationSchedule",
     "CommunicationOptions",
+    "LossScaleMonitor",
     "MiCSFabricStrategy",
     "MiCSStrategy",
     "PartitionGroups",
@@ -48,6 +50,7 @@ __all__ = [
 _MODULES = {
     "AccumulationSchedule": "sharding.schedule",
     "CommunicationOptions": "sharding.options",
+    "LossScaleMonitor": "integrations.trainer.loss_scale_monitor",
     "MiCSFabricStrategy": "integrations.fabric",
     "MiCSPlugin": "integrations.accelerate",  # not in __all__: a star import must not need the extra `accelerate`
     "MiCSStrategy": "integrations.trainer.strategy",

@@ -18,17 +18,18 @@ class _Calls:
     It is never removed: an object may die while torch iterates over its hooks, whose dictionary must not change then.
     """
 
-    def __init__(self, register: Callable[[Any], Any]) -> None:
+    def __init__(self, register: Callable[[Any], Any] = lambda _: None) -> None:
         self._register = register
         self._methods: list[WeakMethod[Call]] | None = None
 
     def add(self, method: Call) -> None:
         """Call ``method(optimizer)`` from now on."""
         if self._methods is None:
-            self._register(self._call)
+            self._register(self.call)
         self._methods = [*(known for known in self._methods or () if known() is not None), WeakMethod(method)]
 
-    def _call(self, optimizer: Optimizer, *_: Any) -> None:
+    def call(self, optimizer: Optimizer, *_: Any) -> None:
+        """Call the methods now."""
         for method in self._alive():
             method(optimizer)
 
@@ -38,6 +39,7 @@ class _Calls:
 
 _before = _Calls(register_optimizer_step_pre_hook)
 _after = _Calls(register_optimizer_step_post_hook)
+_before_unscaling = _Calls()  # no hook of torch: a gradient scaler makes these calls
 
 
 def call_before_steps(method: Call) -> None:
@@ -56,3 +58,31 @@ def call_after_steps(method: Call) -> None:
         method: Bound method, called as ``method(optimizer)``; its object is held weakly.
     """
     _after.add(method)
+
+
+def call_before_unscaling(method: Call) -> None:
+    """Call a method before a gradient scaler unscales the gradients of an optimizer, whichever.
+
+    Args:
+        method: Bound method, called as ``method(optimizer)``; its object is held weakly.
+    """
+    _before_unscaling.add(method)
+
+
+def call_as_unscaled(optimizer: Optimizer) -> None:
+    """Make the calls before the gradients of an optimizer are unscaled.
+
+    Args:
+        optimizer: Optimizer whose gradients are unscaled next.
+    """
+    _before_unscaling.call(optimizer)
+
+
+def call_as_stepped(optimizer: Optimizer) -> None:
+    """Make the calls before and after a step of an optimizer that is skipped.
+
+    Args:
+        optimizer: Optimizer that does not step.
+    """
+    _before.call(optimizer)
+    _after.call(optimizer)

@@ -1,4 +1,4 @@
-"""The folders that Accelerate's own ``load_state`` can load, checked before it changes anything."""
+"""Accelerate's own ``save_state`` and ``load_state``: folders are checked first, gradient scalers count no steps."""
 
 from __future__ import annotations
 
@@ -23,6 +23,30 @@ def checked_first(load: Callable[..., Any], *, of: type[Any]) -> Callable[..., A
         return load(plugin, accelerator, model, folder, *args, **options)
 
     return load_checked
+
+
+def unscaled(function: Callable[..., Any], *, of: type[Any]) -> Callable[..., Any]:
+    """Accelerate's function that saves or loads the states of an optimizer, which no gradient scaler takes for a step.
+
+    torch initializes states by a step. Through Accelerate's scaler it would count as a good step, after which the scale
+    grows earlier; and it would raise an error before the first backward, which makes the scale.
+
+    Args:
+        function: The function.
+        of: Class of the plugins with an effect.
+    """
+
+    @wraps(function)
+    def without_scaler(plugin: Any, accelerator: Any, optimizer: Any, *args: Any, **options: Any) -> Any:
+        if not isinstance(plugin, of) or getattr(optimizer, "scaler", None) is None:
+            return function(plugin, accelerator, optimizer, *args, **options)
+        scaler, optimizer.scaler = optimizer.scaler, None
+        try:
+            return function(plugin, accelerator, optimizer, *args, **options)
+        finally:
+            optimizer.scaler = scaler
+
+    return without_scaler
 
 
 def check_is_accelerates(folder: str | Path, *, sharded: bool) -> None:

@@ -22,8 +22,6 @@ from lightning_mics.policy.policy import Policy
 
 StateDictType = Literal["sharded", "full"]
 
-PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
-
 
 class LightningStrategy:
     """Base of both strategies, to be inherited from before Lightning's own ``ModelParallelStrategy``.
@@ -170,19 +168,6 @@ class LightningStrategy:
     def _shared_path(self: Any, path: str | Path) -> StoragePath:
         """Rank 0's path: a name that contains the time may differ between ranks."""
         return storage_path(self.broadcast(path))
-
-
-def check_precision(precision: object) -> None:
-    """Check that sharded training supports ``precision``, by Lightning's name of it.
-
-    Raises:
-        ValueError: If it is none of :data:`PRECISIONS`.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"strategy 'mics' does not support precision={str(precision)!r}; "
-            f"use one of {', '.join(map(repr, PRECISIONS))}"
-        )
 
 
 def check_job(device: torch.device, *, backend: str) -> None:

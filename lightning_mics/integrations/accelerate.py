@@ -1,8 +1,9 @@
 """``Accelerator(fsdp_plugin=MiCSPlugin())``: the adapter between Hugging Face Accelerate and the policy.
 
-Importing this module patches three functions of Accelerate, with an effect for a :class:`MiCSPlugin` only. The first is
+Importing this module patches five functions of Accelerate, with an effect for a :class:`MiCSPlugin` only. The first is
 ``fsdp2_prepare_model``, which shards a model. The second is ``AcceleratorState.__init__``, which drops an FSDP plugin
-if there is no GPU. The third is ``load_fsdp_model``, before which the folder's files are checked. If transformers is
+if there is no GPU. The third is ``load_fsdp_model``, before which the folder's files are checked. The others are
+``save_fsdp_optimizer`` and ``load_fsdp_optimizer``, in which no gradient scaler counts steps. If transformers is
 imported, ``Trainer.save_model`` is patched as well, and a model that is sharded without a mesh afterwards, as reference
 models are, is sharded inside the same partition groups. Everything else is Accelerate's own code: optimizers that
 follow the shards, gradient clipping, ``save_state`` and ``load_state``, ``get_state_dict``. ``accumulate`` and
@@ -49,13 +50,14 @@ from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin
 from lightning_mics.checkpoint.storage.path import storage_path
-from lightning_mics.integrations._accelerate_folders import checked_first
+from lightning_mics.integrations._accelerate_folders import checked_first, unscaled
 from lightning_mics.integrations._registered_objects import gather_shards_of
 from lightning_mics.integrations._transformers import save_sharded_models
 from lightning_mics.policy.options import PolicyOptions, check_names, documented
 from lightning_mics.policy.policy import Policy
 from lightning_mics.sharding.evaluation import allow_evaluation
 from lightning_mics.sharding.initialization import verify_replicas
+from lightning_mics.sharding.optimizers.overflow import SCALER_KEY, check_optimizer, scale_with_all_ranks
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.sharding.sharded import Sharded, sharded
 
@@ -65,7 +67,7 @@ OLDEST = (1, 15)  # oldest supported version of Accelerate, whose internals are 
 LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 
 
-PRECISIONS = {"no": "32-true", "bf16": "bf16-mixed"}
+PRECISIONS = {"no": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 if tuple(int(part) for part in accelerate.__version__.split(".")[:2]) < OLDEST:
@@ -141,7 +143,7 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
                 storage_path(path),
                 model_state=get_model_state_dict(model),
                 optimizer_states=[optimizer_state(model, each, sharded=True) for each in _optimizers(accelerator)],
-                meta={**state, **origin(model, sharded(model).groups.topology)},
+                meta={**_scaler_state(accelerator), **state, **origin(model, sharded(model).groups.topology)},
             )
 
     def load_checkpoint(
@@ -174,7 +176,10 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
                 weights_only=weights_only,
             )
         verify_replicas(model, sharded(model).groups)
-        return rest
+        if accelerator.scaler is None or SCALER_KEY not in rest:
+            return rest
+        accelerator.scaler.load_state_dict(rest[SCALER_KEY])
+        return {key: value for key, value in rest.items() if key != SCALER_KEY}
 
 
 def _prepared_model(accelerator: Accelerator) -> nn.Module:
@@ -186,6 +191,10 @@ def _prepared_model(accelerator: Accelerator) -> nn.Module:
         )
     model: nn.Module = models[0]
     return model
+
+
+def _scaler_state(accelerator: Accelerator) -> dict[str, Any]:
+    return {} if accelerator.scaler is None else {SCALER_KEY: accelerator.scaler.state_dict()}
 
 
 def _optimizers(accelerator: Accelerator) -> list[Optimizer]:
@@ -219,6 +228,7 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     handle.schedule.optimizer_hooks.follow_steps()
     use_as_default_mesh(handle.groups.mesh, model=model)
     for optimizer in _optimizers(accelerator):
+        check_optimizer(optimizer, precision)
         handle.schedule.optimizer_hooks.adopt(optimizer)
         handle.schedule.optimizer_hooks.follow_zero_grad(optimizer)
     accelerator.log, accelerator.gather, accelerator.reduce = map(
@@ -226,8 +236,10 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     )
     _prepare_for_states(accelerator, handle)
     vars(model)["set_requires_gradient_sync"] = _GradientSync(model, handle.schedule)
-    if precision == "bf16-mixed":
+    if precision.endswith("-mixed"):
         _compute_under_autocast(accelerator, model)
+    if accelerator.scaler is not None:
+        scale_with_all_ranks(accelerator.scaler)
     if accelerator.is_main_process:
         print(handle.report, flush=True)
     return model
@@ -257,10 +269,15 @@ def _precision(accelerator: Accelerator, model: nn.Module) -> str:
             f"MiCSPlugin does not support mixed_precision={accelerator.mixed_precision!r}; use one of "
             f"{', '.join(map(repr, PRECISIONS))}"
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ValueError(
+            "mixed_precision='fp16' is for GPUs: on CPUs Accelerate neither computes in float16 nor scales gradients; "
+            "use mixed_precision='bf16' or 'no'"
+        )
     if accelerator.mixed_precision == "no":
         half = all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
         return "bf16-true" if half else "32-true"
-    for parameter in model.parameters():  # as Accelerate does: weights in float32, computation in bfloat16
+    for parameter in model.parameters():  # as Accelerate does: weights in float32, computation in 16 bits
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
     return PRECISIONS[accelerator.mixed_precision]
@@ -358,6 +375,12 @@ accelerate_accelerator.fsdp2_prepare_model = _patched_prepare(accelerate_acceler
 
 
 accelerate_accelerator.load_fsdp_model = checked_first(accelerate_accelerator.load_fsdp_model, of=MiCSPlugin)
+
+
+accelerate_accelerator.save_fsdp_optimizer = unscaled(accelerate_accelerator.save_fsdp_optimizer, of=MiCSPlugin)
+
+
+accelerate_accelerator.load_fsdp_optimizer = unscaled(accelerate_accelerator.load_fsdp_optimizer, of=MiCSPlugin)
 
 
 AcceleratorState.__init__ = _patched_init(AcceleratorState.__init__)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.precision import Precision
+from lightning.fabric.connector import _Connector
+from lightning.fabric.plugins.precision import MixedPrecision, Precision
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from lightning.fabric.utilities.load import _move_state_into
@@ -32,15 +32,20 @@ from lightning_mics.checkpoint.foreign.folders import holds_shards
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import NETWORK_KEY, TOPOLOGY_KEY, origin
 from lightning_mics.checkpoint.storage.path import StoragePath
-from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
+from lightning_mics.integrations._fabric_parts import Filter, Parts, filtered
+from lightning_mics.integrations._lightning import LightningStrategy, reduce_in_place
 from lightning_mics.integrations._marked_methods import run_marked_methods_as_forwards
+from lightning_mics.integrations._precision import (
+    Float16Mixed,
+    accept_16_mixed,
+    check_precision,
+    prepared_scaler,
+)
 from lightning_mics.policy.out_of_memory import explain_out_of_memory
 from lightning_mics.sharding.evaluation import allow_evaluation
 from lightning_mics.sharding.initialization import verify_replicas
+from lightning_mics.sharding.optimizers.overflow import SCALER_KEY, check_optimizer, skipped_steps
 from lightning_mics.sharding.sharded import sharded
-from lightning_mics.topology import Topology
-
-Filter = Mapping[str, Callable[[str, Any], bool]]
 
 
 class _ModelParallel(ModelParallelStrategy):
@@ -71,6 +76,11 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     # -- before the model --------------------------------------------------------------------------------------------
 
     @property
+    def skipped_steps(self) -> int:
+        """Number of optimizer steps skipped for an overflow in ``"16-mixed"``; reading it waits for the device."""
+        return skipped_steps(getattr(self.precision, "scaler", None))
+
+    @property
     @override
     def precision(self) -> Precision:
         return super().precision
@@ -79,7 +89,8 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     def precision(self, precision: Precision | None) -> None:
         if precision is not None:
             check_precision(precision.precision)
-        self._precision = precision
+        scaler = prepared_scaler(precision)
+        self._precision = Float16Mixed.of(precision, scaler) if scaler else precision
 
     # -- sharding the model ------------------------------------------------------------------------------------------
 
@@ -115,6 +126,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         module = self.setup_module(module)
         parameters = dict(module.named_parameters(remove_duplicate=False))
         for optimizer, groups in zip(optimizers, names, strict=True):
+            check_optimizer(optimizer, self.precision.precision)
             for group, of_group in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = [parameters[name] for name in of_group]
             sharded(module).schedule.optimizer_hooks.adopt(optimizer)
@@ -123,6 +135,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
 
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        check_optimizer(optimizer, self.precision.precision)
         own = {id(parameter) for model in self._models for parameter in model.parameters()}
         for model in self._models:
             sharded(model).schedule.optimizer_hooks.adopt(optimizer)
@@ -189,17 +202,18 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         models = [value for value in state.values() if isinstance(value, nn.Module) and "_mics" in vars(value)]
         with all_ranks_answer(f"saving {path}", timeout=self._timeout), self._together("saves a checkpoint"):
             if models:
-                self._save(self._shared_path(path), _Parts.of(state, doing="save"), filter or {})
+                with_scaler = {**self._scaler(), **state}
+                self._save(self._shared_path(path), Parts.of(with_scaler, doing="save"), filter or {})
             else:
                 self._save_plain(self._shared_path(path), state, filter or {})
 
     def _save_plain(self, path: StoragePath, state: dict[str, Any], filter: Filter) -> None:
         """Save one file of whatever is in ``state``, such as a ``state_dict()``, with unsharded tensors."""
         contents = {key: value.state_dict() if isinstance(value, _Stateful) else value for key, value in state.items()}
-        filtered = {key: _filtered(value, filter.get(key)) for key, value in contents.items()}
+        filtered = {key: filtered(value, filter.get(key)) for key, value in contents.items()}
         checkpoint.save_whole(path, filtered, write=torch.save, places=False)
 
-    def _save(self, path: StoragePath, parts: _Parts, filter: Filter) -> None:
+    def _save(self, path: StoragePath, parts: Parts, filter: Filter) -> None:
         full = not self._save_distributed_checkpoint
         for model in parts.models.values():
             sharded(model).prepare_to_save()
@@ -211,7 +225,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         }
         rest = {key: value.state_dict() if isinstance(value, _Stateful) else value for key, value in parts.rest.items()}
         contents = {**parts.divided(model_state), **optimizers, **rest}
-        contents = {key: _filtered(value, filter.get(key)) for key, value in contents.items()}
+        contents = {key: filtered(value, filter.get(key)) for key, value in contents.items()}
         if full:
             checkpoint.save_whole(path, contents, write=torch.save)
             return
@@ -250,13 +264,21 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         if isinstance(state, nn.Module):
             self._load_raw(shared_path, state, strict=strict, weights_only=weights_only)
             return {}
-        parts = _Parts.of(state or {}, doing="load")
+        parts = Parts.of(state or {}, doing="load")
         assert state is not None
         remainder = self._load(shared_path, parts, strict, weights_only)
+        for key, scaler in self._scaler().items():
+            if key in remainder and key not in state:
+                scaler.load_state_dict(remainder.pop(key))
         _move_state_into(source=remainder, destination=state, keys=parts.rest.keys() & remainder.keys())
         return remainder
 
-    def _load(self, path: StoragePath, parts: _Parts, strict: bool, weights_only: bool | None) -> dict[str, Any]:
+    def _scaler(self) -> dict[str, Any]:
+        """The gradient scaler by its key in checkpoints, if there is one."""
+        scaler = getattr(self.precision, "scaler", None)
+        return {} if scaler is None else {SCALER_KEY: scaler}
+
+    def _load(self, path: StoragePath, parts: Parts, strict: bool, weights_only: bool | None) -> dict[str, Any]:
         answered = all_ranks_answer(f"loading {path}", timeout=self._timeout)
         with torch.inference_mode(False), answered, self._together("loads a checkpoint"):
             remainder = checkpoint.load(
@@ -275,64 +297,11 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     def _load_raw(self, path: StoragePath, model: nn.Module, *, strict: bool, weights_only: bool | None) -> None:
         """Load the model of a sharded checkpoint, or a file with a ``state_dict`` of FQNs and tensors."""
         if holds_shards(path):
-            self._load(path, _Parts.of({"model": model}, doing="load_raw"), strict, weights_only)
+            self._load(path, Parts.of({"model": model}, doing="load_raw"), strict, weights_only)
             return
         checkpoint.load_raw(path, model, strict=strict, weights_only=self._reads_weights_only(weights_only))
         if "_mics" in vars(model):
             _reset_after_load(model)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Parts:
-    """The objects in a state that is saved or loaded, by kind."""
-
-    models: dict[str, nn.Module]
-    optimizers: dict[str, Optimizer]
-    rest: dict[str, Any]
-
-    @property
-    def model(self) -> nn.Module:
-        """The model, or one that holds all of them under their keys."""
-        only = next(iter(self.models.values()))
-        return only if len(self.models) == 1 else nn.ModuleDict(self.models)
-
-    @property
-    def names(self) -> checkpoint.FullNames:
-        several = list(self.models) if len(self.models) > 1 else []
-        return checkpoint.FullNames(
-            model=", ".join(sorted(self.models)), optimizers=list(self.optimizers), models=several
-        )
-
-    @property
-    def topology(self) -> Topology:
-        return sharded(next(iter(self.models.values()))).groups.topology
-
-    def divided(self, model_state: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """The state of each model by its key, of a state of :attr:`model`."""
-        if len(self.models) == 1:
-            return dict.fromkeys(self.models, model_state)
-        return {
-            key: {name[len(key) + 1 :]: value for name, value in model_state.items() if name.startswith(f"{key}.")}
-            for key in self.models
-        }
-
-    def joined(self, states: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of :attr:`model`, of those of each model by its key."""
-        if len(self.models) == 1:
-            return {name: value for key in self.models for name, value in states[key].items()}
-        return {f"{key}.{name}": value for key in self.models for name, value in states[key].items()}
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any], *, doing: str) -> _Parts:
-        models = {key: value for key, value in state.items() if isinstance(value, nn.Module) and "_mics" in vars(value)}
-        if not models:
-            raise ValueError(
-                f"fabric.{doing} takes a model that was set up in its state, as in {{'model': model, 'optimizer': "
-                "optimizer}}; it got none"
-            )
-        optimizers = {name: value for name, value in state.items() if isinstance(value, Optimizer)}
-        rest = {name: value for name, value in state.items() if name not in models and name not in optimizers}
-        return cls(models=models, optimizers=optimizers, rest=rest)
 
 
 class _TwoHop(_BackwardSyncControl):
@@ -381,11 +350,10 @@ def _names_in_groups(module: nn.Module, optimizers: Sequence[Optimizer]) -> list
     return [[[names[id(p)] for p in group["params"]] for group in optimizer.param_groups] for optimizer in optimizers]
 
 
-def _filtered(value: Any, keeps: Callable[[str, Any], bool] | None) -> Any:
-    if keeps is None or not isinstance(value, dict):
-        return value
-    return {key: entry for key, entry in value.items() if keeps(key, entry)}
-
-
 def _not_called(module: Any, _mesh: Any) -> Any:
     raise AssertionError("the policy shards the model")
+
+
+accept_16_mixed(
+    _Connector, MiCSFabricStrategy, plugin=MixedPrecision, flags=("_precision_input", "_precision_instance")
+)

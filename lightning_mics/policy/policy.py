@@ -87,15 +87,18 @@ class Policy:
 
         Args:
             model: Module that is not sharded; see :func:`~lightning_mics.sharding.shard_model.shard_model`.
-            precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
+            precision: ``"32-true"``, ``"bf16-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
             device: Device of this rank.
             local_size: Ranks that the launcher has started on each machine.
             training: Whether the model is trained; one that is only evaluated may have no parameters.
 
         Raises:
             TypeError: If the model cannot be sharded.
-            ValueError: If an option does not fit the job or the model, or ranks of one node run on several hosts.
+            ValueError: If an option does not fit the job or the model, ranks of one node run on several hosts, or
+                weights are in float16, whose gradients cannot be unscaled.
         """
+        if precision == "16-mixed":
+            _check_unscalable(model)
         mixed_precision = mixed_precision_policy(precision, reduce_dtype=self._reduce_dtype)
         blocks = find_blocks(model, self._block_classes, may_be_empty=not training)
         # raises before ranks wait for each other
@@ -191,6 +194,21 @@ class Policy:
 
     def _node_size(self, local_size: int) -> int:
         return self._ranks_per_node or local_size
+
+
+def _check_unscalable(model: nn.Module) -> None:
+    """Check that gradients will be in a dtype with the range of float32, in which they are unscaled.
+
+    Raises:
+        ValueError: If a trained parameter is in float16.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ValueError(
+                f"parameter {name!r} is in float16, and precision='16-mixed' trains weights in float32, of which it "
+                "gathers float16 copies: gradients of float16 weights cannot be unscaled; leave out `.half()`, or call "
+                "`model.float()` before the model is sharded"
+            )
 
 
 def _check_one_unit(model: nn.Module, choice: Choice) -> None:

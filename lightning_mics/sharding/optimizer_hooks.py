@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_mics._torch.fsdp import fsdp_modules, sharded_parameters
-from lightning_mics._torch.optimizer_steps import call_after_steps, call_before_steps
+from lightning_mics._torch.optimizer_steps import call_after_steps, call_before_steps, call_before_unscaling
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from lightning_mics.sharding.optimizers.adapt import adapt_optimizer
 from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
@@ -45,10 +45,12 @@ class OptimizerHooks:
     def follow_steps(self) -> None:
         """Close the window before each step and reshard the root after it, for training loops that offer no hooks.
 
-        The root is then sharded after a step even if forwards without a backward came before it.
+        The root is then sharded after a step even if forwards without a backward came before it. A gradient scaler
+        unscales after the window is closed, as gradients are complete only then.
         """
         self._follows_steps = True
         self._register()
+        call_before_unscaling(self._before_step)
 
     def follow_zero_grad(self, optimizer: Optimizer) -> None:
         """Make ``optimizer.zero_grad()`` drop pending gradients of an open window too, as it does on one process."""

@@ -17,7 +17,7 @@ from lightning_mics.planning.rehearsal.activations import peak_activations
 from lightning_mics.policy.memory import Activations, measure_model
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
 from lightning_mics.sharding.blocks import find_blocks
-from lightning_mics.sharding.shard_model import mixed_precision_policy
+from lightning_mics.sharding.shard_model import autocast_dtype, mixed_precision_policy
 from recipes.models.flops import shape_of
 from recipes.models.language_model import LanguageModel
 
@@ -66,7 +66,7 @@ def _activations(
     free = (count for count in itertools.count(3) if count * length not in dims)
     few = next(free)
     many = next(count for count in free if count >= 2 * few)
-    taken = partial(_taken, model, length, mixed=precision == "bf16-mixed")
+    taken = partial(_taken, model, length, computed=autocast_dtype(precision))
     small = taken(2, few, recompute=share > 0)
     more = taken(2, many, recompute=share > 0) + small * -1
     head = max(0.0, small.at_head - few * more.at_head / (many - few))  # the loss works in pieces of a bounded size
@@ -86,14 +86,14 @@ def _activations(
 
 
 def _taken(
-    model: LanguageModel, length: int, blocks: int, sequences: int, *, mixed: bool, recompute: Any
+    model: LanguageModel, length: int, blocks: int, sequences: int, *, computed: torch.dtype | None, recompute: Any
 ) -> Activations:
     return peak_activations(
         lambda: _make_network(_with_blocks(model, blocks), recompute=recompute),
         model.example_batch(sequences, length),
         loss=lambda network, batch: model.loss_of(network["network"], batch),
-        dtype=torch.bfloat16 if mixed else torch.float32,
-        autocast_dtype=torch.bfloat16 if mixed else None,
+        dtype=computed or torch.float32,
+        autocast_dtype=computed,
     )
 
 

@@ -64,18 +64,46 @@ def test_first_line_of_every_config_says_what_it_is_for(path: Path) -> None:
     assert first_line(path).startswith(expected.get(path.parent, "# Choose this "))
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("experiment/*.yaml")), ids=lambda path: path.stem)
-def test_an_experiment_names_its_command(path: Path) -> None:
-    assert f"python train.py experiment={path.stem}" in first_line(path)
+EXPERIMENTS = {
+    path.relative_to(CONF / "experiment").with_suffix("").as_posix(): path for path in CONF.glob("experiment/**/*.yaml")
+}
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("experiment/*.yaml")), ids=lambda path: path.stem)
-def test_what_an_experiment_says_is_what_is_run(path: Path) -> None:
-    config, said = composed(f"experiment={path.stem}"), OmegaConf.load(path)
-    assert config.name == path.stem
-    for group in ("trainer", "data", "optimizer"):
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS))
+def test_an_experiment_names_its_command(name: str) -> None:
+    assert f"python train.py experiment={name}" in first_line(EXPERIMENTS[name])
+
+
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS))
+def test_what_an_experiment_says_is_what_is_run(name: str) -> None:
+    config, said = composed(f"experiment={name}"), OmegaConf.load(EXPERIMENTS[name])
+    assert config.name == name.replace("/", "-")
+    for group in ("trainer", "data", "optimizer", "strategy"):
         for key, value in said.get(group, {}).items():
             assert config[group][key] == value
+
+
+PAPER = {  # model: partition size, micro-batch, sequences per step, micro-steps, GPUs, precision
+    "bert-10b": (8, 8, 8192, 8, 128, "16-mixed"),
+    "bert-15b": (16, 8, 8192, 8, 128, "16-mixed"),
+    "bert-20b": (16, 8, 8192, 8, 128, "16-mixed"),
+    "bert-50b": (64, 8, 8192, 8, 128, "16-mixed"),
+    "gpt-100b": (128, 16, 32768, 4, 512, "bf16-mixed"),
+}
+
+
+def test_jobs_of_the_paper_have_its_numbers() -> None:
+    assert {name.removeprefix("paper/") for name in EXPERIMENTS if name.startswith("paper/")} == PAPER.keys()
+    for name, (partition_size, micro_batch, sequences, micro_steps, gpus, precision) in PAPER.items():
+        config = composed(f"experiment=paper/{name}")
+        assert config.hydra.runtime.choices.model == name
+        assert config.strategy.partition_size == partition_size
+        assert (config.data.batch_size, config.global_batch_size) == (micro_batch, sequences)
+        assert config.trainer.accumulate_grad_batches in ("auto", micro_steps)
+        assert micro_batch * micro_steps * gpus == sequences
+        assert config.cluster.num_nodes * config.cluster.devices == gpus
+        assert (config.cluster.precision, config.data.sequence_length) == (precision, 512)
+        assert config.strategy.activation_checkpointing is True
 
 
 def test_strategy_config_is_the_constructor_of_the_strategy() -> None:

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from typing_extensions import override
 
 from lightning_mics._torch.fsdp import expect_backward
 from lightning_mics.collectives.traffic import Traffic
-from lightning_mics.integrations._lightning import LightningStrategy, check_precision, reduce_in_place
+from lightning_mics.integrations._lightning import LightningStrategy, reduce_in_place
+from lightning_mics.integrations._precision import accept_16_mixed, check_precision, prepared_scaler
 from lightning_mics.integrations.trainer import resuming
 from lightning_mics.integrations.trainer.callbacks import check_callbacks
 from lightning_mics.integrations.trainer.checkpoints import SavesAndLoads, keep_hyperparameters
@@ -29,11 +31,12 @@ from lightning_mics.integrations.trainer.exceptions import (
 )
 from lightning_mics.integrations.trainer.logged_numbers import log_whole_numbers
 from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
-from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed
+from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed, Float16Mixed
 from lightning_mics.integrations.trainer.preemption import forget_signals, stop_when_signaled
 from lightning_mics.integrations.trainer.steps import StepRedirection, StepsAsForward
 from lightning_mics.policy.out_of_memory import explain_out_of_memory
 from lightning_mics.sharding.modules.changes import write_changes
+from lightning_mics.sharding.optimizers.overflow import check_optimizer, skipped_steps
 from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.topology import Topology
 
@@ -76,8 +79,10 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
         if precision_plugin is not None:
             check_precision(precision_plugin.precision)
+        scaler = prepared_scaler(precision_plugin)
         if type(precision_plugin) is MixedPrecision:
-            precision_plugin = BFloat16Mixed(device=precision_plugin.device)
+            device = precision_plugin.device
+            precision_plugin = Float16Mixed(device=device, scaler=scaler) if scaler else BFloat16Mixed(device=device)
         self._precision_plugin = precision_plugin
 
     def _set_world_ranks(self) -> None:
@@ -161,6 +166,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
         assert self.model is not None
         sharded = set(self.model.parameters())
         for index, optimizer in enumerate(self.optimizers):
+            check_optimizer(optimizer, self.precision_plugin.precision)
             self._state().schedule.optimizer_hooks.adopt(optimizer)
             foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in sharded]
             if foreign:
@@ -209,6 +215,8 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
     def on_train_end(self) -> None:
         self._state().schedule.cache.check_arrived(wait=True)
         self._state().groups.control.agree("ends training")
+        if self.skipped_steps:
+            rank_zero_info(f"{self.skipped_steps} optimizer steps were skipped, as gradients overflowed in float16")
         self._abandon_window()
         self.wait_for_checkpoints()
 
@@ -261,6 +269,11 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
         return self._state().schedule.traffic
 
     @property
+    def skipped_steps(self) -> int:
+        """Number of optimizer steps skipped for an overflow in ``"16-mixed"``; reading it waits for the device."""
+        return skipped_steps(getattr(self.precision_plugin, "scaler", None))
+
+    @property
     def start_report(self) -> str:
         """The table that rank 0 logged when the model was sharded: groups, techniques, memory."""
         return self._state().report
@@ -283,3 +296,8 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
         """See :func:`~lightning_mics.integrations._lightning.reduce_in_place`."""
         with self._together("reduces a value over all ranks") if group is None else nullcontext():
             return reduce_in_place(tensor, group=group, op=reduce_op)
+
+
+accept_16_mixed(
+    _AcceleratorConnector, MiCSStrategy, plugin=MixedPrecision, flags=("_precision_flag", "_precision_plugin_flag")
+)

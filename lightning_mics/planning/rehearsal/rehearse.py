@@ -30,9 +30,10 @@ from lightning_mics.planning.rehearsal.allocations import GATHERED, UNKNOWN, All
 from lightning_mics.planning.rehearsal.collectives import Collectives
 from lightning_mics.planning.rehearsal.observed import WithoutValues, naming_values
 from lightning_mics.sharding.blocks import ModuleClasses
+from lightning_mics.sharding.optimizers.overflow import find_overflow
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.schedule import AccumulationSchedule
-from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
+from lightning_mics.sharding.shard_model import autocast_dtype, mixed_precision_policy, shard_model
 from lightning_mics.techniques.partition_groups import create_partition_groups
 from lightning_mics.topology import Topology
 
@@ -126,7 +127,7 @@ def rehearse(
         micro_steps: Micro-steps per optimizer step.
         make_optimizer: Function from the sharded model to its optimizer; None is fused AdamW.
         gradient_clip_val: Largest 2-norm of all gradients; None does not clip.
-        precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
+        precision: ``"32-true"``, ``"bf16-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
         backend: Backend of the collectives; gloo replaces some collectives of nccl by others.
         communication: Options of the collectives, without "auto".
         block_classes: Classes of the blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
@@ -161,10 +162,10 @@ def rehearse(
             optimizer = (make_optimizer or partial(_adamw))(model)
             batch = tree_map_only(Tensor, fake.from_tensor, batch)
             watch.model(model, schedule, optimizer)
-            mixed = precision == "bf16-mixed"
+            computed = autocast_dtype(precision)
 
             def forward() -> Tensor:
-                with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                with torch.autocast("cpu", computed, enabled=computed is not None):
                     return loss(model, batch)
 
             _leave_a_step_behind(model, optimizer, gradient_clip_val=gradient_clip_val)
@@ -178,6 +179,7 @@ def rehearse(
                 _stand_for(micro_steps),
                 watch=watch,
                 gradient_clip_val=gradient_clip_val,
+                scaled=precision == "16-mixed",
             )
     return Rehearsal(
         topology=topology,
@@ -231,6 +233,7 @@ def _optimizer_step(
     *,
     watch: _Watch,
     gradient_clip_val: float | None,
+    scaled: bool,
 ) -> None:
     """Like Lightning: gradients of the previous step are freed after the first forward."""
     for micro_step, times in sorted(micro_steps.items()):
@@ -244,6 +247,8 @@ def _optimizer_step(
             watch.claim()
         watch.claim()
     watch.now(0, 1)
+    if scaled:
+        find_overflow(torch.zeros(()))
     _clip_and_step(model, optimizer, gradient_clip_val)
     watch.claim()
 

@@ -18,7 +18,7 @@ from lightning_mics.policy.memory import measure_model
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, find_blocks
-from lightning_mics.sharding.shard_model import mixed_precision_policy
+from lightning_mics.sharding.shard_model import autocast_dtype, mixed_precision_policy
 
 
 def measure_workload(
@@ -39,7 +39,7 @@ def measure_workload(
         batch: Tensors in any nest of lists and dictionaries; only shapes matter.
         samples: Number of samples in ``batch``.
         loss: Function of model and batch that returns the loss, a scalar.
-        precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
+        precision: ``"32-true"``, ``"bf16-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
         reduce_dtype: Dtype in which gradients are reduced; None follows the precision.
         block_classes: Classes of the blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
         activation_checkpointing: Whether blocks are recomputed in backward; classes or patterns choose modules, see
@@ -65,15 +65,15 @@ def measure_workload(
         return built
 
     gathered_dtype = policy.param_dtype or dtype
-    autocast_dtype = torch.bfloat16 if precision == "bf16-mixed" else None
-    flops = partial(_flops, batch=batch, loss=loss, dtype=gathered_dtype, autocast_dtype=autocast_dtype)
+    computed = autocast_dtype(precision)
+    flops = partial(_flops, batch=batch, loss=loss, dtype=gathered_dtype, autocast_dtype=computed)
     with naming_values():
         sample = peak_activations(
             recomputing,
             batch,
             loss=loss,
             dtype=gathered_dtype,
-            autocast_dtype=autocast_dtype,
+            autocast_dtype=computed,
             find_blocks=partial(find_blocks, block_classes=block_classes),
         )
         model_flops, hardware_flops = flops(make_model), flops(recomputing)

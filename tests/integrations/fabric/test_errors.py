@@ -86,7 +86,7 @@ def test_wrong_use_gets_a_clear_error(case: str, message: str, seen: Seen) -> No
         assert re.match(message, said), said
 
 
-@pytest.mark.parametrize("precision", ["16-mixed", "64-true", "16-true"])
+@pytest.mark.parametrize("precision", ["64-true", "16-true"])
 def test_unsupported_precisions_are_rejected_before_communication(precision: Any) -> None:
     with pytest.raises(ValueError, match=f"does not support .*precision='{precision}'"):
         Fabric(accelerator="cpu", devices=2, strategy="mics", precision=precision)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, Precision
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -203,23 +203,19 @@ def test_an_unsupported_precision_is_rejected_by_name(
         make_trainer(tmp_path, strategy=strategy, devices=2, **plugins)
 
 
-def test_16_mixed_is_rejected_for_an_instance(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="16-mixed"):
-        make_trainer(tmp_path, strategy=MiCSStrategy(), devices=2, precision="16-mixed")
-
-
-def test_16_mixed_is_never_run_for_the_name(tmp_path: Path) -> None:
-    # on CPU Lightning itself turns it into bf16-mixed, with a warning; elsewhere the plugin is passed on, and rejected
-    with pytest.warns(UserWarning, match="Using `precision='bf16-mixed'` instead"):
-        trainer = make_trainer(tmp_path, strategy="mics", devices=2, precision="16-mixed")
+@pytest.mark.parametrize("given", ["mics", MiCSStrategy], ids=["by name", "instance"])
+def test_16_mixed_on_cpus_is_bf16_mixed_with_a_warning_as_in_lightning(given: Any, tmp_path: Path) -> None:
+    strategy = given if isinstance(given, str) else given()
+    with pytest.warns(UserWarning, match="using 'bf16-mixed' instead"):
+        trainer = make_trainer(tmp_path, strategy=strategy, devices=2, precision="16-mixed")
     assert trainer.precision == "bf16-mixed"
 
 
-@pytest.mark.parametrize("plugin", [HalfPrecision("16-true"), DoublePrecision(), MixedPrecision("16-mixed", "cpu")])
+@pytest.mark.parametrize("plugin", [HalfPrecision("16-true"), DoublePrecision()])
 def test_the_error_names_what_is_supported(plugin: Precision) -> None:
     message = (
         f"strategy 'mics' does not support precision='{plugin.precision}'; "
-        "use one of '32-true', 'bf16-true', 'bf16-mixed'"
+        "use one of '32-true', 'bf16-true', 'bf16-mixed', '16-mixed'"
     )
     with pytest.raises(ValueError, match=message):
         MiCSStrategy().precision_plugin = plugin
