@@ -92,7 +92,7 @@ def mean_square(program: Program, x: Tensor, y: Tensor) -> Tensor:
     return functional.mse_loss(program.net(x), y)
 
 
-def in_a_loop(program: Program, *, window: int = 1, **options: Any) -> dict[str, Tensor]:
+def in_a_loop(program: Program, *, window: int = 1, steps: int = STEPS, **options: Any) -> dict[str, Tensor]:
     """Train in a loop that calls no forward of the root, only what the program uses; on all ranks or alone."""
     if dist.is_initialized():
         topology = Topology(world_size=dist.get_world_size(), ranks_per_node=2, partition_size=options.pop("p", 2))
@@ -103,7 +103,7 @@ def in_a_loop(program: Program, *, window: int = 1, **options: Any) -> dict[str,
     else:
         schedule = None
     optimizer: Any = program.configure_optimizers()
-    for index, batch in enumerate(batches(), start=1):
+    for index, batch in enumerate(batches()[:steps], start=1):
         if schedule is None:
             (program.use(program, *batch) / window).backward()
         else:

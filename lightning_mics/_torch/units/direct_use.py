@@ -28,18 +28,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor._redistribute import redistribute_local_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils._pytree import tree_map_only
 
 from lightning_mics._torch.dtensors.arithmetic import ARITHMETIC, on_own_part
 from lightning_mics._torch.dtensors.views import DISPATCHES, is_of_one_shape, run_default
 from lightning_mics._torch.fsdp import _param_groups, fsdp_modules
+from lightning_mics._torch.units.axis_collectives import along_axis
 from lightning_mics._torch.units.use_errors import MIXED, mixed
 
 Around = Callable[[Any, str, int, str], AbstractContextManager[None]]
@@ -125,10 +124,10 @@ def averaged(gradient: Tensor, like: DTensor) -> Any:
     with torch.no_grad():
         local = (gradient.detach() / spec.mesh.size()).contiguous()
         for axis in reversed(range(spec.mesh.ndim)):  # shards first: fewer bytes go between replicas
-            before, pending = pending, [*pending[:axis], spec.placements[axis], *pending[axis + 1 :]]
             kind = "reduce_scatter" if spec.placements[axis].is_shard() else "all_reduce"
             with _around(like, kind, axis, local.nbytes):
-                local = _redistributed(local, spec, before, pending)
+                local = along_axis(local, spec, axis, pending, spec.placements[axis])
+            pending[axis] = spec.placements[axis]
         meta = TensorMeta(gradient.shape, spec.stride, gradient.dtype)
         sharded: Any = DTensor
         return sharded(local, DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta), requires_grad=False)
@@ -284,20 +283,15 @@ def _gather(sharded: DTensor) -> Tensor:
     placements: list[Placement] = list(spec.placements)
     with torch.no_grad():
         for axis in reversed(range(spec.mesh.ndim)):
-            before, placements = placements, [*placements[:axis], Replicate(), *placements[axis + 1 :]]
-            if before[axis].is_replicate():
+            before = placements[axis]
+            if before.is_replicate():
                 continue
-            kind = "all_gather" if before[axis].is_shard() else "all_reduce"
-            parts = spec.mesh.size(axis) if before[axis].is_shard() else 1
+            kind = "all_gather" if before.is_shard() else "all_reduce"
+            parts = spec.mesh.size(axis) if before.is_shard() else 1
             with _around(sharded, kind, axis, parts * local.nbytes):
-                local = _redistributed(local, spec, before, placements)
+                local = along_axis(local, spec, axis, placements, Replicate())
+            placements[axis] = Replicate()
         return local
-
-
-def _redistributed(local: Tensor, spec: DTensorSpec, before: Sequence[Placement], after: Sequence[Placement]) -> Tensor:
-    specs = [DTensorSpec(spec.mesh, tuple(each), tensor_meta=spec.tensor_meta) for each in (before, after)]
-    result = redistribute_local_tensor(local, *specs)
-    return result.wait() if isinstance(result, AsyncCollectiveTensor) else result
 
 
 def _around(sharded: DTensor, kind: str, axis: int, total_bytes: int) -> AbstractContextManager[None]:
