@@ -15,12 +15,11 @@ from lightning_mics.cost.hardware import Hardware
 from lightning_mics.cost.step_time import Seconds, step_seconds
 from lightning_mics.cost.step_traffic import ScheduledCollective, Unit, full_sharding_traffic, step_traffic, total_sent
 from lightning_mics.policy.choice import Choice, choose
+from lightning_mics.policy.memory import usable_bytes
+from lightning_mics.policy.step_memory import step_bytes
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology, partition_sizes
-
-LEFT_FREE = 0.06  # share of a device for memory that is not counted: the CUDA context, NCCL, fragmentation
-
 
 FULL_SHARDING = "FSDP, ZeRO-3"
 
@@ -39,8 +38,8 @@ class Candidate:
         communication: Options of the collectives, without "auto".
         states_bytes: Model states of a rank, with the unsharded parameters and gradients of the peak, in bytes.
         cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
-        memory_bytes: Memory of a rank, with the activations of a micro-batch, in bytes.
-        fits: Whether ``memory_bytes`` leaves enough of the device free.
+        memory_bytes: Tensors of a rank at the peak of a step, in bytes.
+        fits: Whether ``memory_bytes`` leave the reserve of the device free.
         node_sent: Bytes that a node sends per optimizer step.
         seconds: Predicted seconds of an optimizer step.
         hfu_tflops: TFLOP/s of one GPU at the expected time, with recomputation.
@@ -155,7 +154,7 @@ class Job:
             cached_bytes += -(-self.workload.size.gathered_bytes // (int(reshard_after_forward) or 1))
 
         traffic = partial(full_sharding_traffic, reshard_after_forward=reshard_after_forward)
-        return self._priced(FULL_SHARDING, topology, options, cached_bytes, traffic)
+        return self._priced(FULL_SHARDING, topology, options, cached_bytes, traffic, reshard_after_forward)
 
     def _choice(self, topology: Topology, options: CommunicationOptions) -> Choice:
         """What the strategy makes of options without "auto"."""
@@ -180,9 +179,10 @@ class Job:
         options: CommunicationOptions,
         cached_bytes: int,
         traffic_of: Callable[..., list[ScheduledCollective]],
+        reshard_after_forward: bool | int = True,
     ) -> Iterator[Candidate]:
         work, hardware = self.workload, self.hardware
-        usable = int((1 - LEFT_FREE) * hardware.memory_bytes)
+        usable = usable_bytes(hardware.memory_bytes)
         traffic = [
             replace(repeated, times=repeated.times * count)
             for unit, count in self._units.items()
@@ -195,11 +195,13 @@ class Job:
             )
         ]
         for batches in self.all_batches():
-            memory_bytes = work.size.rank_bytes(
-                topology.partition_size,
-                work.activations(batches.micro),
-                cached_bytes=cached_bytes,
+            memory_bytes = step_bytes(
+                work,
+                topology,
+                options,
+                samples=batches.micro,
                 micro_steps=batches.accumulation,
+                reshard_after_forward=reshard_after_forward,
             )
             seconds = step_seconds(
                 traffic,

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from lightning_mics.cost.step_traffic import Unit
-from lightning_mics.policy.memory import Activations, ModelSize
-
-NO_ACTIVATIONS = Activations()
+from lightning_mics.policy.activations import Activations
+from lightning_mics.policy.memory import ModelSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +19,7 @@ class Workload:
         units: Parameter groups: the root and the blocks.
         size: Sizes of model states.
         parameters: Number of parameters.
-        sample: Activations of one sample.
-        fixed: Activations of a micro-batch that do not depend on its size, such as a loss that is computed in pieces.
+        activations: Activations in each phase of a micro-step.
         model_flops: FLOPs of a forward and backward of one sample, without recomputation.
         hardware_flops: FLOPs of a forward and backward of one sample, with recomputation.
         gathered_dtype: Dtype of unsharded parameters.
@@ -32,14 +30,9 @@ class Workload:
     units: tuple[Unit, ...]
     size: ModelSize
     parameters: int
-    sample: Activations
-    fixed: Activations = NO_ACTIVATIONS
+    activations: Activations
     model_flops: float
     hardware_flops: float
     gathered_dtype: torch.dtype
     reduce_dtype: torch.dtype
     sample_tokens: int | None = None
-
-    def activations(self, samples: int) -> Activations:
-        """Activations of a micro-batch of ``samples`` samples."""
-        return self.fixed + self.sample * samples

@@ -18,9 +18,9 @@ from omegaconf import DictConfig
 
 from lightning_mics.cost.batches import split_global_batch
 from lightning_mics.planning import Plan, Workload
-from lightning_mics.policy.candidates import LEFT_FREE
 from lightning_mics.policy.choice import Choice
-from lightning_mics.policy.memory import device_memory_bytes, in_gib
+from lightning_mics.policy.memory import device_memory_bytes, in_gib, usable_bytes
+from lightning_mics.policy.step_memory import step_bytes
 from recipes.job.cluster_plan import hardware_of, plan_run, policy_of
 from recipes.job.machine import Launched
 from recipes.job.workload import measure_run
@@ -163,22 +163,21 @@ def _largest_micro_batch(sharding: Choice, workload: Workload) -> int:
     """Number of sequences whose activations fit with the model states; 0 if none does."""
 
     def taken(sequences: int) -> int:
-        return workload.size.rank_bytes(
-            sharding.topology.partition_size, workload.activations(sequences), cached_bytes=sharding.cached_bytes
-        )
+        return step_bytes(workload, sharding.topology, sharding.communication, samples=sequences, micro_steps=None)
 
-    return bisect_right(range(1, 2**30), (1 - LEFT_FREE) * sharding.capacity_bytes, key=taken)
+    return bisect_right(range(1, 2**30), usable_bytes(sharding.capacity_bytes), key=taken)
 
 
 def _memory_report(sharding: Choice, workload: Workload, config: DictConfig) -> str:
-    total = workload.size.rank_bytes(
-        sharding.topology.partition_size,
-        workload.activations(config.data.batch_size),
-        cached_bytes=sharding.cached_bytes,
+    total = step_bytes(
+        workload,
+        sharding.topology,
+        sharding.communication,
+        samples=config.data.batch_size,
         micro_steps=config.trainer.accumulate_grad_batches,
     )
     text = f"about {in_gib(total)} of {in_gib(sharding.capacity_bytes)}"
-    return text if total <= (1 - LEFT_FREE) * sharding.capacity_bytes else f"{text}: this may not fit"
+    return text if total <= usable_bytes(sharding.capacity_bytes) else f"{text}: this may not fit"
 
 
 def _choose_batches(config: DictConfig, choices: Choices, largest_micro_batch: int, *, why: str) -> None:

@@ -84,10 +84,10 @@ def test_the_papers_largest_run_fits_in_the_papers_partition_size_and_runs_as_fa
 
 
 def test_recomputing_some_blocks_takes_what_is_in_between() -> None:
-    def taken(choice: str) -> int:
+    def taken(choice: str) -> float:
         config = composed(f"strategy.activation_checkpointing={choice}", "model.network.num_hidden_layers=12")
         config.cluster.precision = "32-true"
-        return measure_run(config, train.make_model(config)).sample.peak
+        return measure_run(config, train.make_model(config)).activations.peaks(8)["loss"]
 
     none, last, half, full = map(taken, ("false", "['network.gpt_neox.layers.11']", "['*[02468]']", "true"))
     assert none > last > half > full > 0
