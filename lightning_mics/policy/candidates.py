@@ -33,6 +33,7 @@ class Candidate:
 
     Attributes:
         system: "MiCS", or the name of the baseline.
+        recomputed_share: Share of the blocks that are recomputed in backward; None if nobody has counted them.
         topology: Topology of the job.
         batches: Division of the global batch.
         communication: Options of the collectives, without "auto".
@@ -58,6 +59,7 @@ class Candidate:
     seconds: Seconds
     hfu_tflops: float
     mfu_tflops: float
+    recomputed_share: float | None = None
 
     @property
     def in_stages(self) -> bool:
@@ -70,7 +72,7 @@ class Job:
     """A workload on a cluster, with what is given of its batches.
 
     Attributes:
-        workload: The work of the model.
+        workload: The work of the model, with the alternatives to choose from.
         hardware: Hardware of each node.
         world_size: Ranks in the job.
         ranks_per_node: Ranks on each node.
@@ -130,16 +132,23 @@ class Job:
 
     def full_sharding(self) -> Candidate:
         """The baseline: FSDP2 over all ranks with its defaults and the largest micro-batch that fits."""
-        return self._largest(self._full_sharding(reshard_after_forward=True))
+        own = replace(self, workload=replace(self.workload, alternatives=()))
+        return self._largest(own._full_sharding(reshard_after_forward=True))
 
     def full_sharding_tuned(self) -> Candidate:
-        """The fastest of FSDP2's own options over all ranks: what stays unsharded after a forward, when it reduces."""
+        """The fastest of FSDP2's own options over all ranks.
+
+        They are what stays unsharded after a forward, when gradients are reduced, and which share of the blocks is
+        recomputed, where that is free.
+        """
         places: tuple[Literal["shard", "rank"], ...] = ("shard", "rank")
-        candidates = (
+        candidates = [
             candidate
             for reshard, accumulate in product((True, self.ranks_per_node, False), places)
             for candidate in self._full_sharding(reshard_after_forward=reshard, accumulate=accumulate)
-        )
+        ]
+        if self.workload.alternatives:  # the same guard as ours
+            candidates = with_enough_tokens(candidates, self.workload.sample_tokens)
         return min(candidates, key=lambda candidate: (not candidate.fits, candidate.seconds.expected))
 
     def _full_sharding(
@@ -181,7 +190,7 @@ class Job:
         traffic_of: Callable[..., list[ScheduledCollective]],
         reshard_after_forward: bool | int = True,
     ) -> Iterator[Candidate]:
-        work, hardware = self.workload, self.hardware
+        hardware = self.hardware
         usable = usable_bytes(hardware.memory_bytes)
         traffic = [
             replace(repeated, times=repeated.times * count)
@@ -190,11 +199,11 @@ class Job:
                 [unit],
                 topology,
                 communication=options,
-                gathered_dtype=work.gathered_dtype,
-                reduce_dtype=work.reduce_dtype,
+                gathered_dtype=self.workload.gathered_dtype,
+                reduce_dtype=self.workload.reduce_dtype,
             )
         ]
-        for batches in self.all_batches():
+        for work, batches in product((self.workload, *self.workload.alternatives), self.all_batches()):
             memory_bytes = step_bytes(
                 work,
                 topology,
@@ -227,6 +236,7 @@ class Job:
                 seconds=seconds,
                 hfu_tflops=samples * work.hardware_flops / seconds.expected / 1e12,
                 mfu_tflops=samples * work.model_flops / seconds.expected / 1e12,
+                recomputed_share=work.recomputed_share,
             )
 
 
@@ -235,9 +245,10 @@ def fastest(
 ) -> Candidate:
     """The candidate to take: the fastest that fits, and of those as fast as it the simplest.
 
-    What is predicted within 1 % counts as equally fast: then caches on ranks are avoided, then bytes between nodes,
-    then memory, then large partition groups. Candidates that are slower than the baseline by more than 1 % if all or no
-    communication overlaps are not taken, because the share that overlaps is uncertain.
+    What is predicted within 1 % counts as equally fast: then caches on ranks are avoided, then saved activations of
+    blocks, then bytes between nodes, then memory, then large partition groups. Candidates that are slower than the
+    baseline by more than 1 % if all or no communication overlaps are not taken, because the share that overlaps is
+    uncertain.
 
     Args:
         candidates: Candidates of a job, at least one.
@@ -248,15 +259,21 @@ def fastest(
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
         return min(candidates, key=lambda candidate: (candidate.memory_bytes, candidate.seconds.expected))
-    if sample_tokens is not None:
-        enough = [c for c in fitting if c.batches.micro * sample_tokens >= LEAST_TOKENS or c.batches.accumulation == 1]
-        fitting = enough or fitting
+    fitting = with_enough_tokens(fitting, sample_tokens)
     if baseline.fits:
         fitting = [candidate for candidate in fitting if not _is_risky(candidate, baseline)] or fitting
     best = min(candidate.seconds.expected for candidate in fitting)
     others = [other.seconds.expected for other in (baseline, tuned) if other.fits]
     bound = min([1.01 * best, *(seconds for seconds in others if seconds >= best)])
     return min((c for c in fitting if c.seconds.expected <= bound), key=_simplicity)
+
+
+def with_enough_tokens(candidates: list[Candidate], sample_tokens: int | None) -> list[Candidate]:
+    """The candidates whose micro-steps have enough tokens, or all tokens there are; all candidates if none has."""
+    if sample_tokens is None:
+        return candidates
+    enough = [c for c in candidates if c.batches.micro * sample_tokens >= LEAST_TOKENS or c.batches.accumulation == 1]
+    return enough if any(candidate.fits for candidate in enough) else candidates
 
 
 def _is_risky(candidate: Candidate, baseline: Candidate) -> bool:
@@ -269,6 +286,7 @@ def _simplicity(candidate: Candidate) -> tuple[float, ...]:
     on_ranks = (options.cache_parameters == "rank") + (options.accumulate_gradients == "rank")
     return (
         on_ranks,
+        -(candidate.recomputed_share or 0.0),
         round(candidate.node_sent.between_bytes, -6),
         candidate.memory_bytes,
         candidate.topology.partition_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,6 +25,8 @@ class Workload:
         gathered_dtype: Dtype of unsharded parameters.
         reduce_dtype: Dtype of gradient sums.
         sample_tokens: Tokens of one sample; None if it has none, or nobody has counted them.
+        recomputed_share: Share of the blocks that are recomputed in backward; None if nobody has counted them.
+        alternatives: The same model with other shares of its blocks recomputed, for a plan to choose from.
     """
 
     units: tuple[Unit, ...]
@@ -36,3 +38,14 @@ class Workload:
     gathered_dtype: torch.dtype
     reduce_dtype: torch.dtype
     sample_tokens: int | None = None
+    recomputed_share: float | None = None
+    alternatives: tuple[Workload, ...] = ()
+
+    def with_share(self, share: float | None) -> Workload:
+        """The workload without alternatives, with a share of its blocks recomputed.
+
+        Args:
+            share: Share of this workload or of one of its alternatives.
+        """
+        chosen = next(each for each in (self, *self.alternatives) if each.recomputed_share == share)
+        return replace(chosen, alternatives=())

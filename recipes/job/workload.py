@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ FEW = 4  # blocks: the first two, the last, and one between
 
 
 def measure_run(config: DictConfig, model: LanguageModel) -> Workload:
-    """Measure the model of the run and one sequence of it.
+    """Measure the model of the run and one sequence of it; with ``activation_checkpointing: auto`` for five shares.
 
     Activations are extrapolated from networks of four and six blocks, because blocks are alike. So the full network is
     built only once, on the meta device.
@@ -45,33 +46,56 @@ def measure_run(config: DictConfig, model: LanguageModel) -> Workload:
         network = _as_in_training(model.build_network())
     recompute = OmegaConf.to_object(OmegaConf.create({"": config.strategy.activation_checkpointing}))[""]
     blocks = find_blocks(network)
-    shape, share = shape_of(network, model.config, recompute)
-    activations = _activations(model, network, length, recompute=recompute, share=share, precision=precision)
-    return Workload(
+    shape, share = shape_of(network, model.config, True if recompute == "auto" else recompute)
+    activations_of = _by_share(model, network, length, recompute=recompute, mixed=precision == "bf16-mixed")
+    work = Workload(
         units=tuple(find_units(network, blocks)),
         size=measure_model(
             network, blocks.values(), gathered_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype
         ),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        activations=activations,
+        activations=activations_of(share),
         sample_tokens=length,
         model_flops=shape.training_flops(length),
         hardware_flops=shape.training_flops(length, recomputed_share=share),
         gathered_dtype=policy.param_dtype or dtype,
         reduce_dtype=policy.reduce_dtype or dtype,
+        recomputed_share=share,
     )
+    if recompute != "auto":
+        return work
+    shares = sorted({round(quarters / 4 * len(blocks)) / len(blocks) for quarters in range(4)})
+    others = (
+        replace(
+            work,
+            activations=activations_of(other),
+            hardware_flops=shape.training_flops(length, recomputed_share=other),
+            recomputed_share=other,
+        )
+        for other in shares
+    )
+    return replace(work, alternatives=tuple(others))
 
 
-def _activations(
-    model: LanguageModel, network: nn.Module, length: int, *, recompute: Any, share: float, precision: str
-) -> Activations:
-    """Activations of the run, from networks of few blocks."""
+def _by_share(
+    model: LanguageModel, network: nn.Module, length: int, *, recompute: Any, mixed: bool
+) -> Callable[[float], Activations]:
+    """Activations of the run by the share of its blocks that are recomputed, from networks of few blocks."""
     dims = {dim for parameter in network.parameters() for dim in parameter.shape}
-    measure = partial(_of_depths, model, length, dims=dims, mixed=precision == "bf16-mixed")
-    if share in (0, 1):
-        return measure(recompute=recompute)
-    blocks = model.config.num_hidden_layers
-    return partly_recomputed(measure(recompute=False), measure(recompute=True), blocks=blocks, share=share)
+    of_depths = partial(_of_depths, model, length, dims=dims, mixed=mixed)
+    of_all_or_none = cache(lambda every: of_depths(recompute=every))
+    names_modules = not isinstance(recompute, bool | int | float) and recompute != "auto"
+
+    def of_share(share: float) -> Activations:
+        if share == 0 and names_modules:
+            return of_depths(recompute=recompute)
+        if share in (0, 1):
+            return of_all_or_none(share == 1)
+        return partly_recomputed(
+            of_all_or_none(False), of_all_or_none(True), blocks=model.config.num_hidden_layers, share=share
+        )
+
+    return of_share
 
 
 def _of_depths(model: LanguageModel, length: int, *, dims: set[int], mixed: bool, recompute: Any) -> Activations:

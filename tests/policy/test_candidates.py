@@ -174,3 +174,30 @@ def test_no_plan_of_these_models_is_slower_than_full_sharding_at_its_best(model:
         assert ratio(row, "baseline") >= 1
         assert ratio(row, "baseline", "least") >= 0.99 and ratio(row, "baseline", "most") >= 0.99
         assert row["recommended"]["between_bytes"] <= 1.05 * row["baseline"]["between_bytes"]
+
+
+def recomputable(per_sample: float) -> Workload:
+    """All blocks recomputed, or none, which takes a quarter less arithmetic and ``per_sample`` bytes."""
+    saved = Activations({phase: (Line(0, per_sample),) for phase in ALL_SAVED})
+    none = work(activations=saved, hardware_flops=6e12, recomputed_share=0.0)
+    return work(recomputed_share=1.0, alternatives=(none,), sample_tokens=512)
+
+
+def test_blocks_are_not_recomputed_where_memory_allows() -> None:
+    assert taken(job(workload=recomputable(GIB))).recomputed_share == 0
+    tuned = job(workload=recomputable(0.3 * GIB)).full_sharding_tuned()
+    assert tuned.fits and tuned.recomputed_share == 0  # a fair comparison
+    assert job(workload=recomputable(GIB)).full_sharding().recomputed_share == 1
+    assert taken(job(workload=recomputable(20 * GIB))).recomputed_share == 1
+    given = replace(recomputable(GIB), alternatives=())
+    assert taken(job(workload=given)).recomputed_share == 1
+
+
+def test_micro_steps_of_few_tokens_are_no_reason_not_to_recompute() -> None:
+    each = job(workload=recomputable(5 * GIB))  # without recomputation, fewer than 4 samples of 512 tokens fit
+    candidates = list(each.candidates("auto", AUTO))
+    tuned = each.full_sharding_tuned()
+    assert any(c.fits and c.recomputed_share == 0 and c.batches.micro == 2 for c in candidates)
+    best = fastest(candidates, each.full_sharding(), tuned, sample_tokens=512)
+    assert best.recomputed_share == tuned.recomputed_share == 1
+    assert best.seconds.expected <= tuned.seconds.expected

@@ -32,7 +32,7 @@ def measure_workload(
     precision: str = "32-true",
     reduce_dtype: torch.dtype | None = None,
     block_classes: ModuleClasses | None = None,
-    activation_checkpointing: bool | ModuleClasses = False,
+    activation_checkpointing: bool | float | ModuleClasses = False,
 ) -> Workload:
     """Measure a model of any size on fake tensors, which take no memory.
 
@@ -44,7 +44,7 @@ def measure_workload(
         precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"``.
         reduce_dtype: Dtype in which gradients are reduced; None follows the precision.
         block_classes: Classes of the blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
-        activation_checkpointing: Whether blocks are recomputed in backward; classes or patterns choose modules, see
+        activation_checkpointing: Whether blocks are recomputed in backward, or which; see
             :func:`~lightning_mics.sharding.shard_model.shard_model`.
 
     Raises:

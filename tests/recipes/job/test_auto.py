@@ -121,3 +121,12 @@ def test_the_strategy_takes_what_was_chosen(overrides: list[str]) -> None:
         config.strategy[name] for name in ("partition_size", "cache_parameters", "accumulate_gradients")
     }
     assert instantiate(config.strategy)
+
+
+def test_recomputation_is_chosen_with_the_rest() -> None:
+    config, table = chosen("model=gpt2", "cluster=p4d_2", "strategy.activation_checkpointing=auto")
+    assert config.strategy.activation_checkpointing is False
+    assert '0% ("auto": as fast as any that fits)' in table
+    config, table = chosen("strategy.activation_checkpointing=auto", "model.network.num_hidden_layers=2")
+    assert config.strategy.activation_checkpointing is False
+    assert '0% ("auto": the fewest with which the micro-batch fits)' in table
