@@ -1,10 +1,11 @@
 """Memory of a plan against a rehearsal: every model of ``conf/model`` on one cluster, at three micro-batches.
 
-python -m benchmarks.step_memory --out benchmarks/results/step_memory
+python -m benchmarks.step_memory --blocks 8 --out benchmarks/results/step_memory
 
 The closed form of the plan is compared with the allocations of the program itself, run as one rank without values. A
-rehearsal of a large model takes up to a minute, so what ``--minutes`` leave out is said, and rows of an earlier call
-into the same folder stay: the table can be made model by model.
+rehearsal of a large model takes up to a minute. Blocks are alike, and the closed form measures networks of four and six
+of them, so ``--blocks 8`` already counts what is extrapolated. What ``--minutes`` leave out is said, and rows of an
+earlier call into the same folder stay: the table can be made model by model.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 import train
 from lightning_mics.policy.step_memory import step_bytes
@@ -63,8 +65,7 @@ def compared(model: str, cluster: str, *overrides: str, rehearsals: int = 3) -> 
     Yields:
         A row with the bytes of both.
     """
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("train", [f"model={model}", f"cluster={cluster}", *overrides])
+    config = composed(model, cluster, *overrides)
     module = train.make_model(config)
     job = choose_automatically(config, module)
     chosen = job.config
@@ -96,6 +97,19 @@ def compared(model: str, cluster: str, *overrides: str, rehearsals: int = 3) -> 
         }
 
 
+def composed(model: str, cluster: str, *overrides: str) -> DictConfig:
+    """The configuration of a model on a cluster."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", [f"model={model}", f"cluster={cluster}", *overrides])
+
+
+def with_blocks(model: str, blocks: int | None) -> list[str]:
+    """The override that gives a model so many blocks; none for all of its own."""
+    network = composed(model, CLUSTERS[model]).model.network
+    name = "n_layer" if "n_layer" in network else "num_hidden_layers"
+    return [] if blocks is None else [f"model.network.{name}={blocks}"]
+
+
 def ratio(row: dict[str, Any]) -> float:
     """Bytes of the closed form over those of the rehearsal."""
     return float(row["closed_bytes"] / row["rehearsed_bytes"])
@@ -122,14 +136,14 @@ def write_page(out: Path, rows: Sequence[dict[str, Any]]) -> None:
         "",
         "**Method.** Each model of `conf/model` on one cluster, as the plan recommends, at its micro-batch",
         "and at a half and a quarter of it, or at 1, 2 and 4. The closed form measures networks of four and six blocks",
-        "and counts the others; the rehearsal runs one optimizer step of all blocks on tensors without values.",
+        "and counts the others; the rehearsal runs one optimizer step of the blocks of the table, without values.",
         "*Computed and rehearsed, not measured on a GPU*: what CUDA, NCCL and the allocator take is a reserve apart.",
         "",
         f"**Result.** {summary['rows']} steps of {summary['models']} models: the closed form is {least:.4f} to",
         f"{largest:.4f} times the rehearsal.",
         "",
         "```bash",
-        "python -m benchmarks.step_memory --out benchmarks/results/step_memory",
+        "python -m benchmarks.step_memory --blocks 8 --out benchmarks/results/step_memory",
         "```",
         "",
         f"Commit {commit.stdout.strip()}.",
@@ -151,14 +165,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compare and write the page; the exit status is 1 if a ratio is not within 1.00 and 1.03."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(CLUSTERS), choices=list(CLUSTERS))
+    parser.add_argument("--blocks", type=int, help="blocks of each model; all without it")
     parser.add_argument("--minutes", type=float, default=8.0, help="no rehearsal begins later")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    before = json.loads((options.out / "results.json").read_text())["rows"] if options.out.exists() else []
+    page = options.out / "results.json"
+    before = json.loads(page.read_text())["rows"] if page.exists() else []
     rows = {(row["model"], row["micro_batch"]): row for row in before if row["model"] not in options.models}
     end = time.monotonic() + 60 * options.minutes
     for model in options.models:
-        for row in compared(model, CLUSTERS[model]):
+        for row in compared(model, CLUSTERS[model], *with_blocks(model, options.blocks)):
             rows[model, row["micro_batch"]] = row
             print(
                 model, f"{row['micro_batch']} x {row['micro_steps']}", f"{ratio(row):.4f}", row["seconds"], flush=True

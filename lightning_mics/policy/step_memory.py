@@ -28,7 +28,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_mics.cost.step_traffic import Unit
 from lightning_mics.policy.activations import ALL_SAVED, Phase
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.options import CommunicationOptions
@@ -74,8 +73,8 @@ def step_bytes(
 class _Size:
     """Bytes of parameter groups, unsharded and as they are reduced."""
 
-    gathered: int = 0
-    reduced: int = 0
+    gathered: int
+    reduced: int
 
 
 class _Step:
@@ -91,17 +90,17 @@ class _Step:
         reshard: bool | int = True,
     ) -> None:
         self._ranks, self._micro_steps, self._reshard = topology.partition_size, micro_steps, reshard
-        roots = [unit for unit in work.units if unit.is_root]
-        blocks = [unit for unit in work.units if not unit.is_root]
-        self._root, self._all = self._size(work, *roots), self._size(work, *work.units)
-        sizes = [self._size(work, block) for block in blocks]
-        self._block = _Size(max((s.gathered for s in sizes), default=0), max((s.reduced for s in sizes), default=0))
-        self._nearest = [size.reduced for size in sizes[:2]]  # of the first and the second block
-        padded = self._all.gathered / (self._size(work, *work.units, ranks=1).gathered or 1)
+        wide, reduced = work.gathered_dtype.itemsize, work.reduce_dtype.itemsize
+        elements = work.elements(self._ranks)
+        self._root, self._block, self._all = (
+            _Size(count * wide, count * reduced) for count in (elements.root, elements.largest, elements.total)
+        )
+        self._nearest = [count * reduced for count in elements.nearest]  # of the first and the second block
+        padded = elements.total / (work.elements(1).total or 1)
         states = work.size.states_bytes - work.size.gradients_bytes
         self._gradients = padded * work.size.gradients_bytes / self._ranks
         self._states = padded * states / self._ranks + work.size.buffers_bytes
-        self._states += SCALARS_BYTES + STEP_COUNTER_BYTES * sum(len(unit.parameters) for unit in work.units)
+        self._states += SCALARS_BYTES + STEP_COUNTER_BYTES * work.parameter_tensors
         self._cache = communication.cache_parameters if self._ranks > 1 else "never"
         self._sums = communication.accumulate_gradients if self._ranks > 1 and micro_steps > 1 else "shard"
         local = topology.local_ranks_per_partition_group
@@ -116,10 +115,6 @@ class _Step:
         if topology.replicas > 1 and micro_steps > 1 and communication.inter_node_reduce_dtype is not None:
             self._adds_up_apart = True  # the second hop is not FSDP2's
             self._states += self._all.reduced / self._ranks
-
-    def _size(self, work: Workload, *units: Unit, ranks: int | None = None) -> _Size:
-        elements = sum(unit.elements(ranks or self._ranks) for unit in units)
-        return _Size(elements * work.gathered_dtype.itemsize, elements * work.reduce_dtype.itemsize)
 
     @property
     def update(self) -> float:

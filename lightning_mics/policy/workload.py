@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from lightning_mics.cost.step_traffic import Unit
 from lightning_mics.policy.activations import Activations
 from lightning_mics.policy.memory import ModelSize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elements:
+    """Elements of parameter groups, padded so that all ranks have equal shards.
+
+    Attributes:
+        root: Elements of the root.
+        largest: Elements of the largest block; 0 without blocks.
+        total: Elements of all groups.
+        nearest: Elements of the first and the second block, if there are any.
+    """
+
+    root: int
+    largest: int
+    total: int
+    nearest: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +58,24 @@ class Workload:
     sample_tokens: int | None = None
     recomputed_share: float | None = None
     alternatives: tuple[Workload, ...] = ()
+
+    def elements(self, ranks: int) -> Elements:
+        """Elements of the parameter groups over ``ranks`` ranks; computed once."""
+        if ranks not in self._elements:
+            root = sum(unit.elements(ranks) for unit in self.units if unit.is_root)
+            blocks = [unit.elements(ranks) for unit in self.units if not unit.is_root]
+            largest, nearest = max(blocks, default=0), tuple(blocks[:2])
+            self._elements[ranks] = Elements(root=root, largest=largest, total=root + sum(blocks), nearest=nearest)
+        return self._elements[ranks]
+
+    @cached_property
+    def parameter_tensors(self) -> int:
+        """Number of parameters, each a tensor."""
+        return sum(len(unit.parameters) for unit in self.units)
+
+    @cached_property
+    def _elements(self) -> dict[int, Elements]:
+        return {}
 
     def with_share(self, share: float | None) -> Workload:
         """The workload without alternatives, with a share of its blocks recomputed.
