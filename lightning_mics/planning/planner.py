@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_mics.cost.hardware import Hardware
-from lightning_mics.policy.candidates import LEFT_FREE, Candidate, Job, fastest
-from lightning_mics.policy.memory import in_gib
+from lightning_mics.policy.candidates import Candidate, Job, fastest
+from lightning_mics.policy.memory import in_gib, usable_bytes
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.options import CommunicationOptions
 
@@ -155,9 +155,10 @@ def _warnings(chosen: Candidate, ranked: Sequence[Candidate], baseline: Candidat
     warnings = []
     topology = chosen.topology
     if not chosen.fits:
+        reserve = hardware.memory_bytes - usable_bytes(hardware.memory_bytes)
         needs = (
-            f"{in_gib(chosen.memory_bytes)} of {in_gib(hardware.memory_bytes)} per GPU, of which "
-            f"{LEFT_FREE:.0%} should stay free"
+            f"{in_gib(chosen.memory_bytes)} of {in_gib(hardware.memory_bytes)} per GPU, of which {in_gib(reserve)} are "
+            "for CUDA, NCCL and the allocator"
         )
         others = sorted(each.topology.partition_size for each in ranked if each.fits)
         if others:

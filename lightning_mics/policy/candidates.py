@@ -15,12 +15,11 @@ from lightning_mics.cost.hardware import Hardware
 from lightning_mics.cost.step_time import Seconds, step_seconds
 from lightning_mics.cost.step_traffic import ScheduledCollective, Unit, full_sharding_traffic, step_traffic, total_sent
 from lightning_mics.policy.choice import Choice, choose
+from lightning_mics.policy.memory import usable_bytes
+from lightning_mics.policy.step_memory import step_bytes
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology, partition_sizes
-
-LEFT_FREE = 0.06  # share of a device for memory that is not counted: the CUDA context, NCCL, fragmentation
-
 
 FULL_SHARDING = "FSDP, ZeRO-3"
 
@@ -34,13 +33,14 @@ class Candidate:
 
     Attributes:
         system: "MiCS", or the name of the baseline.
+        recomputed_share: Share of the blocks that are recomputed in backward; None if nobody has counted them.
         topology: Topology of the job.
         batches: Division of the global batch.
         communication: Options of the collectives, without "auto".
         states_bytes: Model states of a rank, with the unsharded parameters and gradients of the peak, in bytes.
         cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
-        memory_bytes: Memory of a rank, with the activations of a micro-batch, in bytes.
-        fits: Whether ``memory_bytes`` leaves enough of the device free.
+        memory_bytes: Tensors of a rank at the peak of a step, in bytes.
+        fits: Whether ``memory_bytes`` leave the reserve of the device free.
         node_sent: Bytes that a node sends per optimizer step.
         seconds: Predicted seconds of an optimizer step.
         hfu_tflops: TFLOP/s of one GPU at the expected time, with recomputation.
@@ -59,6 +59,7 @@ class Candidate:
     seconds: Seconds
     hfu_tflops: float
     mfu_tflops: float
+    recomputed_share: float | None = None
 
     @property
     def in_stages(self) -> bool:
@@ -71,7 +72,7 @@ class Job:
     """A workload on a cluster, with what is given of its batches.
 
     Attributes:
-        workload: The work of the model.
+        workload: The work of the model, with the alternatives to choose from.
         hardware: Hardware of each node.
         world_size: Ranks in the job.
         ranks_per_node: Ranks on each node.
@@ -131,16 +132,23 @@ class Job:
 
     def full_sharding(self) -> Candidate:
         """The baseline: FSDP2 over all ranks with its defaults and the largest micro-batch that fits."""
-        return self._largest(self._full_sharding(reshard_after_forward=True))
+        own = replace(self, workload=replace(self.workload, alternatives=()))
+        return self._largest(own._full_sharding(reshard_after_forward=True))
 
     def full_sharding_tuned(self) -> Candidate:
-        """The fastest of FSDP2's own options over all ranks: what stays unsharded after a forward, when it reduces."""
+        """The fastest of FSDP2's own options over all ranks.
+
+        They are what stays unsharded after a forward, when gradients are reduced, and which share of the blocks is
+        recomputed, where that is free.
+        """
         places: tuple[Literal["shard", "rank"], ...] = ("shard", "rank")
-        candidates = (
+        candidates = [
             candidate
             for reshard, accumulate in product((True, self.ranks_per_node, False), places)
             for candidate in self._full_sharding(reshard_after_forward=reshard, accumulate=accumulate)
-        )
+        ]
+        if self.workload.alternatives:  # the same guard as ours
+            candidates = with_enough_tokens(candidates, self.workload.sample_tokens)
         return min(candidates, key=lambda candidate: (not candidate.fits, candidate.seconds.expected))
 
     def _full_sharding(
@@ -155,7 +163,7 @@ class Job:
             cached_bytes += -(-self.workload.size.gathered_bytes // (int(reshard_after_forward) or 1))
 
         traffic = partial(full_sharding_traffic, reshard_after_forward=reshard_after_forward)
-        return self._priced(FULL_SHARDING, topology, options, cached_bytes, traffic)
+        return self._priced(FULL_SHARDING, topology, options, cached_bytes, traffic, reshard_after_forward)
 
     def _choice(self, topology: Topology, options: CommunicationOptions) -> Choice:
         """What the strategy makes of options without "auto"."""
@@ -180,9 +188,10 @@ class Job:
         options: CommunicationOptions,
         cached_bytes: int,
         traffic_of: Callable[..., list[ScheduledCollective]],
+        reshard_after_forward: bool | int = True,
     ) -> Iterator[Candidate]:
-        work, hardware = self.workload, self.hardware
-        usable = int((1 - LEFT_FREE) * hardware.memory_bytes)
+        hardware = self.hardware
+        usable = usable_bytes(hardware.memory_bytes)
         traffic = [
             replace(repeated, times=repeated.times * count)
             for unit, count in self._units.items()
@@ -190,16 +199,18 @@ class Job:
                 [unit],
                 topology,
                 communication=options,
-                gathered_dtype=work.gathered_dtype,
-                reduce_dtype=work.reduce_dtype,
+                gathered_dtype=self.workload.gathered_dtype,
+                reduce_dtype=self.workload.reduce_dtype,
             )
         ]
-        for batches in self.all_batches():
-            memory_bytes = work.size.rank_bytes(
-                topology.partition_size,
-                work.activations(batches.micro),
-                cached_bytes=cached_bytes,
+        for work, batches in product((self.workload, *self.workload.alternatives), self.all_batches()):
+            memory_bytes = step_bytes(
+                work,
+                topology,
+                options,
+                samples=batches.micro,
                 micro_steps=batches.accumulation,
+                reshard_after_forward=reshard_after_forward,
             )
             seconds = step_seconds(
                 traffic,
@@ -225,6 +236,7 @@ class Job:
                 seconds=seconds,
                 hfu_tflops=samples * work.hardware_flops / seconds.expected / 1e12,
                 mfu_tflops=samples * work.model_flops / seconds.expected / 1e12,
+                recomputed_share=work.recomputed_share,
             )
 
 
@@ -233,9 +245,10 @@ def fastest(
 ) -> Candidate:
     """The candidate to take: the fastest that fits, and of those as fast as it the simplest.
 
-    What is predicted within 1 % counts as equally fast: then caches on ranks are avoided, then bytes between nodes,
-    then memory, then large partition groups. Candidates that are slower than the baseline by more than 1 % if all or no
-    communication overlaps are not taken, because the share that overlaps is uncertain.
+    What is predicted within 1 % counts as equally fast: then caches on ranks are avoided, then saved activations of
+    blocks, then bytes between nodes, then memory, then large partition groups. Candidates that are slower than the
+    baseline by more than 1 % if all or no communication overlaps are not taken, because the share that overlaps is
+    uncertain.
 
     Args:
         candidates: Candidates of a job, at least one.
@@ -246,15 +259,21 @@ def fastest(
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
         return min(candidates, key=lambda candidate: (candidate.memory_bytes, candidate.seconds.expected))
-    if sample_tokens is not None:
-        enough = [c for c in fitting if c.batches.micro * sample_tokens >= LEAST_TOKENS or c.batches.accumulation == 1]
-        fitting = enough or fitting
+    fitting = with_enough_tokens(fitting, sample_tokens)
     if baseline.fits:
         fitting = [candidate for candidate in fitting if not _is_risky(candidate, baseline)] or fitting
     best = min(candidate.seconds.expected for candidate in fitting)
     others = [other.seconds.expected for other in (baseline, tuned) if other.fits]
     bound = min([1.01 * best, *(seconds for seconds in others if seconds >= best)])
     return min((c for c in fitting if c.seconds.expected <= bound), key=_simplicity)
+
+
+def with_enough_tokens(candidates: list[Candidate], sample_tokens: int | None) -> list[Candidate]:
+    """The candidates whose micro-steps have enough tokens, or all tokens there are; all candidates if none has."""
+    if sample_tokens is None:
+        return candidates
+    enough = [c for c in candidates if c.batches.micro * sample_tokens >= LEAST_TOKENS or c.batches.accumulation == 1]
+    return enough if any(candidate.fits for candidate in enough) else candidates
 
 
 def _is_risky(candidate: Candidate, baseline: Candidate) -> bool:
@@ -267,6 +286,7 @@ def _simplicity(candidate: Candidate) -> tuple[float, ...]:
     on_ranks = (options.cache_parameters == "rank") + (options.accumulate_gradients == "rank")
     return (
         on_ranks,
+        -(candidate.recomputed_share or 0.0),
         round(candidate.node_sent.between_bytes, -6),
         candidate.memory_bytes,
         candidate.topology.partition_size,

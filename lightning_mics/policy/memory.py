@@ -1,12 +1,12 @@
 """Memory that a rank needs for model states, and the partition size that follows from it.
 
 MiCS, section 3.1: the partition group is the smallest whole number of nodes whose memory holds the model states.
-Activations depend on the batch and are not counted; a share of the device is left for them.
+Activations depend on the batch and are not counted; a share of the device is left for them. Where they are known, all
+tensors of a step are counted (:mod:`lightning_mics.policy.step_memory`), and only a reserve is left.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +20,16 @@ from lightning_mics.topology import partition_sizes
 # Share of a device that model states may take; the rest is for activations. The paper's own choices of partition size
 # bound it: BERT 20B runs on 16 V100s, BERT 15B was not put on 8 nor BERT 50B on 32 (MiCS, table 1).
 USABLE_SHARE = 0.75
+
+
+# What a GPU holds besides tensors, for each rank: the CUDA context (about 0.5 GB), and NCCL's buffers for the groups of
+# nodes, rails and replicas (0.3 to 1 GB).
+RESERVED_BYTES = 1_500_000_000
+
+
+# Share of a device that tensors cannot use: the allocator's pools of the streams that gather, reduce and compute do not
+# lend each other what is free in them, and its blocks leave gaps.
+RESERVED_SHARE = 0.06
 
 
 ADAM_STATES = 2  # optimizers are made after sharding, so the most usual one is assumed
@@ -38,6 +48,8 @@ class ModelSize:
         gathered_bytes: All unsharded parameters.
         reduced_bytes: All gradients, in the dtype of the reduction.
         gradients_bytes: Gradients among the model states.
+        buffers_bytes: Buffers, which every rank has.
+        cast_bytes: Gradients in the dtype of parameters, where they are reduced in another.
     """
 
     states_bytes: int
@@ -48,6 +60,8 @@ class ModelSize:
     gathered_bytes: int
     reduced_bytes: int
     gradients_bytes: int = 0
+    buffers_bytes: int = 0
+    cast_bytes: int = 0
 
     def per_rank_bytes(self, partition_size: int) -> int:
         """Bytes on each rank at the peak of a backward, without activations.
@@ -61,28 +75,6 @@ class ModelSize:
         """
         in_blocks = 3 * self.block_bytes + self.block_reduced_bytes
         return -(-self.states_bytes // partition_size) + 2 * self.root_bytes + max(in_blocks, self.root_reduced_bytes)
-
-    def rank_bytes(
-        self, partition_size: int, activations: Activations, *, cached_bytes: int = 0, micro_steps: int | None = None
-    ) -> int:
-        """Bytes on each rank at the peak of a step, with activations and caches.
-
-        In a step of one micro-step, gradients grow as activations shrink: when the backward begins there are none, when
-        it reaches the first block there are all.
-
-        Args:
-            partition_size: Ranks per partition group.
-            activations: Activations of a micro-batch.
-            cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
-            micro_steps: Micro-steps per optimizer step; None if it is not known.
-        """
-        in_blocks = self.per_rank_bytes(partition_size)
-        at_head = -(-self.states_bytes // partition_size) + 2 * self.root_bytes + self.block_bytes
-        peak = max(at_head + activations.at_head, in_blocks + activations.in_blocks)
-        if micro_steps == 1:
-            later = max(0, self.gradients_bytes - 2 * self.block_reduced_bytes) // partition_size
-            peak = max(peak - later, in_blocks + activations.at_end)
-        return cached_bytes + math.ceil(peak)
 
 
 def measure_model(
@@ -116,6 +108,8 @@ def measure_model(
         gathered_bytes=_bytes_in(model.parameters(), gathered_dtype),
         reduced_bytes=_bytes_in(trainable, reduce_dtype),
         gradients_bytes=gradients_bytes,
+        buffers_bytes=sum(buffer.nbytes for buffer in model.buffers()),
+        cast_bytes=sum(p.nbytes for p in trainable if reduce_dtype not in (None, p.dtype)),
     )
 
 
@@ -145,6 +139,15 @@ def fits(size: ModelSize, partition_size: int, capacity_bytes: int, *, cached_by
     return size.per_rank_bytes(partition_size) + cached_bytes <= USABLE_SHARE * capacity_bytes
 
 
+def usable_bytes(capacity_bytes: int) -> int:
+    """Memory of a device that is left for tensors where all of them are known, activations too.
+
+    Args:
+        capacity_bytes: Memory of the device.
+    """
+    return int((1 - RESERVED_SHARE) * capacity_bytes) - RESERVED_BYTES
+
+
 def device_memory_bytes(device: torch.device, *, processes: int) -> int:
     """Memory of a rank's device in bytes: its accelerator, or an equal part of the machine's memory.
 
@@ -169,29 +172,3 @@ def _unit_parameters(unit: nn.Module, blocks: set[nn.Module]) -> set[nn.Paramete
 
 def _bytes_in(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None) -> int:
     return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in parameters)
-
-
-@dataclass(frozen=True)
-class Activations:
-    """The most bytes that are allocated at any moment of a forward and backward.
-
-    Attributes:
-        at_head: Peak in bytes until the backward of the last block: saved activations of all blocks, and the loss.
-        in_blocks: Peak in bytes after that: saved activations of all blocks, and the work of one block.
-        at_end: Peak in bytes from the backward of the first block on.
-    """
-
-    at_head: float = 0.0
-    in_blocks: float = 0.0
-    at_end: float = 0.0
-
-    @property
-    def peak(self) -> float:
-        """Peak of the forward and backward, in bytes."""
-        return max(self.at_head, self.in_blocks, self.at_end)
-
-    def __add__(self, other: Activations) -> Activations:
-        return Activations(self.at_head + other.at_head, self.in_blocks + other.in_blocks, self.at_end + other.at_end)
-
-    def __mul__(self, factor: float) -> Activations:
-        return Activations(self.at_head * factor, self.in_blocks * factor, self.at_end * factor)

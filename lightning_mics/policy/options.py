@@ -38,8 +38,9 @@ class PolicyOptions(TypedDict, total=False):
             precision: float32 for float32 and mixed precision, bfloat16 for a model in bfloat16.
         block_classes: Classes of the blocks to shard, or their names; None, the default, takes the model's
             ``_no_split_modules``, else the longest list of equal modules.
-        activation_checkpointing: Whether blocks are recomputed in backward, False by default; classes or names choose
-            other modules, patterns choose blocks by FQN: ``"network.transformer.h.*[02468]"``.
+        activation_checkpointing: Whether blocks are recomputed in backward, False by default; a number between 0 and 1
+            is the share of the blocks that are, spread over the depth; classes or names choose other modules, patterns
+            choose blocks by FQN: ``"network.transformer.h.*[02468]"``.
         broadcast_buffers: Whether all ranks get the buffers of rank 0, such as running statistics, where they differ
             and a step, an evaluation or a checkpoint uses them, True by default; False keeps each rank's own.
         two_hop: Whether gradients are reduced over replicas at the boundary only, True by default; False does so in
@@ -59,7 +60,7 @@ class PolicyOptions(TypedDict, total=False):
     inter_node_reduce_dtype: torch.dtype | str | None
     reduce_dtype: torch.dtype | str | None
     block_classes: ModuleClasses | None
-    activation_checkpointing: bool | ModuleClasses
+    activation_checkpointing: bool | float | ModuleClasses
     broadcast_buffers: bool
     two_hop: bool
     allow_unused: bool

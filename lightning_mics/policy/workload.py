@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from lightning_mics.cost.step_traffic import Unit
-from lightning_mics.policy.memory import Activations, ModelSize
+from lightning_mics.policy.activations import Activations
+from lightning_mics.policy.memory import ModelSize
 
-NO_ACTIVATIONS = Activations()
+
+@dataclass(frozen=True, kw_only=True)
+class Elements:
+    """Elements of parameter groups, padded so that all ranks have equal shards.
+
+    Attributes:
+        root: Elements of the root.
+        largest: Elements of the largest block; 0 without blocks.
+        total: Elements of all groups.
+        nearest: Elements of the first and the second block, if there are any.
+    """
+
+    root: int
+    largest: int
+    total: int
+    nearest: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,26 +37,51 @@ class Workload:
         units: Parameter groups: the root and the blocks.
         size: Sizes of model states.
         parameters: Number of parameters.
-        sample: Activations of one sample.
-        fixed: Activations of a micro-batch that do not depend on its size, such as a loss that is computed in pieces.
+        activations: Activations in each phase of a micro-step.
         model_flops: FLOPs of a forward and backward of one sample, without recomputation.
         hardware_flops: FLOPs of a forward and backward of one sample, with recomputation.
         gathered_dtype: Dtype of unsharded parameters.
         reduce_dtype: Dtype of gradient sums.
         sample_tokens: Tokens of one sample; None if it has none, or nobody has counted them.
+        recomputed_share: Share of the blocks that are recomputed in backward; None if nobody has counted them.
+        alternatives: The same model with other shares of its blocks recomputed, for a plan to choose from.
     """
 
     units: tuple[Unit, ...]
     size: ModelSize
     parameters: int
-    sample: Activations
-    fixed: Activations = NO_ACTIVATIONS
+    activations: Activations
     model_flops: float
     hardware_flops: float
     gathered_dtype: torch.dtype
     reduce_dtype: torch.dtype
     sample_tokens: int | None = None
+    recomputed_share: float | None = None
+    alternatives: tuple[Workload, ...] = ()
 
-    def activations(self, samples: int) -> Activations:
-        """Activations of a micro-batch of ``samples`` samples."""
-        return self.fixed + self.sample * samples
+    def elements(self, ranks: int) -> Elements:
+        """Elements of the parameter groups over ``ranks`` ranks; computed once."""
+        if ranks not in self._elements:
+            root = sum(unit.elements(ranks) for unit in self.units if unit.is_root)
+            blocks = [unit.elements(ranks) for unit in self.units if not unit.is_root]
+            largest, nearest = max(blocks, default=0), tuple(blocks[:2])
+            self._elements[ranks] = Elements(root=root, largest=largest, total=root + sum(blocks), nearest=nearest)
+        return self._elements[ranks]
+
+    @cached_property
+    def parameter_tensors(self) -> int:
+        """Number of parameters, each a tensor."""
+        return sum(len(unit.parameters) for unit in self.units)
+
+    @cached_property
+    def _elements(self) -> dict[int, Elements]:
+        return {}
+
+    def with_share(self, share: float | None) -> Workload:
+        """The workload without alternatives, with a share of its blocks recomputed.
+
+        Args:
+            share: Share of this workload or of one of its alternatives.
+        """
+        chosen = next(each for each in (self, *self.alternatives) if each.recomputed_share == share)
+        return replace(chosen, alternatives=())

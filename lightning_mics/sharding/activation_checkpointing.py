@@ -18,22 +18,30 @@ CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # key-val
 
 
 def find_recomputed(
-    model: nn.Module, blocks: dict[str, nn.Module], activation_checkpointing: bool | ModuleClasses
+    model: nn.Module, blocks: dict[str, nn.Module], activation_checkpointing: bool | float | ModuleClasses
 ) -> list[nn.Module]:
     """The modules that are recomputed in backward.
 
     Args:
         model: The model to search.
-        blocks: Blocks of the model by fully qualified name.
-        activation_checkpointing: Whether to recompute all blocks; or the modules to recompute: module classes, class
-            names, or patterns of block names.
+        blocks: Blocks of the model by fully qualified name, the last one first.
+        activation_checkpointing: Whether to recompute all blocks; the share of the blocks to recompute, spread over the
+            depth; or the modules to recompute: module classes, class names, or patterns of block names.
 
     Raises:
         TypeError: If ``activation_checkpointing`` holds anything but module classes, their names, and patterns.
-        ValueError: If one of these classes is not in the model, or no block's name matches a pattern.
+        ValueError: If one of these classes is not in the model, no block's name matches a pattern, the share is not
+            between 0 and 1, or it is "auto", which only a plan can choose.
     """
     if isinstance(activation_checkpointing, bool):
         return list(blocks.values()) if activation_checkpointing else []
+    if isinstance(activation_checkpointing, int | float):
+        return _spread(list(blocks.values())[::-1], activation_checkpointing)
+    if activation_checkpointing == "auto":
+        raise ValueError(
+            'activation_checkpointing="auto" is for plans, which know how much memory activations take: run the '
+            "recipes with it, or give the share of the blocks to recompute, between 0 and 1, or True"
+        )
     entries = _listed(activation_checkpointing)
     patterns = [entry for entry in entries if isinstance(entry, str) and not entry.isidentifier()]
     classes = [entry for entry in entries if entry not in patterns]
@@ -54,6 +62,14 @@ def recompute_in_backward(modules: Iterable[nn.Module]) -> None:
     """Make each of ``modules`` save only its inputs in forward, and recompute the rest in backward."""
     for module in modules:
         module.forward = _recomputing(module.forward, RecomputedState(module))
+
+
+def _spread(blocks: list[nn.Module], share: float) -> list[nn.Module]:
+    """A share of ``blocks``, at equal distances; the last block is one of them."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"activation_checkpointing={share} is not a share of the blocks, between 0 and 1")
+    count = round(share * len(blocks))
+    return [block for i, block in enumerate(blocks) if (i + 1) * count // len(blocks) > i * count // len(blocks)]
 
 
 def _listed(entries: ModuleClasses) -> list[type[nn.Module] | str]:

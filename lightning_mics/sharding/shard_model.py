@@ -47,7 +47,7 @@ def shard_model(
     *,
     communication: CommunicationOptions = CommunicationOptions.PAPER,
     block_classes: ModuleClasses | None = None,
-    activation_checkpointing: bool | ModuleClasses = False,
+    activation_checkpointing: bool | float | ModuleClasses = False,
     mixed_precision: MixedPrecisionPolicy | None = None,
     broadcast_buffers: bool = True,
 ) -> AccumulationSchedule:
@@ -64,8 +64,9 @@ def shard_model(
             :func:`~lightning_mics.techniques.partition_groups.create_partition_groups`.
         communication: Options of communication; ``hierarchical="auto"`` follows the groups.
         block_classes: Classes of the blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
-        activation_checkpointing: Whether each block is recomputed in backward; or the modules to recompute: classes,
-            class names, or patterns of block names, such as ``"network.transformer.h.*[02468]"``.
+        activation_checkpointing: Whether each block is recomputed in backward; the share of the blocks that are, spread
+            over the depth; or the modules to recompute: classes, class names, or patterns of block names, such as
+            ``"network.transformer.h.*[02468]"``.
         mixed_precision: FSDP2's policy: dtypes of unsharded parameters and of gradient reductions.
         broadcast_buffers: Whether all ranks get the buffers of rank 0 where they differ and are used or saved: see
             :mod:`~lightning_mics.sharding.modules.broadcast_buffers`.

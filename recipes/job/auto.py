@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from omegaconf import DictConfig
 
 from lightning_mics.cost.batches import split_global_batch
 from lightning_mics.planning import Plan, Workload
-from lightning_mics.policy.candidates import LEFT_FREE
+from lightning_mics.policy.candidates import LEAST_TOKENS
 from lightning_mics.policy.choice import Choice
-from lightning_mics.policy.memory import device_memory_bytes, in_gib
+from lightning_mics.policy.memory import device_memory_bytes, in_gib, usable_bytes
+from lightning_mics.policy.step_memory import step_bytes
 from recipes.job.cluster_plan import hardware_of, plan_run, policy_of
 from recipes.job.machine import Launched
 from recipes.job.workload import measure_run
@@ -91,6 +92,7 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
     if cluster.network_rate_gbits_per_s is not None:
         planned = plan_run(config, workload, hardware_of(cluster))
         _take_way(config, planned)
+        workload = workload.with_share(planned.chosen.recomputed_share)
     sharding = policy_of(config).choose(
         workload.size,
         world_size=cluster.num_nodes * cluster.devices,
@@ -104,6 +106,12 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
     for option in ("partition_size", "cache_parameters", "accumulate_gradients"):
         why = reasons[option]
         config.strategy[option] = choices.take(option.replace("_", " "), asked.strategy[option], chosen[option], why)
+    if asked.strategy.activation_checkpointing == "auto":
+        why = "as fast as any that fits"
+        if planned is None:
+            workload, why = _fewest_recomputed(sharding, workload, config), "the fewest with which the micro-batch fits"
+        choices.rows["recomputed blocks"] = f'{workload.recomputed_share:.0%} ("auto": {why})'
+        config.strategy.activation_checkpointing = _share(workload)
     if planned is None:
         most = _largest_micro_batch(sharding, workload)
         _choose_batches(config, choices, most, why=f"up to {most} fit with the model states")
@@ -163,22 +171,36 @@ def _largest_micro_batch(sharding: Choice, workload: Workload) -> int:
     """Number of sequences whose activations fit with the model states; 0 if none does."""
 
     def taken(sequences: int) -> int:
-        return workload.size.rank_bytes(
-            sharding.topology.partition_size, workload.activations(sequences), cached_bytes=sharding.cached_bytes
-        )
+        return step_bytes(workload, sharding.topology, sharding.communication, samples=sequences, micro_steps=None)
 
-    return bisect_right(range(1, 2**30), (1 - LEFT_FREE) * sharding.capacity_bytes, key=taken)
+    return bisect_right(range(1, 2**30), usable_bytes(sharding.capacity_bytes), key=taken)
+
+
+def _fewest_recomputed(sharding: Choice, workload: Workload, config: DictConfig) -> Workload:
+    """The workload with the fewest recomputed blocks with which a micro-batch fits, as given or with enough tokens."""
+    given, length = config.data.batch_size, config.data.sequence_length
+    wanted = max(1, LEAST_TOKENS // length) if given == "auto" else given
+    by_share = sorted((workload, *workload.alternatives), key=lambda each: each.recomputed_share or 0.0)
+    fitting = (each for each in by_share if _largest_micro_batch(sharding, each) >= wanted)
+    return replace(next(fitting, by_share[-1]), alternatives=())
+
+
+def _share(workload: Workload) -> bool | float:
+    """The share of recomputed blocks, as the strategy takes it."""
+    share = workload.recomputed_share or 0.0
+    return bool(share) if share in (0, 1) else share
 
 
 def _memory_report(sharding: Choice, workload: Workload, config: DictConfig) -> str:
-    total = workload.size.rank_bytes(
-        sharding.topology.partition_size,
-        workload.activations(config.data.batch_size),
-        cached_bytes=sharding.cached_bytes,
+    total = step_bytes(
+        workload,
+        sharding.topology,
+        sharding.communication,
+        samples=config.data.batch_size,
         micro_steps=config.trainer.accumulate_grad_batches,
     )
     text = f"about {in_gib(total)} of {in_gib(sharding.capacity_bytes)}"
-    return text if total <= (1 - LEFT_FREE) * sharding.capacity_bytes else f"{text}: this may not fit"
+    return text if total <= usable_bytes(sharding.capacity_bytes) else f"{text}: this may not fit"
 
 
 def _choose_batches(config: DictConfig, choices: Choices, largest_micro_batch: int, *, why: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,19 +15,23 @@ from torch import nn
 
 from lightning_mics.cost.step_traffic import find_units
 from lightning_mics.planning import Workload
-from lightning_mics.planning.rehearsal.activations import peak_activations
-from lightning_mics.policy.memory import Activations, measure_model
+from lightning_mics.planning.rehearsal.activations import measure_activations
+from lightning_mics.policy.activations import Activations, Line, Phase, essential, partly_recomputed
+from lightning_mics.policy.memory import measure_model
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
 from lightning_mics.sharding.blocks import find_blocks
 from lightning_mics.sharding.shard_model import autocast_dtype, mixed_precision_policy
 from recipes.models.flops import shape_of
 from recipes.models.language_model import LanguageModel
+from recipes.models.token_loss import PART_ELEMENTS
+
+FEW = 4  # blocks: the first two, the last, and one between
 
 
 def measure_run(config: DictConfig, model: LanguageModel) -> Workload:
-    """Measure the model of the run and one sequence of it.
+    """Measure the model of the run and one sequence of it; with ``activation_checkpointing: auto`` for five shares.
 
-    Activations are extrapolated from networks of two and four blocks, because blocks are alike. So the full network is
+    Activations are extrapolated from networks of four and six blocks, because blocks are alike. So the full network is
     built only once, on the meta device.
 
     Args:
@@ -40,57 +46,111 @@ def measure_run(config: DictConfig, model: LanguageModel) -> Workload:
         network = _as_in_training(model.build_network())
     recompute = OmegaConf.to_object(OmegaConf.create({"": config.strategy.activation_checkpointing}))[""]
     blocks = find_blocks(network)
-    shape, share = shape_of(network, model.config, recompute)
-    fixed, sample = _activations(model, network, length, recompute=recompute, share=share, precision=precision)
-    return Workload(
+    shape, share = shape_of(network, model.config, True if recompute == "auto" else recompute)
+    activations_of = _by_share(model, network, length, recompute=recompute, computed=autocast_dtype(precision))
+    work = Workload(
         units=tuple(find_units(network, blocks)),
         size=measure_model(
             network, blocks.values(), gathered_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype
         ),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        sample=sample,
-        fixed=fixed,
+        activations=activations_of(share),
         sample_tokens=length,
         model_flops=shape.training_flops(length),
         hardware_flops=shape.training_flops(length, recomputed_share=share),
         gathered_dtype=policy.param_dtype or dtype,
         reduce_dtype=policy.reduce_dtype or dtype,
+        recomputed_share=share,
     )
+    if recompute != "auto":
+        return work
+    shares = sorted({round(quarters / 4 * len(blocks)) / len(blocks) for quarters in range(4)})
+    others = (
+        replace(
+            work,
+            activations=activations_of(other),
+            hardware_flops=shape.training_flops(length, recomputed_share=other),
+            recomputed_share=other,
+        )
+        for other in shares
+    )
+    return replace(work, alternatives=tuple(others))
 
 
-def _activations(
-    model: LanguageModel, network: nn.Module, length: int, *, recompute: Any, share: float, precision: str
-) -> tuple[Activations, Activations]:
-    """Activations of a rank that do not depend on the number of sequences, and those of one sequence."""
+def _by_share(
+    model: LanguageModel, network: nn.Module, length: int, *, recompute: Any, computed: torch.dtype | None
+) -> Callable[[float], Activations]:
+    """Activations of the run by the share of its blocks that are recomputed, from networks of few blocks."""
     dims = {dim for parameter in network.parameters() for dim in parameter.shape}
-    free = (count for count in itertools.count(3) if count * length not in dims)
-    few = next(free)
-    many = next(count for count in free if count >= 2 * few)
-    taken = partial(_taken, model, length, computed=autocast_dtype(precision))
-    small = taken(2, few, recompute=share > 0)
-    more = taken(2, many, recompute=share > 0) + small * -1
-    head = max(0.0, small.at_head - few * more.at_head / (many - few))  # the loss works in pieces of a bounded size
-    fixed = Activations(at_head=head)
+    of_depths = partial(_of_depths, model, length, dims=dims, computed=computed)
+    of_all_or_none = cache(lambda every: of_depths(recompute=every))
+    names_modules = not isinstance(recompute, bool | int | float) and recompute != "auto"
 
-    def of_sequence(recompute: Any, two: Activations) -> Activations:
-        """Extrapolate from networks of two and four blocks: each further block takes the same."""
-        four = taken(4, few, recompute=recompute)
-        return (two + (four + two * -1) * ((model.config.num_hidden_layers - 2) / 2) + fixed * -1) * (1 / few)
+    def of_share(share: float) -> Activations:
+        if share == 0 and names_modules:
+            return of_depths(recompute=recompute)
+        if share in (0, 1):
+            return of_all_or_none(share == 1)
+        return partly_recomputed(
+            of_all_or_none(False), of_all_or_none(True), blocks=model.config.num_hidden_layers, share=share
+        )
 
-    if share == 0:
-        return fixed, of_sequence(recompute, taken(2, few, recompute=recompute) if recompute else small)
-    recomputed = of_sequence(True, small)
-    if share == 1:
-        return fixed, recomputed
-    return fixed, recomputed * share + of_sequence(False, taken(2, few, recompute=False)) * (1 - share)
+    return of_share
+
+
+def _of_depths(
+    model: LanguageModel, length: int, *, dims: set[int], computed: torch.dtype | None, recompute: Any
+) -> Activations:
+    """Extrapolate from networks of few blocks, of which each further one takes the same."""
+    blocks = model.config.num_hidden_layers
+    depth = min(FEW, blocks)
+    whole = PART_ELEMENTS // model.config.vocab_size // length  # sequences whose loss is computed in one piece
+    sizes = (count for count in itertools.count(max(3, 2 * whole + 1)) if count * length not in dims)
+    few = next(sizes)
+    many = next(count for count in sizes if count >= 2 * few)
+    taken = partial(_taken, model, length, computed=computed, recompute=recompute)
+    found = _apart(taken(depth, few), few, taken(depth, many), many)
+    if in_one := [count for count in range(1, whole + 1) if count * length not in dims]:
+        one, most = in_one[0], in_one[-1]
+        found = replace(found, few=_apart(taken(depth, one), one, taken(depth, most), most).phases, few_samples=whole)
+    if blocks == depth:
+        return found
+    saved = (taken(depth + 2, few).saved * (depth + 2) - found.saved * depth) / 2
+    return replace(found.with_saved(saved * (blocks - depth)), saved=saved)
+
+
+def _apart(one: Activations, few: int, other: Activations, many: int) -> Activations:
+    """Tell apart what depends on the number of sequences: losses are computed in pieces of a bounded size.
+
+    Args:
+        one: Activations measured with few sequences.
+        few: Number of them.
+        other: Activations measured with many.
+        many: Number of them.
+    """
+    phases: dict[Phase, tuple[Line, ...]] = {}
+    for phase, lines in one.phases.items():
+        of_few = {line.fixed: line.per_sample * few for line in lines}
+        of_many = {line.fixed: line.per_sample * many for line in other.phases[phase]}
+        moments = []
+        for gradients in sorted(of_few.keys() | of_many.keys()):  # moments with as many gradients
+            if gradients in of_few and gradients in of_many and many > few:
+                slope = (of_many[gradients] - of_few[gradients]) / (many - few)
+            else:
+                slope = of_many.get(gradients, 0.0) / many
+            constant = max(0.0, of_few.get(gradients, 0.0) - few * slope)
+            moments.append(Line(gradients + constant, slope))
+        phases[phase] = essential(moments)
+    return Activations(phases, one.saved)
 
 
 def _taken(
     model: LanguageModel, length: int, blocks: int, sequences: int, *, computed: torch.dtype | None, recompute: Any
 ) -> Activations:
-    return peak_activations(
+    return measure_activations(
         lambda: _make_network(_with_blocks(model, blocks), recompute=recompute),
         model.example_batch(sequences, length),
+        samples=sequences,
         loss=lambda network, batch: model.loss_of(network["network"], batch),
         dtype=computed or torch.float32,
         autocast_dtype=computed,

@@ -20,7 +20,8 @@ from lightning_mics.cost.nccl_tests import read_runs
 from lightning_mics.cost.step_time import collective_seconds, step_seconds
 from lightning_mics.cost.step_traffic import ScheduledCollective
 from lightning_mics.planning import Plan, Workload, find_instance, measure_workload, plan, weak_scaling, with_measured
-from lightning_mics.policy.memory import Activations, measure_model, smallest_partition_size
+from lightning_mics.policy.activations import Activations, Line
+from lightning_mics.policy.memory import measure_model, smallest_partition_size
 from lightning_mics.sharding.blocks import find_blocks
 from recipes.plan.dry_run import Training
 from tests.support.configs import composed
@@ -63,7 +64,7 @@ def test_a_workload_is_what_the_module_has_and_does() -> None:
     # two operations per multiply-add, three products per matrix but for the first, which has no gradient of its input
     assert workload.model_flops == 6 * (6 * 1000**2 + 1000 * 10) - 2 * 1000**2
     assert workload.hardware_flops == workload.model_flops
-    assert workload.sample.peak >= 6 * 1000 * 4
+    assert max(workload.activations.peaks(1).values()) >= 6 * 1000 * 4
 
 
 def test_all_partition_sizes_are_ranked_and_the_fastest_is_recommended() -> None:
@@ -134,7 +135,7 @@ def test_memory_of_a_plan_is_a_little_more_than_what_a_rehearsal_takes(job: str,
     )
     (row,) = (row for row in plan_.candidates if row.topology == facts.topology)
     real = rehearsed(name, facts, backend="nccl").peak_bytes
-    assert real <= row.memory_bytes <= 1.3 * real
+    assert real <= row.memory_bytes <= 1.03 * real
 
 
 def test_a_given_partition_size_is_planned_beside_the_recommended() -> None:
@@ -189,14 +190,15 @@ def test_a_block_that_no_device_holds_is_refused_with_what_is_missing() -> None:
 
 
 def test_what_does_not_fit_is_said_by_how_much() -> None:
-    large = replace(work(), sample=Activations(50 * 2**30, 1.0))
+    large = replace(work(), activations=Activations({"head": (Line(0, 50 * 2**30),)}))
     plan_ = plan(large, P4D, nodes=2, global_batch_size=64)
     assert not any(row.fits for row in plan_.candidates)
     assert any("no partition size fits: the best needs 50" in warning for warning in plan_.warnings)
 
 
 def test_a_micro_batch_that_only_larger_partition_groups_hold_is_said_to_be_one() -> None:
-    workload = replace(work(), size=replace(work().size, states_bytes=200 * 2**30), sample=Activations(1.0, 20 * 2**30))
+    size, taken = replace(work().size, states_bytes=200 * 2**30), Activations({"blocks": (Line(0, 20 * 2**30),)})
+    workload = replace(work(), size=size, activations=taken)
     plan_ = plan(workload, P4D, nodes=4, global_batch_size=32, micro_batch=1)
     assert plan_.recommended.topology.partition_size == 16 and plan_.recommended.fits and not plan_.warnings
     plan_ = plan(workload, P4D, nodes=4, global_batch_size=32, micro_batch=1, partition_size=8)

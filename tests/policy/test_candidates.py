@@ -12,8 +12,9 @@ from benchmarks.auto import planned_pairs, ratio
 from lightning_mics import CommunicationOptions
 from lightning_mics.cost.hardware import find_instance
 from lightning_mics.cost.step_traffic import Unit
-from lightning_mics.policy.candidates import LEFT_FREE, Candidate, Job, fastest
-from lightning_mics.policy.memory import Activations, ModelSize
+from lightning_mics.policy.activations import ALL_SAVED, Activations, Line
+from lightning_mics.policy.candidates import Candidate, Job, fastest
+from lightning_mics.policy.memory import ModelSize, usable_bytes
 from lightning_mics.policy.workload import Workload
 
 GIB = 2**30
@@ -40,7 +41,9 @@ def work(**options: Any) -> Workload:
         "units": units,
         "size": size,
         "parameters": 41 * BLOCK,
-        "sample": Activations(0.25 * GIB, 0.25 * GIB, 0.05 * GIB),
+        "activations": Activations(
+            {phase: (Line(0, 0.25 * GIB),) for phase in ALL_SAVED} | {"first": (Line(0, 0.05 * GIB),)}
+        ),
         "model_flops": 6e12,
         "hardware_flops": 8e12,
         "gathered_dtype": torch.float32,
@@ -154,26 +157,10 @@ def test_if_nothing_fits_what_takes_least_memory_is_taken() -> None:
     assert best.memory_bytes == min(candidate.memory_bytes for candidate in candidates)
 
 
-def test_gradients_of_a_single_micro_step_are_not_there_while_all_activations_are() -> None:
-    size, activations = work().size, work().activations(16)
-    several = size.rank_bytes(8, activations, micro_steps=2)
-    single = size.rank_bytes(8, activations, micro_steps=1)
-    assert size.rank_bytes(8, activations) == several
-    assert several - single == (size.gradients_bytes - 2 * size.block_reduced_bytes) // 8
-    few = work().activations(1)  # then the end of the backward is the peak, when all gradients are there
-    assert size.rank_bytes(8, few, micro_steps=1) >= size.per_rank_bytes(8) + few.at_end
-
-
-def test_activations_have_a_part_that_does_not_grow_with_the_batch() -> None:
-    fixed = work(fixed=Activations(at_head=GIB))
-    assert fixed.activations(4).at_head == GIB + 4 * 0.25 * GIB
-    assert fixed.activations(4).in_blocks == 4 * 0.25 * GIB
-
-
 def test_memory_is_what_decides_the_largest_micro_batch_of_full_sharding() -> None:
     baseline = job().full_sharding()
     larger = [c for c in job().candidates(32, replace(AUTO, hierarchical=False, **paper())) if c.batches.micro > 16]
-    assert baseline.fits and baseline.memory_bytes <= (1 - LEFT_FREE) * P4D.memory_bytes
+    assert baseline.fits and baseline.memory_bytes <= usable_bytes(P4D.memory_bytes)
     assert not any(c.fits for c in larger if c.batches.micro > baseline.batches.micro)
 
 
@@ -187,3 +174,30 @@ def test_no_plan_of_these_models_is_slower_than_full_sharding_at_its_best(model:
         assert ratio(row, "baseline") >= 1
         assert ratio(row, "baseline", "least") >= 0.99 and ratio(row, "baseline", "most") >= 0.99
         assert row["recommended"]["between_bytes"] <= 1.05 * row["baseline"]["between_bytes"]
+
+
+def recomputable(per_sample: float) -> Workload:
+    """All blocks recomputed, or none, which takes a quarter less arithmetic and ``per_sample`` bytes."""
+    saved = Activations({phase: (Line(0, per_sample),) for phase in ALL_SAVED})
+    none = work(activations=saved, hardware_flops=6e12, recomputed_share=0.0)
+    return work(recomputed_share=1.0, alternatives=(none,), sample_tokens=512)
+
+
+def test_blocks_are_not_recomputed_where_memory_allows() -> None:
+    assert taken(job(workload=recomputable(GIB))).recomputed_share == 0
+    tuned = job(workload=recomputable(0.3 * GIB)).full_sharding_tuned()
+    assert tuned.fits and tuned.recomputed_share == 0  # a fair comparison
+    assert job(workload=recomputable(GIB)).full_sharding().recomputed_share == 1
+    assert taken(job(workload=recomputable(20 * GIB))).recomputed_share == 1
+    given = replace(recomputable(GIB), alternatives=())
+    assert taken(job(workload=given)).recomputed_share == 1
+
+
+def test_micro_steps_of_few_tokens_are_no_reason_not_to_recompute() -> None:
+    each = job(workload=recomputable(5 * GIB))  # without recomputation, fewer than 4 samples of 512 tokens fit
+    candidates = list(each.candidates("auto", AUTO))
+    tuned = each.full_sharding_tuned()
+    assert any(c.fits and c.recomputed_share == 0 and c.batches.micro == 2 for c in candidates)
+    best = fastest(candidates, each.full_sharding(), tuned, sample_tokens=512)
+    assert best.recomputed_share == tuned.recomputed_share == 1
+    assert best.seconds.expected <= tuned.seconds.expected

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mics.policy.memory import ModelSize, measure_model, smallest_partition_size
+from lightning_mics.policy.memory import ModelSize, measure_model, smallest_partition_size, usable_bytes
 
 V100_BYTES = 32 * 2**30
 
@@ -78,3 +78,9 @@ def test_a_block_inside_another_is_counted_once():
     size = measure_model(nn.Sequential(outer, nn.Linear(2, 3, bias=False)), [inner, outer])
     assert size.block_bytes == 4 * 100
     assert size.root_bytes == 4 * 6
+
+
+def test_a_gpu_reserves_bytes_for_each_rank_and_a_share() -> None:
+    of_40, of_80 = usable_bytes(40 * 10**9), usable_bytes(80 * 10**9)
+    assert of_40 == 36_100_000_000  # 1.5 GB, and 6 %
+    assert of_80 - of_40 == 37_600_000_000

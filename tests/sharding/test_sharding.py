@@ -90,6 +90,30 @@ def _train_architectures() -> dict[str, list[float]]:
     return norms
 
 
+def test_losses_are_the_same_to_the_last_bit_whatever_share_of_the_blocks_is_recomputed():
+    for none, half, everything in run_ranks(2, _losses_by_share):
+        assert none[0] != none[-1]  # it learns
+        assert half == none and everything == none
+
+
+def _losses_by_share() -> list[list[float]]:
+    groups = create_partition_groups(PAIR, device_type="cpu")
+    losses = []
+    for share in (0.0, 0.5, 1.0):
+        torch.manual_seed(0)
+        model = TinyLM(layers=4)
+        shard_model(model, groups, activation_checkpointing=share)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses.append([])
+        for step in range(3):
+            loss = model(tokens(2, seed=step))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    return losses
+
+
 def test_evaluation_does_not_recompute():
     assert run_ranks(2, _count_checkpoints) == [(0, 3), (0, 3)]
 

@@ -1,4 +1,4 @@
-"""Peak memory of the forward and backward of a micro-step, in addition to the model states.
+"""Memory of the forward and backward of a micro-step, in addition to the model states.
 
 The step runs on fake tensors, which have shapes but no values, and every allocation and release is counted. So it holds
 for any model and loss, for recomputed blocks, and for the tensors that attention saves on the CPU; CUDA's flash
@@ -7,71 +7,140 @@ attention saves the same: queries, keys, values, the output and one sum per quer
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_mics._torch.fake import FakeTensorMode, tree_map_only
-from lightning_mics.planning.rehearsal.allocations import Allocations
+from lightning_mics._torch.fake import FakeTensorMode, tree_leaves, tree_map_only
+from lightning_mics.planning.rehearsal.allocations import UNKNOWN, Allocations
 from lightning_mics.planning.rehearsal.observed import WithoutValues
-from lightning_mics.policy.memory import Activations
+from lightning_mics.policy.activations import Activations, Line, Phase
 from lightning_mics.sharding.blocks import find_blocks
 
+LIKE_PARAMETERS = "gradients"  # tensors with the shape of a parameter
 
-def peak_activations(
+
+def measure_activations(
     make_model: Callable[[], nn.Module],
     batch: Any,
     *,
+    samples: int,
     loss: Callable[[nn.Module, Any], Tensor],
     dtype: torch.dtype,
     autocast_dtype: torch.dtype | None = None,
     find_blocks: Callable[[nn.Module], Mapping[str, nn.Module]] = find_blocks,
 ) -> Activations:
-    """Measure the peak memory of a forward and backward of ``batch``.
+    """Measure the peaks of a forward and backward of ``batch``, phase by phase.
 
-    Parameters and their gradients are not counted: they are model states. Every tensor with the shape of a parameter is
-    taken for a gradient, so the number of tokens in the batch should differ from all dimensions of parameters.
+    Parameters are not counted, and gradients until FSDP2 would reduce them: those of a block after its backward, those
+    of the root at the end. Every tensor with the shape of a parameter is taken for a gradient, whose size does not
+    depend on the number of samples, so the number of tokens in the batch should differ from all dimensions of
+    parameters.
 
     Args:
         make_model: Function that builds the model. It is called under fake tensors, so the model may have any size.
         batch: Tensors in any nest of lists and dictionaries; only shapes matter.
+        samples: Number of samples in ``batch``.
         loss: Function of model and batch that returns the loss, a scalar.
         dtype: Dtype of the parameters in the forward.
         autocast_dtype: Dtype of autocast; None disables autocast.
         find_blocks: Function that returns the blocks of the model by FQN, the last one first.
     """
-    peaks: list[int] = []  # until the backward of the last block, then until that of the first
     with FakeTensorMode() as fake:
         with default_dtype(dtype):
             model = make_model()
         batch = tree_map_only(Tensor, fake.from_tensor, batch)
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
         shapes = {_unordered(parameter) for parameter in model.parameters()}
-        allocations = Allocations(counts=lambda tensor: _unordered(tensor) not in shapes)
+        moments = _Moments(lambda tensor: LIKE_PARAMETERS if _unordered(tensor) in shapes else UNKNOWN)
+        blocks = list(find_blocks(model).values())[::-1]
+        _follow(blocks, moments)
+        with moments, WithoutValues(moments), torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
+            value = loss(model, batch)
+            saved = moments.live.get(UNKNOWN, 0)
+            moments.begin("head")
+            value.backward()  # type: ignore[no-untyped-call]
+            del value
+            moments.begin("reduced")
+    return Activations(moments.lines(samples), saved / samples / max(1, len(blocks)))
 
-        def next_peak(*_: Any) -> None:
-            peaks.append(allocations.peak_bytes)
-            allocations.reset_peak()
 
-        blocks = list(find_blocks(model).values())
-        for block in (blocks[0], blocks[-1]) if len(blocks) > 1 else blocks:
-            block.register_full_backward_pre_hook(next_peak)
-        with (
-            warnings.catch_warnings(),
-            allocations,
-            WithoutValues(allocations),
-            torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None),
-        ):
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")  # only when it fires counts
-            loss(model, batch).backward()  # type: ignore[no-untyped-call]
-    at_end = allocations.peak_bytes
-    at_head = peaks[0] if peaks else at_end
-    return Activations(at_head, max(at_end, *peaks[1:], 0), at_end)
+class _Moments(Allocations):
+    """The moments of each phase that may be its peak, for any number of samples."""
+
+    def __init__(self, category: Callable[[Tensor], str]) -> None:
+        self._phases: dict[Phase, dict[int, int]] = {}  # bytes of activations by those of gradients
+        super().__init__(category=category)
+        self.begin("start")
+
+    def begin(self, phase: Phase) -> None:
+        """Count what follows to ``phase``, and what is there now."""
+        self._moments = self._phases.setdefault(phase, {})
+        self._note()
+
+    def lines(self, samples: int) -> dict[Phase, tuple[Line, ...]]:
+        """Bytes in each phase as functions of the number of samples, measured with ``samples``."""
+        return {
+            phase: tuple(Line(gradients, taken / samples) for gradients, taken in sorted(moments.items()))
+            for phase, moments in self._phases.items()
+        }
+
+    @override
+    def _grow(self, category: str, size_bytes: int) -> None:
+        super()._grow(category, size_bytes)
+        self._note()
+
+    def _note(self) -> None:
+        gradients, taken = self._live[LIKE_PARAMETERS], self._live[UNKNOWN]
+        self._moments[gradients] = max(taken, self._moments.get(gradients, 0))
+
+
+def _follow(blocks: Sequence[nn.Module], moments: _Moments) -> None:
+    """Tell ``moments`` which phase begins, and drop the gradients of blocks whose backward has ended."""
+
+    def last_forward_begins(*_: Any) -> None:
+        moments.begin("gather")
+        moments.begin("forward")
+
+    def forward_begins(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        moments.begin("forward")
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _: backward_begins(-1))  # type: ignore[no-untyped-call]
+
+    def forward_ends(number: int, output: Any) -> None:
+        if number == len(blocks) - 1:
+            moments.begin("loss")
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _: backward_begins(number))  # type: ignore[no-untyped-call]
+
+    def backward_begins(number: int) -> None:
+        for block in blocks[number + 1 :]:
+            block.zero_grad()
+        if number == 0:
+            moments.begin("between")
+        moments.begin(_phase(number, len(blocks)))
+
+    if blocks:
+        blocks[0].register_forward_pre_hook(forward_begins, with_kwargs=True)
+    if len(blocks) > 1:
+        blocks[-1].register_forward_pre_hook(last_forward_begins)
+    for number, block in enumerate(blocks):
+        block.register_forward_hook(lambda _, __, output, number=number: forward_ends(number, output))
+
+
+def _phase(number: int, blocks: int) -> Phase:
+    """The phase of the backward of a block; -1 is what follows the first."""
+    near: tuple[Phase, ...] = ("first", "second")
+    if number < 0:
+        return "end"
+    if number < len(near) and (number < blocks - 1 or number == 0):
+        return near[number]
+    return "last" if number == blocks - 1 else "blocks"
 
 
 @contextmanager
@@ -87,7 +156,3 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def _unordered(tensor: Tensor) -> tuple[int, ...]:
     return tuple(sorted(tensor.shape))
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None

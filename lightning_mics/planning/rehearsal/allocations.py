@@ -41,11 +41,11 @@ class Allocations(Observer):
     To be entered together with :class:`~lightning_mics.planning.rehearsal.observed.Observed`.
 
     Args:
-        counts: Predicate of the tensors that count; None counts all.
+        category: Function that returns the first category of a new tensor.
     """
 
-    def __init__(self, *, counts: Callable[[Tensor], bool] | None = None) -> None:
-        self._counts = counts
+    def __init__(self, *, category: Callable[[Tensor], str] = lambda _: UNKNOWN) -> None:
+        self._category = category
         self._blocks: dict[int, _Block] = {}  # by storage
         self._live: Counter[str] = Counter()
         self._entered = ExitStack()
@@ -114,14 +114,14 @@ class Allocations(Observer):
         for tensor in new:
             storage = tensor.untyped_storage()
             is_seen = storage._cdata in given or storage._cdata in self._blocks
-            if not is_seen and (self._counts is None or self._counts(tensor)):
-                self._add(storage)
+            if not is_seen:
+                self._add(storage, self._category(tensor))
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage, category: str) -> None:
         key = storage._cdata
         self._allocations += 1
-        self._blocks[key] = _Block(UNKNOWN, storage.nbytes(), self._allocations)
-        self._grow(UNKNOWN, storage.nbytes())
+        self._blocks[key] = _Block(category, storage.nbytes(), self._allocations)
+        self._grow(category, storage.nbytes())
         weakref.finalize(storage, self._release, key)
 
     def _grow(self, category: str, size_bytes: int) -> None:

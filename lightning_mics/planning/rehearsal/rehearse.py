@@ -112,7 +112,7 @@ def rehearse(
     communication: CommunicationOptions = CommunicationOptions.PAPER,
     block_classes: ModuleClasses | None = None,
     reduce_dtype: torch.dtype | None = None,
-    activation_checkpointing: bool | ModuleClasses = False,
+    activation_checkpointing: bool | float | ModuleClasses = False,
 ) -> Rehearsal:
     """Run one optimizer step of one rank of a job of any size, without its machines and without allocating tensors.
 
@@ -132,7 +132,7 @@ def rehearse(
         communication: Options of the collectives, without "auto".
         block_classes: Classes of the blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
         reduce_dtype: Dtype in which gradients are reduced; None follows the precision.
-        activation_checkpointing: Whether blocks are recomputed in backward; classes or patterns choose modules.
+        activation_checkpointing: Whether blocks are recomputed in backward, or which; see :func:`shard_model`.
 
     Raises:
         RuntimeError: If ``torch.distributed`` is in use.

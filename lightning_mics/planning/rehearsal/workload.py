@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mics._torch.fake import FakeTensorMode, tree_map_only
 from lightning_mics.cost.step_traffic import find_units
-from lightning_mics.planning.rehearsal.activations import default_dtype, peak_activations
+from lightning_mics.planning.rehearsal.activations import default_dtype, measure_activations
 from lightning_mics.planning.rehearsal.observed import WithoutValues, naming_values
+from lightning_mics.policy.activations import essential
 from lightning_mics.policy.memory import measure_model
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
@@ -30,7 +32,7 @@ def measure_workload(
     precision: str = "32-true",
     reduce_dtype: torch.dtype | None = None,
     block_classes: ModuleClasses | None = None,
-    activation_checkpointing: bool | ModuleClasses = False,
+    activation_checkpointing: bool | float | ModuleClasses = False,
 ) -> Workload:
     """Measure a model of any size on fake tensors, which take no memory.
 
@@ -42,7 +44,7 @@ def measure_workload(
         precision: ``"32-true"``, ``"bf16-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
         reduce_dtype: Dtype in which gradients are reduced; None follows the precision.
         block_classes: Classes of the blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
-        activation_checkpointing: Whether blocks are recomputed in backward; classes or patterns choose modules, see
+        activation_checkpointing: Whether blocks are recomputed in backward, or which; see
             :func:`~lightning_mics.sharding.shard_model.shard_model`.
 
     Raises:
@@ -68,20 +70,22 @@ def measure_workload(
     computed = autocast_dtype(precision)
     flops = partial(_flops, batch=batch, loss=loss, dtype=gathered_dtype, autocast_dtype=computed)
     with naming_values():
-        sample = peak_activations(
+        activations = measure_activations(
             recomputing,
             batch,
+            samples=samples,
             loss=loss,
             dtype=gathered_dtype,
             autocast_dtype=computed,
             find_blocks=partial(find_blocks, block_classes=block_classes),
         )
         model_flops, hardware_flops = flops(make_model), flops(recomputing)
+    phases = {phase: essential(lines) for phase, lines in activations.phases.items()}
     return Workload(
         units=tuple(find_units(model, blocks)),
         size=measure_model(model, blocks.values(), gathered_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        sample=sample * (1 / samples),
+        activations=replace(activations, phases=phases),
         model_flops=model_flops / samples,
         hardware_flops=hardware_flops / samples,
         gathered_dtype=gathered_dtype,

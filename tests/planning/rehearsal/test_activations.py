@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, GPT2Config
 
-from lightning_mics.planning.rehearsal.activations import peak_activations
+from lightning_mics.planning.rehearsal.activations import measure_activations
 from lightning_mics.sharding.activation_checkpointing import recompute_in_backward
 from lightning_mics.sharding.blocks import find_blocks
 
@@ -54,6 +54,19 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.flatten())
 
 
+def taken(config: Any, *, recompute: bool, dtype: torch.dtype) -> float:
+    """Most bytes of activations, without gradients."""
+    measured = measure_activations(
+        lambda: build(config, recompute=recompute),
+        TOKENS,
+        samples=len(TOKENS),
+        loss=loss,
+        dtype=dtype,
+        autocast_dtype=torch.bfloat16 if dtype == torch.bfloat16 else None,
+    )
+    return len(TOKENS) * max(line.per_sample for lines in measured.phases.values() for line in lines)
+
+
 def really_allocated(model: nn.Module, dtype: torch.dtype) -> int:
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
@@ -76,13 +89,7 @@ def really_allocated(model: nn.Module, dtype: torch.dtype) -> int:
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("config", [GPT, WIDE, BERT], ids=["gpt", "wide", "bert"])
 def test_a_step_without_numbers_takes_what_a_real_one_does(config: Any, recompute: bool, dtype: torch.dtype) -> None:
-    predicted = peak_activations(
-        lambda: build(config, recompute=recompute),
-        TOKENS,
-        loss=loss,
-        dtype=dtype,
-        autocast_dtype=torch.bfloat16 if dtype == torch.bfloat16 else None,
-    ).peak
+    predicted = taken(config, recompute=recompute, dtype=dtype)
     with torch.random.fork_rng():
         real = really_allocated(build(config, recompute=recompute), dtype)
     largest_gradients = 2 * max(parameter.numel() for parameter in build(config, recompute=False).parameters())
@@ -92,14 +99,8 @@ def test_a_step_without_numbers_takes_what_a_real_one_does(config: Any, recomput
 
 
 def test_recomputed_blocks_keep_only_what_goes_into_them() -> None:
-    def taken(layers: int) -> int:
-        config = GPT2Config(**{**GPT.to_dict(), "n_layer": layers})
-        return peak_activations(
-            lambda: build(config, recompute=True),
-            TOKENS,
-            loss=loss,
-            dtype=torch.bfloat16,
-            autocast_dtype=torch.bfloat16,
-        ).peak
-
-    assert (taken(8) - taken(4)) / 4 == TOKENS.numel() * GPT.n_embd * 2
+    eight, four = (
+        taken(GPT2Config(**{**GPT.to_dict(), "n_layer": layers}), recompute=True, dtype=torch.bfloat16)
+        for layers in (8, 4)
+    )
+    assert eight - four == pytest.approx(4 * TOKENS.numel() * GPT.n_embd * 2)

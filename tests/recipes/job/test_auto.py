@@ -84,10 +84,10 @@ def test_the_papers_largest_run_fits_in_the_papers_partition_size_and_runs_as_fa
 
 
 def test_recomputing_some_blocks_takes_what_is_in_between() -> None:
-    def taken(choice: str) -> int:
+    def taken(choice: str) -> float:
         config = composed(f"strategy.activation_checkpointing={choice}", "model.network.num_hidden_layers=12")
         config.cluster.precision = "32-true"
-        return measure_run(config, train.make_model(config)).sample.peak
+        return measure_run(config, train.make_model(config)).activations.peaks(8)["loss"]
 
     none, last, half, full = map(taken, ("false", "['network.gpt_neox.layers.11']", "['*[02468]']", "true"))
     assert none > last > half > full > 0
@@ -121,3 +121,12 @@ def test_the_strategy_takes_what_was_chosen(overrides: list[str]) -> None:
         config.strategy[name] for name in ("partition_size", "cache_parameters", "accumulate_gradients")
     }
     assert instantiate(config.strategy)
+
+
+def test_recomputation_is_chosen_with_the_rest() -> None:
+    config, table = chosen("model=gpt2", "cluster=p4d_2", "strategy.activation_checkpointing=auto")
+    assert config.strategy.activation_checkpointing is False
+    assert '0% ("auto": as fast as any that fits)' in table
+    config, table = chosen("strategy.activation_checkpointing=auto", "model.network.num_hidden_layers=2")
+    assert config.strategy.activation_checkpointing is False
+    assert '0% ("auto": the fewest with which the micro-batch fits)' in table

@@ -87,9 +87,9 @@ def test_the_network_is_built_once_to_be_measured_and_once_to_be_rehearsed(
         return build(model)
 
     monkeypatch.setattr(LanguageModel, "build_network", counted)
-    overrides = ["model.network.num_hidden_layers=3", "cluster=p4d_2", "strategy.activation_checkpointing=true"]
+    overrides = ["model.network.num_hidden_layers=5", "cluster=p4d_2", "strategy.activation_checkpointing=true"]
     train.rehearse_job(composed(*overrides, f"run_dir={tmp_path}"), ["dry_run=true"])
-    assert built == [3, 2, 2, 4, 3]  # blocks; activations of two, for few and many sequences, and of four
+    assert built == [5, 4, 4, 4, 4, 6, 5]  # blocks; activations of four for numbers of sequences, and of six
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,185 @@
+"""Memory of a rank at the peak of an optimizer step, in closed form.
+
+A micro-step is a row of phases, from the gather of the root to the reduction of its gradients
+(:class:`~lightning_mics.policy.activations.Activations`). For each, what FSDP2 and the caches hold is added to the
+activations. M and R are the bytes of a block, unsharded and as it is reduced, m and r those of the root::
+
+    phase     gathered                                  reduced
+    start     2 m + 2 M: in use, and as they were sent
+    forward   m + 2 M: in use, and as it was sent
+    gather    m + 3 M: of the last block likewise, and the one before it as it was sent
+    loss      m + M: the last block, as it was sent
+    head      m + M: the last block, ahead
+    last      m + 2 M: in use, and the next ahead
+    blocks    m + 2 M                                   R of the block before
+    second    m + 2 M                                   R
+    between   m + 2 M: in use, and as it was sent       R
+    first     m + M                                     R
+    end       m                                         R
+    reduced                                             r
+
+Gradients of a block are among the activations until they are reduced. Sharded gradients are there from the start where
+several micro-steps add to them, else as far as the backward has come; in the first forward there are those of the step
+before, which Lightning frees after it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lightning_mics.policy.activations import ALL_SAVED, Phase
+from lightning_mics.policy.workload import Workload
+from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics.topology import Topology
+
+FORWARD: tuple[Phase, ...] = ("start", "forward", "gather", "loss")
+
+
+STEP_COUNTER_BYTES = 4  # Adam's, for each parameter
+
+
+SCALARS_BYTES = 1024  # the loss, norms, and the rounding of all that follows
+
+
+def step_bytes(
+    work: Workload,
+    topology: Topology,
+    communication: CommunicationOptions,
+    *,
+    samples: int,
+    micro_steps: int | None,
+    reshard_after_forward: bool | int = True,
+) -> int:
+    """Bytes of tensors on each rank at the peak of an optimizer step.
+
+    Args:
+        work: The work of the model.
+        topology: Topology of the job.
+        communication: Options of the collectives, without "auto".
+        samples: Samples of a micro-batch.
+        micro_steps: Micro-steps per optimizer step; None if the number is not known.
+        reshard_after_forward: FSDP2's option: False keeps blocks unsharded until their backward, a number of ranks
+            keeps them spread over so many.
+    """
+    if micro_steps is None:
+        return max(step_bytes(work, topology, communication, samples=samples, micro_steps=count) for count in (1, 3))
+    step = _Step(work, topology, communication, micro_steps=micro_steps, reshard=reshard_after_forward)
+    taken = work.activations.peaks(samples)
+    return math.ceil(max(step.update, *(step.phase(phase) + peak for phase, peak in taken.items())))
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Bytes of parameter groups, unsharded and as they are reduced."""
+
+    gathered: int
+    reduced: int
+
+
+class _Step:
+    """Bytes in each phase of the micro-steps of an optimizer step, without activations."""
+
+    def __init__(
+        self,
+        work: Workload,
+        topology: Topology,
+        communication: CommunicationOptions,
+        *,
+        micro_steps: int,
+        reshard: bool | int = True,
+    ) -> None:
+        self._ranks, self._micro_steps, self._reshard = topology.partition_size, micro_steps, reshard
+        wide, reduced = work.gathered_dtype.itemsize, work.reduce_dtype.itemsize
+        elements = work.elements(self._ranks)
+        self._root, self._block, self._all = (
+            _Size(count * wide, count * reduced) for count in (elements.root, elements.largest, elements.total)
+        )
+        self._nearest = [count * reduced for count in elements.nearest]  # of the first and the second block
+        padded = elements.total / (work.elements(1).total or 1)
+        states = work.size.states_bytes - work.size.gradients_bytes
+        self._gradients = padded * work.size.gradients_bytes / self._ranks
+        self._states = padded * states / self._ranks + work.size.buffers_bytes
+        self._states += SCALARS_BYTES + STEP_COUNTER_BYTES * work.parameter_tensors
+        self._cache = communication.cache_parameters if self._ranks > 1 else "never"
+        self._sums = communication.accumulate_gradients if self._ranks > 1 and micro_steps > 1 else "shard"
+        local = topology.local_ranks_per_partition_group
+        if self._cache == "node":
+            self._states += self._all.gathered / local
+        if self._sums == "node":
+            self._states += self._all.reduced / local
+        self._kept_of_reductions = work.size.cast_bytes / self._ranks if topology.replicas > 1 else 0.0
+        if topology.replicas > 1 and micro_steps > 1 and not communication.two_hop:
+            self._kept_of_reductions += self._all.reduced / self._ranks
+        self._adds_up_apart = self._sums != "shard"
+        if topology.replicas > 1 and micro_steps > 1 and communication.inter_node_reduce_dtype is not None:
+            self._adds_up_apart = True  # the second hop is not FSDP2's
+            self._states += self._all.reduced / self._ranks
+
+    @property
+    def update(self) -> float:
+        """Bytes in the update of the weights, by a fused optimizer."""
+        return self._states + self._gradients
+
+    def phase(self, phase: Phase) -> float:
+        """Most bytes in a phase of any micro-step."""
+        if phase in FORWARD:
+            first = self._gathered(phase) + self._gradients  # of the step before
+            sums = self._all.reduced if self._sums == "rank" else 0
+            return self._states + max(first, self._gathered(phase, again=True) + sums)
+        boundary = self._gathered(phase) + self._reducing(phase) + self._sharded_gradients(phase)
+        if self._sums != "rank":
+            return self._states + boundary
+        before = self._gathered(phase) + self._all.reduced  # the micro-step before the boundary
+        return self._states + max(before, boundary + self._all.reduced - self._reduced_before(phase))
+
+    def _gathered(self, phase: Phase, *, again: bool = False) -> float:
+        """Bytes of unsharded parameters.
+
+        Args:
+            phase: Phase of the micro-step.
+            again: Whether it is not the first micro-step, so that cached parameters are there.
+        """
+        root, block = self._root.gathered, self._block.gathered
+        sent = block if self._ranks > 1 else 0  # one rank copies its shard
+        ahead = sent * {"start": 1, "forward": 1, "gather": 2, "loss": 1}.get(phase, 0)
+        if self._cache == "rank":
+            return self._all.gathered + (0 if again else ahead)
+        if self._reshard is False and phase in ALL_SAVED:
+            return self._all.gathered + ahead
+        spread = self._all.gathered / int(self._reshard) if self._reshard is not True and phase in ALL_SAVED else 0.0
+        of_phase: dict[Phase, float] = {
+            "start": 2 * (root + block) if self._ranks > 1 else root + block,
+            "gather": root + block + ahead,
+            "loss": root + sent,
+            "head": root + sent,
+            "first": root + block,
+            "end": root,
+            "reduced": 0,
+        }
+        return spread + of_phase.get(phase, root + block + sent)
+
+    def _reducing(self, phase: Phase) -> float:
+        """Bytes of gradients that are reduced, and of what FSDP2 keeps of reductions until the backward has ended."""
+        taken = 0.0
+        if phase in ("blocks", "second", "between", "first", "end") and len(self._nearest) > 1:
+            taken = self._block.reduced
+            if self._ranks == 1 and phase != "end":  # its result is as large
+                taken += max(0, self._block.reduced - self._block.gathered)
+        elif phase == "reduced":
+            taken = self._root.reduced * (1 + 1 / self._ranks)
+        return taken + self._kept_of_reductions * self._reduced_before(phase) / (self._all.reduced or 1)
+
+    def _reduced_before(self, phase: Phase) -> float:
+        """Bytes of gradients, unsharded, that the backward has reduced when the phase begins."""
+        left = {"second": 2, "between": 1, "first": 1, "end": 0, "reduced": 0}
+        if phase == "blocks":
+            return self._block.reduced
+        if phase not in left:
+            return 0
+        return max(0, self._all.reduced - self._root.reduced - sum(self._nearest[: left[phase]]))
+
+    def _sharded_gradients(self, phase: Phase) -> float:
+        if (self._micro_steps > 1 and not self._adds_up_apart) or phase == "reduced":
+            return self._gradients
+        return self._gradients * self._reduced_before(phase) / (self._all.reduced or 1)

@@ -1,0 +1,58 @@
+"""The closed form of a step's memory is what a rehearsal of the step allocates, and never less."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.step_memory import compared, ratio
+from lightning_mics.planning import measure_workload
+from lightning_mics.policy.step_memory import step_bytes
+from recipes.plan.dry_run import Training
+from tests.support.jobs import JOBS, LENGTH, SEQUENCES, language_model, loss, rehearsed
+
+pytestmark = pytest.mark.rehearsal
+
+
+@pytest.mark.parametrize(
+    ("job", "micro_steps"),
+    [
+        ("one rank a group", 1),
+        ("a node a group", 1),
+        ("without two hops", 2),
+        ("a node a group, once per step", 3),
+        ("hierarchical", 3),
+        ("once per step", 2),
+        ("once per step everywhere", 1),
+        ("replicas over nodes", 3),
+        ("replicas, half of the bytes", 2),
+        ("recomputed", 1),
+        ("mixed precision", 3),
+        ("half precision", 2),
+    ],
+)
+def test_a_step_takes_what_its_rehearsal_allocates_however_it_runs(job: str, micro_steps: int) -> None:
+    facts, model = JOBS[job], language_model("bert")
+    workload = measure_workload(
+        lambda: Training(model),
+        model.example_batch(SEQUENCES, LENGTH),
+        samples=SEQUENCES,
+        loss=loss,
+        precision=facts.precision,
+        reduce_dtype=facts.reduce_dtype,
+        activation_checkpointing=facts.activation_checkpointing,
+    )
+    closed = step_bytes(workload, facts.topology, facts.communication, samples=SEQUENCES, micro_steps=micro_steps)
+    real = rehearsed("bert", facts, backend="nccl", micro_steps=micro_steps).peak_bytes
+    assert real <= closed <= 1.02 * real
+
+
+@pytest.mark.parametrize(
+    ("model", "cluster", "blocks"), [("gpt2", "p4d_2", "n_layer=5"), ("gpt-tiny", "p4d_2", "num_hidden_layers=7")]
+)
+def test_a_plan_counts_the_memory_of_three_micro_batches_within_three_percent(
+    model: str, cluster: str, blocks: str
+) -> None:
+    rows = list(compared(model, cluster, f"model.network.{blocks}"))
+    assert len(rows) == 3
+    for row in rows:
+        assert 1 <= ratio(row) <= 1.03, row
