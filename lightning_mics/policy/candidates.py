@@ -14,7 +14,7 @@ from lightning_mics.cost.batches import Batches, split_global_batch
 from lightning_mics.cost.hardware import Hardware
 from lightning_mics.cost.step_time import Seconds, step_seconds
 from lightning_mics.cost.step_traffic import ScheduledCollective, Unit, full_sharding_traffic, step_traffic, total_sent
-from lightning_mics.policy.choice import Choice, choose
+from lightning_mics.policy.choice import Choice, choose, largest_share
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology, partition_sizes
@@ -92,9 +92,8 @@ class Job:
         self.all_batches()  # raises
 
     @cached_property
-    def _units(self) -> Counter[Unit]:
-        """Parameter groups and how many are alike: each kind is priced once."""
-        return Counter(self.workload.units)
+    def _usable_bytes(self) -> int:
+        return int((1 - LEFT_FREE) * self.hardware.memory_bytes)
 
     def all_batches(self) -> list[Batches]:
         """All divisions of the global batch, small micro-batches first.
@@ -127,7 +126,38 @@ class Job:
             topology = Topology(world_size=self.world_size, ranks_per_node=self.ranks_per_node, partition_size=size)
             for options in _allowed(topology, communication, is_free=partition_size == "auto"):
                 choice = self._choice(topology, options)
-                yield from self._priced("MiCS", topology, choice.communication, choice.cached_bytes, step_traffic)
+                whole = list(self._priced("MiCS", topology, choice.communication, choice.cached_bytes, step_traffic))
+                yield from whole
+                for candidate in whole:
+                    yield from self._in_part(candidate, communication)
+
+    def _in_part(self, whole: Candidate, asked: CommunicationOptions) -> Iterator[Candidate]:
+        """A candidate that does not fit, with as many blocks on nodes as fit in place of all.
+
+        Args:
+            whole: A way to run the job.
+            asked: Options of the user.
+        """
+        options, size = whole.communication, self.workload.size
+        if whole.fits or options.allow_unused:
+            return
+        k, part = whole.topology.local_ranks_per_partition_group, None
+        if asked.accumulate_gradients == "auto" and options.accumulate_gradients == "node":
+            without = self._memory_of(whole, replace(options, accumulate_gradients="shard"))
+            part = largest_share(size.blocks_reduced_bytes, k, self._usable_bytes - without)
+            options = replace(options, accumulate_gradients=part or "shard")
+        elif asked.cache_parameters == "auto" and options.cache_parameters == "node":
+            without = self._memory_of(whole, replace(options, cache_parameters="never"))
+            part = largest_share(size.blocks_gathered_bytes, k, self._usable_bytes - without)
+            options = replace(options, cache_parameters=part or "never")
+        if part is not None:
+            cached_bytes = self._choice(whole.topology, options).cached_bytes
+            yield from self._priced("MiCS", whole.topology, options, cached_bytes, step_traffic, [whole.batches])
+
+    def _memory_of(self, candidate: Candidate, options: CommunicationOptions) -> int:
+        """Memory of a candidate with other options, in bytes."""
+        cached_bytes = self._choice(candidate.topology, options).cached_bytes
+        return candidate.memory_bytes - candidate.cached_bytes + cached_bytes
 
     def full_sharding(self) -> Candidate:
         """The baseline: FSDP2 over all ranks with its defaults and the largest micro-batch that fits."""
@@ -180,21 +210,24 @@ class Job:
         options: CommunicationOptions,
         cached_bytes: int,
         traffic_of: Callable[..., list[ScheduledCollective]],
+        divisions: Sequence[Batches] | None = None,
     ) -> Iterator[Candidate]:
         work, hardware = self.workload, self.hardware
-        usable = int((1 - LEFT_FREE) * hardware.memory_bytes)
+        units: Counter[tuple[Unit, CommunicationOptions]] = Counter(  # each kind is priced once
+            zip(work.units, options.by_unit(blocks=len(work.units) - 1), strict=True)
+        )
         traffic = [
             replace(repeated, times=repeated.times * count)
-            for unit, count in self._units.items()
+            for (unit, of_unit), count in units.items()
             for repeated in traffic_of(
                 [unit],
                 topology,
-                communication=options,
+                communication=of_unit,
                 gathered_dtype=work.gathered_dtype,
                 reduce_dtype=work.reduce_dtype,
             )
         ]
-        for batches in self.all_batches():
+        for batches in self.all_batches() if divisions is None else divisions:
             memory_bytes = work.size.rank_bytes(
                 topology.partition_size,
                 work.activations(batches.micro),
@@ -218,7 +251,7 @@ class Job:
                 states_bytes=work.size.per_rank_bytes(topology.partition_size),
                 cached_bytes=cached_bytes,
                 memory_bytes=memory_bytes,
-                fits=memory_bytes <= usable,
+                fits=memory_bytes <= self._usable_bytes,
                 node_sent=Sent(
                     of_rank.inside_bytes * topology.ranks_per_node, of_rank.between_bytes * topology.ranks_per_node
                 ),
