@@ -91,7 +91,8 @@ def step_traffic(
     """List the collectives of rank 0 on NCCL in one optimizer step of automatic optimization, without clipping.
 
     Args:
-        units: Parameter groups of the model, from :func:`find_units`.
+        units: Parameter groups of the model, the root first, from :func:`find_units`; one alone where the options are
+            those of a unit.
         topology: Topology of the job.
         communication: Options of the collectives, without "auto".
         gathered_dtype: Dtype of unsharded parameters.
@@ -101,13 +102,12 @@ def step_traffic(
         ValueError: If ``communication`` leaves "auto" to a policy, or its ``hierarchical`` does not fit the topology.
     """
     communication.check_chosen()
-    step = _Step(topology, communication, choose_hierarchical(communication.hierarchical, topology))
-    return [
-        repeated
-        for unit in units
-        for repeated in (*step.gathers(unit, gathered_dtype), *step.reductions(unit, reduce_dtype))
-        if repeated.collective.ranks > 1
-    ]
+    in_stages = choose_hierarchical(communication.hierarchical, topology)
+    traffic = []
+    for unit, options in zip(units, communication.by_unit(blocks=len(units) - 1), strict=True):
+        step = _Step(topology, options, in_stages)
+        traffic += [*step.gathers(unit, gathered_dtype), *step.reductions(unit, reduce_dtype)]
+    return [repeated for repeated in traffic if repeated.collective.ranks > 1]
 
 
 def full_sharding_traffic(

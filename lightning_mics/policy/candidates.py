@@ -14,7 +14,7 @@ from lightning_mics.cost.batches import Batches, split_global_batch
 from lightning_mics.cost.hardware import Hardware
 from lightning_mics.cost.step_time import Seconds, step_seconds
 from lightning_mics.cost.step_traffic import ScheduledCollective, Unit, full_sharding_traffic, step_traffic, total_sent
-from lightning_mics.policy.choice import Choice, choose
+from lightning_mics.policy.choice import Choice, choose, largest_share
 from lightning_mics.policy.memory import usable_bytes
 from lightning_mics.policy.step_memory import step_bytes
 from lightning_mics.policy.workload import Workload
@@ -93,9 +93,8 @@ class Job:
         self.all_batches()  # raises
 
     @cached_property
-    def _units(self) -> Counter[Unit]:
-        """Parameter groups and how many are alike: each kind is priced once."""
-        return Counter(self.workload.units)
+    def _usable_bytes(self) -> int:
+        return usable_bytes(self.hardware.memory_bytes)
 
     def all_batches(self) -> list[Batches]:
         """All divisions of the global batch, small micro-batches first.
@@ -128,7 +127,45 @@ class Job:
             topology = Topology(world_size=self.world_size, ranks_per_node=self.ranks_per_node, partition_size=size)
             for options in _allowed(topology, communication, is_free=partition_size == "auto"):
                 choice = self._choice(topology, options)
-                yield from self._priced("MiCS", topology, choice.communication, choice.cached_bytes, step_traffic)
+                whole = list(self._priced("MiCS", topology, choice.communication, choice.cached_bytes, step_traffic))
+                yield from whole
+                for candidate in whole:
+                    yield from self._in_part(candidate, communication)
+
+    def _in_part(self, whole: Candidate, asked: CommunicationOptions) -> Iterator[Candidate]:
+        """A candidate that does not fit, with as many blocks on nodes as fit in place of all.
+
+        Args:
+            whole: A way to run the job.
+            asked: Options of the user.
+        """
+        options = whole.communication
+        if whole.fits or options.allow_unused:
+            return
+        works = (self.workload, *self.workload.alternatives)
+        work = next(each for each in works if each.recomputed_share == whole.recomputed_share)
+        topology, part = whole.topology, None
+        k, blocks = topology.local_ranks_per_partition_group, work.elements(topology.partition_size).blocks
+        if asked.accumulate_gradients == "auto" and options.accumulate_gradients == "node":
+            options = replace(options, accumulate_gradients="shard")
+            sizes = [count * work.reduce_dtype.itemsize for count in blocks]
+            part = largest_share(sizes, k, self._left_bytes(work, whole, options))
+            options = replace(options, accumulate_gradients=part or "shard")
+        elif asked.cache_parameters == "auto" and options.cache_parameters == "node":
+            options = replace(options, cache_parameters="never")
+            sizes = [count * work.gathered_dtype.itemsize for count in blocks]
+            part = largest_share(sizes, k, self._left_bytes(work, whole, options))
+            options = replace(options, cache_parameters=part or "never")
+        if part is not None:
+            cached_bytes = self._choice(topology, options).cached_bytes
+            only = (work, whole.batches)
+            yield from self._priced("MiCS", topology, options, cached_bytes, step_traffic, only=only)
+
+    def _left_bytes(self, work: Workload, candidate: Candidate, options: CommunicationOptions) -> int:
+        """Memory that a candidate with other options leaves, in bytes."""
+        batches = candidate.batches
+        taken = step_bytes(work, candidate.topology, options, samples=batches.micro, micro_steps=batches.accumulation)
+        return self._usable_bytes - taken
 
     def full_sharding(self) -> Candidate:
         """The baseline: FSDP2 over all ranks with its defaults and the largest micro-batch that fits."""
@@ -189,21 +226,25 @@ class Job:
         cached_bytes: int,
         traffic_of: Callable[..., list[ScheduledCollective]],
         reshard_after_forward: bool | int = True,
+        only: tuple[Workload, Batches] | None = None,
     ) -> Iterator[Candidate]:
         hardware = self.hardware
-        usable = usable_bytes(hardware.memory_bytes)
+        units: Counter[tuple[Unit, CommunicationOptions]] = Counter(  # each kind is priced once
+            zip(self.workload.units, options.by_unit(blocks=len(self.workload.units) - 1), strict=True)
+        )
         traffic = [
             replace(repeated, times=repeated.times * count)
-            for unit, count in self._units.items()
+            for (unit, of_unit), count in units.items()
             for repeated in traffic_of(
                 [unit],
                 topology,
-                communication=options,
+                communication=of_unit,
                 gathered_dtype=self.workload.gathered_dtype,
                 reduce_dtype=self.workload.reduce_dtype,
             )
         ]
-        for work, batches in product((self.workload, *self.workload.alternatives), self.all_batches()):
+        ways = product((self.workload, *self.workload.alternatives), self.all_batches())
+        for work, batches in ways if only is None else (only,):
             memory_bytes = step_bytes(
                 work,
                 topology,
@@ -229,7 +270,7 @@ class Job:
                 states_bytes=work.size.per_rank_bytes(topology.partition_size),
                 cached_bytes=cached_bytes,
                 memory_bytes=memory_bytes,
-                fits=memory_bytes <= usable,
+                fits=memory_bytes <= self._usable_bytes,
                 node_sent=Sent(
                     of_rank.inside_bytes * topology.ranks_per_node, of_rank.between_bytes * topology.ranks_per_node
                 ),

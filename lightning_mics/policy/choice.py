@@ -7,6 +7,8 @@ ranks of a partition group per node, the cache takes M/k bytes of each rank, and
 / k. If memory is left for only one of them, parameters take precedence: over s micro-steps their cache saves 2s-1
 times M bytes of inter-node traffic, accumulated gradients save s-1 times.
 
+If neither fits, as many blocks as fit are cached on nodes, spread over the depth, and then as many accumulated.
+
 On ranks, the cache takes M bytes, and accumulated gradients take their full size. Links inside a node are fast, and
 sharding is there to save memory, so "auto" does it only if the unsharded model states, as in DDP, would fit a rank.
 Optimizer states stay sharded, so this takes less memory than DDP.
@@ -17,12 +19,12 @@ all of these, choose by time (:mod:`lightning_mics.policy.candidates`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_mics.policy.memory import USABLE_SHARE, ModelSize, fits, in_gib, smallest_partition_size
-from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics.sharding.options import CommunicationOptions, spread_over
 from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.topology import Topology
 
@@ -99,10 +101,10 @@ def choose(
     )
     if communication.allow_unused:  # they take the memory in any case
         communication = communication.on_ranks()
-    cache = _weigh(communication.cache_parameters, size.gathered_bytes, memory)
+    cache = _weigh(communication.cache_parameters, size.gathered_bytes, size.blocks_gathered_bytes, memory)
     memory = replace(memory, free_bytes=memory.free_bytes - cache.bytes)
     if communication.two_hop:
-        accumulate = _weigh(communication.accumulate_gradients, size.reduced_bytes, memory)
+        accumulate = _weigh(communication.accumulate_gradients, size.reduced_bytes, size.blocks_reduced_bytes, memory)
     else:
         accumulate = _Place(None, "two_hop=False reduces in every micro-step")
     cached_bytes = cache.bytes + accumulate.bytes
@@ -138,16 +140,17 @@ class _Memory:
 
 @dataclass(frozen=True)
 class _Place:
-    level: Literal["node", "rank"] | None
+    level: Literal["node", "rank"] | float | None
     why: str
     bytes: int = 0
 
 
-def _weigh(wanted: str, unsharded_bytes: int, memory: _Memory) -> _Place:
-    """Where ``unsharded_bytes`` are cached until the boundary: on ranks, on nodes, or nowhere."""
+def _weigh(wanted: str | float, unsharded_bytes: int, blocks_bytes: Sequence[int], memory: _Memory) -> _Place:
+    """Where ``unsharded_bytes`` are cached until the boundary: on ranks, on nodes, those of some blocks, or nowhere."""
     if memory.topology.partition_size == 1:
         return _Place(None, "a partition group is one rank")
-    node_bytes = -(-unsharded_bytes // memory.topology.local_ranks_per_partition_group)
+    k = memory.topology.local_ranks_per_partition_group
+    node_bytes = -(-unsharded_bytes // k)
     on_rank, on_node = f"{in_gib(unsharded_bytes)} per rank", f"{in_gib(node_bytes)} per rank"
     no_node = _why_not_on_nodes(memory)
     left = f"{in_gib(max(0, memory.free_bytes))}"
@@ -155,6 +158,10 @@ def _weigh(wanted: str, unsharded_bytes: int, memory: _Memory) -> _Place:
         return _Place("rank", f"for {on_rank}", unsharded_bytes)
     if wanted == "node":
         return _Place(None, no_node) if no_node else _Place("node", f"for {on_node}", node_bytes)
+    if isinstance(wanted, float):
+        taken = bytes_of_share(wanted, blocks_bytes, k)
+        why = f"{_blocks(wanted, blocks_bytes)} on nodes, for {in_gib(taken)} per rank"
+        return _Place(None, no_node) if no_node else _Place(wanted, why, taken)
     if wanted != "auto":
         return _Place(None, f'"rank" would take {on_rank}' if no_node else f'"node" would take {on_node}')
     if memory.fits_unsharded and unsharded_bytes <= memory.free_bytes:
@@ -165,7 +172,40 @@ def _weigh(wanted: str, unsharded_bytes: int, memory: _Memory) -> _Place:
         return _Place(None, f'"auto": {full if memory.fits_unsharded else too_large}; {no_node}')
     if node_bytes <= memory.free_bytes:
         return _Place("node", f'"auto": {on_node} of {left} that model states leave', node_bytes)
-    return _Place(None, f'"auto": "node" would take {on_node}, and model states leave {left}')
+    all_would = f'"node" would take {on_node}, and model states leave {left}'
+    share = largest_share(blocks_bytes, k, memory.free_bytes)
+    if share is None:
+        return _Place(None, f'"auto": {all_would}')
+    taken = bytes_of_share(share, blocks_bytes, k)
+    return _Place(share, f'"auto": {_blocks(share, blocks_bytes)} on nodes, for {in_gib(taken)}; {all_would}', taken)
+
+
+def largest_share(blocks_bytes: Sequence[int], local_ranks: int, free_bytes: int) -> float | None:
+    """The largest share of blocks that can be cached on nodes; None if that is none.
+
+    Args:
+        blocks_bytes: Unsharded size of each block, in bytes.
+        local_ranks: Ranks of a partition group on each node.
+        free_bytes: Memory that a rank has left, in bytes.
+    """
+    shares = (count / len(blocks_bytes) for count in range(len(blocks_bytes), 0, -1))
+    return next((share for share in shares if bytes_of_share(share, blocks_bytes, local_ranks) <= free_bytes), None)
+
+
+def bytes_of_share(share: float, blocks_bytes: Sequence[int], local_ranks: int) -> int:
+    """Bytes of each rank for a share of blocks that are cached on nodes.
+
+    Args:
+        share: Share of the blocks, 0 to 1.
+        blocks_bytes: Unsharded size of each block, in bytes.
+        local_ranks: Ranks of a partition group on each node.
+    """
+    kept = spread_over(len(blocks_bytes), share)
+    return -(-sum(size for size, is_kept in zip(blocks_bytes, kept, strict=True) if is_kept) // local_ranks)
+
+
+def _blocks(share: float, blocks_bytes: Sequence[int]) -> str:
+    return f"{sum(spread_over(len(blocks_bytes), share))} of {len(blocks_bytes)} blocks"
 
 
 def _why_not_on_nodes(memory: _Memory) -> str:

@@ -50,6 +50,8 @@ class ModelSize:
         gradients_bytes: Gradients among the model states.
         buffers_bytes: Buffers, which every rank has.
         cast_bytes: Gradients in the dtype of parameters, where they are reduced in another.
+        blocks_gathered_bytes: Unsharded parameters of each block, in order.
+        blocks_reduced_bytes: Gradients of each block, in the dtype of the reduction.
     """
 
     states_bytes: int
@@ -62,6 +64,8 @@ class ModelSize:
     gradients_bytes: int = 0
     buffers_bytes: int = 0
     cast_bytes: int = 0
+    blocks_gathered_bytes: tuple[int, ...] = ()
+    blocks_reduced_bytes: tuple[int, ...] = ()
 
     def per_rank_bytes(self, partition_size: int) -> int:
         """Bytes on each rank at the peak of a backward, without activations.
@@ -88,13 +92,17 @@ def measure_model(
 
     Args:
         model: The model, not sharded.
-        blocks: Blocks of the model, each a parameter group.
+        blocks: Blocks of the model, each a parameter group, as :func:`~lightning_mics.sharding.blocks.find_blocks`
+            lists them.
         gathered_dtype: Dtype of unsharded parameters; None is the dtype of the parameters.
         reduce_dtype: Dtype of gradient sums; None is the dtype of the gradients.
     """
-    blocks = set(blocks)
+    in_order = list(reversed(list(blocks)))
+    blocks = set(in_order)
     root = _unit_parameters(model, blocks)
-    units = [_unit_parameters(block, blocks) for block in blocks]
+    units = [_unit_parameters(block, blocks) for block in in_order]
+    gathered = tuple(_bytes_in(unit, gathered_dtype) for unit in units)
+    reduced = tuple(_bytes_in((p for p in unit if p.requires_grad), reduce_dtype) for unit in units)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients_bytes = sum(p.numel() * max(p.itemsize, (reduce_dtype or p.dtype).itemsize) for p in trainable)
     return ModelSize(
@@ -110,6 +118,8 @@ def measure_model(
         gradients_bytes=gradients_bytes,
         buffers_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         cast_bytes=sum(p.nbytes for p in trainable if reduce_dtype not in (None, p.dtype)),
+        blocks_gathered_bytes=gathered,
+        blocks_reduced_bytes=reduced,
     )
 
 

@@ -27,11 +27,13 @@ class PolicyOptions(TypedDict, total=False):
             default, does so where it has several ranks on each node.
         cache_parameters: Where unsharded parameters are cached until the gradient accumulation boundary: ``"never"``,
             they are gathered at every use; on each ``"node"``, spread over its ranks, they are gathered between nodes
-            once per step; on each ``"rank"``, they are gathered once per step. ``"auto"``, the default, is ``"rank"``
-            if the unsharded model states would fit a rank, else ``"node"`` if memory allows, else ``"never"``.
+            once per step; on each ``"rank"``, they are gathered once per step. A share, as 0.25, is ``"node"`` for so
+            many of the blocks. ``"auto"``, the default, is ``"rank"`` if the unsharded model states would fit a rank,
+            else ``"node"`` if memory allows, else the largest share that it allows, else ``"never"``.
         accumulate_gradients: Where gradients are accumulated until the boundary: in each rank's ``"shard"``, reduced
             in every micro-step; on each ``"node"``, reduced between nodes once per step; on each ``"rank"``, reduced
-            once per step. ``"auto"``, the default, chooses as for ``cache_parameters``, from the memory it leaves.
+            once per step. A share, as 0.25, is ``"node"`` for so many of the blocks. ``"auto"``, the default, chooses
+            as for ``cache_parameters``, from the memory it leaves.
         inter_node_reduce_dtype: Dtype in which gradients are sent between nodes, or its name; None, the default, is
             ``reduce_dtype``, in which they are added up in any case.
         reduce_dtype: Dtype in which gradients are reduced and added up, or its name; None, the default, follows the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import torch
@@ -33,7 +34,7 @@ def memory_advice(choice: Choice, *, recomputes: bool) -> str:
         ):
             if now != lowest:
                 less = "node" if on_node and now == "rank" else lowest
-                ways.append(f'{option}="{less}" in place of "{now}" ({cached})')
+                ways.append(f"{option}={json.dumps(less)} in place of {json.dumps(now)} ({cached})")
     if not recomputes:
         ways.append("activation_checkpointing=True")
     larger = _next_partition_size(topology)

@@ -65,6 +65,8 @@ def _why_two_hop(topology: Topology, two_hop: bool) -> str:
 def _inter_node_gathers(topology: Topology, options: CommunicationOptions) -> str:
     if not topology.spans_nodes:
         return "none: a partition group is inside one node"
+    if isinstance(options.cache_parameters, float):
+        return "once per step for cached blocks, at every use for the others"
     return "at every use" if options.cache_parameters == "never" else "once per step"
 
 
@@ -72,6 +74,8 @@ def _inter_node_reductions(topology: Topology, options: CommunicationOptions) ->
     every, once = "in every micro-step", "once per step"
     if topology.spans_nodes:
         when = every if options.accumulate_gradients == "shard" else once
+        if isinstance(options.accumulate_gradients, float):
+            when = f"{once} for accumulated blocks, {every} for the others"
     else:
         when = f"{once if options.two_hop else every}, by the second hop"
     return when + (f", as {_name(options.inter_node_reduce_dtype)}" if options.inter_node_reduce_dtype else "")

@@ -29,8 +29,8 @@ import math
 from dataclasses import dataclass
 
 from lightning_mics.policy.activations import ALL_SAVED, Phase
-from lightning_mics.policy.workload import Workload
-from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics.policy.workload import Elements, Workload
+from lightning_mics.sharding.options import CommunicationOptions, spread_over
 from lightning_mics.topology import Topology
 
 FORWARD: tuple[Phase, ...] = ("start", "forward", "gather", "loss")
@@ -77,6 +77,14 @@ class _Size:
     reduced: int
 
 
+def _on_nodes(place: str | float, elements: Elements) -> int:
+    """Elements of the parameter groups that are cached, or accumulated, on nodes."""
+    if isinstance(place, str):
+        return elements.total if place == "node" else 0
+    kept = spread_over(len(elements.blocks), place)
+    return sum(count for count, is_kept in zip(elements.blocks, kept, strict=True) if is_kept)
+
+
 class _Step:
     """Bytes in each phase of the micro-steps of an optimizer step, without activations."""
 
@@ -104,14 +112,12 @@ class _Step:
         self._cache = communication.cache_parameters if self._ranks > 1 else "never"
         self._sums = communication.accumulate_gradients if self._ranks > 1 and micro_steps > 1 else "shard"
         local = topology.local_ranks_per_partition_group
-        if self._cache == "node":
-            self._states += self._all.gathered / local
-        if self._sums == "node":
-            self._states += self._all.reduced / local
+        self._states += _on_nodes(self._cache, elements) * wide / local
+        self._states += _on_nodes(self._sums, elements) * reduced / local
         self._kept_of_reductions = work.size.cast_bytes / self._ranks if topology.replicas > 1 else 0.0
         if topology.replicas > 1 and micro_steps > 1 and not communication.two_hop:
             self._kept_of_reductions += self._all.reduced / self._ranks
-        self._adds_up_apart = self._sums != "shard"
+        self._adds_up_apart = self._sums in ("node", "rank")  # not those of other blocks, beside a share
         if topology.replicas > 1 and micro_steps > 1 and communication.inter_node_reduce_dtype is not None:
             self._adds_up_apart = True  # the second hop is not FSDP2's
             self._states += self._all.reduced / self._ranks

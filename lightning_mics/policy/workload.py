@@ -21,12 +21,14 @@ class Elements:
         largest: Elements of the largest block; 0 without blocks.
         total: Elements of all groups.
         nearest: Elements of the first and the second block, if there are any.
+        blocks: Elements of each block, in order.
     """
 
     root: int
     largest: int
     total: int
     nearest: tuple[int, ...]
+    blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +65,9 @@ class Workload:
         """Elements of the parameter groups over ``ranks`` ranks; computed once."""
         if ranks not in self._elements:
             root = sum(unit.elements(ranks) for unit in self.units if unit.is_root)
-            blocks = [unit.elements(ranks) for unit in self.units if not unit.is_root]
-            largest, nearest = max(blocks, default=0), tuple(blocks[:2])
-            self._elements[ranks] = Elements(root=root, largest=largest, total=root + sum(blocks), nearest=nearest)
+            blocks = tuple(unit.elements(ranks) for unit in self.units if not unit.is_root)
+            largest, total = max(blocks, default=0), root + sum(blocks)
+            self._elements[ranks] = Elements(root=root, largest=largest, total=total, nearest=blocks[:2], blocks=blocks)
         return self._elements[ranks]
 
     @cached_property

@@ -54,6 +54,7 @@ class Communication:
         self._topology = groups.topology
         self._mesh = groups.mesh
         self._options = options
+        self._options_of: dict[str, CommunicationOptions] = {}  # by name of the unit, without shares
         self._backend = groups.backend
         self._traffic = Traffic()
         self._partition = self._counted(groups.partition)
@@ -69,7 +70,9 @@ class Communication:
 
     def install(self, root: FSDPModule) -> AccumulationSchedule:
         """Set the collectives of every parameter group under ``root``; returns the schedule that drives them."""
-        for name, module in fsdp_modules(root).items():
+        modules = fsdp_modules(root)
+        self._options_of = dict(zip(modules, self._options.by_unit(blocks=len(modules) - 1), strict=True))
+        for name, module in modules.items():
             if self._topology.partition_size > 1:
                 gather, reduce = self._all_gather(name, module), self._reduce_scatter(name, module)
                 module.set_custom_all_gather(self._agreement.before_gathers(name, module, gather))
@@ -114,7 +117,7 @@ class Communication:
         if self._rail is None:
             return FlatAllGather(self._partition.of_unit(name))
         rail, node = self._rail.of_unit(name), self._node and self._node.of_unit(name)
-        if self._options.cache_parameters != "node":
+        if self._options_of[name].cache_parameters != "node":
             return HierarchicalAllGather(rail=rail, node=node, first_stage=self._gathers_begin_on)
         cache = NodeCache(rail=rail, node=node, module=module, first_stage=self._gathers_begin_on)
         self._caches.append(cache)
@@ -125,7 +128,7 @@ class Communication:
             return FlatReduceScatter(self._partition.of_unit(name))
         rail, node = self._rail.of_unit(name), self._node and self._node.of_unit(name)
         wire_dtype = self._options.inter_node_reduce_dtype
-        if self._options.accumulate_gradients != "node":
+        if self._options_of[name].accumulate_gradients != "node":
             return HierarchicalReduceScatter(
                 rail=rail, node=node, first_stage=self._reductions_begin_on, wire_dtype=wire_dtype
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -14,16 +14,19 @@ from lightning_mics.topology import Topology
 Hierarchical = bool | Literal["auto"]
 
 
-CacheParameters = Literal["auto", "never", "node", "rank"]
+CacheParameters = Literal["auto", "never", "node", "rank"] | float
 
 
-AccumulateGradients = Literal["auto", "shard", "node", "rank"]
+AccumulateGradients = Literal["auto", "shard", "node", "rank"] | float
 
 
 WIRE_DTYPES = (torch.float32, torch.bfloat16)
 
 
-_CHOICES = {"cache_parameters": get_args(CacheParameters), "accumulate_gradients": get_args(AccumulateGradients)}
+_CHOICES = {
+    option: get_args(get_args(values)[0])
+    for option, values in (("cache_parameters", CacheParameters), ("accumulate_gradients", AccumulateGradients))
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +42,16 @@ class CommunicationOptions:
         cache_parameters: Where unsharded parameters are cached until the gradient accumulation boundary. ``"never"``:
             they are gathered at every use. ``"node"``: each node holds one copy, spread over its ranks, so they are
             gathered between nodes once per step; takes their bytes / k on each rank, with k ranks of a partition group
-            on a node, and changes nothing where a partition group is inside one node. ``"rank"``: each rank holds all
-            of them, so they are gathered once per step; takes their bytes on each rank.
+            on a node, and changes nothing where a partition group is inside one node. A share of the blocks, as 0.25,
+            is ``"node"`` for so many, spread over the depth, and ``"never"`` for the others and the parameters outside
+            of blocks. ``"rank"``: each rank holds all of them, so they are gathered once per step; takes their bytes on
+            each rank.
         accumulate_gradients: Where gradients are accumulated until the boundary. ``"shard"``: reduced over the
             partition group in every micro-step, each rank accumulates its shard. ``"node"``: reduced inside nodes in
             every micro-step, between nodes once per step; takes their bytes / k on each rank, and changes nothing where
-            a partition group is inside one node. ``"rank"``: reduced once per step; takes their bytes on each rank.
+            a partition group is inside one node. A share of the blocks, as 0.25, is ``"node"`` for so many, spread over
+            the depth, and ``"shard"`` for the others. ``"rank"``: reduced once per step; takes their bytes on each
+            rank.
         inter_node_reduce_dtype: Dtype in which gradients are sent between nodes, float32 or bfloat16; None is the
             dtype in which they are reduced.
         two_hop: Whether gradients are reduced over replicas at the boundary only; False does so in every micro-step,
@@ -72,8 +79,11 @@ class CommunicationOptions:
     def __post_init__(self) -> None:
         check_hierarchical(self.hierarchical)
         for option, choices in _CHOICES.items():
-            if getattr(self, option) not in choices:
-                raise ValueError(f"{option}={getattr(self, option)!r} is not one of {_listed(choices)}")
+            value = getattr(self, option)
+            if not (_is_share(value) or (isinstance(value, str) and value in choices)):
+                raise ValueError(
+                    f"{option}={value!r} is neither one of {_listed(choices)} nor a share of the blocks, such as 0.5"
+                )
         if self.inter_node_reduce_dtype not in (None, *WIRE_DTYPES):
             raise ValueError(
                 f"inter_node_reduce_dtype={self.inter_node_reduce_dtype!r} is not one of None, "
@@ -83,7 +93,7 @@ class CommunicationOptions:
             raise ValueError(f"two_hop={self.two_hop!r} is neither True nor False")
         if not isinstance(self.allow_unused, bool):
             raise ValueError(f"allow_unused={self.allow_unused!r} is neither True nor False")
-        if not self.two_hop and self.accumulate_gradients in ("node", "rank"):
+        if not self.two_hop and self.accumulate_gradients not in ("auto", "shard"):
             raise ValueError(
                 f"two_hop=False reduces over replicas in every micro-step, but accumulate_gradients="
                 f"{self.accumulate_gradients!r} accumulates them until the boundary; use "
@@ -101,8 +111,8 @@ class CommunicationOptions:
         if topology.local_ranks_per_partition_group == 1:
             return
         in_stages = {
-            "cache_parameters='node'": self.cache_parameters == "node",
-            "accumulate_gradients='node'": self.accumulate_gradients == "node",
+            f"cache_parameters={self.cache_parameters!r}": _is_on_nodes(self.cache_parameters),
+            f"accumulate_gradients={self.accumulate_gradients!r}": _is_on_nodes(self.accumulate_gradients),
             f"inter_node_reduce_dtype={self.inter_node_reduce_dtype}": self.inter_node_reduce_dtype is not None,
         }
         for option, is_wanted in in_stages.items():
@@ -143,6 +153,19 @@ class CommunicationOptions:
                 allowed = _listed(choice for choice in choices if choice != "auto")
                 raise ValueError(f"{option}='auto' is for policies, which know the model's size; use one of {allowed}")
 
+    def by_unit(self, *, blocks: int) -> tuple[CommunicationOptions, ...]:
+        """These options for each parameter group, without shares: the root's own, then those of blocks in order.
+
+        Args:
+            blocks: Number of blocks.
+        """
+        cached = _units_on_nodes(self.cache_parameters, blocks, otherwise="never")
+        accumulated = _units_on_nodes(self.accumulate_gradients, blocks, otherwise="shard")
+        return tuple(
+            replace(self, cache_parameters=cache, accumulate_gradients=accumulate)
+            for cache, accumulate in zip(cached, accumulated, strict=True)
+        )
+
     def on_ranks(self) -> CommunicationOptions:
         """Return these options with "rank" in place of "auto", where it fits the others."""
         accumulate = "rank" if self.accumulate_gradients == "auto" and self.two_hop else self.accumulate_gradients
@@ -152,12 +175,6 @@ class CommunicationOptions:
     def keywords(self) -> dict[str, Any]:
         """These options as keyword arguments of a strategy, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-CommunicationOptions.PAPER = CommunicationOptions()
-CommunicationOptions.NODE = CommunicationOptions(cache_parameters="node", accumulate_gradients="node")
-CommunicationOptions.RANK = CommunicationOptions(cache_parameters="rank", accumulate_gradients="rank")
-CommunicationOptions.AUTO = CommunicationOptions(cache_parameters="auto", accumulate_gradients="auto")
 
 
 def floating_dtype(option: str, value: torch.dtype | str | None) -> torch.dtype | None:
@@ -176,5 +193,36 @@ def floating_dtype(option: str, value: torch.dtype | str | None) -> torch.dtype 
     return dtype
 
 
+def spread_over(blocks: int, share: float) -> list[bool]:
+    """Which blocks a share of them is: evenly spread over the depth, never more than the share.
+
+    Args:
+        blocks: Number of blocks.
+        share: Share of the blocks, 0 to 1.
+    """
+    count = int(share * blocks + 1e-6)  # a share may be a rounded quotient
+    return [(block + 1) * count // blocks > block * count // blocks for block in range(blocks)]
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, float) and 0 < value <= 1
+
+
+def _is_on_nodes(value: str | float) -> bool:
+    return value == "node" or _is_share(value)
+
+
+def _units_on_nodes(value: Any, blocks: int, *, otherwise: str) -> Sequence[Any]:
+    if not _is_share(value):
+        return [value] * (1 + blocks)
+    return [otherwise, *("node" if kept else otherwise for kept in spread_over(blocks, value))]
+
+
 def _listed(choices: Iterable[str]) -> str:
     return ", ".join(map(repr, choices))
+
+
+CommunicationOptions.PAPER = CommunicationOptions()
+CommunicationOptions.NODE = CommunicationOptions(cache_parameters="node", accumulate_gradients="node")
+CommunicationOptions.RANK = CommunicationOptions(cache_parameters="rank", accumulate_gradients="rank")
+CommunicationOptions.AUTO = CommunicationOptions(cache_parameters="auto", accumulate_gradients="auto")
