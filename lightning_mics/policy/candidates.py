@@ -310,7 +310,12 @@ def fastest(
 
 
 def with_enough_tokens(candidates: list[Candidate], sample_tokens: int | None) -> list[Candidate]:
-    """The candidates whose micro-steps have enough tokens, or all tokens there are; all candidates if none has."""
+    """The candidates whose micro-steps have enough tokens, or all tokens there are; all candidates if none has.
+
+    Args:
+        candidates: Candidates of a job.
+        sample_tokens: Tokens of one sample; None leaves all candidates.
+    """
     if sample_tokens is None:
         return candidates
     enough = [c for c in candidates if c.batches.micro * sample_tokens >= LEAST_TOKENS or c.batches.accumulation == 1]

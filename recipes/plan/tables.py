@@ -76,8 +76,9 @@ def _short(value: float) -> str:
 
 
 def places(candidate: Candidate) -> str:
-    """Where parameters are cached, and where gradients are accumulated."""
-    return f"{candidate.communication.cache_parameters}, {candidate.communication.accumulate_gradients}"
+    """Where parameters are cached, and where gradients are accumulated, or for how many of the blocks they are."""
+    places = (candidate.communication.cache_parameters, candidate.communication.accumulate_gradients)
+    return ", ".join(place if isinstance(place, str) else f"{place:.0%}" for place in places)
 
 
 def size_label(candidate: Candidate, planned: Plan) -> str:

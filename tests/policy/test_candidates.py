@@ -201,3 +201,28 @@ def test_micro_steps_of_few_tokens_are_no_reason_not_to_recompute() -> None:
     best = fastest(candidates, each.full_sharding(), tuned, sample_tokens=512)
     assert best.recomputed_share == tuned.recomputed_share == 1
     assert best.seconds.expected <= tuned.seconds.expected
+
+
+def test_as_many_blocks_are_cached_as_fit_and_each_of_them_is_worth_its_bytes() -> None:
+    hardware = replace(P4D, network_rate_gbits_per_s=50)
+    whole = job(hardware=hardware, micro_batch=8, accumulation=4)
+    communication = replace(AUTO, accumulate_gradients="shard")
+    never, node = (
+        next(each for each in whole.candidates(32, replace(communication, cache_parameters=place)) if each.in_stages)
+        for place in ("never", "node")
+    )
+    between = (never.memory_bytes + node.memory_bytes) / 2
+    capacity_gib = next(size / 8 for size in range(8 * 40) if usable_bytes(int(size / 8 * GIB)) > between)
+    tight = replace(whole, hardware=replace(hardware, memory_gib=capacity_gib))
+    candidates = list(tight.candidates(32, communication))
+    (part,) = (each for each in candidates if isinstance(each.communication.cache_parameters, float))
+    share = part.communication.cache_parameters
+    assert isinstance(share, float) and 0.4 < share < 0.7
+    assert part.fits and not any(each.fits for each in candidates if each.communication.cache_parameters == "node")
+    one_more = replace(communication, cache_parameters=share + 1 / 40)
+    assert not any(each.fits for each in tight.candidates(32, one_more) if each.in_stages)
+    saved = never.node_sent.between_bytes - part.node_sent.between_bytes
+    of_all = never.node_sent.between_bytes - node.node_sent.between_bytes
+    crossings = 40 * 7 + 3  # saved of the blocks, gathered twice in each micro-step, and of the root, gathered once
+    assert saved / of_all == pytest.approx(share * 40 * 7 / crossings, rel=1e-6)
+    assert node.seconds.expected < part.seconds.expected < never.seconds.expected

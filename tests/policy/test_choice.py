@@ -177,3 +177,26 @@ def test_a_policy_chooses_by_its_own_options():
     )
     assert choice.reasons["partition_size"] == "given"
     assert choice.capacity_bytes == 16 * GIB and choice.states_bytes == 8 * GIB
+
+
+BLOCKS = replace(SIZE, blocks_gathered_bytes=(GIB // 2,) * 8, blocks_reduced_bytes=(GIB,) * 8)
+
+
+@pytest.mark.parametrize(
+    ("usable_gib", "cache", "accumulate", "cached_gib"),
+    [
+        (8.1, "never", "shard", 0),
+        (8.6, 0.5, "shard", 0.5),
+        (9.3, "node", 0.125, 1.25),
+        (10.9, "node", 0.875, 2.75),
+        (11, "node", "node", 3),
+    ],
+)
+def test_where_not_all_blocks_fit_on_nodes_as_many_as_fit_are_there(
+    usable_gib: float, cache: Any, accumulate: Any, cached_gib: float
+) -> None:
+    choice = chosen(usable_gib, size=BLOCKS)
+    assert (choice.communication.cache_parameters, choice.communication.accumulate_gradients) == (cache, accumulate)
+    assert choice.cached_bytes == cached_gib * GIB
+    if isinstance(cache, float):
+        assert "4 of 8 blocks on nodes, for 0.5 GiB" in choice.reasons["cache_parameters"]

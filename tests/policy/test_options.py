@@ -53,7 +53,9 @@ def test_options_of_communication_are_options_of_a_policy() -> None:
 
 
 def test_options_of_communication_are_checked_and_do_not_change() -> None:
-    with pytest.raises(ValueError, match="cache_parameters='shard' is not one of 'auto', 'never', 'node', 'rank'"):
+    with pytest.raises(
+        ValueError, match="cache_parameters='shard' is neither one of 'auto', 'never', 'node', 'rank' nor a share"
+    ):
         CommunicationOptions(cache_parameters="shard")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"inter_node_reduce_dtype=torch.float16 is not one of None"):
         CommunicationOptions(inter_node_reduce_dtype=torch.float16)

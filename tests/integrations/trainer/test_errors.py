@@ -174,11 +174,11 @@ def _fit_not_initializable(folder: Any) -> tuple[str, str]:
         ({"hierarchical": "yes"}, "hierarchical='yes' is not one of \"auto\", True, False"),
         (
             {"cache_parameters": "shard"},
-            "cache_parameters='shard' is not one of 'auto', 'never', 'node', 'rank'",
+            "cache_parameters='shard' is neither one of 'auto', 'never', 'node', 'rank' nor a share",
         ),
         (
             {"accumulate_gradients": True},
-            "accumulate_gradients=True is not one of 'auto', 'shard', 'node', 'rank'",
+            "accumulate_gradients=True is neither one of 'auto', 'shard', 'node', 'rank' nor a share",
         ),
         ({"two_hop": "no"}, "two_hop='no' is neither True nor False"),
         (
