@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mics.sharding.blocks import ModuleClasses, find_modules
+from lightning_mics.sharding.blocks import ModuleClasses, evenly, find_modules
 from lightning_mics.sharding.modules.recomputed_buffers import RecomputedState
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # key-value caches in blocks of `transformers`
@@ -68,8 +69,7 @@ def _spread(blocks: list[nn.Module], share: float) -> list[nn.Module]:
     """A share of ``blocks``, at equal distances; the last block is one of them."""
     if not 0 <= share <= 1:
         raise ValueError(f"activation_checkpointing={share} is not a share of the blocks, between 0 and 1")
-    count = round(share * len(blocks))
-    return [block for i, block in enumerate(blocks) if (i + 1) * count // len(blocks) > i * count // len(blocks)]
+    return list(compress(blocks, evenly(round(share * len(blocks)), len(blocks))))
 
 
 def _listed(entries: ModuleClasses) -> list[type[nn.Module] | str]:

@@ -73,6 +73,16 @@ def find_modules(model: nn.Module, classes: ModuleClasses, *, option: str) -> di
     return _of_classes(model, entries)
 
 
+def evenly(count: int, blocks: int) -> list[bool]:
+    """Which blocks are ``count`` of them, at equal distances; the last one is among them.
+
+    Args:
+        count: Number of blocks to take.
+        blocks: Number of all blocks.
+    """
+    return [(block + 1) * count // blocks > block * count // blocks for block in range(blocks)]
+
+
 def group_modules(owner: nn.Module, blocks: Collection[nn.Module]) -> Iterator[nn.Module]:
     """The modules whose tensors are in the parameter group of ``owner``, children first.
 

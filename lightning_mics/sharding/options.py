@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
+from lightning_mics.sharding.blocks import evenly
 from lightning_mics.techniques.partition_groups import PartitionGroups, check_hierarchical, choose_hierarchical
 from lightning_mics.topology import Topology
 
@@ -200,8 +201,7 @@ def spread_over(blocks: int, share: float) -> list[bool]:
         blocks: Number of blocks.
         share: Share of the blocks, 0 to 1.
     """
-    count = int(share * blocks + 1e-6)  # a share may be a rounded quotient
-    return [(block + 1) * count // blocks > block * count // blocks for block in range(blocks)]
+    return evenly(int(share * blocks + 1e-6), blocks)  # a share may be a rounded quotient
 
 
 def _is_share(value: object) -> bool:
