@@ -21,6 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_mics._torch.units.direct_use import combining_operations
+
+combining_operations()  # here, for all ranks that are forked
+
 Run = Callable[..., list[Any]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tests.support.models import loader_of_tokens as loader
 registry.entry_points = cache(registry.entry_points)
 for group in ("lightning.pytorch.callbacks_factory", "lightning.fabric.callbacks_factory"):
     registry.entry_points(group=group)  # here, for all ranks that are forked
+with suppress(ImportError):  # or each rank with a ModelCheckpoint would, to see whether its folder is in a store
+    import s3fs  # noqa: F401
 
 
 def on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 4, timeout: float = 180) -> list[Any]:

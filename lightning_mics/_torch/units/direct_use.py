@@ -142,10 +142,16 @@ def _handle_operations() -> None:
     autograd: Any = torch.autograd
     autograd._engine_run_backward = _run_backward_of_unsharded
     handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
-    for operation in (*_combining(), *IN_PLACE):
+    for operation in (*combining_operations(), *IN_PLACE):
         known = handlers.get(operation, run_default)
         if operation is not aten.is_same_size.default:
             handlers[operation] = _Handler(known, is_arithmetic=operation in ARITHMETIC)
+
+
+@lru_cache(maxsize=1)
+def combining_operations() -> tuple[Any, ...]:
+    """The operations of torch that take several tensors and change none of them."""
+    return tuple(_combining())
 
 
 def _combining() -> Iterator[Any]:

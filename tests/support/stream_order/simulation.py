@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.profiler import record_function
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -322,8 +323,14 @@ def simulated_streams() -> Iterator[Simulation]:
     ]
     in_place += [(kind, "wait", _waiting_for_work(simulation, kind.wait)) for kind in (dist.Work, FakeWork)]
     in_place += [(torch.Tensor, name, _waiting(simulation, name)) for name in ("cpu", "numpy", "tolist")]
+    in_place += [(record_function, name, _nothing_to_record) for name in ("__enter__", "__exit__")]
     with _replaced(in_place), _Watch(simulation):
         yield simulation
+
+
+def _nothing_to_record(record: record_function, *_: Any) -> record_function | None:
+    """Stand in for the ends of a profiler's range: FSDP2 opens thousands, each of them two operations."""
+    return None if _ else record
 
 
 def _waiting_for_work(simulation: Simulation, wait: Callable[..., Any]) -> Callable[..., Any]:
@@ -406,29 +413,35 @@ _TORCH = Path(torch.__file__).parent
 _PASSES_ON = {__file__, memory.__file__, contextlib.__file__}
 
 
-@cache
-def _known(code: Any) -> tuple[str, str]:
-    """Whose code a function is, and its file; the owner is empty for what only passes calls on."""
+_known: dict[int, tuple[Any, str, str]] = {}  # by identity of the code, which is kept: its hash takes long
+
+
+def _owner_of(code: Any) -> tuple[Any, str, str]:
+    """A function's code, whose it is, and its file; the owner is empty for what only passes calls on."""
     file, path = code.co_filename, Path(code.co_filename)
     if path.is_relative_to(_ROOT) or file in COUNT_AS_PACKAGE:
-        return "package", path.name
+        return code, "package", path.name
     if path.is_relative_to(_TORCH / "distributed" / "fsdp"):
-        return "fsdp", path.name
+        return code, "fsdp", path.name
     passes_on = path.is_relative_to(_TORCH) or file.startswith("<") or file in _PASSES_ON
-    return "" if passes_on else "user", path.name
+    return code, "" if passes_on else "user", path.name
 
 
 def _place() -> tuple[str, str]:
     """Whose code runs an operation, and where: the innermost frames of the package, of FSDP2 and of the user."""
     frame, frames, owner = sys._getframe(1), [], ""
     while frame is not None and len(frames) < 4:
-        of_frame, file = _known(frame.f_code)
+        code = frame.f_code
+        known = _known.get(id(code))
+        if known is None:
+            known = _known[id(code)] = _owner_of(code)
+        _, of_frame, file = known
         if of_frame:
             owner = owner or of_frame
-            frames.append(f"{file}:{frame.f_lineno} {frame.f_code.co_name}")
+            frames.append(f"{file}:{frame.f_lineno} {code.co_name}")
             if of_frame == "user":
                 break
-        elif frame.f_code.co_name == "_engine_run_backward":  # its operations are those of the user's forward
+        elif code.co_name == "_engine_run_backward":  # its operations are those of the user's forward
             owner = owner or "user"
         frame = frame.f_back
     return owner or "user", " < ".join(frames)
