@@ -25,6 +25,7 @@ from lightning_mics.planning import Workload
 from lightning_mics.policy.candidates import Candidate
 from recipes.job.cluster_plan import hardware_of, plan_run
 from recipes.job.workload import measure_run
+from recipes.plan.tables import place_label
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOWER_GBITS = (100, 25)
@@ -180,7 +181,7 @@ def way(took: dict[str, Any]) -> str:
     stages = "in stages" if took["in_stages"] else "flat"
     return (
         f"{took['partition_size']} {stages}, {took['micro_batch']} x {took['micro_steps']}, "
-        f"{took['cache_parameters']}, {took['accumulate_gradients']}"
+        f"{place_label(took['cache_parameters'])}, {place_label(took['accumulate_gradients'])}"
     )
 
 

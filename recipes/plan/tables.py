@@ -77,8 +77,13 @@ def _short(value: float) -> str:
 
 def places(candidate: Candidate) -> str:
     """Where parameters are cached, and where gradients are accumulated, or for how many of the blocks they are."""
-    places = (candidate.communication.cache_parameters, candidate.communication.accumulate_gradients)
-    return ", ".join(place if isinstance(place, str) else f"{place:.0%}" for place in places)
+    options = candidate.communication
+    return f"{place_label(options.cache_parameters)}, {place_label(options.accumulate_gradients)}"
+
+
+def place_label(place: str | float) -> str:
+    """A value of ``cache_parameters`` or ``accumulate_gradients`` in a table."""
+    return place if isinstance(place, str) else f"{place:.0%}"
 
 
 def size_label(candidate: Candidate, planned: Plan) -> str:
