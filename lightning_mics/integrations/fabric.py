@@ -210,8 +210,8 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     def _save_plain(self, path: StoragePath, state: dict[str, Any], filter: Filter) -> None:
         """Save one file of whatever is in ``state``, such as a ``state_dict()``, with unsharded tensors."""
         contents = {key: value.state_dict() if isinstance(value, _Stateful) else value for key, value in state.items()}
-        filtered = {key: filtered(value, filter.get(key)) for key, value in contents.items()}
-        checkpoint.save_whole(path, filtered, write=torch.save, places=False)
+        kept = {key: filtered(value, filter.get(key)) for key, value in contents.items()}
+        checkpoint.save_whole(path, kept, write=torch.save, places=False)
 
     def _save(self, path: StoragePath, parts: Parts, filter: Filter) -> None:
         full = not self._save_distributed_checkpoint
