@@ -37,10 +37,10 @@ def names(group: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml") if path.stem not in NO_PAIRS)
 
 
-def composed(model: str, cluster: str) -> DictConfig:
+def composed(model: str, cluster: str, *overrides: str) -> DictConfig:
     """The configuration of a model on a cluster."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("train", [f"model={model}", f"cluster={cluster}"])
+        return compose("train", [f"model={model}", f"cluster={cluster}", *overrides])
 
 
 def planned_pairs(models: Sequence[str], clusters: Sequence[str]) -> Iterator[dict[str, Any]]:

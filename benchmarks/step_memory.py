@@ -20,15 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
-
 import train
+from benchmarks.auto import ROOT, composed
 from lightning_mics.policy.step_memory import step_bytes
 from recipes.job.auto import choose_automatically
 from recipes.plan.dry_run import rehearse_run
+from recipes.plan.tables import place_label
 
-ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 
 
@@ -97,12 +95,6 @@ def compared(model: str, cluster: str, *overrides: str, rehearsals: int = 3) -> 
         }
 
 
-def composed(model: str, cluster: str, *overrides: str) -> DictConfig:
-    """The configuration of a model on a cluster."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("train", [f"model={model}", f"cluster={cluster}", *overrides])
-
-
 def with_blocks(model: str, blocks: int | None) -> list[str]:
     """The override that gives a model so many blocks; none for all of its own."""
     network = composed(model, CLUSTERS[model]).model.network
@@ -155,7 +147,8 @@ def write_page(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         lines.append(
             f"| {row['model']} | {row['cluster']} | {row['blocks']} | {row['partition_size']} "
-            f"| {row['cache_parameters']}, {row['accumulate_gradients']} | {row['micro_batch']} x {row['micro_steps']} "
+            f"| {place_label(row['cache_parameters'])}, {place_label(row['accumulate_gradients'])} "
+            f"| {row['micro_batch']} x {row['micro_steps']} "
             f"| {row['closed_bytes'] / GIB:.4g} | {row['rehearsed_bytes'] / GIB:.4g} | {ratio(row):.4f} |"
         )
     (out / "README.md").write_text("\n".join([*lines, ""]))
