@@ -39,7 +39,7 @@ FORWARD: tuple[Phase, ...] = ("start", "forward", "gather", "loss")
 STEP_COUNTER_BYTES = 4  # Adam's, for each parameter
 
 
-SCALARS_BYTES = 1024  # the loss, norms, and the rounding of all that follows
+SCALARS_BYTES = 4096  # the loss, norms, and other tensors of a few numbers
 
 
 def step_bytes(
