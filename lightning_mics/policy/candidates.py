@@ -142,8 +142,7 @@ class Job:
         options = whole.communication
         if whole.fits or options.allow_unused:
             return
-        works = (self.workload, *self.workload.alternatives)
-        work = next(each for each in works if each.recomputed_share == whole.recomputed_share)
+        work = next(each for each in self.workload.ways if each.recomputed_share == whole.recomputed_share)
         topology, part = whole.topology, None
         k, blocks = topology.local_ranks_per_partition_group, work.elements(topology.partition_size).blocks
         if asked.accumulate_gradients == "auto" and options.accumulate_gradients == "node":
@@ -243,7 +242,7 @@ class Job:
                 reduce_dtype=self.workload.reduce_dtype,
             )
         ]
-        ways = product((self.workload, *self.workload.alternatives), self.all_batches())
+        ways = product(self.workload.ways, self.all_batches())
         for work, batches in ways if only is None else (only,):
             memory_bytes = step_bytes(
                 work,

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_mics.policy.memory import USABLE_SHARE, ModelSize, fits, in_gib, smallest_partition_size
-from lightning_mics.sharding.options import CommunicationOptions, spread_over
+from lightning_mics.sharding.options import CommunicationOptions, size_of_share, spread_over
 from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.topology import Topology
 
@@ -200,8 +200,7 @@ def bytes_of_share(share: float, blocks_bytes: Sequence[int], local_ranks: int) 
         blocks_bytes: Unsharded size of each block, in bytes.
         local_ranks: Ranks of a partition group on each node.
     """
-    kept = spread_over(len(blocks_bytes), share)
-    return -(-sum(size for size, is_kept in zip(blocks_bytes, kept, strict=True) if is_kept) // local_ranks)
+    return -(-size_of_share(blocks_bytes, share) // local_ranks)
 
 
 def _blocks(share: float, blocks_bytes: Sequence[int]) -> str:

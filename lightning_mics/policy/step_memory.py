@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 from lightning_mics.policy.activations import ALL_SAVED, Phase
 from lightning_mics.policy.workload import Elements, Workload
-from lightning_mics.sharding.options import CommunicationOptions, spread_over
+from lightning_mics.sharding.options import CommunicationOptions, size_of_share
 from lightning_mics.topology import Topology
 
 FORWARD: tuple[Phase, ...] = ("start", "forward", "gather", "loss")
@@ -81,8 +81,7 @@ def _on_nodes(place: str | float, elements: Elements) -> int:
     """Elements of the parameter groups that are cached, or accumulated, on nodes."""
     if isinstance(place, str):
         return elements.total if place == "node" else 0
-    kept = spread_over(len(elements.blocks), place)
-    return sum(count for count, is_kept in zip(elements.blocks, kept, strict=True) if is_kept)
+    return size_of_share(elements.blocks, place)
 
 
 class _Step:

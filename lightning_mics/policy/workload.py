@@ -79,11 +79,16 @@ class Workload:
     def _elements(self) -> dict[int, Elements]:
         return {}
 
+    @property
+    def ways(self) -> tuple[Workload, ...]:
+        """This workload and its alternatives."""
+        return (self, *self.alternatives)
+
     def with_share(self, share: float | None) -> Workload:
         """The workload without alternatives, with a share of its blocks recomputed.
 
         Args:
             share: Share of this workload or of one of its alternatives.
         """
-        chosen = next(each for each in (self, *self.alternatives) if each.recomputed_share == share)
+        chosen = next(each for each in self.ways if each.recomputed_share == share)
         return replace(chosen, alternatives=())

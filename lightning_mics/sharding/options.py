@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import compress
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -202,6 +203,16 @@ def spread_over(blocks: int, share: float) -> list[bool]:
         share: Share of the blocks, 0 to 1.
     """
     return evenly(int(share * blocks + 1e-6), blocks)  # a share may be a rounded quotient
+
+
+def size_of_share(sizes: Sequence[int], share: float) -> int:
+    """Size of a share of blocks.
+
+    Args:
+        sizes: Size of each block, in any unit.
+        share: Share of the blocks, 0 to 1.
+    """
+    return sum(compress(sizes, spread_over(len(sizes), share)))
 
 
 def _is_share(value: object) -> bool:

@@ -180,7 +180,7 @@ def _fewest_recomputed(sharding: Choice, workload: Workload, config: DictConfig)
     """The workload with the fewest recomputed blocks with which a micro-batch fits, as given or with enough tokens."""
     given, length = config.data.batch_size, config.data.sequence_length
     wanted = max(1, LEAST_TOKENS // length) if given == "auto" else given
-    by_share = sorted((workload, *workload.alternatives), key=lambda each: each.recomputed_share or 0.0)
+    by_share = sorted(workload.ways, key=lambda each: each.recomputed_share or 0.0)
     fitting = (each for each in by_share if _largest_micro_batch(sharding, each) >= wanted)
     return replace(next(fitting, by_share[-1]), alternatives=())
 
