@@ -25,7 +25,7 @@ from lightning_mics.policy.memory import measure_model, smallest_partition_size
 from lightning_mics.sharding.blocks import find_blocks
 from recipes.plan.dry_run import Training
 from tests.support.configs import composed
-from tests.support.jobs import JOBS, LENGTH, SEQUENCES, language_model, loss, rehearsed
+from tests.support.jobs import JOBS, SEQUENCES, measured, rehearsed
 
 P4D = find_instance("p4d.24xlarge")
 
@@ -116,17 +116,8 @@ def test_partition_sizes_of_berts_are_those_of_the_paper(model: str, partition_s
 )
 def test_memory_of_a_plan_is_a_little_more_than_what_a_rehearsal_takes(job: str, name: str) -> None:
     facts = JOBS[job]
-    model = language_model(name)
-    workload = measure_workload(
-        lambda: Training(model),
-        model.example_batch(SEQUENCES, LENGTH),
-        samples=SEQUENCES,
-        loss=loss,
-        precision=facts.precision,
-        activation_checkpointing=facts.activation_checkpointing,
-    )
     plan_ = plan(
-        workload,
+        measured(name, facts),
         replace(P4D, gpus_per_node=facts.topology.ranks_per_node),
         nodes=2,
         global_batch_size=4 * 3 * SEQUENCES,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.step_memory import compared, ratio
-from lightning_mics.planning import measure_workload
 from lightning_mics.policy.step_memory import step_bytes
-from recipes.plan.dry_run import Training
-from tests.support.jobs import JOBS, LENGTH, SEQUENCES, language_model, loss, rehearsed
+from tests.support.jobs import JOBS, SEQUENCES, measured, rehearsed
 
 pytestmark = pytest.mark.rehearsal
 
@@ -31,16 +29,8 @@ pytestmark = pytest.mark.rehearsal
     ],
 )
 def test_a_step_takes_what_its_rehearsal_allocates_however_it_runs(job: str, micro_steps: int) -> None:
-    facts, model = JOBS[job], language_model("bert")
-    workload = measure_workload(
-        lambda: Training(model),
-        model.example_batch(SEQUENCES, LENGTH),
-        samples=SEQUENCES,
-        loss=loss,
-        precision=facts.precision,
-        reduce_dtype=facts.reduce_dtype,
-        activation_checkpointing=facts.activation_checkpointing,
-    )
+    facts = JOBS[job]
+    workload = measured("bert", facts)
     closed = step_bytes(workload, facts.topology, facts.communication, samples=SEQUENCES, micro_steps=micro_steps)
     real = rehearsed("bert", facts, backend="nccl", micro_steps=micro_steps).peak_bytes
     assert real <= closed <= 1.02 * real

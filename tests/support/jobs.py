@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import train
 from lightning_mics import CommunicationOptions
+from lightning_mics.planning import Workload, measure_workload
 from lightning_mics.planning.rehearsal.rehearse import Rehearsal, rehearse
 from lightning_mics.topology import Topology
 from recipes.plan.dry_run import Training
@@ -83,6 +84,20 @@ def _config(name: str) -> Any:
 def loss(model: nn.Module, batch: Any) -> Tensor:
     value: Tensor = model(batch)
     return value
+
+
+def measured(name: str, job: Job) -> Workload:
+    """The work of a model, with the options of a job."""
+    model = language_model(name)
+    return measure_workload(
+        lambda: Training(model),
+        model.example_batch(SEQUENCES, LENGTH),
+        samples=SEQUENCES,
+        loss=loss,
+        precision=job.precision,
+        reduce_dtype=job.reduce_dtype,
+        activation_checkpointing=job.activation_checkpointing,
+    )
 
 
 def rehearsed(name: str, job: Job, **options: Any) -> Rehearsal:
