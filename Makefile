@@ -23,14 +23,16 @@ test: $(VENV)/.installed-dev
 
 # What differs between versions of torch, with the oldest one, in an environment of its own. A process that has simulated
 # streams cannot fork ranks there: these files come last.
+test-oldest: SIMULATED = tests/techniques/test_caches.py \
+	$(addprefix tests/sharding/stream_order/test_,launches.py planted_faults.py simulation.py usages.py)
 test-oldest: PYTEST = OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(JOBS) --dist=loadfile $(ARGS)
 test-oldest:
 	$(MAKE) $(VENV)-oldest/.installed-dev VENV="$(VENV)-oldest" TORCH="$(OLDEST_TORCH)"
-	$(PYTEST) tests/techniques tests/_torch $(wildcard tests/sharding/test_*.py) \
+	$(PYTEST) $(filter-out $(SIMULATED),$(wildcard tests/techniques/test_*.py tests/sharding/test_*.py)) tests/_torch \
 		tests/sharding/stream_order/test_fit.py tests/integrations/trainer/test_training.py \
 		tests/integrations/trainer/test_once_per_step.py tests/integrations/trainer/test_windows.py \
 		tests/use/test_gradients_and_flags.py tests/use/test_row_changes.py tests/use/test_unused_parameters.py
-	$(PYTEST) $(addprefix tests/sharding/stream_order/test_,launches.py planted_faults.py simulation.py usages.py)
+	$(PYTEST) $(SIMULATED)
 
 # What takes too long for each change: the rest of the matrices, and the long forms of the random tests.
 campaign: $(VENV)/.installed-dev

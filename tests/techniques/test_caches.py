@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,8 +53,7 @@ def test_a_change_in_raw_memory_raises_where_work_is_enqueued_on_streams(options
         job.window()
         job.micro_step()
         last = list(job.blocks[2].parameters())[-1].detach().to_local().numpy()
-        last *= 1.5
-        last += 0.5
+        last[:] = np.where(last == 2, 3, 2)  # what the collectives of one process leave may be anything, also nan
         with pytest.raises(RuntimeError, match="in a way that torch does not record"):
             job.micro_step(boundary=True)
 
