@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from lightning_mics._torch.fake import rehearsed_job
+from lightning_mics._torch.process_groups import all_gather_single
 from tests.support.stream_order.simulation import Simulation, simulated_streams
 
 
@@ -82,7 +82,7 @@ def test_memory_that_is_resized_is_freed_and_allocated(simulation: Simulation) -
 @pytest.mark.parametrize("waits", [True, False])
 def test_the_result_of_an_asynchronous_collective_is_there_after_its_wait(simulation: Simulation, waits: bool) -> None:
     output, shard = torch.ones(4), torch.ones(2)
-    work = dist.all_gather_single(output, shard, async_op=True)
+    work = all_gather_single(output, shard, async_op=True)
     if waits:
         work.wait()
     output.sum()
@@ -91,7 +91,7 @@ def test_the_result_of_an_asynchronous_collective_is_there_after_its_wait(simula
 
 def test_a_synchronous_collective_runs_on_the_current_stream(simulation: Simulation) -> None:
     output, shard = torch.ones(4), torch.ones(2)
-    dist.all_gather_single(output, shard)
+    all_gather_single(output, shard)
     output.sum()
     assert not simulation.problems and not simulation.waits
 
