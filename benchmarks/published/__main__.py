@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,8 +23,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from lightning_mics.cost.hardware import INSTANCES, Hardware
-from lightning_mics.cost.step_time import HIDDEN_SHARE, Seconds, step_seconds
-from lightning_mics.cost.step_traffic import Unit, find_units, step_traffic
+from lightning_mics.cost.step_time import HIDDEN_SHARE, Arithmetic, Seconds, step_seconds
+from lightning_mics.cost.step_traffic import StepTraffic, Unit, find_units, step_traffic
 from lightning_mics.sharding.blocks import find_blocks
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology
@@ -53,16 +53,21 @@ class Point:
     reduce_dtype: torch.dtype
     tokens_per_s: float  # of each GPU
 
-    def predict(self, *, kernel_share: float | None = None, hidden_share: float = HIDDEN_SHARE) -> Seconds:
+    def predict(self) -> Seconds:
         """Seconds of an optimizer step; DeepSpeed's engine hides nothing."""
-        hardware = replace(self.hardware, kernel_share=kernel_share or self.hardware.kernel_share)
-        return step_seconds(
-            _traffic(self),
-            hardware,
-            micro_steps=self.micro_steps,
-            micro_step_flops=self.micro_batch * self.flops(self.recomputed_share),
-            hidden_share=0.0 if self.engine == "deepspeed" else hidden_share,
+        return self.predict_for([self.hardware.kernel_share], hidden_share=HIDDEN_SHARE)[0]
+
+    def predict_for(self, kernel_shares: Sequence[float], *, hidden_share: float) -> list[Seconds]:
+        """Seconds of an optimizer step, if kernels reached these shares of the peak."""
+        flops = self.micro_batch * self.flops(self.recomputed_share)
+        arithmetic = Arithmetic(
+            micro_steps=self.micro_steps, micro_step_flops=flops, recomputed_share=self.recomputed_share
         )
+        ways = [
+            replace(arithmetic, micro_step_flops=flops * self.hardware.kernel_share / share) for share in kernel_shares
+        ]
+        hidden_share = 0.0 if self.engine == "deepspeed" else hidden_share
+        return step_seconds(_traffic(self), self.hardware, ways, hidden_share=hidden_share)
 
     def flops(self, recomputed_share: float) -> float:
         """Of a sequence."""
@@ -74,7 +79,7 @@ class Point:
 
 
 @cache
-def _traffic(point: Point) -> list[Any]:
+def _traffic(point: Point) -> StepTraffic:
     whole = point.topology.partition_size == point.topology.world_size
     return step_traffic(
         _units(point.shape),
@@ -163,11 +168,17 @@ def _measured(entry: dict[str, Any], point: Point) -> float:
 def fit(points: Iterable[Point]) -> tuple[dict[str, float], float]:
     """The shares of the peak by family, and the hidden share, with the least squares of logarithms of errors."""
     calibration = [point for point in points if point.calibrates]
+    shares = [share / 1000 for share in range(300, 801, 5)]
+    # expected times lie on a line between the ends of the range
+    ends = {point: [point.predict_for(shares, hidden_share=hidden) for hidden in (0.0, 1.0)] for point in calibration}
+
+    def error(point: Point, index: int, hidden: float) -> float:
+        most, least = (times[index].expected for times in ends[point])
+        return math.log(point.speed(most - hidden * (most - least)) / point.tokens_per_s)
 
     def best_of_family(instances: tuple[str, ...], hidden: float) -> tuple[float, float]:
         own = [point for point in calibration if point.like in instances]
-        shares = [share / 1000 for share in range(300, 801, 5)]
-        return min((sum(_error(p, share, hidden) ** 2 for p in own), share) for share in shares)
+        return min((sum(error(p, index, hidden) ** 2 for p in own), share) for index, share in enumerate(shares))
 
     def total(hidden: float) -> float:
         return sum(best_of_family(instances, hidden)[0] for instances in FAMILIES.values())
@@ -176,10 +187,9 @@ def fit(points: Iterable[Point]) -> tuple[dict[str, float], float]:
     return {name: best_of_family(instances, hidden)[1] for name, instances in FAMILIES.items()}, hidden
 
 
-def _error(point: Point, kernel_share: float | None = None, hidden_share: float = HIDDEN_SHARE) -> float:
-    """Logarithm of predicted over measured speed."""
-    seconds = point.predict(kernel_share=kernel_share, hidden_share=hidden_share).expected
-    return math.log(point.speed(seconds) / point.tokens_per_s)
+def _error(point: Point) -> float:
+    """Logarithm of predicted over published speed."""
+    return math.log(point.speed(point.predict().expected) / point.tokens_per_s)
 
 
 def write_page(out: Path) -> None:
@@ -297,7 +307,8 @@ are those of `lightning_mics/cost/hardware.py`.
 
 ## Test
 
-Tokens per second of each GPU. The range is from nothing hidden to all hidden that can be.
+Tokens per second of each GPU. The range is from no communication behind arithmetic to as much
+as the order of FSDP2 allows.
 
 | point | engine | published | predicted range | expected | error | limited by |
 |---|---|---|---|---|---|---|

@@ -61,7 +61,7 @@ class Hardware:
         return self.network_rate_gbits_per_s * self.network_achieved * 1e9 / 8
 
 
-V100_SHARE, A100_SHARE, HOPPER_SHARE = 0.56, 0.64, 0.465  # fitted by benchmarks.published
+V100_SHARE, A100_SHARE, HOPPER_SHARE = 0.565, 0.64, 0.465  # fitted by benchmarks.published
 
 
 _P4D = Hardware(

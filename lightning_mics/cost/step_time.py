@@ -2,11 +2,12 @@
 
 A collective over n ranks is a ring (or exchanges of all pairs): a rank's bytes leave at the rate of its links inside
 the node, a node's bytes to other nodes at the rate of the network, both concurrently; and the first bytes pass all
-hops. Arithmetic runs at the share of the peak that kernels reach.
+hops. Arithmetic runs at the share of the peak that kernels reach, divided over the parameter groups by their elements.
 
-Communication overlaps with arithmetic, so a micro-step takes at least the longer of both and at most their sum. Between
-these ends, ``HIDDEN_SHARE`` of the communication that could overlap is expected to. Bytes sent once per step can
-overlap with one micro-step only. Not counted: the optimizer's own arithmetic, data, and kernel launches.
+What overlaps is simulated in the order of FSDP2 (:mod:`lightning_mics.cost.timeline`). That is the least that a
+micro-step takes. The most is arithmetic and collectives one after the other, where the stages of two units still run
+side by side, as they use different links. Between these ends, ``HIDDEN_SHARE`` of what could overlap is expected to.
+Not counted: the optimizer's own arithmetic, data, and kernel launches.
 
 These are predictions. For the runs that they were fitted to, and the errors on others, see
 benchmarks/results/published.
@@ -14,15 +15,19 @@ benchmarks/results/published.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lightning_mics.cost.collective import Collective
 from lightning_mics.cost.hardware import Hardware
-from lightning_mics.cost.step_traffic import ScheduledCollective, When
+from lightning_mics.cost.step_traffic import ScheduledCollective, StepTraffic, When
+from lightning_mics.cost.timeline import Stage, UnitStages, micro_step_seconds
 
-HIDDEN_SHARE = 0.5  # of the communication that could overlap; fitted by benchmarks.published
+HIDDEN_SHARE = 0.5  # of what the order lets overlap; fitted by benchmarks.published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +38,9 @@ class Seconds:
         compute: Seconds of arithmetic.
         inside: Seconds of collectives inside nodes.
         between: Seconds of inter-node collectives.
-        least: Total if arithmetic and communication overlap fully.
-        expected: Total if the usual share overlaps.
-        most: Total without overlap.
+        least: Total if arithmetic and communication overlap as far as their order allows.
+        expected: Total if the usual share of that overlaps.
+        most: Total if arithmetic and communication do not overlap.
     """
 
     compute: float
@@ -70,56 +75,115 @@ def collective_seconds(collective: Collective, hardware: Hardware, *, ranks_per_
     return max(network, links) + rounds * hops_us * 1e-6
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """The arithmetic of an optimizer step of one rank.
+
+    Attributes:
+        micro_steps: Micro-steps per optimizer step.
+        micro_step_flops: FLOPs of a micro-step, with recomputation.
+        recomputed_share: Share of the blocks, 0 to 1, whose forward runs again in backward.
+    """
+
+    micro_steps: int
+    micro_step_flops: float
+    recomputed_share: float = 0.0
+
+
 def step_seconds(
-    traffic: Iterable[ScheduledCollective],
+    traffic: StepTraffic,
     hardware: Hardware,
+    ways: Sequence[Arithmetic],
     *,
-    micro_steps: int,
-    micro_step_flops: float,
     ranks_per_node: int | None = None,
     hidden_share: float = HIDDEN_SHARE,
-) -> Seconds:
-    """Seconds of an optimizer step.
+) -> list[Seconds]:
+    """Seconds of an optimizer step, for each way to divide the same traffic by arithmetic.
 
     Args:
         traffic: Collectives of the step, from :func:`~lightning_mics.cost.step_traffic.step_traffic`.
         hardware: Hardware of each node.
-        micro_steps: Micro-steps per optimizer step.
-        micro_step_flops: FLOPs of one rank in a micro-step, with recomputation.
+        ways: Arithmetic between the collectives.
         ranks_per_node: Number of ranks that share the node's network; None is one per GPU.
-        hidden_share: Share of the communication, 0 to 1, that is expected to overlap where it could.
+        hidden_share: Share of what the order lets overlap, 0 to 1, that is expected to.
     """
-    compute = micro_step_flops / (hardware.peak_tflops * 1e12 * hardware.kernel_share)
-    totals: Counter[tuple[When, str]] = Counter()
-    for repeated in traffic:
-        tier = "inside" if repeated.collective.nodes == 1 else "between"
-        seconds = collective_seconds(repeated.collective, hardware, ranks_per_node=ranks_per_node)
-        totals[repeated.when, tier] += seconds * repeated.times  # type: ignore[assignment]  # a Counter adds floats too
+    compute = np.array([way.micro_step_flops for way in ways]) / (hardware.peak_tflops * 1e12 * hardware.kernel_share)
+    recomputed = np.array([way.recomputed_share for way in ways])
+    seconds_of = cache(partial(collective_seconds, hardware=hardware, ranks_per_node=ranks_per_node))
+    counts = [_micro_steps(way.micro_steps) for way in ways]
+    parts = {}
+    for whens in {whens for count in counts for whens in count}:
+        parts[whens] = _micro_step(
+            traffic, whens, seconds_of, compute, recomputed_share=recomputed, hidden=hidden_share
+        )
+    return [
+        Seconds(
+            **{
+                name: sum(float(parts[whens][name][index]) * times for whens, times in count.items())
+                for name in Seconds.__dataclass_fields__
+            }
+        )
+        for index, count in enumerate(counts)
+    ]
 
-    def micro_step(*whens: When) -> Seconds:
-        inside, between = (sum(totals[when, tier] for when in whens) for tier in ("inside", "between"))
-        return _micro_step(compute, inside=inside, between=between, hidden_share=hidden_share)
 
-    if micro_steps == 1:
-        return micro_step("every", "first", "boundary")
-    first, middle, last = micro_step("every", "first"), micro_step("every"), micro_step("every", "boundary")
-    return Seconds(
-        **{
-            name: getattr(first, name) + (micro_steps - 2) * getattr(middle, name) + getattr(last, name)
-            for name in vars(first)
-        }
+def _micro_steps(number: int) -> dict[frozenset[When], int]:
+    """Numbers of micro-steps by the collectives that they run."""
+    if number == 1:
+        return {frozenset(("every", "first", "boundary")): 1}
+    return {
+        frozenset(("every", "first")): 1,
+        frozenset(("every",)): number - 2,
+        frozenset(("every", "boundary")): 1,
+    }
+
+
+def _micro_step(
+    traffic: StepTraffic,
+    whens: frozenset[When],
+    seconds_of: Callable[[Collective], float],
+    compute: NDArray[np.float64],
+    *,
+    recomputed_share: NDArray[np.float64],
+    hidden: float,
+) -> dict[str, NDArray[np.float64]]:
+    """The fields of :class:`Seconds` of a micro-step, each [ways]."""
+    of_unit = cache(partial(_stages, whens=whens, seconds_of=seconds_of))
+    units = [of_unit(unit.collectives) for unit in traffic.units]
+    elements = [unit.unit.elements(1) for unit in traffic.units]
+    forward = compute / (3 + recomputed_share)  # a backward takes twice as long, and runs the forward again
+    times = micro_step_seconds(
+        units,
+        [count / sum(elements) for count in elements],
+        forward=np.append(forward, 0.0),
+        backward=np.append(compute - forward, 0.0),
     )
+    least, most = times[:-1], compute + times[-1]
+    sums = {"inside": 0.0, "between": 0.0}
+    for unit in units:
+        for stage in (*unit.forward, *unit.backward, *unit.reduction, *unit.second_hop):
+            sums[stage.link] += stage.seconds
+    return {
+        "compute": compute,
+        **{link: np.full_like(compute, seconds) for link, seconds in sums.items()},
+        "least": least,
+        "expected": most - hidden * (most - least),
+        "most": most,
+    }
 
 
-def _micro_step(compute: float, *, inside: float, between: float, hidden_share: float) -> Seconds:
-    communication = inside + between
-    hidden = min(compute, communication)
-    most = compute + communication
-    return Seconds(
-        compute=compute,
-        inside=inside,
-        between=between,
-        least=most - hidden,
-        expected=most - hidden_share * hidden,
-        most=most,
-    )
+def _stages(
+    collectives: Sequence[ScheduledCollective], *, whens: frozenset[When], seconds_of: Callable[[Collective], float]
+) -> UnitStages:
+    """The stages of a parameter group in the micro-steps of these kinds."""
+    stages: dict[str, list[Stage]] = {"forward": [], "backward": [], "reduction": [], "second_hop": []}
+    for repeated in collectives:
+        if repeated.when not in whens:
+            continue
+        collective = repeated.collective
+        stage = Stage("inside" if collective.nodes == 1 else "between", seconds_of(collective))
+        is_gather = collective.kind == "all_gather" and collective.group != "replication"
+        last = "second_hop" if collective.group == "replication" else "reduction"
+        for place in repeated.phases if is_gather else (last,):
+            stages[place].append(stage)
+    return UnitStages(**{name: tuple(found) for name, found in stages.items()})

@@ -10,8 +10,9 @@ forward and in backward, with ``allow_unused`` in forward only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -59,6 +60,7 @@ def _shapes(unit: nn.Module, blocks: set[nn.Module]) -> tuple[tuple[int, int], .
 
 
 When = Literal["every", "first", "boundary"]
+Phase = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,61 @@ class ScheduledCollective:
 
     Attributes:
         collective: The collective.
-        times: Number of runs in each of these micro-steps.
+        phases: Phases of each of these micro-steps in which it runs, once in each.
         when: Micro-steps in which it runs: "every", the "first", or the one at the "boundary".
     """
 
     collective: Collective
-    times: int
+    phases: tuple[Phase, ...]
     when: When
 
     def in_step(self, micro_steps: int) -> int:
         """Number of runs in an optimizer step of ``micro_steps`` micro-steps."""
-        return self.times * (micro_steps if self.when == "every" else 1)
+        return len(self.phases) * (micro_steps if self.when == "every" else 1)
+
+
+@dataclass(frozen=True)
+class UnitTraffic:
+    """The collectives of one parameter group in an optimizer step.
+
+    Attributes:
+        unit: The parameter group.
+        collectives: Its collectives, in the order in which they run: gathers, then reductions.
+    """
+
+    unit: Unit
+    collectives: tuple[ScheduledCollective, ...]
+
+
+@dataclass(frozen=True)
+class StepTraffic:
+    """The collectives of one optimizer step.
+
+    Attributes:
+        units: Collectives of each parameter group, the root first.
+    """
+
+    units: tuple[UnitTraffic, ...]
+
+    def __iter__(self) -> Iterator[ScheduledCollective]:
+        for unit in self.units:
+            yield from unit.collectives
+
+    def sent(self, micro_steps: int) -> Sent:
+        """Bytes that rank 0 sends in an optimizer step of ``micro_steps`` micro-steps."""
+        every, once = self._sent
+        return Sent(
+            every.inside_bytes * micro_steps + once.inside_bytes, every.between_bytes * micro_steps + once.between_bytes
+        )
+
+    @cached_property
+    def _sent(self) -> tuple[Sent, Sent]:
+        """Bytes in each micro-step, and in one of them only."""
+        totals = {True: Sent(), False: Sent()}
+        for repeated in self:
+            sent, times = repeated.collective.sent, len(repeated.phases)
+            totals[repeated.when == "every"] += Sent(sent.inside_bytes * times, sent.between_bytes * times)
+        return totals[True], totals[False]
 
 
 def step_traffic(
@@ -87,12 +133,11 @@ def step_traffic(
     communication: CommunicationOptions = CommunicationOptions.PAPER,
     gathered_dtype: torch.dtype = torch.float32,
     reduce_dtype: torch.dtype = torch.float32,
-) -> list[ScheduledCollective]:
-    """List the collectives of rank 0 on NCCL in one optimizer step of automatic optimization, without clipping.
+) -> StepTraffic:
+    """The collectives of rank 0 on NCCL in one optimizer step of automatic optimization, without clipping.
 
     Args:
-        units: Parameter groups of the model, the root first, from :func:`find_units`; one alone where the options are
-            those of a unit.
+        units: Parameter groups of the model, the root first, from :func:`find_units`.
         topology: Topology of the job.
         communication: Options of the collectives, without "auto".
         gathered_dtype: Dtype of unsharded parameters.
@@ -103,11 +148,18 @@ def step_traffic(
     """
     communication.check_chosen()
     in_stages = choose_hierarchical(communication.hierarchical, topology)
-    traffic = []
-    for unit, options in zip(units, communication.by_unit(blocks=len(units) - 1), strict=True):
-        step = _Step(topology, options, in_stages)
-        traffic += [*step.gathers(unit, gathered_dtype), *step.reductions(unit, reduce_dtype)]
-    return [repeated for repeated in traffic if repeated.collective.ranks > 1]
+    of_kind: dict[tuple[Unit, CommunicationOptions], UnitTraffic] = {}  # blocks are alike
+    for unit, options in (kinds := list(zip(units, communication.by_unit(blocks=len(units) - 1), strict=True))):
+        if (unit, options) not in of_kind:
+            step = _Step(topology, options, in_stages)
+            of_kind[unit, options] = _more_than_one_rank(
+                unit, [*step.gathers(unit, gathered_dtype), *step.reductions(unit, reduce_dtype)]
+            )
+    return StepTraffic(tuple(of_kind[kind] for kind in kinds))
+
+
+def _more_than_one_rank(unit: Unit, collectives: Iterable[ScheduledCollective]) -> UnitTraffic:
+    return UnitTraffic(unit, tuple(repeated for repeated in collectives if repeated.collective.ranks > 1))
 
 
 def full_sharding_traffic(
@@ -118,8 +170,8 @@ def full_sharding_traffic(
     communication: CommunicationOptions,
     gathered_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
-) -> list[ScheduledCollective]:
-    """List the collectives of rank 0 under plain FSDP2 with this ``reshard_after_forward``.
+) -> StepTraffic:
+    """The collectives of rank 0 under plain FSDP2 with this ``reshard_after_forward``.
 
     Args:
         units: Parameter groups of the model, from :func:`find_units`.
@@ -135,32 +187,25 @@ def full_sharding_traffic(
     )
     if reshard_after_forward is True:
         return traffic
-    once = [replace(each, times=1) if each.collective.kind == "all_gather" else each for each in traffic]
-    if reshard_after_forward is False:
-        return once
     step = _Step(topology, communication, hierarchical=False)
-    blocks = [unit.elements(topology.partition_size) for unit in units if not unit.is_root]
-    in_nodes = [step.run("all_gather", "node", elements, gathered_dtype, when="every") for elements in blocks]
-    return once + [each for each in in_nodes if each.collective.ranks > 1]
 
+    @cache
+    def kept(traffic: UnitTraffic) -> UnitTraffic:
+        once: list[ScheduledCollective] = [
+            replace(each, phases=("forward",)) if each.collective.kind == "all_gather" else each
+            for each in traffic.collectives
+        ]
+        if reshard_after_forward is not False and not traffic.unit.is_root:
+            elements = traffic.unit.elements(topology.partition_size)
+            once.insert(1, step.run("all_gather", "node", elements, gathered_dtype, when="every", phases=("backward",)))
+        return _more_than_one_rank(traffic.unit, once)
 
-def total_sent(traffic: Iterable[ScheduledCollective], *, micro_steps: int) -> Sent:
-    """Bytes that rank 0 sends in an optimizer step.
-
-    Args:
-        traffic: Collectives of the step, from :func:`step_traffic`.
-        micro_steps: Micro-steps per optimizer step.
-    """
-    total = Sent()
-    for repeated in traffic:
-        sent, times = repeated.collective.sent, repeated.in_step(micro_steps)
-        total += Sent(sent.inside_bytes * times, sent.between_bytes * times)
-    return total
+    return StepTraffic(tuple(map(kept, traffic.units)))
 
 
 @dataclass(frozen=True)
 class _Uses:
-    times: int
+    phases: tuple[Phase, ...]
     when: When
 
 
@@ -176,14 +221,16 @@ class _Step:
 
     def gathers(self, unit: Unit, dtype: torch.dtype) -> list[ScheduledCollective]:
         elements = unit.elements(self.topology.partition_size)
-        once, always = _Uses(1, "first"), _Uses(1 if unit.is_root or self.options.allow_unused else 2, "every")
+        once = _Uses(("forward",), "first")
+        stays = unit.is_root or self.options.allow_unused
+        always = _Uses(("forward",) if stays else ("forward", "backward"), "every")
         every = once if self.options.cache_parameters == "rank" else always
         if not self._in_stages:
-            return [self.run("all_gather", "partition", elements, dtype, times=every.times, when=every.when)]
+            return [self.run("all_gather", "partition", elements, dtype, phases=every.phases, when=every.when)]
         k = self.topology.local_ranks_per_partition_group
         crossing = always if self.options.cache_parameters == "never" else once
-        rail = self.run("all_gather", "rail", elements // k, dtype, times=crossing.times, when=crossing.when)
-        return [rail, self.run("all_gather", "node", elements, dtype, times=every.times, when=every.when)]
+        rail = self.run("all_gather", "rail", elements // k, dtype, phases=crossing.phases, when=crossing.when)
+        return [rail, self.run("all_gather", "node", elements, dtype, phases=every.phases, when=every.when)]
 
     def reductions(self, unit: Unit, dtype: torch.dtype) -> list[ScheduledCollective]:
         p, k = self.topology.partition_size, self.topology.local_ranks_per_partition_group
@@ -210,7 +257,14 @@ class _Step:
         return [self.run(kind, "replication", padded, wire, when=when) for kind in kinds]
 
     def run(
-        self, kind: Kind, group: str, elements: int, dtype: torch.dtype, *, when: When, times: int = 1
+        self,
+        kind: Kind,
+        group: str,
+        elements: int,
+        dtype: torch.dtype,
+        *,
+        when: When,
+        phases: tuple[Phase, ...] = ("backward",),
     ) -> ScheduledCollective:
         ranks = self._members(group)
         nodes = [self.topology.node_of(rank) for rank in ranks]
@@ -219,7 +273,7 @@ class _Step:
         collective = Collective(
             kind=kind, group=name, ranks=len(ranks), nodes=len(set(nodes)), dtype=dtype, elements=elements, sent=sent
         )
-        return ScheduledCollective(collective, times, when)
+        return ScheduledCollective(collective, phases, when)
 
     def _members(self, group: str) -> tuple[int, ...]:
         if group == "replication":

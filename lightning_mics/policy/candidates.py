@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -12,8 +11,8 @@ from typing import Literal
 from lightning_mics.collectives.traffic import Sent
 from lightning_mics.cost.batches import Batches, split_global_batch
 from lightning_mics.cost.hardware import Hardware
-from lightning_mics.cost.step_time import Seconds, step_seconds
-from lightning_mics.cost.step_traffic import ScheduledCollective, Unit, full_sharding_traffic, step_traffic, total_sent
+from lightning_mics.cost.step_time import Arithmetic, Seconds, step_seconds
+from lightning_mics.cost.step_traffic import StepTraffic, full_sharding_traffic, step_traffic
 from lightning_mics.policy.choice import Choice, choose, largest_share
 from lightning_mics.policy.memory import usable_bytes
 from lightning_mics.policy.step_memory import step_bytes
@@ -223,27 +222,32 @@ class Job:
         topology: Topology,
         options: CommunicationOptions,
         cached_bytes: int,
-        traffic_of: Callable[..., list[ScheduledCollective]],
+        traffic_of: Callable[..., StepTraffic],
         reshard_after_forward: bool | int = True,
         only: tuple[Workload, Batches] | None = None,
     ) -> Iterator[Candidate]:
-        hardware = self.hardware
-        units: Counter[tuple[Unit, CommunicationOptions]] = Counter(  # each kind is priced once
-            zip(self.workload.units, options.by_unit(blocks=len(self.workload.units) - 1), strict=True)
+        traffic = traffic_of(
+            self.workload.units,
+            topology,
+            communication=options,
+            gathered_dtype=self.workload.gathered_dtype,
+            reduce_dtype=self.workload.reduce_dtype,
         )
-        traffic = [
-            replace(repeated, times=repeated.times * count)
-            for (unit, of_unit), count in units.items()
-            for repeated in traffic_of(
-                [unit],
-                topology,
-                communication=of_unit,
-                gathered_dtype=self.workload.gathered_dtype,
-                reduce_dtype=self.workload.reduce_dtype,
-            )
-        ]
-        ways = product(self.workload.ways, self.all_batches())
-        for work, batches in ways if only is None else (only,):
+        ways = list(product(self.workload.ways, self.all_batches())) if only is None else [only]
+        predicted = step_seconds(
+            traffic,
+            self.hardware,
+            [
+                Arithmetic(
+                    micro_steps=batches.accumulation,
+                    micro_step_flops=batches.micro * work.hardware_flops,
+                    recomputed_share=work.recomputed_share or 0.0,
+                )
+                for work, batches in ways
+            ],
+            ranks_per_node=topology.ranks_per_node,
+        )
+        for (work, batches), seconds in zip(ways, predicted, strict=True):
             memory_bytes = step_bytes(
                 work,
                 topology,
@@ -252,14 +256,7 @@ class Job:
                 micro_steps=batches.accumulation,
                 reshard_after_forward=reshard_after_forward,
             )
-            seconds = step_seconds(
-                traffic,
-                hardware,
-                micro_steps=batches.accumulation,
-                micro_step_flops=batches.micro * work.hardware_flops,
-                ranks_per_node=topology.ranks_per_node,
-            )
-            of_rank = total_sent(traffic, micro_steps=batches.accumulation)
+            of_rank = traffic.sent(batches.accumulation)
             samples = batches.micro * batches.accumulation
             yield Candidate(
                 system=system,

@@ -20,13 +20,13 @@ POINTS, SAID = read_points()
 def fitted() -> tuple[tuple[dict[str, float], float], set[str]]:
     """What the fit gives, which takes seconds, and the names of the points whose times it has predicted."""
     predicted: set[str] = set()
-    predict = Point.predict
+    predict = Point.predict_for
 
-    def noting(point: Point, **options: Any) -> Any:
+    def noting(point: Point, *arguments: Any, **options: Any) -> Any:
         predicted.add(point.name)
-        return predict(point, **options)
+        return predict(point, *arguments, **options)
 
-    with patch.object(Point, "predict", noting):
+    with patch.object(Point, "predict_for", noting):
         return fit(POINTS), predicted
 
 

@@ -68,5 +68,5 @@ def test_bytes_are_those_of_the_paper(n: int, k: int, p: int, s: int) -> None:
         assert sent["all_gather", "node"].inside_bytes == (k - 1) * parameters / k
         assert sent["reduce_scatter", "rail"].between_bytes == (p - k) * gradients / (p * k)
     hop = next(r for r in traffic if r.collective.group == "replication")
-    assert (hop.times, hop.when, hop.in_step(s)) == (1, "boundary", 1)
+    assert (hop.phases, hop.when, hop.in_step(s)) == (("backward",), "boundary", 1)
     assert sum(vars(hop.collective.sent).values()) == 2 * (gradients / p) * (n - p) / n

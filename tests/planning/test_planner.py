@@ -17,8 +17,8 @@ from lightning_mics import CommunicationOptions
 from lightning_mics.collectives.traffic import Sent
 from lightning_mics.cost.collective import Collective
 from lightning_mics.cost.nccl_tests import read_runs
-from lightning_mics.cost.step_time import collective_seconds, step_seconds
-from lightning_mics.cost.step_traffic import ScheduledCollective
+from lightning_mics.cost.step_time import Arithmetic, Seconds, collective_seconds, step_seconds
+from lightning_mics.cost.step_traffic import ScheduledCollective, StepTraffic, Unit, UnitTraffic
 from lightning_mics.planning import Plan, Workload, find_instance, measure_workload, plan, weak_scaling, with_measured
 from lightning_mics.policy.activations import Activations, Line
 from lightning_mics.policy.memory import measure_model, smallest_partition_size
@@ -212,14 +212,20 @@ def test_a_collective_takes_its_bytes_at_the_rate_of_the_network_and_a_latency_p
 def test_what_travels_once_per_step_hides_behind_one_micro_step_only() -> None:
     second = collective_seconds(gather(), P4D)
     flops = 2 * second * P4D.peak_tflops * 1e12 * P4D.kernel_share  # twice as long
-    every = [ScheduledCollective(gather(), 1, "every")]
-    seconds = step_seconds(every, P4D, micro_steps=4, micro_step_flops=flops)
-    assert seconds.least == pytest.approx(4 * 2 * second)
-    assert seconds.most == pytest.approx(4 * 3 * second)
-    boundary = [ScheduledCollective(gather(), 4, "boundary")]
-    seconds = step_seconds(boundary, P4D, micro_steps=4, micro_step_flops=flops)
-    assert seconds.between == pytest.approx(4 * second)
-    assert seconds.least == pytest.approx((3 * 2 + 4) * second)
+    root, block = (Unit(((1000, 1),), is_root) for is_root in (True, False))
+
+    def found(repeated: ScheduledCollective) -> Seconds:
+        traffic = StepTraffic((UnitTraffic(root, ()), *[UnitTraffic(block, (repeated,))] * 4))
+        return step_seconds(traffic, P4D, [Arithmetic(micro_steps=4, micro_step_flops=flops)])[0]
+
+    every = found(ScheduledCollective(gather(), ("backward",), "every"))
+    assert every.between == pytest.approx(16 * second)
+    assert every.most == pytest.approx(4 * (2 + 4) * second)
+    assert every.expected == pytest.approx((every.least + every.most) / 2)
+    boundary = found(ScheduledCollective(gather(), ("backward",), "boundary"))
+    assert boundary.between == pytest.approx(4 * second)
+    assert boundary.least == pytest.approx(3 * 2 * second + every.least / 4)
+    assert boundary.most == pytest.approx((3 * 2 + 6) * second)
 
 
 NCCL_TESTS = """# nThread 1 nGpus 8 minBytes 1048576 maxBytes 1073741824 step: 2(factor) warmup iters: 5 iters: 20

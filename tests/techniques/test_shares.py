@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mics import CommunicationOptions
-from lightning_mics.cost.step_traffic import find_units, step_traffic, total_sent
+from lightning_mics.cost.step_traffic import find_units, step_traffic
 from lightning_mics.policy.choice import bytes_of_share, largest_share
 from lightning_mics.policy.memory import measure_model
 from lightning_mics.sharding.blocks import find_blocks
@@ -125,7 +125,7 @@ def train(place: str, topology: str, wire: torch.dtype | None) -> dict[str, Any]
     schedule, losses = step_windows(model, TOPOLOGIES[topology], options)
     weights, expected = in_paper(topology, wire)
     sent = list(schedule.traffic.by_technique().values())
-    predicted = total_sent(step_traffic(units, TOPOLOGIES[topology], communication=options), micro_steps=MICRO_STEPS)
+    predicted = step_traffic(units, TOPOLOGIES[topology], communication=options).sent(MICRO_STEPS)
     k = TOPOLOGIES[topology].local_ranks_per_partition_group
     return {
         "gap": largest_gap(unsharded_state(model), weights),
