@@ -164,6 +164,8 @@ def calibrated(collectives: list[dict[str, dict[str, float]]]) -> Hardware:
         network_rate_gbits_per_s=network_gbits,
         network_achieved=1.0,
         network_latency_us=latencies["rail"],
+        host_memory_gib=2,
+        host_rate_gbytes_per_s=1,
     )
 
 

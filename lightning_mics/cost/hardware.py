@@ -1,7 +1,8 @@
 """The machines of clusters, for predictions: capacity, peak, rates and latencies, each with its source.
 
 Sources: memory and peaks are those of the vendors' data sheets; rates between nodes those of AWS's pages of the
-instances; latencies between nodes those of the platform table of aws-ofi-nccl. For the others see each entry. Your own
+instances; latencies between nodes those of the platform table of aws-ofi-nccl; rates to the host four fifths of what
+PCI Express is specified for, not measured. For the others see each entry. Your own
 machines are better described by your own ``nccl-tests``: :func:`lightning_mics.cost.nccl_tests.with_measured`.
 """
 
@@ -28,6 +29,8 @@ class Hardware:
         network_rate_gbits_per_s: Network rate of one node, in Gbit/s.
         network_achieved: Share of the network rate, 0 to 1, that collectives reach.
         network_latency_us: Latency per hop between nodes, in microseconds.
+        host_memory_gib: Memory of a node's host in GiB.
+        host_rate_gbytes_per_s: Rate between a GPU and its host, in GB/s, in each direction at once.
         in_node_latency_us: Latency per hop inside a node, in microseconds.
     """
 
@@ -40,6 +43,8 @@ class Hardware:
     network_rate_gbits_per_s: float
     network_achieved: float
     network_latency_us: float
+    host_memory_gib: float
+    host_rate_gbytes_per_s: float
     in_node_latency_us: float = IN_NODE_LATENCY_US
 
     def __post_init__(self) -> None:
@@ -74,6 +79,8 @@ _P4D = Hardware(
     network_rate_gbits_per_s=400,
     network_achieved=0.85,  # nccl-tests in aws-samples/awsome-distributed-training
     network_latency_us=75,
+    host_memory_gib=1152,
+    host_rate_gbytes_per_s=12.5,  # PCIe 4.0 x16, which two GPUs share
 )
 
 
@@ -87,6 +94,8 @@ _P5 = Hardware(
     network_rate_gbits_per_s=3200,
     network_achieved=0.82,  # nccl-tests in aws-samples/awsome-distributed-training
     network_latency_us=72,
+    host_memory_gib=2048,
+    host_rate_gbytes_per_s=50,  # PCIe 5.0 x16
 )
 
 
@@ -101,6 +110,8 @@ INSTANCES = {
         network_rate_gbits_per_s=100,
         network_achieved=0.6,  # MiCS, section 2.3
         network_latency_us=150,
+        host_memory_gib=768,
+        host_rate_gbytes_per_s=12,  # PCIe 3.0 x16
     ),
     "p4d.24xlarge": _P4D,
     "p4de.24xlarge": replace(_P4D, gpu="A100 80 GB", memory_gib=80),
@@ -122,6 +133,8 @@ INSTANCES = {
         network_rate_gbits_per_s=3200,
         network_achieved=0.95,  # the same
         network_latency_us=35,
+        host_memory_gib=2048,
+        host_rate_gbytes_per_s=50,  # PCIe 5.0 x16
     ),
 }
 

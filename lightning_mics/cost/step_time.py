@@ -83,11 +83,13 @@ class Arithmetic:
         micro_steps: Micro-steps per optimizer step.
         micro_step_flops: FLOPs of a micro-step, with recomputation.
         recomputed_share: Share of the blocks, 0 to 1, whose forward runs again in backward.
+        host_bytes: Bytes that a micro-step sends to the host's memory, and fetches again: inputs of recomputed blocks.
     """
 
     micro_steps: int
     micro_step_flops: float
     recomputed_share: float = 0.0
+    host_bytes: float = 0.0
 
 
 def step_seconds(
@@ -109,12 +111,13 @@ def step_seconds(
     """
     compute = np.array([way.micro_step_flops for way in ways]) / (hardware.peak_tflops * 1e12 * hardware.kernel_share)
     recomputed = np.array([way.recomputed_share for way in ways])
+    host = np.array([way.host_bytes for way in ways]) / (hardware.host_rate_gbytes_per_s * 1e9)
     seconds_of = cache(partial(collective_seconds, hardware=hardware, ranks_per_node=ranks_per_node))
     counts = [_micro_steps(way.micro_steps) for way in ways]
     parts = {}
     for whens in {whens for count in counts for whens in count}:
         parts[whens] = _micro_step(
-            traffic, whens, seconds_of, compute, recomputed_share=recomputed, hidden=hidden_share
+            traffic, whens, seconds_of, compute, recomputed_share=recomputed, host=host, hidden=hidden_share
         )
     return [
         Seconds(
@@ -145,6 +148,7 @@ def _micro_step(
     compute: NDArray[np.float64],
     *,
     recomputed_share: NDArray[np.float64],
+    host: NDArray[np.float64],
     hidden: float,
 ) -> dict[str, NDArray[np.float64]]:
     """The fields of :class:`Seconds` of a micro-step, each [ways]."""
@@ -152,13 +156,18 @@ def _micro_step(
     units = [of_unit(unit.collectives) for unit in traffic.units]
     elements = [unit.unit.elements(1) for unit in traffic.units]
     forward = compute / (3 + recomputed_share)  # a backward takes twice as long, and runs the forward again
-    times = micro_step_seconds(
-        units,
-        [count / sum(elements) for count in elements],
-        forward=np.append(forward, 0.0),
-        backward=np.append(compute - forward, 0.0),
+    without = np.zeros_like(compute)  # the same without arithmetic
+    least, alone = np.split(
+        micro_step_seconds(
+            units,
+            [count / sum(elements) for count in elements],
+            forward=np.append(forward, without),
+            backward=np.append(compute - forward, without),
+            host=np.tile(host / max(1, len(units) - 1), 2) if host.any() else None,
+        ),
+        2,
     )
-    least, most = times[:-1], compute + times[-1]
+    most = compute + alone
     sums = {"inside": 0.0, "between": 0.0}
     for unit in units:
         for stage in (*unit.forward, *unit.backward, *unit.reduction, *unit.second_hop):

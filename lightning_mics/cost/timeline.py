@@ -11,7 +11,8 @@ What waits for what, for a unit i of the forward order::
 
 The root is gathered first and stays unsharded; its arithmetic, mostly the head of a language model, comes last in
 forward and first in backward. A micro-step ends when the last reduction does. Stages of a collective follow each other;
-the stages of two units use different links and run side by side.
+the stages of two units use different links and run side by side. Inputs of blocks that wait on the host travel on links
+of their own, one in each direction.
 
 Durations of arithmetic are arrays, so that one pass simulates all micro-batches of a job.
 """
@@ -66,6 +67,7 @@ def micro_step_seconds(
     forward: Seconds,
     backward: Seconds,
     units_ahead: int = 0,
+    host: Seconds | None = None,
 ) -> Seconds:
     """Seconds of a micro-step, [micro-batches].
 
@@ -75,14 +77,18 @@ def micro_step_seconds(
         forward: Seconds of the arithmetic in forward, [micro-batches].
         backward: Seconds of the arithmetic in backward, with recomputation, [micro-batches].
         units_ahead: Further units whose first of two stages is prefetched, in forward and in backward.
+        host: Seconds in which the input of a block travels to the host, and in backward from it: [micro-batches]; None
+            leaves inputs on the device.
     """
     links, start = _Links(), np.zeros_like(forward)
+    inputs = _Inputs(host)
     gathers = _Gathers(links, [unit.forward for unit in units], units_ahead)
     begun = [start]  # arithmetic in forward, of the root and each block
     ends = gathers.run(0, start)
     for index in range(1, len(units)):
         gathered = gathers.run(index, begun[max(0, index - 2)])
         begun.append(np.maximum(ends, gathered))
+        inputs.save(begun[-1])
         ends = begun[-1] + shares[index] * forward
     begins = ends + shares[0] * forward
 
@@ -91,7 +97,7 @@ def micro_step_seconds(
     gathered = gathers.run(0, begins)
     reduced, before, synchronized = start, start, start  # of the unit before, of the one before that, over replicas
     for number, index in enumerate(range(len(units) - 1, 0, -1), 1):
-        begins = np.maximum(np.maximum(ends, gathered), before)
+        begins = inputs.take(np.maximum(np.maximum(ends, gathered), before))
         gathered = gathers.run(number, begins)
         ends = begins + shares[index] * backward
         before, reduced = reduced, links.run(units[index].reduction, np.maximum(ends, reduced))
@@ -123,6 +129,34 @@ class _Gathers:
         if number >= len(self._last):
             return ready
         return self._links.run(self._last[number], np.maximum(ready, self._arrived[number]))
+
+
+class _Inputs:
+    """The inputs of recomputed blocks on the host, each fetched while the block after it is recomputed.
+
+    Args:
+        host: Seconds in which one travels to the host, and back: [micro-batches]; None leaves all on the device.
+    """
+
+    def __init__(self, host: Seconds | None) -> None:
+        self._host = host
+        self._saved: list[Seconds] = []
+        self._ahead: Seconds | None = None
+
+    def save(self, ready: Seconds) -> None:
+        """Send the input of the next block to the host, when the block has begun."""
+        if self._host is not None:
+            self._saved.append(np.maximum(ready, self._saved[-1] if self._saved else ready) + self._host)
+
+    def take(self, ready: Seconds) -> Seconds:
+        """When the input of the last block that was saved is there, if its recomputation may begin when ``ready``."""
+        if self._host is None:
+            return ready
+        saved = self._saved.pop()
+        ready = np.maximum(ready, np.maximum(ready, saved) + self._host if self._ahead is None else self._ahead)
+        if self._saved:
+            self._ahead = np.maximum(ready, self._saved[-1]) + self._host
+        return ready
 
 
 class _Links:

@@ -67,12 +67,14 @@ class Activations:
                 end      until the backward has ended
                 reduced  its end, before the gradients of the root are reduced
         saved: Bytes of one sample that a block saves for its backward.
+        on_host: Bytes of one sample that wait for the backward in host memory.
         few: Phases of micro-batches of up to ``few_samples``, where a loss is not computed in pieces.
         few_samples: Largest micro-batch that ``few`` is for.
     """
 
     phases: Phases = field(default_factory=dict)
     saved: float = 0.0
+    on_host: float = 0.0
     few: Phases = field(default_factory=dict)
     few_samples: int = 0
 
@@ -107,7 +109,13 @@ class Activations:
             {phase: essential((*one.get(phase, ()), *another.get(phase, ()))) for phase in {**one, **another}}
             for one, another in ((self.phases, other.phases), (self.few, other.few))
         )
-        return replace(self, phases=phases, few=few, saved=max(self.saved, other.saved))
+        return replace(
+            self,
+            phases=phases,
+            few=few,
+            saved=max(self.saved, other.saved),
+            on_host=max(self.on_host, other.on_host),
+        )
 
 
 def essential(lines: Iterable[Line]) -> tuple[Line, ...]:
@@ -129,4 +137,5 @@ def partly_recomputed(saved: Activations, recomputed: Activations, *, blocks: in
         share: Share of the blocks that are recomputed.
     """
     fewer = blocks * (saved.saved - recomputed.saved)  # bytes that recomputing all of them saves
-    return saved.with_saved(-share * fewer) | recomputed.with_saved((1 - share) * fewer)
+    partly = saved.with_saved(-share * fewer) | recomputed.with_saved((1 - share) * fewer)
+    return replace(partly, on_host=share * recomputed.on_host)

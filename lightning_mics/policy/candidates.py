@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from itertools import product
 from typing import Literal
 
+from lightning_mics._torch.host_memory import USABLE_SHARE as HOST_SHARE
 from lightning_mics.collectives.traffic import Sent
 from lightning_mics.cost.batches import Batches, split_global_batch
 from lightning_mics.cost.hardware import Hardware
@@ -94,6 +95,11 @@ class Job:
     @cached_property
     def _usable_bytes(self) -> int:
         return usable_bytes(self.hardware.memory_bytes)
+
+    @cached_property
+    def _usable_host_bytes(self) -> float:
+        """Bytes of host memory for each rank."""
+        return HOST_SHARE * self.hardware.host_memory_gib * 2**30 / self.ranks_per_node
 
     def all_batches(self) -> list[Batches]:
         """All divisions of the global batch, small micro-batches first.
@@ -242,6 +248,7 @@ class Job:
                     micro_steps=batches.accumulation,
                     micro_step_flops=batches.micro * work.hardware_flops,
                     recomputed_share=work.recomputed_share or 0.0,
+                    host_bytes=batches.micro * work.activations.on_host,
                 )
                 for work, batches in ways
             ],
@@ -256,6 +263,7 @@ class Job:
                 micro_steps=batches.accumulation,
                 reshard_after_forward=reshard_after_forward,
             )
+            host_bytes = batches.micro * work.activations.on_host
             of_rank = traffic.sent(batches.accumulation)
             samples = batches.micro * batches.accumulation
             yield Candidate(
@@ -266,7 +274,7 @@ class Job:
                 states_bytes=work.size.per_rank_bytes(topology.partition_size),
                 cached_bytes=cached_bytes,
                 memory_bytes=memory_bytes,
-                fits=memory_bytes <= self._usable_bytes,
+                fits=memory_bytes <= self._usable_bytes and host_bytes <= self._usable_host_bytes,
                 node_sent=Sent(
                     of_rank.inside_bytes * topology.ranks_per_node, of_rank.between_bytes * topology.ranks_per_node
                 ),

@@ -7,13 +7,13 @@ tensors of a step are counted (:mod:`lightning_mics.policy.step_memory`), and on
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from lightning_mics._torch.host_memory import host_memory_bytes
 from lightning_mics.sharding.blocks import group_modules
 from lightning_mics.topology import partition_sizes
 
@@ -159,7 +159,7 @@ def usable_bytes(capacity_bytes: int) -> int:
 
 
 def device_memory_bytes(device: torch.device, *, processes: int) -> int:
-    """Memory of a rank's device in bytes: its accelerator, or an equal part of the machine's memory.
+    """Memory of a rank's device in bytes: its accelerator, or an equal part of what this host has.
 
     Args:
         device: Device of the rank.
@@ -167,7 +167,7 @@ def device_memory_bytes(device: torch.device, *, processes: int) -> int:
     """
     if device.type != "cpu":
         return int(torch.get_device_module(device).get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
+    return host_memory_bytes() // processes
 
 
 def in_gib(size_bytes: int) -> str:

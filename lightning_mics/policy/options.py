@@ -43,6 +43,8 @@ class PolicyOptions(TypedDict, total=False):
         activation_checkpointing: Whether blocks are recomputed in backward, False by default; a number between 0 and 1
             is the share of the blocks that are, spread over the depth; classes or names choose other modules, patterns
             choose blocks by FQN: ``"network.transformer.h.*[02468]"``.
+        activation_offload: Whether the inputs of recomputed blocks wait for the backward in host memory, fetched one
+            block ahead, False by default. Compiled blocks keep theirs on the device.
         broadcast_buffers: Whether all ranks get the buffers of rank 0, such as running statistics, where they differ
             and a step, an evaluation or a checkpoint uses them, True by default; False keeps each rank's own.
         two_hop: Whether gradients are reduced over replicas at the boundary only, True by default; False does so in
@@ -63,6 +65,7 @@ class PolicyOptions(TypedDict, total=False):
     reduce_dtype: torch.dtype | str | None
     block_classes: ModuleClasses | None
     activation_checkpointing: bool | float | ModuleClasses
+    activation_offload: bool
     broadcast_buffers: bool
     two_hop: bool
     allow_unused: bool

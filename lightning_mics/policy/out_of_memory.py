@@ -14,12 +14,13 @@ from lightning_mics.topology import Topology, partition_sizes
 BEGINNING = "To take less memory under MiCS, change the first of these that is acceptable: "
 
 
-def memory_advice(choice: Choice, *, recomputes: bool) -> str:
+def memory_advice(choice: Choice, *, recomputes: bool, offloads: bool = False) -> str:
     """The options that would take less memory than a choice, the cheapest first, in one sentence.
 
     Args:
         choice: Choice of how to shard the model.
         recomputes: Whether activations are recomputed already.
+        offloads: Whether the inputs of recomputed blocks are in host memory already.
     """
     topology, options = choice.topology, choice.communication
     on_node = topology.spans_nodes and (options.hierarchical or topology.local_ranks_per_partition_group == 1)
@@ -37,6 +38,8 @@ def memory_advice(choice: Choice, *, recomputes: bool) -> str:
                 ways.append(f"{option}={json.dumps(less)} in place of {json.dumps(now)} ({cached})")
     if not recomputes:
         ways.append("activation_checkpointing=True")
+    elif not offloads:
+        ways.append("activation_offload=True, which takes host memory instead")
     larger = _next_partition_size(topology)
     if larger is not None:
         ways.append(

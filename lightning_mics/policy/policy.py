@@ -59,6 +59,7 @@ class Policy:
         self._reduce_dtype = floating_dtype("reduce_dtype", policy.get("reduce_dtype"))
         self._block_classes = policy.get("block_classes")
         self._activation_checkpointing = policy.get("activation_checkpointing", False)
+        self._activation_offload = policy.get("activation_offload", False)
         self._broadcast_buffers = policy.get("broadcast_buffers", True)
         self._rail_max_ctas = policy.get("rail_max_ctas")
         self._timeout = timeout
@@ -135,13 +136,14 @@ class Policy:
             communication=choice.communication,
             block_classes=self._block_classes,
             activation_checkpointing=self._activation_checkpointing,
+            activation_offload=self._activation_offload,
             mixed_precision=mixed_precision,
             broadcast_buffers=self._broadcast_buffers,
         )
         half = precision == "bf16-true"
         reduce_dtype = mixed_precision.reduce_dtype or (torch.bfloat16 if half else torch.float32)
         report = start_report(choice, reduce_dtype=reduce_dtype, initializers=initializers)
-        advice = memory_advice(choice, recomputes=bool(recomputed))
+        advice = memory_advice(choice, recomputes=bool(recomputed), offloads=self._activation_offload)
         return Sharded(groups, schedule, report, tuple(blocks.values()), advice)
 
     def choose(self, size: ModelSize, *, world_size: int, local_size: int, capacity_bytes: int) -> Choice:

@@ -46,6 +46,7 @@ class Workload:
         reduce_dtype: Dtype of gradient sums.
         sample_tokens: Tokens of one sample; None if it has none, or nobody has counted them.
         recomputed_share: Share of the blocks that are recomputed in backward; None if nobody has counted them.
+        activation_offload: Whether the inputs of recomputed blocks wait for the backward in host memory.
         alternatives: The same model with other shares of its blocks recomputed, for a plan to choose from.
     """
 
@@ -59,6 +60,7 @@ class Workload:
     reduce_dtype: torch.dtype
     sample_tokens: int | None = None
     recomputed_share: float | None = None
+    activation_offload: bool = False
     alternatives: tuple[Workload, ...] = ()
 
     def elements(self, ranks: int) -> Elements:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from itertools import compress
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_mics._torch.host_memory import USABLE_SHARE, SavedOnHost, host_memory_bytes
 from lightning_mics.sharding.blocks import ModuleClasses, evenly, find_modules
 from lightning_mics.sharding.modules.recomputed_buffers import RecomputedState
 
@@ -59,10 +60,34 @@ def find_recomputed(
     return list(found.values())
 
 
-def recompute_in_backward(modules: Iterable[nn.Module]) -> None:
-    """Make each of ``modules`` save only its inputs in forward, and recompute the rest in backward."""
+def recompute_in_backward(modules: Iterable[nn.Module], *, on_host: SavedOnHost | None = None) -> None:
+    """Make each of ``modules`` save only its inputs in forward, and recompute the rest in backward.
+
+    Args:
+        modules: Modules to recompute.
+        on_host: Where inputs wait for the backward; None leaves them on the device.
+    """
     for module in modules:
-        module.forward = _recomputing(module.forward, RecomputedState(module))
+        module.forward = _recomputing(module.forward, RecomputedState(module), on_host)
+
+
+def inputs_on_host(recomputed: Sequence[nn.Module], *, processes: int = 1) -> SavedOnHost:
+    """Where the inputs of recomputed modules wait for the backward, instead of on the device.
+
+    Args:
+        recomputed: Modules that are recomputed in backward.
+        processes: Number of ranks that share the host's memory.
+
+    Raises:
+        ValueError: If no module is recomputed.
+    """
+    if not recomputed:
+        raise ValueError(
+            "activation_offload=True moves the inputs of recomputed blocks to host memory, and no block is recomputed: "
+            "set activation_checkpointing=True, or leave activation_offload out"
+        )
+    limit = int(USABLE_SHARE * host_memory_bytes()) // processes
+    return SavedOnHost(limit_bytes=limit, what="activation_offload=True: the inputs of recomputed blocks")
 
 
 def _spread(blocks: list[nn.Module], share: float) -> list[nn.Module]:
@@ -76,7 +101,9 @@ def _listed(entries: ModuleClasses) -> list[type[nn.Module] | str]:
     return [entries] if isinstance(entries, str | type) else list(entries)
 
 
-def _recomputing(forward: Callable[..., Any], state: RecomputedState) -> Callable[..., Any]:
+def _recomputing(
+    forward: Callable[..., Any], state: RecomputedState, on_host: SavedOnHost | None
+) -> Callable[..., Any]:
     """``forward`` with activation checkpointing, called without key-value caches: recomputing would extend them."""
     names = inspect.signature(forward).parameters
     caches = {index for index, name in enumerate(names) if name in CACHES}
@@ -87,8 +114,28 @@ def _recomputing(forward: Callable[..., Any], state: RecomputedState) -> Callabl
             return forward(*args, **kwargs)
         args = tuple(None if index in caches else value for index, value in enumerate(args))
         kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
-        if torch.compiler.is_compiling() or not state.exists:  # a compiled backward has no second forward
+        if torch.compiler.is_compiling():  # a compiled backward has no second forward
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=state.contexts, **kwargs)
+        contexts: dict[str, Any] = {"context_fn": state.contexts} if state.exists else {}
+        if on_host is None:
+            return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
+        values = (*args, *kwargs.values())  # `checkpoint` saves only what has a position
+        with on_host.saving(values):
+            return checkpoint(_by_position(forward, list(kwargs)), *values, use_reentrant=False, **contexts)
 
     return recomputed_forward
+
+
+def _by_position(forward: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """``forward``, taking the values of its keyword arguments after the positional ones.
+
+    Args:
+        forward: Forward of a module.
+        names: Names of the keyword arguments.
+    """
+
+    def called(*values: Any) -> Any:
+        positional = len(values) - len(names)
+        return forward(*values[:positional], **dict(zip(names, values[positional:], strict=True)))
+
+    return called

@@ -26,7 +26,7 @@ from lightning_mics._torch.module_classes import prepare_class
 from lightning_mics._torch.parameter_hooks import carrying_over
 from lightning_mics._torch.pickling import refuse_shards
 from lightning_mics._torch.state_dict import accept_whole_tensors, keep_unsharded_in_steps
-from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
+from lightning_mics.sharding.activation_checkpointing import find_recomputed, inputs_on_host, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, aliased_parameters, find_blocks
 from lightning_mics.sharding.communication import Communication
 from lightning_mics.sharding.full_state_dict import reject_saving_of_shards
@@ -48,6 +48,7 @@ def shard_model(
     communication: CommunicationOptions = CommunicationOptions.PAPER,
     block_classes: ModuleClasses | None = None,
     activation_checkpointing: bool | float | ModuleClasses = False,
+    activation_offload: bool = False,
     mixed_precision: MixedPrecisionPolicy | None = None,
     broadcast_buffers: bool = True,
 ) -> AccumulationSchedule:
@@ -67,6 +68,7 @@ def shard_model(
         activation_checkpointing: Whether each block is recomputed in backward; the share of the blocks that are, spread
             over the depth; or the modules to recompute: classes, class names, or patterns of block names, such as
             ``"network.transformer.h.*[02468]"``.
+        activation_offload: Whether the inputs of recomputed blocks wait for the backward in host memory.
         mixed_precision: FSDP2's policy: dtypes of unsharded parameters and of gradient reductions.
         broadcast_buffers: Whether all ranks get the buffers of rank 0 where they differ and are used or saved: see
             :mod:`~lightning_mics.sharding.modules.broadcast_buffers`.
@@ -81,6 +83,9 @@ def shard_model(
     communication = communication.fitted_to(groups)
     blocks = find_blocks(model, block_classes, may_be_empty=True)
     recomputed = find_recomputed(model, blocks, activation_checkpointing)
+    on_host = None
+    if activation_offload:
+        on_host = inputs_on_host(recomputed, processes=groups.topology.ranks_per_node)
     unsharded = UnshardedParameters(model)
     make_gradients_dense(model)
     initial_weights = InitialWeights(model, blocks.values(), groups.device)
@@ -97,7 +102,7 @@ def shard_model(
     reject_saving_of_shards(model)
     refuse_shards(groups.mesh)
     draw_as_unsharded(groups.mesh)
-    recompute_in_backward(recomputed)
+    recompute_in_backward(recomputed, on_host=on_host)
     read_whole_numbers()
     load_sources(model)
     verify_replicas(model, groups)

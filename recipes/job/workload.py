@@ -18,7 +18,7 @@ from lightning_mics.planning import Workload
 from lightning_mics.planning.rehearsal.activations import measure_activations
 from lightning_mics.policy.activations import Activations, Line, Phase, essential, partly_recomputed
 from lightning_mics.policy.memory import measure_model
-from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
+from lightning_mics.sharding.activation_checkpointing import find_recomputed, inputs_on_host, recompute_in_backward
 from lightning_mics.sharding.blocks import find_blocks
 from lightning_mics.sharding.shard_model import autocast_dtype, mixed_precision_policy
 from recipes.models.flops import shape_of
@@ -47,7 +47,10 @@ def measure_run(config: DictConfig, model: LanguageModel) -> Workload:
     recompute = OmegaConf.to_object(OmegaConf.create({"": config.strategy.activation_checkpointing}))[""]
     blocks = find_blocks(network)
     shape, share = shape_of(network, model.config, True if recompute == "auto" else recompute)
-    activations_of = _by_share(model, network, length, recompute=recompute, computed=autocast_dtype(precision))
+    offload = config.strategy.activation_offload
+    activations_of = _by_share(
+        model, network, length, recompute=recompute, offload=offload, computed=autocast_dtype(precision)
+    )
     work = Workload(
         units=tuple(find_units(network, blocks)),
         size=measure_model(
@@ -61,6 +64,7 @@ def measure_run(config: DictConfig, model: LanguageModel) -> Workload:
         gathered_dtype=policy.param_dtype or dtype,
         reduce_dtype=policy.reduce_dtype or dtype,
         recomputed_share=share,
+        activation_offload=offload,
     )
     if recompute != "auto":
         return work
@@ -78,11 +82,17 @@ def measure_run(config: DictConfig, model: LanguageModel) -> Workload:
 
 
 def _by_share(
-    model: LanguageModel, network: nn.Module, length: int, *, recompute: Any, computed: torch.dtype | None
+    model: LanguageModel,
+    network: nn.Module,
+    length: int,
+    *,
+    recompute: Any,
+    offload: bool,
+    computed: torch.dtype | None,
 ) -> Callable[[float], Activations]:
     """Activations of the run by the share of its blocks that are recomputed, from networks of few blocks."""
     dims = {dim for parameter in network.parameters() for dim in parameter.shape}
-    of_depths = partial(_of_depths, model, length, dims=dims, computed=computed)
+    of_depths = partial(_of_depths, model, length, dims=dims, computed=computed, offload=offload)
     of_all_or_none = cache(lambda every: of_depths(recompute=every))
     names_modules = not isinstance(recompute, bool | int | float) and recompute != "auto"
 
@@ -99,7 +109,7 @@ def _by_share(
 
 
 def _of_depths(
-    model: LanguageModel, length: int, *, dims: set[int], computed: torch.dtype | None, recompute: Any
+    model: LanguageModel, length: int, *, dims: set[int], computed: torch.dtype | None, recompute: Any, offload: bool
 ) -> Activations:
     """Extrapolate from networks of few blocks, of which each further one takes the same."""
     blocks = model.config.num_hidden_layers
@@ -108,15 +118,17 @@ def _of_depths(
     sizes = (count for count in itertools.count(max(3, 2 * whole + 1)) if count * length not in dims)
     few = next(sizes)
     many = next(count for count in sizes if count >= 2 * few)
-    taken = partial(_taken, model, length, computed=computed, recompute=recompute)
+    taken = partial(_taken, model, length, computed=computed, recompute=recompute, offload=offload)
     found = _apart(taken(depth, few), few, taken(depth, many), many)
     if in_one := [count for count in range(1, whole + 1) if count * length not in dims]:
         one, most = in_one[0], in_one[-1]
         found = replace(found, few=_apart(taken(depth, one), one, taken(depth, most), most).phases, few_samples=whole)
     if blocks == depth:
         return found
-    saved = (taken(depth + 2, few).saved * (depth + 2) - found.saved * depth) / 2
-    return replace(found.with_saved(saved * (blocks - depth)), saved=saved)
+    deeper = taken(depth + 2, few)
+    saved = (deeper.saved * (depth + 2) - found.saved * depth) / 2
+    on_host = found.on_host + (deeper.on_host - found.on_host) / 2 * (blocks - depth)
+    return replace(found.with_saved(saved * (blocks - depth)), saved=saved, on_host=on_host)
 
 
 def _apart(one: Activations, few: int, other: Activations, many: int) -> Activations:
@@ -141,14 +153,21 @@ def _apart(one: Activations, few: int, other: Activations, many: int) -> Activat
             constant = max(0.0, of_few.get(gradients, 0.0) - few * slope)
             moments.append(Line(gradients + constant, slope))
         phases[phase] = essential(moments)
-    return Activations(phases, one.saved)
+    return Activations(phases, saved=one.saved, on_host=one.on_host)
 
 
 def _taken(
-    model: LanguageModel, length: int, blocks: int, sequences: int, *, computed: torch.dtype | None, recompute: Any
+    model: LanguageModel,
+    length: int,
+    blocks: int,
+    sequences: int,
+    *,
+    computed: torch.dtype | None,
+    recompute: Any,
+    offload: bool,
 ) -> Activations:
     return measure_activations(
-        lambda: _make_network(_with_blocks(model, blocks), recompute=recompute),
+        lambda: _make_network(_with_blocks(model, blocks), recompute=recompute, offload=offload),
         model.example_batch(sequences, length),
         samples=sequences,
         loss=lambda network, batch: model.loss_of(network["network"], batch),
@@ -157,9 +176,10 @@ def _taken(
     )
 
 
-def _make_network(model: LanguageModel, *, recompute: Any) -> nn.ModuleDict:
+def _make_network(model: LanguageModel, *, recompute: Any, offload: bool) -> nn.ModuleDict:
     network = _as_in_training(model.build_network())
-    recompute_in_backward(find_recomputed(network, find_blocks(network), recompute))
+    recomputed = find_recomputed(network, find_blocks(network), recompute)
+    recompute_in_backward(recomputed, on_host=inputs_on_host(recomputed) if offload and recomputed else None)
     return network
 
 

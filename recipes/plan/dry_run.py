@@ -133,6 +133,7 @@ def rehearse_run(job: ChosenJob, model: LanguageModel, *, rank: int = 0) -> Rehe
         communication=job.sharding.communication,
         block_classes=strategy["block_classes"],
         activation_checkpointing=strategy["activation_checkpointing"],
+        activation_offload=strategy["activation_offload"],
         reduce_dtype=strategy["reduce_dtype"] and getattr(torch, strategy["reduce_dtype"]),
     )
 

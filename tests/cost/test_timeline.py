@@ -18,7 +18,13 @@ def stages(**seconds: float) -> tuple[Stage, ...]:
 
 
 def seconds(
-    unit: UnitStages, *, root: UnitStages | None = None, forward: float = 0.0, backward: float = 0.0, ahead: int = 0
+    unit: UnitStages,
+    *,
+    root: UnitStages | None = None,
+    forward: float = 0.0,
+    backward: float = 0.0,
+    ahead: int = 0,
+    host: float | None = None,
 ) -> float:
     """Seconds of a micro-step of equal blocks, whose arithmetic takes ``forward`` and ``backward`` per block."""
     shares = [0.0, *[1 / BLOCKS] * BLOCKS]
@@ -29,6 +35,7 @@ def seconds(
         forward=np.array([forward * BLOCKS]),
         backward=np.array([backward * BLOCKS]),
         units_ahead=ahead,
+        host=None if host is None else np.array([host]),
     )
     return float(found)
 
@@ -108,3 +115,13 @@ def test_a_micro_step_lies_between_the_busiest_and_the_sum(seed: int, ahead: int
             units, shares, forward=np.array([each / 3]), backward=np.array([2 * each / 3]), units_ahead=ahead
         )
         assert float(alone[0]) == pytest.approx(float(found[index]))
+
+
+def test_inputs_on_the_host_travel_beside_arithmetic_as_long_as_they_are_faster() -> None:
+    arithmetic = {"forward": 1.0, "backward": 3.0}
+    assert seconds(UnitStages(), **arithmetic, host=0.0) == pytest.approx(4 * BLOCKS)
+    # only the last input is not fetched ahead: its block waits for it
+    assert seconds(UnitStages(), **arithmetic, host=0.75) == pytest.approx(4 * BLOCKS + 0.75)
+    # links to the host slower than the backward: each fetch takes its time, after the last input has arrived
+    assert seconds(UnitStages(), **arithmetic, host=5.0) == pytest.approx(2 * 5 * BLOCKS + 3)
+    assert seconds(UnitStages(), host=2.0) == pytest.approx(2 * 2 * BLOCKS)

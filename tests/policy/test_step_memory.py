@@ -37,12 +37,23 @@ def test_a_step_takes_what_its_rehearsal_allocates_however_it_runs(job: str, mic
 
 
 @pytest.mark.parametrize(
-    ("model", "cluster", "blocks"), [("gpt2", "p4d_2", "n_layer=5"), ("gpt-tiny", "p4d_2", "num_hidden_layers=7")]
+    ("model", "overrides"),
+    [
+        ("gpt2", ["model.network.n_layer=5"]),
+        ("gpt-tiny", ["model.network.num_hidden_layers=7"]),
+        (
+            "bert-tiny",
+            [
+                "model.network.num_hidden_layers=7",
+                "strategy.activation_checkpointing=true",
+                "strategy.activation_offload=true",
+            ],
+        ),
+    ],
+    ids=["gpt2", "gpt-tiny", "inputs on the host"],
 )
-def test_a_plan_counts_the_memory_of_three_micro_batches_within_three_percent(
-    model: str, cluster: str, blocks: str
-) -> None:
-    rows = list(compared(model, cluster, f"model.network.{blocks}"))
+def test_a_plan_counts_the_memory_of_three_micro_batches_within_three_percent(model: str, overrides: list[str]) -> None:
+    rows = list(compared(model, "p4d_2", *overrides))
     assert len(rows) == 3
     for row in rows:
         assert 1 <= ratio(row) <= 1.03, row

@@ -65,7 +65,11 @@ def measure_activations(
             value.backward()  # type: ignore[no-untyped-call]
             del value
             moments.begin("reduced")
-    return Activations(moments.lines(samples), saved / samples / max(1, len(blocks)))
+    return Activations(
+        moments.lines(samples),
+        saved=saved / samples / max(1, len(blocks)),
+        on_host=moments.on_host_bytes / samples,
+    )
 
 
 class _Moments(Allocations):

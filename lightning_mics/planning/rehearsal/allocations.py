@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lightning_mics._torch.fake import tree_leaves, watched_resizes
+from lightning_mics._torch.host_memory import is_allocating_on_host
 from lightning_mics.planning.rehearsal.observed import Observer
 
 UNKNOWN = "activations"  # every tensor without another category
@@ -42,6 +43,9 @@ class Allocations(Observer):
 
     Args:
         category: Function that returns the first category of a new tensor.
+
+    Attributes:
+        on_host_bytes: Bytes of all tensors that were created in host memory, which is not counted otherwise.
     """
 
     def __init__(self, *, category: Callable[[Tensor], str] = lambda _: UNKNOWN) -> None:
@@ -50,6 +54,7 @@ class Allocations(Observer):
         self._live: Counter[str] = Counter()
         self._entered = ExitStack()
         self._allocations = 0
+        self.on_host_bytes = 0
         self.reset_peak()
 
     def reset_peak(self) -> None:
@@ -106,6 +111,9 @@ class Allocations(Observer):
     def after(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Count the tensors that ``operation`` has created."""
         if operation.is_view:
+            return
+        if is_allocating_on_host():
+            self.on_host_bytes += sum(tensor.nbytes for tensor in _local_tensors(result))
             return
         new = [tensor for tensor in _local_tensors(result) if tensor.untyped_storage()._cdata not in self._blocks]
         if not new:

@@ -113,6 +113,7 @@ def rehearse(
     block_classes: ModuleClasses | None = None,
     reduce_dtype: torch.dtype | None = None,
     activation_checkpointing: bool | float | ModuleClasses = False,
+    activation_offload: bool = False,
 ) -> Rehearsal:
     """Run one optimizer step of one rank of a job of any size, without its machines and without allocating tensors.
 
@@ -133,6 +134,7 @@ def rehearse(
         block_classes: Classes of the blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
         reduce_dtype: Dtype in which gradients are reduced; None follows the precision.
         activation_checkpointing: Whether blocks are recomputed in backward, or which; see :func:`shard_model`.
+        activation_offload: Whether inputs of recomputed blocks are in host memory, which is not counted.
 
     Raises:
         RuntimeError: If ``torch.distributed`` is in use.
@@ -157,6 +159,7 @@ def rehearse(
                 communication=communication,
                 block_classes=block_classes,
                 activation_checkpointing=activation_checkpointing,
+                activation_offload=activation_offload,
                 mixed_precision=mixed_precision_policy(precision, reduce_dtype=reduce_dtype),
             )
             optimizer = (make_optimizer or partial(_adamw))(model)

@@ -18,7 +18,7 @@ from lightning_mics.planning.rehearsal.observed import WithoutValues, naming_val
 from lightning_mics.policy.activations import essential
 from lightning_mics.policy.memory import measure_model
 from lightning_mics.policy.workload import Workload
-from lightning_mics.sharding.activation_checkpointing import find_recomputed, recompute_in_backward
+from lightning_mics.sharding.activation_checkpointing import find_recomputed, inputs_on_host, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, find_blocks
 from lightning_mics.sharding.shard_model import autocast_dtype, mixed_precision_policy
 
@@ -33,6 +33,7 @@ def measure_workload(
     reduce_dtype: torch.dtype | None = None,
     block_classes: ModuleClasses | None = None,
     activation_checkpointing: bool | float | ModuleClasses = False,
+    activation_offload: bool = False,
 ) -> Workload:
     """Measure a model of any size on fake tensors, which take no memory.
 
@@ -46,6 +47,7 @@ def measure_workload(
         block_classes: Classes of the blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
         activation_checkpointing: Whether blocks are recomputed in backward, or which; see
             :func:`~lightning_mics.sharding.shard_model.shard_model`.
+        activation_offload: Whether inputs of recomputed blocks wait for the backward in host memory.
 
     Raises:
         TypeError: If the model has no parameters, or such that cannot be sharded.
@@ -63,7 +65,9 @@ def measure_workload(
     def recomputing() -> nn.Module:
         built = make_model()
         own = find_blocks(built, block_classes)
-        recompute_in_backward(find_recomputed(built, own, activation_checkpointing))
+        recomputed = find_recomputed(built, own, activation_checkpointing)
+        on_host = inputs_on_host(recomputed) if activation_offload else None
+        recompute_in_backward(recomputed, on_host=on_host)
         return built
 
     gathered_dtype = policy.param_dtype or dtype
@@ -90,6 +94,7 @@ def measure_workload(
         hardware_flops=hardware_flops / samples,
         gathered_dtype=gathered_dtype,
         reduce_dtype=policy.reduce_dtype or dtype,
+        activation_offload=activation_offload,
     )
 
 

@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, GPT2Config
 
 from lightning_mics.planning.rehearsal.activations import measure_activations
-from lightning_mics.sharding.activation_checkpointing import recompute_in_backward
+from lightning_mics.policy.activations import Activations
+from lightning_mics.sharding.activation_checkpointing import inputs_on_host, recompute_in_backward
 from lightning_mics.sharding.blocks import find_blocks
 
 pytestmark = pytest.mark.rehearsal
@@ -41,11 +42,12 @@ BERT = BertConfig(
 TOKENS = torch.zeros(5, 61, dtype=torch.int64)
 
 
-def build(config: Any, *, recompute: bool) -> nn.Module:
+def build(config: Any, *, recompute: bool, offload: bool = False) -> nn.Module:
     head = AutoModelForCausalLM if isinstance(config, GPT2Config) else AutoModelForMaskedLM
     model = head.from_config(config, attn_implementation="sdpa")
     if recompute:
-        recompute_in_backward(find_blocks(model).values())
+        blocks = list(find_blocks(model).values())
+        recompute_in_backward(blocks, on_host=inputs_on_host(blocks) if offload else None)
     return model
 
 
@@ -104,3 +106,24 @@ def test_recomputed_blocks_keep_only_what_goes_into_them() -> None:
         for layers in (8, 4)
     )
     assert eight - four == pytest.approx(4 * TOKENS.numel() * GPT.n_embd * 2)
+
+
+def test_memory_of_the_device_falls_by_exactly_what_goes_to_the_host() -> None:
+    deep = BertConfig(**{**BERT.to_dict(), "num_hidden_layers": 8})
+
+    def measured(*, offload: bool) -> Activations:
+        return measure_activations(
+            lambda: build(deep, recompute=True, offload=offload),
+            TOKENS,
+            samples=len(TOKENS),
+            loss=loss,
+            dtype=torch.float32,
+        )
+
+    on_device, on_host = measured(offload=False), measured(offload=True)
+    inputs = 4 * TOKENS.shape[1] * deep.hidden_size  # bytes of a sample
+    assert (on_device.on_host, on_host.on_host) == (0, 8 * inputs)
+    assert on_device.saved - on_host.saved == pytest.approx(inputs)
+    for phase, fewer in {"loss": 8, "head": 8, "last": 6, "blocks": 5}.items():
+        most = [max(line.per_sample for line in measured.phases[phase]) for measured in (on_device, on_host)]
+        assert most[0] - most[1] == pytest.approx(fewer * inputs), phase
