@@ -43,12 +43,15 @@ def composed(model: str, cluster: str, *overrides: str) -> DictConfig:
         return compose("train", [f"model={model}", f"cluster={cluster}", *overrides])
 
 
-def planned_pairs(models: Sequence[str], clusters: Sequence[str]) -> Iterator[dict[str, Any]]:
+def planned_pairs(
+    models: Sequence[str], clusters: Sequence[str], overrides: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
     """Plan each model on each cluster, at each rate.
 
     Args:
         models: Names of models.
         clusters: Names of clusters.
+        overrides: Further overrides of the configuration.
 
     Yields:
         A row with the three candidates, or with the reason why there is no plan.
@@ -56,7 +59,7 @@ def planned_pairs(models: Sequence[str], clusters: Sequence[str]) -> Iterator[di
     for model in models:
         measured: dict[str, Workload] = {}
         for cluster in clusters:
-            config = composed(model, cluster)
+            config = composed(model, cluster, *overrides)
             if config.cluster.precision not in measured:
                 measured[config.cluster.precision] = measure_run(config, train.make_model(config))
             hardware = hardware_of(config.cluster)
@@ -83,6 +86,7 @@ def described(candidate: Candidate) -> dict[str, Any]:
         "in_stages": candidate.in_stages,
         "micro_batch": candidate.batches.micro,
         "micro_steps": candidate.batches.accumulation,
+        "activation_offload": candidate.activation_offload,
         "cache_parameters": candidate.communication.cache_parameters,
         "accumulate_gradients": candidate.communication.accumulate_gradients,
         "memory_gib": candidate.memory_bytes / 2**30,
@@ -130,8 +134,8 @@ def write_page(out: Path, rows: Sequence[dict[str, Any]], command: str) -> None:
         "**Method.** Every model of `conf/model` on every cluster of `conf/cluster` with its own global batch, at the",
         "cluster's network rate and at slower ones. FSDP2 has the same freedom of micro-batch and the same",
         "recomputation; *tuned* is the best of its `reshard_after_forward` (True, the ranks of a node, False) and of",
-        "reducing gradients once per step. *Predicted, not measured*; gains below 10 % are within the error of the",
-        "predictions.",
+        "reducing gradients once per step, and of whatever the overrides of the command leave free. *Predicted, not",
+        "measured*; gains below 10 % are within the error of the predictions.",
         "",
         f"**Result.** {summary['pairs']} plans. The smallest ratio to FSDP2 is {summary['least_ratio']:.3f}, to FSDP2",
         f"tuned {summary['least_ratio_tuned']:.3f}; with all communication hidden that can be",
@@ -182,6 +186,7 @@ def way(took: dict[str, Any]) -> str:
     return (
         f"{took['partition_size']} {stages}, {took['micro_batch']} x {took['micro_steps']}, "
         f"{place_label(took['cache_parameters'])}, {place_label(took['accumulate_gradients'])}"
+        + (", inputs on the host" if took["activation_offload"] else "")
     )
 
 
@@ -190,13 +195,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=names("model"))
     parser.add_argument("--clusters", nargs="+", default=names("cluster"))
+    parser.add_argument("--override", nargs="+", default=[], help="of the configuration, as of train.py")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     rows = []
-    for row in planned_pairs(options.models, options.clusters):
+    for row in planned_pairs(options.models, options.clusters, options.override):
         rows.append(row)
         print(*list(row.values())[:3], row.get("no_plan") or f"{ratio(row, 'baseline'):.3f}", flush=True)
-    write_page(options.out, rows, f"python -m benchmarks.auto --out {options.out}")
+    given = f"--override {' '.join(options.override)} " if options.override else ""
+    write_page(options.out, rows, f"python -m benchmarks.auto {given}--out {options.out}")
     fitting = [row for row in rows if "recommended" in row and row["baseline"]["fits"]]
     return int(any(ratio(row, "baseline") < 1 for row in fitting))
 

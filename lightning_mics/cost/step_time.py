@@ -15,6 +15,7 @@ benchmarks/results/published.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -152,15 +153,18 @@ def _micro_step(
     hidden: float,
 ) -> dict[str, NDArray[np.float64]]:
     """The fields of :class:`Seconds` of a micro-step, each [ways]."""
-    of_unit = cache(partial(_stages, whens=whens, seconds_of=seconds_of))
-    units = [of_unit(unit.collectives) for unit in traffic.units]
-    elements = [unit.unit.elements(1) for unit in traffic.units]
+    kinds = {id(unit): unit for unit in traffic.units}  # blocks that are alike are one object
+    stages = {key: _stages(unit.collectives, whens=whens, seconds_of=seconds_of) for key, unit in kinds.items()}
+    units = [stages[id(unit)] for unit in traffic.units]
+    sizes = {key: unit.unit.elements(1) for key, unit in kinds.items()}
+    elements = [sizes[id(unit)] for unit in traffic.units]
+    total = sum(elements)
     forward = compute / (3 + recomputed_share)  # a backward takes twice as long, and runs the forward again
     without = np.zeros_like(compute)  # the same without arithmetic
     least, alone = np.split(
         micro_step_seconds(
             units,
-            [count / sum(elements) for count in elements],
+            [count / total for count in elements],
             forward=np.append(forward, without),
             backward=np.append(compute - forward, without),
             host=np.tile(host / max(1, len(units) - 1), 2) if host.any() else None,
@@ -169,9 +173,10 @@ def _micro_step(
     )
     most = compute + alone
     sums = {"inside": 0.0, "between": 0.0}
-    for unit in units:
+    for key, times in Counter(map(id, traffic.units)).items():
+        unit = stages[key]
         for stage in (*unit.forward, *unit.backward, *unit.reduction, *unit.second_hop):
-            sums[stage.link] += stage.seconds
+            sums[stage.link] += times * stage.seconds
     return {
         "compute": compute,
         **{link: np.full_like(compute, seconds) for link, seconds in sums.items()},

@@ -19,15 +19,19 @@ Durations of arithmetic are arrays, so that one pass simulates all micro-batches
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Link = Literal["inside", "between"]
 Seconds: TypeAlias = NDArray[np.float64]  # one entry per micro-batch
+Later: TypeAlias = Callable[[Any, Any], Any]  # the maximum of two times, each a float or an array
+
+FEW = 4  # micro-batches, up to which Python's floats are faster than arrays
 
 
 @dataclass(frozen=True)
@@ -80,30 +84,47 @@ def micro_step_seconds(
         host: Seconds in which the input of a block travels to the host, and in backward from it: [micro-batches]; None
             leaves inputs on the device.
     """
-    links, start = _Links(), np.zeros_like(forward)
-    inputs = _Inputs(host)
-    gathers = _Gathers(links, [unit.forward for unit in units], units_ahead)
+    run = partial(_simulate, units, shares, units_ahead)
+    if len(forward) > FEW:
+        found: Seconds = run(forward, backward, host, np.maximum)
+        return found
+    hosts = [None] * len(forward) if host is None else host.tolist()
+    return np.array([run(*each, max) for each in zip(forward.tolist(), backward.tolist(), hosts, strict=True)])
+
+
+def _simulate(
+    units: Sequence[UnitStages],
+    shares: Sequence[float],
+    units_ahead: int,
+    forward: Any,
+    backward: Any,
+    host: Any,
+    later: Later,
+) -> Any:
+    links, start = _Links(later), 0 * forward
+    inputs = _Inputs(host, later)
+    gathers = _Gathers(links, [unit.forward for unit in units], units_ahead, later)
     begun = [start]  # arithmetic in forward, of the root and each block
     ends = gathers.run(0, start)
     for index in range(1, len(units)):
         gathered = gathers.run(index, begun[max(0, index - 2)])
-        begun.append(np.maximum(ends, gathered))
+        begun.append(later(ends, gathered))
         inputs.save(begun[-1])
         ends = begun[-1] + shares[index] * forward
     begins = ends + shares[0] * forward
 
-    gathers = _Gathers(links, [unit.backward for unit in units[:0:-1]], units_ahead)
+    gathers = _Gathers(links, [unit.backward for unit in units[:0:-1]], units_ahead, later)
     ends = begins + shares[0] * backward
     gathered = gathers.run(0, begins)
     reduced, before, synchronized = start, start, start  # of the unit before, of the one before that, over replicas
     for number, index in enumerate(range(len(units) - 1, 0, -1), 1):
-        begins = inputs.take(np.maximum(np.maximum(ends, gathered), before))
+        begins = inputs.take(later(later(ends, gathered), before))
         gathered = gathers.run(number, begins)
         ends = begins + shares[index] * backward
-        before, reduced = reduced, links.run(units[index].reduction, np.maximum(ends, reduced))
-        synchronized = np.maximum(synchronized, links.run(units[index].second_hop, reduced))
-    reduced = links.run(units[0].reduction, np.maximum(ends, reduced))
-    return np.maximum(np.maximum(ends, synchronized), links.run(units[0].second_hop, reduced))
+        before, reduced = reduced, links.run(units[index].reduction, later(ends, reduced))
+        synchronized = later(synchronized, links.run(units[index].second_hop, reduced))
+    reduced = links.run(units[0].reduction, later(ends, reduced))
+    return later(later(ends, synchronized), links.run(units[0].second_hop, reduced))
 
 
 class _Gathers:
@@ -113,62 +134,67 @@ class _Gathers:
         links: Links that they take.
         stages: Stages of each gather.
         ahead: Further units whose first of two stages is run before.
+        later: Maximum of two times.
     """
 
-    def __init__(self, links: _Links, stages: Sequence[Sequence[Stage]], ahead: int) -> None:
+    def __init__(self, links: _Links, stages: Sequence[Sequence[Stage]], ahead: int, later: Later) -> None:
+        self._later = later
         self._links = links
         self._first = [each[:-1] for each in stages]  # what may run ahead
         self._last = [each[-1:] for each in stages]
         self._ahead = ahead
-        self._arrived: list[Seconds] = []
+        self._arrived: list[Any] = []
 
-    def run(self, number: int, ready: Seconds) -> Seconds:
+    def run(self, number: int, ready: Any) -> Any:
         """Launch a gather when ``ready``, and the first stages of those ahead; returns when it ends."""
         while len(self._arrived) <= min(number + self._ahead, len(self._first) - 1):
             self._arrived.append(self._links.run(self._first[len(self._arrived)], ready))
         if number >= len(self._last):
             return ready
-        return self._links.run(self._last[number], np.maximum(ready, self._arrived[number]))
+        return self._links.run(self._last[number], self._later(ready, self._arrived[number]))
 
 
 class _Inputs:
     """The inputs of recomputed blocks on the host, each fetched while the block after it is recomputed.
 
     Args:
-        host: Seconds in which one travels to the host, and back: [micro-batches]; None leaves all on the device.
+        host: Seconds in which one travels to the host, and back; None leaves all on the device.
+        later: Maximum of two times.
     """
 
-    def __init__(self, host: Seconds | None) -> None:
+    def __init__(self, host: Any, later: Later) -> None:
         self._host = host
-        self._saved: list[Seconds] = []
-        self._ahead: Seconds | None = None
+        self._later = later
+        self._saved: list[Any] = []
+        self._ahead: Any = None
 
-    def save(self, ready: Seconds) -> None:
+    def save(self, ready: Any) -> None:
         """Send the input of the next block to the host, when the block has begun."""
         if self._host is not None:
-            self._saved.append(np.maximum(ready, self._saved[-1] if self._saved else ready) + self._host)
+            self._saved.append(self._later(ready, self._saved[-1] if self._saved else ready) + self._host)
 
-    def take(self, ready: Seconds) -> Seconds:
+    def take(self, ready: Any) -> Any:
         """When the input of the last block that was saved is there, if its recomputation may begin when ``ready``."""
         if self._host is None:
             return ready
         saved = self._saved.pop()
-        ready = np.maximum(ready, np.maximum(ready, saved) + self._host if self._ahead is None else self._ahead)
+        ready = self._later(ready, self._later(ready, saved) + self._host if self._ahead is None else self._ahead)
         if self._saved:
-            self._ahead = np.maximum(ready, self._saved[-1]) + self._host
+            self._ahead = self._later(ready, self._saved[-1]) + self._host
         return ready
 
 
 class _Links:
-    """When each kind of link is free: [micro-batches]."""
+    """When each kind of link is free."""
 
-    def __init__(self) -> None:
-        self._free: dict[Link, Seconds] = {}
+    def __init__(self, later: Later) -> None:
+        self._later = later
+        self._free: dict[Link, Any] = {}
 
-    def run(self, stages: Sequence[Stage], ready: Seconds) -> Seconds:
+    def run(self, stages: Sequence[Stage], ready: Any) -> Any:
         """Run stages one after the other, the first when ``ready``; returns when the last ends."""
         for stage in stages:
             free = self._free.get(stage.link)
-            ready = (ready if free is None else np.maximum(ready, free)) + stage.seconds
+            ready = (ready if free is None else self._later(ready, free)) + stage.seconds
             self._free[stage.link] = ready
         return ready

@@ -34,6 +34,7 @@ class Candidate:
     Attributes:
         system: "MiCS", or the name of the baseline.
         recomputed_share: Share of the blocks that are recomputed in backward; None if nobody has counted them.
+        activation_offload: Whether the inputs of recomputed blocks wait for the backward in host memory.
         topology: Topology of the job.
         batches: Division of the global batch.
         communication: Options of the collectives, without "auto".
@@ -60,6 +61,7 @@ class Candidate:
     hfu_tflops: float
     mfu_tflops: float
     recomputed_share: float | None = None
+    activation_offload: bool = False
 
     @property
     def in_stages(self) -> bool:
@@ -147,7 +149,7 @@ class Job:
         options = whole.communication
         if whole.fits or options.allow_unused:
             return
-        work = next(each for each in self.workload.ways if each.recomputed_share == whole.recomputed_share)
+        work = self.workload.way(whole.recomputed_share, activation_offload=whole.activation_offload)
         topology, part = whole.topology, None
         k, blocks = topology.local_ranks_per_partition_group, work.elements(topology.partition_size).blocks
         if asked.accumulate_gradients == "auto" and options.accumulate_gradients == "node":
@@ -179,8 +181,8 @@ class Job:
     def full_sharding_tuned(self) -> Candidate:
         """The fastest of FSDP2's own options over all ranks.
 
-        They are what stays unsharded after a forward, when gradients are reduced, and which share of the blocks is
-        recomputed, where that is free.
+        They are what stays unsharded after a forward, when gradients are reduced, and where they are free, which share
+        of the blocks is recomputed, and whether their inputs wait on the host.
         """
         places: tuple[Literal["shard", "rank"], ...] = ("shard", "rank")
         candidates = [
@@ -282,6 +284,7 @@ class Job:
                 hfu_tflops=samples * work.hardware_flops / seconds.expected / 1e12,
                 mfu_tflops=samples * work.model_flops / seconds.expected / 1e12,
                 recomputed_share=work.recomputed_share,
+                activation_offload=work.activation_offload,
             )
 
 
@@ -290,10 +293,10 @@ def fastest(
 ) -> Candidate:
     """The candidate to take: the fastest that fits, and of those as fast as it the simplest.
 
-    What is predicted within 1 % counts as equally fast: then caches on ranks are avoided, then saved activations of
-    blocks, then bytes between nodes, then memory, then large partition groups. Candidates that are slower than the
-    baseline by more than 1 % if all or no communication overlaps are not taken, because the share that overlaps is
-    uncertain.
+    What is predicted within 1 % counts as equally fast: then inputs of blocks on the host are avoided, then caches on
+    ranks, then saved activations of blocks, then bytes between nodes, then memory, then large partition groups.
+    Candidates that are slower than the baseline by more than 1 % if all or no communication overlaps are not taken,
+    because the share that overlaps is uncertain.
 
     Args:
         candidates: Candidates of a job, at least one.
@@ -335,6 +338,7 @@ def _simplicity(candidate: Candidate) -> tuple[float, ...]:
     options = candidate.communication
     on_ranks = (options.cache_parameters == "rank") + (options.accumulate_gradients == "rank")
     return (
+        candidate.activation_offload,
         on_ranks,
         -(candidate.recomputed_share or 0.0),
         round(candidate.node_sent.between_bytes, -6),

@@ -102,6 +102,11 @@ class Policy:
             _check_unscalable(model)
         mixed_precision = mixed_precision_policy(precision, reduce_dtype=self._reduce_dtype)
         blocks = find_blocks(model, self._block_classes, may_be_empty=not training)
+        if not isinstance(self._activation_offload, bool):
+            raise ValueError(
+                f"activation_offload={self._activation_offload!r} is neither True nor False; only the recipes, whose "
+                'plan knows what activations take, have "auto"'
+            )
         # raises before ranks wait for each other
         recomputed = find_recomputed(model, blocks, self._activation_checkpointing)
         size = measure_model(

@@ -47,7 +47,8 @@ class Workload:
         sample_tokens: Tokens of one sample; None if it has none, or nobody has counted them.
         recomputed_share: Share of the blocks that are recomputed in backward; None if nobody has counted them.
         activation_offload: Whether the inputs of recomputed blocks wait for the backward in host memory.
-        alternatives: The same model with other shares of its blocks recomputed, for a plan to choose from.
+        alternatives: The same model with other shares of its blocks recomputed, or their inputs elsewhere, for a plan
+            to choose from.
     """
 
     units: tuple[Unit, ...]
@@ -86,11 +87,13 @@ class Workload:
         """This workload and its alternatives."""
         return (self, *self.alternatives)
 
-    def with_share(self, share: float | None) -> Workload:
-        """The workload without alternatives, with a share of its blocks recomputed.
+    def way(self, recomputed_share: float | None, *, activation_offload: bool) -> Workload:
+        """The workload or one of its alternatives, without further alternatives.
 
         Args:
-            share: Share of this workload or of one of its alternatives.
+            recomputed_share: Share of the blocks that are recomputed.
+            activation_offload: Whether their inputs wait on the host.
         """
-        chosen = next(each for each in self.ways if each.recomputed_share == share)
+        wanted = (recomputed_share, activation_offload)
+        chosen = next(each for each in self.ways if (each.recomputed_share, each.activation_offload) == wanted)
         return replace(chosen, alternatives=())

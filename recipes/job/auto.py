@@ -92,26 +92,32 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
     if cluster.network_rate_gbits_per_s is not None:
         planned = plan_run(config, workload, hardware_of(cluster))
         _take_way(config, planned)
-        workload = workload.with_share(planned.chosen.recomputed_share)
+        chosen = planned.chosen
+        workload = workload.way(chosen.recomputed_share, activation_offload=chosen.activation_offload)
     sharding = policy_of(config).choose(
         workload.size,
         world_size=cluster.num_nodes * cluster.devices,
         local_size=cluster.devices,
         capacity_bytes=_capacity_bytes(cluster),
     )
-    chosen = {"partition_size": sharding.topology.partition_size, **sharding.communication.keywords()}
+    options = {"partition_size": sharding.topology.partition_size, **sharding.communication.keywords()}
     reasons = {option: why.removeprefix('"auto": ') for option, why in sharding.reasons.items()}
     if planned is not None:
         reasons["partition_size"] = _why_fastest(planned)
     for option in ("partition_size", "cache_parameters", "accumulate_gradients"):
         why = reasons[option]
-        config.strategy[option] = choices.take(option.replace("_", " "), asked.strategy[option], chosen[option], why)
+        config.strategy[option] = choices.take(option.replace("_", " "), asked.strategy[option], options[option], why)
     if asked.strategy.activation_checkpointing == "auto":
         why = "as fast as any that fits"
         if planned is None:
             workload, why = _fewest_recomputed(sharding, workload, config), "the fewest with which the micro-batch fits"
         choices.rows["recomputed blocks"] = f'{workload.recomputed_share:.0%} ("auto": {why})'
         config.strategy.activation_checkpointing = _share(workload)
+    if asked.strategy.activation_offload == "auto":
+        where = "host" if workload.activation_offload else "device"
+        why = "the rates of the cluster are unknown" if planned is None else "as fast as any that fits"
+        choices.rows["inputs of recomputed blocks"] = f'on the {where} ("auto": {why})'
+        config.strategy.activation_offload = workload.activation_offload
     if planned is None:
         most = _largest_micro_batch(sharding, workload)
         _choose_batches(config, choices, most, why=f"up to {most} fit with the model states")

@@ -45,64 +45,60 @@ def measure_run(config: DictConfig, model: LanguageModel) -> Workload:
     with torch.device("meta"):
         network = _as_in_training(model.build_network())
     recompute = OmegaConf.to_object(OmegaConf.create({"": config.strategy.activation_checkpointing}))[""]
+    offload = config.strategy.activation_offload
     blocks = find_blocks(network)
     shape, share = shape_of(network, model.config, True if recompute == "auto" else recompute)
-    offload = config.strategy.activation_offload
-    activations_of = _by_share(
-        model, network, length, recompute=recompute, offload=offload, computed=autocast_dtype(precision)
-    )
+    activations_of = _by_share(model, network, length, recompute=recompute, computed=autocast_dtype(precision))
     work = Workload(
         units=tuple(find_units(network, blocks)),
         size=measure_model(
             network, blocks.values(), gathered_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype
         ),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        activations=activations_of(share),
+        activations=activations_of(share, offload is True),
         sample_tokens=length,
         model_flops=shape.training_flops(length),
         hardware_flops=shape.training_flops(length, recomputed_share=share),
         gathered_dtype=policy.param_dtype or dtype,
         reduce_dtype=policy.reduce_dtype or dtype,
         recomputed_share=share,
-        activation_offload=offload,
+        activation_offload=offload is True,
     )
-    if recompute != "auto":
-        return work
-    shares = sorted({round(quarters / 4 * len(blocks)) / len(blocks) for quarters in range(4)})
+    quarters = {round(number / 4 * len(blocks)) / len(blocks) for number in range(5)}
     others = (
         replace(
             work,
-            activations=activations_of(other),
+            activations=activations_of(other, on_host),
             hardware_flops=shape.training_flops(length, recomputed_share=other),
             recomputed_share=other,
+            activation_offload=on_host,
         )
-        for other in shares
+        for other in (sorted(quarters) if recompute == "auto" else [share])
+        for on_host in ((False, True) if offload == "auto" else (offload,))
+        if (other, on_host) != (share, offload is True) and (other or not on_host)
     )
     return replace(work, alternatives=tuple(others))
 
 
 def _by_share(
-    model: LanguageModel,
-    network: nn.Module,
-    length: int,
-    *,
-    recompute: Any,
-    offload: bool,
-    computed: torch.dtype | None,
-) -> Callable[[float], Activations]:
-    """Activations of the run by the share of its blocks that are recomputed, from networks of few blocks."""
+    model: LanguageModel, network: nn.Module, length: int, *, recompute: Any, computed: torch.dtype | None
+) -> Callable[[float, bool], Activations]:
+    """Activations by the share of recomputed blocks, and whether their inputs are on the host, from few blocks."""
     dims = {dim for parameter in network.parameters() for dim in parameter.shape}
-    of_depths = partial(_of_depths, model, length, dims=dims, computed=computed, offload=offload)
-    of_all_or_none = cache(lambda every: of_depths(recompute=every))
+    of_depths = partial(_of_depths, model, length, dims=dims, computed=computed)
+    of_all_or_none = cache(lambda every, offload: of_depths(recompute=every, offload=offload))
     names_modules = not isinstance(recompute, bool | int | float) and recompute != "auto"
 
-    def of_share(share: float) -> Activations:
+    def of_share(share: float, offload: bool) -> Activations:
         if share == 0 and names_modules:
-            return of_depths(recompute=recompute)
+            return of_depths(recompute=recompute, offload=offload)
         if share in (0, 1):
-            return of_all_or_none(share == 1)
+            return of_all_or_none(share == 1, offload and share == 1)
         return partly_recomputed(
-            of_all_or_none(False), of_all_or_none(True), blocks=model.config.num_hidden_layers, share=share
+            of_all_or_none(False, False),
+            of_all_or_none(True, offload),
+            blocks=model.config.num_hidden_layers,
+            share=share,
         )
 
     return of_share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -99,8 +100,12 @@ def test_a_micro_step_lies_between_the_busiest_and_the_sum(seed: int, ahead: int
 
     units = [random_unit() for _ in range(8)]
     shares = chance.dirichlet(np.ones(8)).tolist()
-    compute = np.array([0.0, 3.0, 30.0])
-    found = micro_step_seconds(units, shares, forward=compute / 3, backward=2 * compute / 3, units_ahead=ahead)
+    compute = np.array([0.0, 1.0, 3.0, 10.0, 30.0, 100.0])
+    host = compute / 40
+    run = partial(micro_step_seconds, units, shares, units_ahead=ahead)
+    found = run(forward=compute / 3, backward=2 * compute / 3)
+    with_host = run(forward=compute / 3, backward=2 * compute / 3, host=host)
+    assert (with_host >= found - 1e-9).all()
     busy = {"inside": 0.0, "between": 0.0}
     for unit in units:
         for stage in (*unit.forward, *unit.backward, *unit.reduction, *unit.second_hop):
@@ -110,11 +115,11 @@ def test_a_micro_step_lies_between_the_busiest_and_the_sum(seed: int, ahead: int
             busy[stage.link] -= stage.seconds
     assert (found >= np.maximum(compute, max(busy.values())) - 1e-9).all()
     assert (found <= compute + sum(busy.values()) + 1e-9).all()
-    for index, each in enumerate(compute):
-        alone = micro_step_seconds(
-            units, shares, forward=np.array([each / 3]), backward=np.array([2 * each / 3]), units_ahead=ahead
-        )
-        assert float(alone[0]) == pytest.approx(float(found[index]))
+    for one in range(len(compute)):  # one by one, in floats
+        only = slice(one, one + 1)
+        alone = {"forward": compute[only] / 3, "backward": 2 * compute[only] / 3}
+        assert run(**alone)[0] == pytest.approx(found[one])
+        assert run(**alone, host=host[only])[0] == pytest.approx(with_host[one])
 
 
 def test_inputs_on_the_host_travel_beside_arithmetic_as_long_as_they_are_faster() -> None:

@@ -193,6 +193,28 @@ def test_blocks_are_not_recomputed_where_memory_allows() -> None:
     assert taken(job(workload=given)).recomputed_share == 1
 
 
+def offloadable(on_host: float) -> Workload:
+    """Inputs of blocks on the device, 8 GiB of a sample, or on the host, ``on_host`` bytes."""
+    kept = Activations({phase: (Line(0, 8 * GIB),) for phase in ALL_SAVED})
+    moved = Activations({phase: (Line(0, 0.25 * GIB),) for phase in ALL_SAVED}, on_host=on_host)
+    on_the_host = work(activations=moved, recomputed_share=1.0, activation_offload=True)
+    return work(activations=kept, recomputed_share=1.0, alternatives=(on_the_host,))
+
+
+def test_inputs_of_blocks_go_to_the_host_where_that_is_faster_and_fits_it() -> None:
+    slow = replace(P4D, network_rate_gbits_per_s=50)
+    best = taken(job(workload=offloadable(0.5 * GIB), hardware=slow))
+    assert best.activation_offload and best.fits and best.batches.micro > 4
+    tuned = job(workload=offloadable(0.5 * GIB), hardware=slow).full_sharding_tuned()
+    assert tuned.activation_offload  # a fair comparison
+    assert not job(workload=offloadable(0.5 * GIB), hardware=slow).full_sharding().activation_offload
+    for small in (replace(slow, host_memory_gib=8), replace(slow, host_rate_gbytes_per_s=0.01)):
+        best = taken(job(workload=offloadable(0.5 * GIB), hardware=small))
+        assert best.fits and not best.activation_offload
+    plain = taken(job(workload=offloadable(0.5 * GIB), micro_batch=1))
+    assert not plain.activation_offload  # nothing is gained, so nothing is moved
+
+
 def test_micro_steps_of_few_tokens_are_no_reason_not_to_recompute() -> None:
     each = job(workload=recomputable(5 * GIB))  # without recomputation, fewer than 4 samples of 512 tokens fit
     candidates = list(each.candidates("auto", AUTO))
