@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightning_mics.cost.collective import Collective
-from lightning_mics.cost.hardware import Hardware
+from lightning_mics.cost.hardware import Hardware, Links
 from lightning_mics.cost.step_traffic import ScheduledCollective, When
 
 HIDDEN_SHARE = 0.5  # of the communication that could overlap; fitted by benchmarks.published
@@ -52,12 +52,12 @@ class Seconds:
         return max(parts, key=parts.__getitem__)
 
 
-def collective_seconds(collective: Collective, hardware: Hardware, *, ranks_per_node: int | None = None) -> float:
+def collective_seconds(collective: Collective, hardware: Links, *, ranks_per_node: int | None = None) -> float:
     """Seconds of one collective that all ranks of a node run at once, each in a group of its kind.
 
     Args:
         collective: The collective.
-        hardware: Hardware of each node.
+        hardware: Hardware of each node, or its links.
         ranks_per_node: Number of ranks that share the node's network; None is one per GPU.
     """
     sent = collective.sent
