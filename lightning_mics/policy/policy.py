@@ -229,10 +229,13 @@ class Policy:
         hosts = hosts_of_ranks(control)
         if self._ranks_per_node is None:
             check_hosts(hosts, local_size)
-        capacity_bytes = _capacity_bytes(device, local_size=local_size, control=control)
-        world_size = dist.get_world_size()
-        by_memory = self.choose(size, world_size=world_size, local_size=local_size, capacity_bytes=capacity_bytes)
-        job = self._job(world_size=world_size, local_size=local_size, capacity_bytes=capacity_bytes)
+        job = self._job(
+            world_size=dist.get_world_size(),
+            local_size=local_size,
+            capacity_bytes=_capacity_bytes(device, local_size=local_size, control=control),
+        )
+        by_memory = choose(size, **job)  # raises on all ranks alike
+        self.communication.check(by_memory.topology)
         kept, note = choice_of_checkpoint(resumed, size, **job)
         if kept is not None:
             return replace(kept, resumed=note)
