@@ -20,7 +20,7 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatt
 
 
 def new_group(
-    ranks: tuple[int, ...], *, name: str, timeout: timedelta | None, max_ctas: int | None = None
+    ranks: tuple[int, ...], *, name: str, timeout: timedelta | None, max_ctas: int | None = None, key: str | None = None
 ) -> dist.ProcessGroup:
     """Make the process group of ``ranks`` in the given order; only its members need to call.
 
@@ -29,11 +29,14 @@ def new_group(
         name: Name of the group in torch's messages.
         timeout: Longest time of its collectives; None is the backend's default.
         max_ctas: Largest number of blocks of threads of a collective, on NCCL; None is NCCL's default.
+        key: Key of the group in the job's store, the same on its members and on no other group of the job; None takes
+            torch's, from the ranks and the number of groups, which a group has again that is made after this one is
+            destroyed: it would read of the store what this one has left there.
     """
     options = None if max_ctas is None else _nccl_options(max_ctas, timeout)
     description, in_order = f"mics {name}", list(ranks) == sorted(ranks)
-    if not in_order and not KEEPS_ORDER:
-        return _new_unsorted_group(list(ranks), description=description, timeout=timeout, options=options)
+    if key is not None or (not in_order and not KEEPS_ORDER):
+        return _new_unsorted_group(list(ranks), description=description, timeout=timeout, options=options, key=key)
     order: dict[str, Any] = {} if in_order else {"sort_ranks": False}
     group = dist.new_group(
         list(ranks),
@@ -56,9 +59,9 @@ def _nccl_options(max_ctas: int, timeout: timedelta | None) -> Any:
 
 
 def _new_unsorted_group(
-    ranks: list[int], *, description: str, timeout: timedelta | None, options: Any
+    ranks: list[int], *, description: str, timeout: timedelta | None, options: Any, key: str | None
 ) -> dist.ProcessGroup:
-    """What ``new_group(ranks, sort_ranks=False)`` of torch 2.13 does, for 2.11 and 2.12, which always sort."""
+    """What ``new_group(ranks, sort_ranks=False)`` of torch 2.13 does; 2.11 and 2.12 always sort; none takes keys."""
     c10d: Any = dist.distributed_c10d
     default = c10d._get_default_group()
     backend, store = c10d._world.pg_map[default]
@@ -68,7 +71,7 @@ def _new_unsorted_group(
         ranks,
         c10d.Backend(backend),
         store,
-        c10d._process_group_name(ranks, use_hashed_name=True),
+        key or c10d._process_group_name(ranks, use_hashed_name=True),
         backend_options=options,
         timeout=timeout or c10d._get_default_timeout(c10d.Backend(backend)),
         device_id=default.bound_device_id,

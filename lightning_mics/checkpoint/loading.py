@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextvars import Context
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,7 +33,7 @@ from lightning_mics.checkpoint.foreign.states import entries_of, regrouped, sett
 from lightning_mics.checkpoint.foreign.translation import OTHER
 from lightning_mics.checkpoint.full_file import open_full
 from lightning_mics.checkpoint.keys import MODEL_KEY, rank_key_to_load
-from lightning_mics.checkpoint.opening import OpenCheckpoint, open_on_all_ranks
+from lightning_mics.checkpoint.opening import OpenCheckpoint, open_checkpoint, open_on_all_ranks
 from lightning_mics.checkpoint.optimizer_states import StoredState, load_optimizer, names_in_groups, numbered_as_named
 from lightning_mics.checkpoint.storage.location import checkpoint_location
 from lightning_mics.checkpoint.storage.path import StoragePath, exists, forget_listings
@@ -135,6 +136,18 @@ def open_to_load(
     if opened is None:
         raise ValueError(f"{str(path)!r} does not point to a valid checkpoint: {why_not(path)}")
     return opened
+
+
+def read_entries(path: StoragePath, *, weights_only: bool) -> dict[str, Any]:
+    """The entries of a sharded checkpoint, by this process alone; tensors that are sharded are on the meta device.
+
+    It may be called while the checkpoint is opened, to find out what the mesh should be.
+
+    Args:
+        path: Directory of the checkpoint; a full file has no entries of its own.
+        weights_only: Whether entries must be plain data.
+    """
+    return Context().run(open_checkpoint(path).meta, weights_only=weights_only)  # outside of the opening
 
 
 def load_model(opened: OpenedCheckpoint, *, model: nn.Module, strict: bool) -> None:

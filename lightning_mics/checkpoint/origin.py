@@ -1,5 +1,5 @@
-"""The origin of a checkpoint, as plain data inside it: the topology of the job, and the network if it is one of
-``transformers``.
+"""The origin of a checkpoint, as plain data inside it: the topology of the job, what "auto" stood for, and the network
+if it is one of ``transformers``.
 
 A network of ``transformers`` is recognized by its attributes, so nothing here imports ``transformers``.
 """
@@ -19,7 +19,9 @@ from lightning_mics._torch.fsdp import OptimizedModule
 from lightning_mics.topology import Topology
 
 TOPOLOGY_KEY = "mics_topology"
+CHOICE_KEY = "mics_choice"
 NETWORK_KEY = "mics_network"
+ORIGIN_KEYS = (TOPOLOGY_KEY, CHOICE_KEY, NETWORK_KEY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +45,20 @@ class Network:
     name_or_path: str
 
 
-def origin(model: nn.Module, topology: Topology) -> dict[str, Any]:
-    """Entries to add to a checkpoint, of strings, integers, lists and dicts.
+def origin(model: nn.Module, topology: Topology, chosen: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Entries to add to a checkpoint, of strings, numbers, lists and dicts.
 
     Args:
         model: The model that is saved.
         topology: Topology of the job.
+        chosen: Values that were chosen for options of sharding, by name; None if none were.
     """
     network = describe_network(model)
-    return {TOPOLOGY_KEY: asdict(topology), **({NETWORK_KEY: asdict(network)} if network else {})}
+    return {
+        TOPOLOGY_KEY: asdict(topology),
+        **({CHOICE_KEY: dict(chosen)} if chosen else {}),
+        **({NETWORK_KEY: asdict(network)} if network else {}),
+    }
 
 
 def describe_network(model: nn.Module) -> Network | None:
@@ -77,6 +84,12 @@ def saved_topology(meta: Mapping[str, Any]) -> Topology | None:
         return Topology(**meta[TOPOLOGY_KEY])
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def saved_choice(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that were chosen for options of sharding, by name, from a checkpoint's ``meta``; empty if none are."""
+    choice = meta.get(CHOICE_KEY)
+    return dict(choice) if isinstance(choice, Mapping) else {}
 
 
 def saved_network(meta: Mapping[str, Any]) -> Network | None:

@@ -15,8 +15,34 @@ IN_NODE_LATENCY_US = 3.4  # NVLink, per hop of a ring with protocol Simple: NCCL
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hardware:
-    """One kind of node.
+class Links:
+    """The links of one kind of node.
+
+    Attributes:
+        gpus_per_node: GPUs on each node, and so ranks.
+        in_node_rate_gbytes_per_s: Bus bandwidth of rings inside a node, in GB/s.
+        network_rate_gbits_per_s: Network rate of one node, in Gbit/s.
+        network_achieved: Share of the network rate, 0 to 1, that collectives reach.
+        network_latency_us: Latency per hop between nodes, in microseconds.
+        in_node_latency_us: Latency per hop inside a node, in microseconds.
+    """
+
+    gpus_per_node: int
+    in_node_rate_gbytes_per_s: float
+    network_rate_gbits_per_s: float
+    network_achieved: float
+    network_latency_us: float
+    in_node_latency_us: float = IN_NODE_LATENCY_US
+
+    @property
+    def network_bytes_per_s(self) -> float:
+        """Bytes per second that collectives send from one node to others."""
+        return self.network_rate_gbits_per_s * self.network_achieved * 1e9 / 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware(Links):
+    """One kind of node, with its links.
 
     Attributes:
         gpu: Name of the GPU, for display.
@@ -35,17 +61,11 @@ class Hardware:
     """
 
     gpu: str
-    gpus_per_node: int
     memory_gib: float
     peak_tflops: float
     kernel_share: float
-    in_node_rate_gbytes_per_s: float
-    network_rate_gbits_per_s: float
-    network_achieved: float
-    network_latency_us: float
     host_memory_gib: float
     host_rate_gbytes_per_s: float
-    in_node_latency_us: float = IN_NODE_LATENCY_US
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -59,11 +79,6 @@ class Hardware:
     def memory_bytes(self) -> int:
         """Memory of one GPU, in bytes."""
         return int(self.memory_gib * 2**30)
-
-    @property
-    def network_bytes_per_s(self) -> float:
-        """Bytes per second that collectives send from one node to others."""
-        return self.network_rate_gbits_per_s * self.network_achieved * 1e9 / 8
 
 
 V100_SHARE, A100_SHARE, HOPPER_SHARE = 0.565, 0.64, 0.465  # fitted by benchmarks.published

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_mics.cost.collective import Collective
-from lightning_mics.cost.hardware import Hardware
+from lightning_mics.cost.hardware import Hardware, Links
 from lightning_mics.cost.step_traffic import ScheduledCollective, StepTraffic, When
 from lightning_mics.cost.timeline import Stage, UnitStages, micro_step_seconds
 
@@ -58,12 +58,12 @@ class Seconds:
         return max(parts, key=parts.__getitem__)
 
 
-def collective_seconds(collective: Collective, hardware: Hardware, *, ranks_per_node: int | None = None) -> float:
+def collective_seconds(collective: Collective, hardware: Links, *, ranks_per_node: int | None = None) -> float:
     """Seconds of one collective that all ranks of a node run at once, each in a group of its kind.
 
     Args:
         collective: The collective.
-        hardware: Hardware of each node.
+        hardware: Hardware of each node, or its links.
         ranks_per_node: Number of ranks that share the node's network; None is one per GPU.
     """
     sent = collective.sent

@@ -56,7 +56,7 @@ def find_units(model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:
 
 def _shapes(unit: nn.Module, blocks: set[nn.Module]) -> tuple[tuple[int, int], ...]:
     own = {parameter for module in group_modules(unit, blocks) for parameter in module.parameters(recurse=False)}
-    return tuple(sorted((p.shape[0], p.numel() // p.shape[0]) for p in own))
+    return tuple(sorted((p.shape[0], p.numel() // max(1, p.shape[0])) for p in own))
 
 
 When = Literal["every", "first", "boundary"]

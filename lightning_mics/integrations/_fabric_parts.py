@@ -10,8 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mics import checkpoint
-from lightning_mics.sharding.sharded import sharded
-from lightning_mics.topology import Topology
+from lightning_mics.sharding.sharded import Sharded, sharded
 
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
@@ -45,9 +44,9 @@ class Parts:
         )
 
     @property
-    def topology(self) -> Topology:
-        """Positions of all ranks."""
-        return sharded(next(iter(self.models.values()))).groups.topology
+    def first(self) -> Sharded:
+        """The handle of the first model."""
+        return sharded(next(iter(self.models.values())))
 
     def divided(self, model_state: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """The state of each model by its key.

@@ -137,13 +137,18 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
             ValueError: If no model was prepared with a :class:`MiCSPlugin`.
         """
         model = _prepared_model(accelerator)
-        sharded(model).prepare_to_save()
+        handle = sharded(model)
+        handle.prepare_to_save()
         with all_ranks_answer(f"saving {path}", timeout=self._timeout):
             checkpoint.save_sharded(
                 storage_path(path),
                 model_state=get_model_state_dict(model),
                 optimizer_states=[optimizer_state(model, each, sharded=True) for each in _optimizers(accelerator)],
-                meta={**_scaler_state(accelerator), **state, **origin(model, sharded(model).groups.topology)},
+                meta={
+                    **_scaler_state(accelerator),
+                    **state,
+                    **origin(model, handle.groups.topology, handle.chosen),
+                },
             )
 
     def load_checkpoint(
@@ -221,6 +226,7 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
         precision=precision,
         device=accelerator.device,
         local_size=get_int_from_env(LOCAL_SIZE, dist.get_world_size()),
+        micro_steps=accelerator.gradient_accumulation_steps,
     )
     vars(model)["_mics"] = handle
     model.to(accelerator.device)  # state besides parameters and buffers, such as metrics

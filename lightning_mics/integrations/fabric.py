@@ -30,7 +30,7 @@ from lightning_mics._torch.units.use_errors import described_errors
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.foreign.folders import holds_shards
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
-from lightning_mics.checkpoint.origin import NETWORK_KEY, TOPOLOGY_KEY, origin
+from lightning_mics.checkpoint.origin import ORIGIN_KEYS, origin
 from lightning_mics.checkpoint.storage.path import StoragePath
 from lightning_mics.integrations._fabric_parts import Filter, Parts, filtered
 from lightning_mics.integrations._lightning import LightningStrategy, reduce_in_place
@@ -233,7 +233,10 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
             path,
             model_state=parts.joined(contents),
             optimizer_states=[contents[key] for key in optimizers],
-            meta={**{key: contents[key] for key in rest}, **origin(parts.model, parts.topology)},
+            meta={
+                **{key: contents[key] for key in rest},
+                **origin(parts.model, parts.first.groups.topology, parts.first.chosen),
+            },
             names=parts.names,
         )
 
@@ -292,7 +295,7 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
             )
             for model in parts.models.values():
                 _reset_after_load(model)
-        return {key: value for key, value in remainder.items() if key not in (TOPOLOGY_KEY, NETWORK_KEY)}
+        return {key: value for key, value in remainder.items() if key not in ORIGIN_KEYS}
 
     def _load_raw(self, path: StoragePath, model: nn.Module, *, strict: bool, weights_only: bool | None) -> None:
         """Load the model of a sharded checkpoint, or a file with a ``state_dict`` of FQNs and tensors."""

@@ -13,20 +13,24 @@ On ranks, the cache takes M bytes, and accumulated gradients take their full siz
 sharding is there to save memory, so "auto" does it only if the unsharded model states, as in DDP, would fit a rank.
 Optimizer states stay sharded, so this takes less memory than DDP.
 
-Strategies choose by :func:`choose`: they know the size of the model, and neither rates nor batches. Plans, which know
-all of these, choose by time (:mod:`lightning_mics.policy.candidates`).
+That is the rule where nothing but the size of the model is known. Where a strategy has measured the rates of links
+(:mod:`lightning_mics.cost.probe`), this rule fills the caches of each partition size, flat and in stages, and the
+way that communicates for the shortest time is taken. Plans know batches and FLOPs as well, and choose by the time of a
+step (:mod:`lightning_mics.policy.candidates`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, Literal
 
+from lightning_mics.cost.communication_time import CommunicationTime, Pricing
 from lightning_mics.policy.memory import USABLE_SHARE, ModelSize, fits, in_gib, smallest_partition_size
 from lightning_mics.sharding.options import CommunicationOptions, size_of_share, spread_over
 from lightning_mics.techniques.partition_groups import choose_hierarchical
-from lightning_mics.topology import Topology
+from lightning_mics.topology import Topology, partition_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,10 @@ class Choice:
         states_bytes: Model states of a rank, with the unsharded parameters and gradients of the peak, in bytes.
         cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
         capacity_bytes: Memory of a rank's device, in bytes.
+        time: Predicted communication of an optimizer step; None if it was not chosen by time.
+        pricing: Basis of that prediction; None if it was not chosen by time.
+        instead: Other ways, by what they are: "second best" and "full sharding"; empty if it was not chosen by time.
+        resumed: Fate, in words, of the choice in the checkpoint that training resumes from; empty if there is none.
     """
 
     topology: Topology
@@ -48,11 +56,33 @@ class Choice:
     states_bytes: int
     cached_bytes: int
     capacity_bytes: int
+    time: CommunicationTime | None = None
+    pricing: Pricing | None = None
+    instead: Mapping[str, Choice] = field(default_factory=dict)
+    resumed: str = ""
 
     @property
     def fits(self) -> bool:
         """Whether model states and caches leave enough of the device for activations."""
         return self.states_bytes + self.cached_bytes <= USABLE_SHARE * self.capacity_bytes
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that may be "auto", with what they are here, as a strategy takes them."""
+        return options_that_may_be_auto(self.topology.partition_size, self.communication)
+
+
+def options_that_may_be_auto(
+    partition_size: int | Literal["auto"], communication: CommunicationOptions
+) -> dict[str, Any]:
+    """The options that may be "auto", by name.
+
+    Args:
+        partition_size: Ranks per partition group, or "auto".
+        communication: Options of the collectives.
+    """
+    names = ("hierarchical", "cache_parameters", "accumulate_gradients")
+    return {"partition_size": partition_size, **{name: getattr(communication, name) for name in names}}
 
 
 def choose(
@@ -63,8 +93,13 @@ def choose(
     capacity_bytes: int,
     partition_size: int | Literal["auto"] = "auto",
     communication: CommunicationOptions = CommunicationOptions.AUTO,
+    pricing: Pricing | None = None,
 ) -> Choice:
-    """Replace "auto" by what memory allows.
+    """Replace "auto" by what memory allows, or by the fastest of what it allows.
+
+    What takes as long within 1 % counts as equally fast: then caches on ranks are avoided, then bytes between nodes,
+    then memory, then large partition groups. What is chosen is never slower than flat full sharding, which is a way to
+    run any job unless an option that is given excludes it.
 
     Args:
         size: Size of the model, from :func:`~lightning_mics.policy.memory.measure_model`.
@@ -73,11 +108,82 @@ def choose(
         capacity_bytes: Memory of one rank's device, of which ``USABLE_SHARE`` is for model states and caches.
         partition_size: Ranks per partition group, or "auto".
         communication: Options of the user.
+        pricing: The model on links with known rates; None chooses by memory alone.
 
     Raises:
         TypeError: If the partition size is not an integer.
         ValueError: If it does not fit the job, or ``hierarchical=True`` does not fit it.
     """
+    job = {"world_size": world_size, "ranks_per_node": ranks_per_node, "capacity_bytes": capacity_bytes}
+    by_memory = _by_memory(size, **job, partition_size=partition_size, communication=communication)
+    if pricing is None:
+        return by_memory
+    ways = fitting_ways(size, **job, partition_size=partition_size, communication=communication)
+    if not ways:
+        return by_memory
+    timed = [replace(way, time=pricing.time(way.topology, way.communication), pricing=pricing) for way in ways]
+    return _fastest(timed, options_that_may_be_auto(partition_size, communication))
+
+
+def fitting_ways(
+    size: ModelSize,
+    *,
+    world_size: int,
+    ranks_per_node: int,
+    capacity_bytes: int,
+    partition_size: int | Literal["auto"],
+    communication: CommunicationOptions,
+) -> list[Choice]:
+    """All ways to run a job that memory and the given options allow, to choose from by time.
+
+    Args:
+        size: Size of the model.
+        world_size: Ranks in the job.
+        ranks_per_node: Ranks on each node.
+        capacity_bytes: Memory of one rank's device.
+        partition_size: Ranks per partition group, or "auto".
+        communication: Options of the user.
+    """
+    sizes = partition_sizes(world_size=world_size, ranks_per_node=ranks_per_node)
+    alternatives = {  # "auto" is as much as memory allows
+        "hierarchical": ("auto", False),
+        "cache_parameters": ("auto", "node", "never"),
+        "accumulate_gradients": ("auto", "node", "shard"),
+    }
+    if communication.allow_unused:  # they take the memory in any case
+        communication = communication.on_ranks()
+    given = options_that_may_be_auto(partition_size, communication)
+    values = [others if given[name] == "auto" else (given[name],) for name, others in alternatives.items()]
+    found: dict[tuple[int, CommunicationOptions], Choice] = {}
+    for ranks, ways in product(sizes if partition_size == "auto" else (partition_size,), product(*values)):
+        topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=ranks)
+        try:
+            options = replace(communication, **dict(zip(alternatives, ways, strict=True)))
+            replace(communication, hierarchical=options.hierarchical).check(topology)
+        except ValueError:  # an option that is given needs another one
+            continue
+        way = _by_memory(
+            size,
+            world_size=world_size,
+            ranks_per_node=ranks_per_node,
+            capacity_bytes=capacity_bytes,
+            partition_size=ranks,
+            communication=options,
+        )
+        if way.fits:
+            found.setdefault((ranks, way.communication), way)
+    return list(found.values())
+
+
+def _by_memory(
+    size: ModelSize,
+    *,
+    world_size: int,
+    ranks_per_node: int,
+    capacity_bytes: int,
+    partition_size: int | Literal["auto"],
+    communication: CommunicationOptions,
+) -> Choice:
     reasons = {"partition_size": "given"}
     if partition_size == "auto":
         partition_size = smallest_partition_size(
@@ -128,6 +234,65 @@ def choose(
         cached_bytes=cached_bytes,
         capacity_bytes=capacity_bytes,
     )
+
+
+def _fastest(ways: Sequence[Choice], given: Mapping[str, Any]) -> Choice:
+    """The fastest of several ways to run a job, and of those as fast as it the simplest.
+
+    Args:
+        ways: Ways with their time, at least one.
+        given: Options of the user, by name.
+    """
+    full = next((way for way in ways if _is_full_sharding(way)), None)
+    least = min(map(_seconds, ways))
+    bound = 1.01 * least if full is None else min(1.01 * least, _seconds(full))
+    chosen = min((way for way in ways if _seconds(way) <= bound), key=_simplicity)
+    others = [way for way in ways if _groups(way) != _groups(chosen)]
+    instead = {"second best": min(others, key=_seconds)} if others else {}
+    if full is not None and full is not chosen:
+        instead["full sharding"] = full
+    reasons = dict(chosen.reasons)
+    for name, value in given.items():
+        if value == "auto":
+            reasons[name] = _why_fastest(name, chosen)
+    return replace(chosen, instead=instead, reasons=reasons)
+
+
+def _seconds(way: Choice) -> float:
+    assert way.time is not None
+    return way.time.seconds
+
+
+def _groups(way: Choice) -> tuple[Any, ...]:
+    return way.topology.partition_size, way.communication.hierarchical
+
+
+def _is_full_sharding(way: Choice) -> bool:
+    """Whether it is what FSDP2 does with its defaults."""
+    options = way.communication
+    plain = (options.hierarchical, options.cache_parameters, options.accumulate_gradients) == (False, "never", "shard")
+    return plain and way.topology.replicas == 1
+
+
+def _simplicity(way: Choice) -> tuple[float, ...]:
+    """Smaller for what is simpler, as in :func:`lightning_mics.policy.candidates.fastest`."""
+    assert way.time is not None
+    options = way.communication
+    return (
+        (options.cache_parameters == "rank") + (options.accumulate_gradients == "rank"),
+        round(way.time.between_bytes, -6),
+        way.states_bytes + way.cached_bytes,
+        way.topology.partition_size,
+        way.time.seconds,
+    )
+
+
+def _why_fastest(name: str, way: Choice) -> str:
+    why = way.reasons[name].removeprefix('"auto": ')
+    if name == "hierarchical":
+        flat = way.topology.spans_nodes and not way.communication.hierarchical
+        return "as fast as in stages, or faster" if flat and why == "hierarchical=False" else why
+    return '"auto": the shortest communication' if name == "partition_size" else f'"auto": by time; {why}'
 
 
 @dataclass(frozen=True, kw_only=True)

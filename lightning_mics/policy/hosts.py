@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,19 +19,28 @@ from lightning_mics.collectives.control_plane import ControlPlane
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # differs between machines that have one name
 
 
-def check_hosts(ranks_per_node: int, control: ControlPlane) -> None:
-    """Check that the ranks of each node share a host; every rank calls it.
+Host = tuple[str, str]  # its name, and what tells it from others of that name
+
+
+def hosts_of_ranks(control: ControlPlane) -> list[Host]:
+    """The host of each rank, [ranks]; none in a rehearsal. Every rank calls it.
 
     Args:
-        ranks_per_node: Number of ranks that count as one node.
         control: Control plane of all ranks.
+    """
+    return [] if control.group is None else on_all_ranks(_this_host)
+
+
+def check_hosts(hosts: Sequence[Host], ranks_per_node: int) -> None:
+    """Check that the ranks of each node share a host.
+
+    Args:
+        hosts: Host of each rank, from :func:`hosts_of_ranks`.
+        ranks_per_node: Number of ranks that count as one node.
 
     Raises:
         ValueError: On all ranks, if they do not.
     """
-    if control.group is None:  # a rehearsal
-        return
-    hosts = on_all_ranks(_this_host)  # [ranks]
     for first in range(0, len(hosts), ranks_per_node):
         of_node = hosts[first : first + ranks_per_node]
         if len(set(of_node)) > 1:
@@ -42,8 +52,8 @@ def check_hosts(ranks_per_node: int, control: ControlPlane) -> None:
             )
 
 
-def _this_host() -> tuple[str, str]:
-    """Name of this rank's host, and what tells it from others of that name; hosts are the same to NCCL if these are."""
+def _this_host() -> Host:
+    """This rank's host; hosts are the same to NCCL if these values are."""
     name, boot_id = os.environ.get("NCCL_HOSTID"), ""
     if name is None:
         with suppress(OSError):

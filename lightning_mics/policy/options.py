@@ -20,7 +20,9 @@ class PolicyOptions(TypedDict, total=False):
 
     Attributes:
         partition_size: Ranks per partition group; ``"auto"``, the default, is the smallest whole number of nodes whose
-            memory holds the model states.
+            memory holds the model states. Where ranks run on several hosts, a training measures their links; ``"auto"``
+            of this, ``hierarchical``, ``cache_parameters`` and ``accumulate_gradients`` is then what communicates for
+            the shortest time and fits.
         ranks_per_node: Ranks on each node; None, the default, takes it from the launcher. An integer pretends that
             nodes are smaller, for tests and for runs on one machine.
         hierarchical: Whether collectives of a partition group that spans nodes run in two stages; ``"auto"``, the

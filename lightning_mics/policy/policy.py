@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,12 +14,18 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
+from lightning_mics.collectives.agreement import on_rank_0
 from lightning_mics.collectives.control_plane import ControlPlane, control_plane
-from lightning_mics.policy.choice import Choice, choose
-from lightning_mics.policy.hosts import check_hosts
+from lightning_mics.cost.communication_time import UNKNOWN_MICRO_STEPS, Pricing
+from lightning_mics.cost.hardware import Links
+from lightning_mics.cost.probe import measure_links
+from lightning_mics.cost.step_traffic import find_units
+from lightning_mics.policy.choice import Choice, choose, fitting_ways, options_that_may_be_auto
+from lightning_mics.policy.hosts import check_hosts, hosts_of_ranks
 from lightning_mics.policy.memory import ModelSize, device_memory_bytes, measure_model
 from lightning_mics.policy.options import PolicyOptions, check_names
 from lightning_mics.policy.out_of_memory import memory_advice
+from lightning_mics.policy.resumed import choice_of_checkpoint
 from lightning_mics.policy.start_report import start_report
 from lightning_mics.sharding.activation_checkpointing import find_recomputed
 from lightning_mics.sharding.blocks import find_blocks
@@ -82,7 +91,15 @@ class Policy:
             self.communication.check(topology)
 
     def shard(
-        self, model: nn.Module, *, precision: str, device: torch.device, local_size: int, training: bool = True
+        self,
+        model: nn.Module,
+        *,
+        precision: str,
+        device: torch.device,
+        local_size: int,
+        training: bool = True,
+        micro_steps: int | None = None,
+        resumed: Mapping[str, Any] | None = None,
     ) -> Sharded:
         """Shard ``model`` in place; every rank calls it, once the process group is initialized.
 
@@ -92,6 +109,9 @@ class Policy:
             device: Device of this rank.
             local_size: Ranks that the launcher has started on each machine.
             training: Whether the model is trained; one that is only evaluated may have no parameters.
+            micro_steps: Micro-steps per optimizer step; None if nobody knows.
+            resumed: Entries of the sharded checkpoint that training resumes from, whose choice is kept; None or empty
+                if there is none.
 
         Raises:
             TypeError: If the model cannot be sharded.
@@ -115,14 +135,26 @@ class Policy:
             gathered_dtype=mixed_precision.param_dtype,
             reduce_dtype=mixed_precision.reduce_dtype,
         )
+        half = torch.bfloat16 if precision == "bf16-true" else torch.float32
+        reduce_dtype = mixed_precision.reduce_dtype or half
         control = control_plane(self._timeout)
-        if self._ranks_per_node is None:
-            check_hosts(local_size, control)
-        choice = self.choose(
+
+        def price(links: Links) -> Pricing:
+            return Pricing(
+                units=tuple(find_units(model, blocks)),
+                gathered_dtype=mixed_precision.param_dtype or half,
+                reduce_dtype=reduce_dtype,
+                links=links,
+                micro_steps=micro_steps or UNKNOWN_MICRO_STEPS,
+            )
+
+        choice = self._choose_on_ranks(
             size,
-            world_size=dist.get_world_size(),
+            device=device,
             local_size=local_size,
-            capacity_bytes=_capacity_bytes(device, local_size=local_size, control=control),
+            control=control,
+            resumed=resumed or {},
+            price=price if training else None,
         )
         if self._block_classes is None and not blocks and size.gathered_bytes:
             _check_one_unit(model, choice)
@@ -145,35 +177,95 @@ class Policy:
             mixed_precision=mixed_precision,
             broadcast_buffers=self._broadcast_buffers,
         )
-        half = precision == "bf16-true"
-        reduce_dtype = mixed_precision.reduce_dtype or (torch.bfloat16 if half else torch.float32)
         report = start_report(choice, reduce_dtype=reduce_dtype, initializers=initializers)
         advice = memory_advice(choice, recomputes=bool(recomputed), offloads=self._activation_offload)
-        return Sharded(groups, schedule, report, tuple(blocks.values()), advice)
+        asked = options_that_may_be_auto(self.partition_size, self.communication)
+        chosen = {name: value for name, value in choice.options.items() if asked[name] == "auto"}
+        return Sharded(groups, schedule, report, tuple(blocks.values()), advice, chosen)
 
-    def choose(self, size: ModelSize, *, world_size: int, local_size: int, capacity_bytes: int) -> Choice:
-        """Choose how to shard a model: these options, with "auto" replaced by what memory allows.
+    def choose(
+        self,
+        size: ModelSize,
+        *,
+        world_size: int,
+        local_size: int,
+        capacity_bytes: int,
+        pricing: Pricing | None = None,
+    ) -> Choice:
+        """Choose how to shard a model: these options, with "auto" replaced by what memory allows, or the fastest of it.
 
         Args:
             size: Size of the model, from :func:`~lightning_mics.policy.memory.measure_model`.
             world_size: Ranks in the job.
             local_size: Ranks that the launcher starts on each machine.
             capacity_bytes: Memory of one rank's device.
+            pricing: The model on links with known rates; None chooses by memory alone.
 
         Raises:
             TypeError: If the partition size is not an integer.
             ValueError: If an option does not fit the job.
         """
-        choice = choose(
-            size,
-            world_size=world_size,
-            ranks_per_node=self._node_size(local_size),
-            capacity_bytes=capacity_bytes,
-            partition_size=self.partition_size,
-            communication=self.communication,
-        )
+        job = self._job(world_size=world_size, local_size=local_size, capacity_bytes=capacity_bytes)
+        choice = choose(size, **job, pricing=pricing)
         self.communication.check(choice.topology)
         return choice
+
+    def _choose_on_ranks(
+        self,
+        size: ModelSize,
+        *,
+        device: torch.device,
+        local_size: int,
+        control: ControlPlane,
+        resumed: Mapping[str, Any],
+        price: Callable[[Links], Pricing] | None,
+    ) -> Choice:
+        """Choose in the running job: as in the checkpoint, else by time if there are several hosts, else by memory.
+
+        Args:
+            size: Size of the model.
+            device: Device of this rank.
+            local_size: Ranks that the launcher has started on each machine.
+            control: Control plane of all ranks.
+            resumed: Entries of the checkpoint that training resumes from.
+            price: What prices the model on links whose rates were measured; None if the time does not matter.
+
+        Raises:
+            ValueError: If an option does not fit the job, or ranks of one node run on several hosts.
+        """
+        hosts = hosts_of_ranks(control)
+        if self._ranks_per_node is None:
+            check_hosts(hosts, local_size)
+        job = self._job(
+            world_size=dist.get_world_size(),
+            local_size=local_size,
+            capacity_bytes=_capacity_bytes(device, local_size=local_size, control=control),
+        )
+        by_memory = choose(size, **job)  # raises on all ranks alike
+        self.communication.check(by_memory.topology)
+        kept, note = choice_of_checkpoint(resumed, size, **job)
+        if kept is not None:
+            return replace(kept, resumed=note)
+        if price is None or len(set(hosts)) < 2 or len(fitting_ways(size, **job)) < 2:
+            return replace(by_memory, resumed=note)
+        links = measure_links(
+            control,
+            ranks_per_node=self._node_size(local_size),
+            device=device,
+            timeout=self._timeout,
+            rail_max_ctas=None if device.type == "cpu" else self._rail_max_ctas,
+        )
+        by_time = on_rank_0(lambda: choose(size, **job, pricing=price(links)))
+        return replace(by_time, resumed=note)
+
+    def _job(self, *, world_size: int, local_size: int, capacity_bytes: int) -> dict[str, Any]:
+        return {
+            "world_size": world_size,
+            "ranks_per_node": self._node_size(local_size),
+            "capacity_bytes": capacity_bytes,
+            "partition_size": self.partition_size,
+            "communication": self.communication,
+        }
 
     def check_kept(self, model: nn.Module, sharded: Sharded) -> None:
         """Check that an already sharded model is still fully sharded, and with this partition size.

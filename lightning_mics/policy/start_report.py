@@ -34,6 +34,9 @@ def start_report(choice: Choice, *, reduce_dtype: torch.dtype, initializers: str
     if t.nodes > 1:
         rows["inter-node gathers"] = _inter_node_gathers(t, options)
         rows["inter-node reductions"] = _inter_node_reductions(t, options)
+    rows |= _by_time(choice)
+    if choice.resumed:
+        rows["resumed"] = choice.resumed
     if initializers:
         rows["initial weights"] = initializers
     needed_bytes = choice.states_bytes + choice.cached_bytes
@@ -45,6 +48,31 @@ def start_report(choice: Choice, *, reduce_dtype: torch.dtype, initializers: str
         rows["warning"] = "the model states leave little of the device for activations: use more ranks if you can"
     width = max(map(len, rows))
     return "\n".join(["MiCS", *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+
+def _by_time(choice: Choice) -> dict[str, str]:
+    """Seconds of the choice and of others, and the choice as options; empty if it was not chosen by time."""
+    if choice.time is None or choice.pricing is None:
+        return {}
+    links, steps = choice.pricing.links, choice.pricing.micro_steps
+    rows = {
+        "links, measured": f"{links.in_node_rate_gbytes_per_s:.3g} GB/s and {links.in_node_latency_us:.3g} us per hop "
+        f"inside nodes; {links.network_rate_gbits_per_s:.3g} Gbit/s per node and {links.network_latency_us:.3g} us per "
+        "hop between nodes",
+        "communication": f"{choice.time.seconds:.3g} s per step of {steps} {_plural('micro-step', steps)} if nothing "
+        f"hides it, limited by the {choice.time.limit}",
+    }
+    for name, way in choice.instead.items():
+        assert way.time is not None
+        rows[name] = f"{way.time.seconds:.3g} s: {_pinned(way)}"
+    return rows | {"to pin this": _pinned(choice)}
+
+
+def _pinned(choice: Choice) -> str:
+    """The choice as keyword arguments of a strategy."""
+    return ", ".join(
+        f'{name}="{value}"' if isinstance(value, str) else f"{name}={value}" for name, value in choice.options.items()
+    )
 
 
 def _hint(options: CommunicationOptions, reduce_dtype: torch.dtype) -> str:

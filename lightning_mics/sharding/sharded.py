@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -20,6 +22,7 @@ class Sharded:
         report: Table of groups, techniques and memory, as text.
         blocks: Modules that are parameter groups of their own.
         memory_advice: Options that would take less memory, as text for errors; empty for none.
+        chosen: Values of the options that were "auto", by name.
     """
 
     groups: PartitionGroups
@@ -27,6 +30,7 @@ class Sharded:
     report: str
     blocks: tuple[nn.Module, ...]
     memory_advice: str = ""
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
     def prepare_to_save(self) -> None:
         """Check cached weights and give all ranks rank 0's buffers before a checkpoint is saved; every rank calls it.

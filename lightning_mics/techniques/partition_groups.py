@@ -92,7 +92,7 @@ def create_partition_groups(
     backend = _check_job(topology, device_type)
     _check_max_ctas(rail_max_ctas, backend)
     control = control_plane(timeout)
-    _check_same_count_of_groups(control)
+    check_same_count_of_groups(control)
     rank, make = dist.get_rank(), partial(new_group, timeout=timeout)
     one_stage_over_rails = topology.spans_nodes and topology.local_ranks_per_partition_group == 1
     partition = make(
@@ -197,8 +197,15 @@ def _check_job(topology: Topology, device_type: str) -> str:
     return backends[device_type]
 
 
-def _check_same_count_of_groups(control: ControlPlane) -> None:
-    """Torch names a group after the count of earlier ones, so ranks that differ in it would wait forever."""
+def check_same_count_of_groups(control: ControlPlane) -> None:
+    """Check that ranks can make groups: torch names one after the count of earlier ones; every rank calls it.
+
+    Args:
+        control: Control plane of all ranks.
+
+    Raises:
+        RuntimeError: If ranks are members of different numbers of groups, so that they would wait forever.
+    """
     own = groups_made()
     most, fewest = control.largest(torch.tensor([own, -own]), "compares the numbers of its groups").abs().tolist()
     if fewest != most:

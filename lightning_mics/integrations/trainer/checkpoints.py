@@ -2,9 +2,9 @@
 
 ::
 
-    load_checkpoint             opens it: entries are read, tensors are not
+    load_checkpoint             opens it: entries are read, with how the model was sharded; tensors are not
     on_load_checkpoint          of the module; it may rename or replace whatever is there
-    load_model_state_dict       the model is sharded, and loaded
+    load_model_state_dict       the model is sharded, as it was if the job is the same, and loaded
     callbacks                   get their states, and their own on_load_checkpoint
     setup                       makes the optimizers
     on_fit_start
@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from lightning_mics import checkpoint
@@ -34,7 +35,14 @@ from lightning_mics.checkpoint.compare import check_optimizer_count
 from lightning_mics.checkpoint.content.hyperparameters import copies_without_values, to_save
 from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
 from lightning_mics.checkpoint.errors import all_ranks_answer
-from lightning_mics.checkpoint.loading import load_model, load_optimizers, load_rank_state, open_to_load, shown_to_hooks
+from lightning_mics.checkpoint.loading import (
+    load_model,
+    load_optimizers,
+    load_rank_state,
+    open_to_load,
+    read_entries,
+    shown_to_hooks,
+)
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin
 from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
@@ -120,7 +128,7 @@ class SavesAndLoads:
                 path, state, write=lambda content, file: self.checkpoint_io.save_checkpoint(content, str(file))
             )
             return
-        state.update(origin(self._root(), self.topology))
+        state.update(origin(self._root(), self.topology, self._state().chosen))
         self._saving.save(
             path,
             model_state=state.pop("state_dict"),
@@ -153,12 +161,14 @@ class SavesAndLoads:
         self.wait_for_checkpoints()
         answered = all_ranks_answer(f"loading {checkpoint_path}", timeout=self._timeout)
         with torch.inference_mode(False), answered, self._together("loads a checkpoint"):
-            opened = open_to_load(
-                self._shared_path(checkpoint_path),
-                mesh=lambda: self._shard_now().groups.mesh,
-                weights_only=self._reads_weights_only(weights_only),
-                show_progress=self._shows_progress(),
-            )
+            path, plain = self._shared_path(checkpoint_path), self._reads_weights_only(weights_only)
+
+            def make_mesh() -> DeviceMesh:  # an entry is sharded, so the model is before entries are known
+                self._opened = OpenedCheckpoint(model={}, optimizers=[], entries=read_entries(path, weights_only=plain))
+                mesh: DeviceMesh = self._shard_now().groups.mesh
+                return mesh
+
+            opened = open_to_load(path, mesh=make_mesh, weights_only=plain, show_progress=self._shows_progress())
             if _hooks_look(self._trainer):
                 opened = shown_to_hooks(opened)
         self._opened = opened

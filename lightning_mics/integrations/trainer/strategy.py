@@ -153,6 +153,8 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
             device=self.root_device,
             local_size=self.num_processes,
             training=fitting,
+            micro_steps=self._trainer.accumulate_grad_batches if module.automatic_optimization else None,
+            resumed=self._opened.entries if fitting and self._opened is not None else {},
         )
         if not module.automatic_optimization:
             unshard_whenever_used(module, sharded.blocks)
