@@ -75,14 +75,17 @@ class _Run:
 
 
 def test_advice_begins_with_caches_and_leaves_out_what_is_done_already() -> None:
-    def advice(partition_size: int, communication: CommunicationOptions, *, recomputes: bool = False) -> str:
+    def advice(partition_size: int, communication: CommunicationOptions, **done: bool) -> str:
         choice = choose(
             SIZE, world_size=8, ranks_per_node=4, capacity_bytes=2**34, partition_size=partition_size,
             communication=communication,
         )  # fmt: skip
-        return memory_advice(choice, recomputes=recomputes).removeprefix(BEGINNING)
+        return memory_advice(choice, **{"recomputes": False, **done}).removeprefix(BEGINNING)
 
-    assert advice(8, CommunicationOptions.PAPER, recomputes=True).startswith("micro-batches of fewer samples")
+    recomputed = advice(8, CommunicationOptions.PAPER, recomputes=True)
+    assert recomputed.startswith("activation_offload=True, which takes host memory instead; micro-batches of fewer")
+    offloaded = advice(8, CommunicationOptions.PAPER, recomputes=True, offloads=True)
+    assert offloaded.startswith("micro-batches of fewer samples")
     assert advice(8, CommunicationOptions.RANK).startswith(
         'cache_parameters="node" in place of "rank" (caches take 3 GiB per rank); accumulate_gradients="node"'
     )

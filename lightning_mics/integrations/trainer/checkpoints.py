@@ -51,6 +51,7 @@ from lightning_mics.integrations.trainer import resuming
 from lightning_mics.integrations.trainer.boundary import note_what_follows
 from lightning_mics.integrations.trainer.exceptions import WithoutOtherRanks
 from lightning_mics.sharding.initialization import verify_replicas
+from lightning_mics.sharding.sharded import Sharded
 
 VERSION = "pytorch-lightning_version"  # in checkpoints of a Trainer; from others it loads model and optimizers
 
@@ -163,12 +164,14 @@ class SavesAndLoads:
         with torch.inference_mode(False), answered, self._together("loads a checkpoint"):
             path, plain = self._shared_path(checkpoint_path), self._reads_weights_only(weights_only)
 
-            def make_mesh() -> DeviceMesh:  # an entry is sharded, so the model is before entries are known
-                self._opened = OpenedCheckpoint(model={}, optimizers=[], entries=read_entries(path, weights_only=plain))
-                mesh: DeviceMesh = self._shard_now().groups.mesh
-                return mesh
+            def mesh() -> DeviceMesh:  # an entry is sharded, so the model is sharded before entries are known
+                if "_mics" not in vars(self.lightning_module):
+                    entries = read_entries(path, weights_only=plain)
+                    self._opened = OpenedCheckpoint(model={}, optimizers=[], entries=entries)
+                sharded: Sharded = self._shard_now()
+                return sharded.groups.mesh
 
-            opened = open_to_load(path, mesh=make_mesh, weights_only=plain, show_progress=self._shows_progress())
+            opened = open_to_load(path, mesh=mesh, weights_only=plain, show_progress=self._shows_progress())
             if _hooks_look(self._trainer):
                 opened = shown_to_hooks(opened)
         self._opened = opened
