@@ -22,7 +22,10 @@ STEPS_PER_EPOCH = 2
 
 
 class AdamModule(TinyModule):
-    """Trained with AdamW, whose state matters from the second step on."""
+    """A model of one block, trained with AdamW, whose state matters from the second step on."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=1)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.02, foreach=True)

@@ -27,6 +27,13 @@ from tests.support.models import Block, TinyModule
 from tests.support.trainers import cases_on_ranks, make_trainer, mics
 
 
+class Tiny(TinyModule):
+    """Has one block."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=1)
+
+
 def whole(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
@@ -176,7 +183,7 @@ class Stateless(SGD):
         return super().step(closure)
 
 
-class WithStateless(TinyModule):
+class WithStateless(Tiny):
     def configure_optimizers(self) -> Any:
         return Stateless(self.parameters(), lr=0.1)
 
@@ -200,7 +207,7 @@ class Containers(SGD):
         return loss
 
 
-class WithContainers(TinyModule):
+class WithContainers(Tiny):
     def configure_optimizers(self) -> Any:
         return Containers(self.parameters(), lr=0.1)
 
@@ -218,7 +225,7 @@ def containers(folder: Path, kind: str) -> bool:
     return same(states(trainer), states(resumed))
 
 
-class Network(TinyModule):
+class Network(Tiny):
     """Takes a network, and keeps it among its hyper-parameters."""
 
     def __init__(self, net: nn.Module, scale: float = 1.0, lr: float = 0.1) -> None:
@@ -228,13 +235,13 @@ class Network(TinyModule):
 
 
 def network_in_hyperparameters(folder: Path) -> bool:
-    trainer, _ = fit(folder, lambda: Network(network(), scale=3.0))
+    trainer, _ = fit(folder, lambda: Network(network(layers=1), scale=3.0))
     trainer.save_checkpoint(folder / "network")
     loaded = Network.load_from_checkpoint(folder / "network", weights_only=False)
     return loaded.hparams.scale == 3.0 and same(whole_weights(trainer.lightning_module), whole_weights(loaded))
 
 
-class Saves(TinyModule):
+class Saves(Tiny):
     """Saves in the middle of a step, and notes what plain pickling says."""
 
     path: Path | None = None
@@ -265,7 +272,7 @@ def saved_in_a_step(folder: Path) -> tuple[bool, bool, str, bool]:
     return equal, shapes, module.said, module.copied
 
 
-class SavesFirst(TinyModule):
+class SavesFirst(Tiny):
     """Saves in ``setup``, before the strategy is set up."""
 
     def __init__(self, path: Path) -> None:
@@ -280,15 +287,15 @@ def saved_before_the_fit(folder: Path, kind: str) -> bool:
     path = folder / f"before {kind}"
     strategy = mics(partition_size=2, state_dict_type=kind)
     first, _ = fit(folder, lambda: SavesFirst(path), strategy=strategy)
-    resumed, _ = fit(folder, TinyModule, strategy=mics(partition_size=2), ckpt_path=path)
+    resumed, _ = fit(folder, Tiny, strategy=mics(partition_size=2), ckpt_path=path)
     return same(whole_weights(first.lightning_module), whole_weights(resumed.lightning_module))
 
 
-class Plain(TinyModule):
+class Plain(Tiny):
     """Loads an unsharded state dict in a hook, and one of a block."""
 
     def on_fit_start(self) -> None:
-        self.net.load_state_dict(network(seed=4).state_dict())
+        self.net.load_state_dict(network(seed=4, layers=1).state_dict())
         torch.manual_seed(5)
         self.net.blocks[0].load_state_dict(Block(7).state_dict())
 
@@ -298,7 +305,7 @@ class Plain(TinyModule):
 
 def plain_state_in_a_hook(folder: Path) -> bool:
     trainer, _ = fit(folder, Plain, strategy=mics(partition_size=2))
-    expected = network(seed=4)
+    expected = network(seed=4, layers=1)
     torch.manual_seed(5)
     expected.blocks[0].load_state_dict(Block(7).state_dict())
     return same(whole_weights(trainer.lightning_module.net), dict(expected.state_dict()))
