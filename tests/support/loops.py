@@ -24,9 +24,9 @@ def start(*, precision: Any = "32-true", devices: int = 4, **options: Any) -> Fa
     return fabric
 
 
-def network(seed: int = 1, **options: Any) -> TinyLM:
+def network(seed: int = 1, kind: Callable[..., TinyLM] = TinyLM, **options: Any) -> TinyLM:
     torch.manual_seed(seed)
-    return TinyLM(**options)
+    return kind(**options)
 
 
 def set_up_in_one_call(fabric: Fabric) -> Any:

@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 from lightning_mics import CommunicationOptions
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from tests.support.forked import Run
-from tests.support.models import TinyLM, TinyModule, tokens
+from tests.support.models import OneBlock, TinyModule, tokens
 from tests.support.trainers import make_trainer, mics
 
 RANKS = 4
 
 
-WINDOW = 4
+WINDOW = 3
 
 
 SAMPLES = tokens(16 * WINDOW, seed=8)  # two per rank and micro-step
@@ -37,7 +37,7 @@ class Automatic(TinyModule):
     """Records its full gradients of each step."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(kind=OneBlock)
         self.steps: list[dict[str, Tensor]] = []
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -144,7 +144,7 @@ def unguarded(
 def expected() -> dict[str, Tensor]:
     """Gradients of the second fit's only window; the weights are still the first ones."""
     torch.manual_seed(0)
-    model = TinyLM()
+    model = OneBlock()
     model(SECOND).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
