@@ -235,7 +235,7 @@ class Network(Tiny):
 
 
 def network_in_hyperparameters(folder: Path) -> bool:
-    trainer, _ = fit(folder, lambda: Network(network(kind=OneBlock), scale=3.0))
+    trainer, _ = fit(folder, lambda: Network(network(), scale=3.0))
     trainer.save_checkpoint(folder / "network")
     loaded = Network.load_from_checkpoint(folder / "network", weights_only=False)
     return loaded.hparams.scale == 3.0 and same(whole_weights(trainer.lightning_module), whole_weights(loaded))
@@ -295,7 +295,7 @@ class Plain(Tiny):
     """Loads an unsharded state dict in a hook, and one of a block."""
 
     def on_fit_start(self) -> None:
-        self.net.load_state_dict(network(seed=4, kind=OneBlock).state_dict())
+        self.net.load_state_dict(network(seed=4).state_dict())
         torch.manual_seed(5)
         self.net.blocks[0].load_state_dict(Block(7).state_dict())
 
@@ -305,7 +305,7 @@ class Plain(Tiny):
 
 def plain_state_in_a_hook(folder: Path) -> bool:
     trainer, _ = fit(folder, Plain, strategy=mics(partition_size=2))
-    expected = network(seed=4, kind=OneBlock)
+    expected = network(seed=4)
     torch.manual_seed(5)
     expected.blocks[0].load_state_dict(Block(7).state_dict())
     return same(whole_weights(trainer.lightning_module.net), dict(expected.state_dict()))

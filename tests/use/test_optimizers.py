@@ -127,7 +127,7 @@ def train(optimizer: Optimizer, backward: Callable[[], Tensor], steps: int = STE
 
 
 def alone(make: Callable[[nn.Module], Optimizer]) -> dict[str, Tensor]:
-    model = network(kind=OneBlock)
+    model = network()
 
     def backward() -> Tensor:
         loss = sum(model(tokens(2, seed=rank)) for rank in range(RANKS)) / RANKS
@@ -140,7 +140,7 @@ def alone(make: Callable[[nn.Module], Optimizer]) -> dict[str, Tensor]:
 
 def sharded(name: str, ranks_per_node: int = RANKS) -> Any:
     """The weights after training, or the message of the error that came before."""
-    model = network(kind=OneBlock)
+    model = network()
     topology = Topology(world_size=RANKS, ranks_per_node=ranks_per_node, partition_size=RANKS)
     options = CommunicationOptions(cache_parameters="rank", accumulate_gradients="rank")
     schedule = shard_model(model, create_partition_groups(topology, device_type="cpu"), communication=options)
@@ -188,7 +188,7 @@ def resumed(folder: Path, name: str, **options: Any) -> dict[str, Tensor]:
 
 
 def under_fabric(name: str) -> dict[str, Tensor]:
-    fabric, model = start(devices=RANKS), network(kind=OneBlock)
+    fabric, model = start(devices=RANKS), network()
     optimizer = MAKE[name](model)  # before the model is sharded, and set up after it
     model = fabric.setup_module(model)
     optimizer = fabric.setup_optimizers(optimizer)
@@ -203,7 +203,7 @@ def under_fabric(name: str) -> dict[str, Tensor]:
 
 
 def under_accelerate(name: str) -> dict[str, Tensor]:
-    accelerator, model = start_accelerate(), network(kind=OneBlock)
+    accelerator, model = start_accelerate(), network()
     model, prepared = accelerator.prepare(model, MAKE[name](model))
 
     def backward() -> Tensor:
@@ -226,7 +226,7 @@ def under_accelerate(name: str) -> dict[str, Tensor]:
 
 def refused_by_hosts() -> list[str]:
     """What the hosts say of an optimizer that cannot step, of tensors of another model, and of states from before."""
-    sparse, stepped = network(kind=OneBlock), network(kind=OneBlock)
+    sparse, stepped = network(), network()
     by_fabric = partial(start(devices=RANKS).setup, sparse, torch.optim.SparseAdam(sparse.parameters()))
     late = torch.optim.Adam(stepped.parameters())
     stepped(tokens(2)).backward()
@@ -287,7 +287,7 @@ def test_each_optimizer_of_the_table_trains_to_the_weights_of_one_process(
     name: str, results: dict[Any, list[Any]]
 ) -> None:
     expected, tolerance = alone(MAKE[name]), float(table()[name][1])
-    assert gap(expected, whole_weights(network(kind=OneBlock))) > 3 * min(tolerance, 1e-3)
+    assert gap(expected, whole_weights(network())) > 3 * min(tolerance, 1e-3)
     for weights in results[name]:
         assert not isinstance(weights, str), weights
         assert gap(weights, expected) < tolerance
