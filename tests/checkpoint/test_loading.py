@@ -29,8 +29,8 @@ from tests.support.checkpoints import (
     train_steps,
     weights_of,
 )
-from tests.support.forked import run_ranks
-from tests.support.models import Block, TinyLM, tokens
+from tests.support.forked import Run
+from tests.support.models import Block, OneBlock, TinyLM, tokens
 
 
 def _round_trips() -> dict[str, Any]:
@@ -47,7 +47,7 @@ def _round_trips() -> dict[str, Any]:
     return facts
 
 
-def _round_trip(path: Path, save: Any, make: MakeOptimizer, model_class: type[nn.Module] = TinyLM) -> dict[str, Any]:
+def _round_trip(path: Path, save: Any, make: MakeOptimizer, model_class: type[nn.Module] = OneBlock) -> dict[str, Any]:
     model = sharded_model(make=model_class, nodes=2)
     first, optimizer = weights_of(model), make(model.parameters())
     train_steps(model, optimizer)
@@ -75,8 +75,8 @@ def _round_trip(path: Path, save: Any, make: MakeOptimizer, model_class: type[nn
 
 
 @pytest.fixture(scope="module")
-def round_trips() -> dict[str, Any]:
-    return run_ranks(2, _round_trips)[0]
+def round_trips(run_shared: Run) -> dict[str, Any]:
+    return run_shared(2, _round_trips)[0]
 
 
 @pytest.mark.parametrize("save", ["save_shards", "save_file"])
@@ -106,12 +106,12 @@ def test_extra_state_of_a_module_is_restored(round_trips: Any, save: str) -> Non
 def _saved_before_the_first_step(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for make in (momentum, adamw):
-        model, undisturbed = sharded_model(), sharded_model()
+        model, undisturbed = sharded_model(make=OneBlock), sharded_model(make=OneBlock)
         optimizer, plain = make(model.parameters()), make(undisturbed.parameters())
         save_shards(folder / make.__name__, model, optimizer)
         optimizer_state(model, optimizer, sharded=False)
         facts[make.__name__, "state"] = len(optimizer.state)
-        resumed = sharded_model(seed=1)
+        resumed = sharded_model(seed=1, make=OneBlock)
         again = make(resumed.parameters())
         train_steps(resumed, again)
         load_into(folder / make.__name__, resumed, again)
@@ -122,8 +122,10 @@ def _saved_before_the_first_step(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def test_saving_before_the_first_step_changes_neither_the_run_nor_one_that_resumes(tmp_path: Path) -> None:
-    facts = run_ranks(2, _saved_before_the_first_step, tmp_path)[0]
+def test_saving_before_the_first_step_changes_neither_the_run_nor_one_that_resumes(
+    tmp_path: Path, run_shared: Run
+) -> None:
+    facts = run_shared(2, _saved_before_the_first_step, tmp_path)[0]
     for make in ("momentum", "adamw"):
         assert facts[make, "state"] == 0
         assert facts[make, "saved"]
@@ -131,14 +133,14 @@ def test_saving_before_the_first_step_changes_neither_the_run_nor_one_that_resum
 
 
 def _options(folder: Path) -> dict[str, Any]:
-    model = sharded_model()
+    model = sharded_model(make=OneBlock)
     optimizer = SGD(model.parameters(), lr=0.3, momentum=0.5)
     train_steps(model, optimizer)
     save_shards(folder / "shards", model, optimizer)
     save_file(folder / "file", model, optimizer)
     facts = {}
     for name in ("shards", "file"):
-        resumed = sharded_model(seed=1)
+        resumed = sharded_model(seed=1, make=OneBlock)
         again = sgd(resumed.parameters())
         load_into(folder / name, resumed, again)
         facts[name] = (
@@ -149,8 +151,8 @@ def _options(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def test_options_come_from_the_checkpoint_with_the_state_that_they_need(tmp_path: Path) -> None:
-    facts = run_ranks(2, _options, tmp_path)[0]
+def test_options_come_from_the_checkpoint_with_the_state_that_they_need(tmp_path: Path, run_shared: Run) -> None:
+    facts = run_shared(2, _options, tmp_path)[0]
     assert facts == {"shards": (0.3, 0.5, True), "file": (0.3, 0.5, True)}
 
 
@@ -189,9 +191,9 @@ def _frozen_and_grouped(folder: Path) -> dict[str, Any]:
 
 
 def test_two_optimizers_with_groups_and_frozen_parameters_are_restored_and_load_in_plain_ones(
-    tmp_path: Path,
+    tmp_path: Path, run_shared: Run
 ) -> None:
-    facts = run_ranks(2, _frozen_and_grouped, tmp_path)[0]
+    facts = run_shared(2, _frozen_and_grouped, tmp_path)[0]
     assert facts["shards"] == facts["file"]
     same, same_too, weight_decay, parameters, with_state = facts["file"]
     assert same

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lightning_mics.checkpoint.storage.store import CheckpointStore
 from lightning_mics.sharding.shard_model import shard_model
 from lightning_mics.techniques.partition_groups import create_partition_groups
 from lightning_mics.topology import Topology
-from tests.support.forked import Run, run_ranks
+from tests.support.forked import Run, run_cases
 from tests.support.s3 import BUCKET, Fault, fault, s3
 
 __all__ = ["fault", "s3"]
@@ -209,8 +210,8 @@ def _requests(url: str) -> dict[str, int]:
     return {"fetched": sum(fetched), "requests": len(fetched), "stored": stored}
 
 
-def test_a_rank_fetches_the_shards_it_needs_once(s3: str) -> None:
-    facts = run_ranks(2, _requests, s3)
+def test_a_rank_fetches_the_shards_it_needs_once(in_one_job: Any) -> None:
+    facts = in_one_job["requests"]
     assert all(0 < each["fetched"] <= each["stored"] for each in facts)
     assert sum(each["fetched"] for each in facts) == facts[0]["stored"]
     assert all(each["requests"] == 4 for each in facts)  # two weights and two biases
@@ -260,8 +261,20 @@ def _faults(url: str, fault: Fault) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def faults(s3: str, fault: Fault) -> list[dict[str, Any]]:
-    return run_ranks(2, _faults, s3, fault)
+def in_one_job(s3: str, fault: Fault) -> dict[str, list[dict[str, Any]]]:
+    """By case what both ranks have seen; the last two change how files are read and written."""
+    cases = {
+        "faults": partial(_faults, s3, fault),
+        "full": partial(_full, s3, fault),
+        "requests": partial(_requests, s3),
+        "in parts": partial(_in_parts, s3, fault),
+    }
+    return run_cases(2, cases)
+
+
+@pytest.fixture(scope="module")
+def faults(in_one_job: Any) -> list[dict[str, Any]]:
+    return in_one_job["faults"]
 
 
 @pytest.mark.parametrize("name", CUT)
@@ -325,8 +338,8 @@ def _in_parts(url: str, fault: Fault) -> dict[str, Any]:
     return facts
 
 
-def test_an_upload_that_is_cut_between_its_parts_leaves_none_of_them(s3: str, fault: Fault) -> None:
-    for facts in run_ranks(2, _in_parts, s3, fault):
+def test_an_upload_that_is_cut_between_its_parts_leaves_none_of_them(in_one_job: Any) -> None:
+    for facts in in_one_job["in parts"]:
         error, hits = facts["attempt"]
         assert hits > 0
         assert "was not saved" in error and ".distcp could not be written" in error
@@ -359,8 +372,8 @@ def _full(url: str, fault: Fault) -> dict[str, Any]:
     return facts
 
 
-def test_a_full_file_and_a_sharded_checkpoint_replace_each_other(s3: str, fault: Fault) -> None:
-    for facts in run_ranks(2, _full, s3, fault):
+def test_a_full_file_and_a_sharded_checkpoint_replace_each_other(in_one_job: Any) -> None:
+    for facts in in_one_job["full"]:
         assert facts["cut"][1] > 0 and "s3://checkpoints/full.ckpt was not saved" in facts["cut"][0]
         assert facts["before"] == "shards"
         assert facts["file"] == ("file", True, ["*/full.ckpt"])

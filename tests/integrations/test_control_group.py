@@ -26,7 +26,7 @@ from lightning_mics.collectives.control_plane import control_plane
 from lightning_mics.integrations.fabric import MiCSFabricStrategy
 from tests.support.accelerators import plugin_of, prepared, start, step
 from tests.support.loops import network, sgd
-from tests.support.models import TinyModule, loader_of_tokens, tokens
+from tests.support.models import OneBlock, TinyModule, loader_of_tokens, tokens
 from tests.support.trainers import cases_on_ranks, make_trainer, mics, on_ranks
 
 OPTIONS = {"partition_size": 2, **CommunicationOptions.NODE.keywords()}
@@ -96,15 +96,15 @@ def trainer_fits(folder: Path, **options: Any) -> tuple[dict[str, int], int]:
         enable_checkpointing=True,
         val_check_interval=1,
         limit_val_batches=2,
-        max_steps=3,
+        max_steps=2,
     )
-    trainer.fit(Logged(), loader_of_tokens(24), loader_of_tokens(24))
+    trainer.fit(Logged(kind=OneBlock), loader_of_tokens(24), loader_of_tokens(24))
     return dict(recording.mode.seen), sum(recording.mode.elsewhere.values())
 
 
 def trainer_sets_up(folder: Path) -> tuple[dict[str, int], int]:
     trainer = make_trainer(folder, strategy=mics(**OPTIONS), max_steps=0)
-    return recorded(lambda: trainer.fit(Logged(), loader_of_tokens(24)))
+    return recorded(lambda: trainer.fit(Logged(kind=OneBlock), loader_of_tokens(24)))
 
 
 def fabric_trains(folder: Path) -> tuple[dict[str, int], int]:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from lightning_mics import CommunicationOptions, LossScaleMonitor, MiCSFabricStrategy, MiCSStrategy, sharded
 from tests.support.accelerators import plugin_of
 from tests.support.accelerators import start as start_accelerate
+from tests.support.campaign import campaign
 from tests.support.fits import refusal
 from tests.support.scaled import (
     INIT_SCALE,
@@ -345,12 +346,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RUNS = [("flat", "full"), ("on ranks", "sharded")]
 
 
+TRAINED = [("fit", "flat"), ("fit", "on ranks"), ("fabric", "on ranks"), ("accelerate", "flat")]
+
+
+IN_CAMPAIGN = [("fabric", "flat"), ("accelerate", "on ranks")]
+
+
 @pytest.fixture(scope="module")
-def seen(folder: Path) -> dict[Any, list[Any]]:
+def seen(folder: Path, in_campaign: bool) -> dict[Any, list[Any]]:
     cases: dict[Any, Any] = {("fit", name): partial(fit, folder, name, kind) for name, kind in RUNS}
-    for name in OPTIONS:
-        cases["fabric", name] = partial(train_by_fabric, folder, name)
-        cases["accelerate", name] = partial(train_by_accelerate, folder, name)
+    train = {"fabric": train_by_fabric, "accelerate": train_by_accelerate}
+    for integration, name in (*TRAINED[2:], *(IN_CAMPAIGN if in_campaign else [])):
+        cases[integration, name] = partial(train[integration], folder, name)
     cases["penalty"], cases["by hand"] = train_with_penalty, partial(fit_by_hand, folder)
     cases["lbfgs"], cases["half"] = partial(lbfgs, folder), partial(float16_weights, folder)
     return cases_on_ranks(cases)
@@ -365,8 +372,7 @@ def after_saving(trained: Trained) -> Trained:
     return Trained(trained.scales[SAVED_AFTER:], skipped, trained.weights)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("integration", ["fit", "fabric", "accelerate"])
+@pytest.mark.parametrize(("integration", "name"), [*TRAINED, *(campaign(*case) for case in IN_CAMPAIGN)])
 def test_scales_and_weights_are_those_of_one_process(integration: str, name: str, seen: dict[Any, Any]) -> None:
     of_one = alone(name)
     assert len(of_one.skipped) >= 2
@@ -387,10 +393,18 @@ def test_an_evaluation_leaves_the_scale_alone(seen: dict[Any, Any]) -> None:
         assert not any(of_rank["changed in evaluation"] for of_rank in seen["fit", name])
 
 
-@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize(
-    ("integration", "resumed"),
-    [("fit", "resumed"), ("fabric", "resumed"), ("accelerate", "resumed state"), ("accelerate", "resumed accelerate")],
+    ("integration", "name", "resumed"),
+    [
+        ("fit", "flat", "resumed"),
+        ("fit", "on ranks", "resumed"),
+        ("fabric", "on ranks", "resumed"),
+        ("accelerate", "flat", "resumed state"),
+        ("accelerate", "flat", "resumed accelerate"),
+        campaign("fabric", "flat", "resumed"),
+        campaign("accelerate", "on ranks", "resumed state"),
+        campaign("accelerate", "on ranks", "resumed accelerate"),
+    ],
 )
 def test_a_resumed_run_has_the_scales_and_weights_of_an_uninterrupted_one(
     integration: str, resumed: str, name: str, seen: dict[Any, Any]
@@ -423,20 +437,22 @@ def test_skipped_steps_are_counted_logged_and_saved(name: str, seen: dict[Any, A
         trained = of_rank["trained"]
         assert of_rank["skipped"] == of_rank["skipped after resuming"] == len(trained.skipped)
         assert of_rank["metrics"] == {"loss_scale": trained.scales[-1], "skipped_steps": len(trained.skipped)}
-    for of_rank in seen["fabric", name]:
+    for of_rank in seen.get(("fabric", name), []):
         assert of_rank["skipped"] == len(of_rank["trained"].skipped)
 
 
-def test_fabric_and_accelerate_save_the_scale_with_the_model(seen: dict[Any, Any]) -> None:
-    for name in OPTIONS:
-        for of_rank in seen["fabric", name]:
-            assert of_rank["loaded"] == of_rank["saved"] != scaler().state_dict()
-            assert of_rank["rest"] == {}
-        for of_rank in seen["accelerate", name]:
-            assert of_rank["first"]["scale"] == INIT_SCALE
-            assert of_rank["loaded state"] == of_rank["loaded accelerate"] == of_rank["saved"]
-            assert of_rank["rest"]["note"] == 1
-            assert "MixedPrecision" not in of_rank["rest"]
+@pytest.mark.parametrize(("of_fabric", "of_accelerate"), [("on ranks", "flat"), campaign("flat", "on ranks")])
+def test_fabric_and_accelerate_save_the_scale_with_the_model(
+    of_fabric: str, of_accelerate: str, seen: dict[Any, Any]
+) -> None:
+    for of_rank in seen["fabric", of_fabric]:
+        assert of_rank["loaded"] == of_rank["saved"] != scaler().state_dict()
+        assert of_rank["rest"] == {}
+    for of_rank in seen["accelerate", of_accelerate]:
+        assert of_rank["first"]["scale"] == INIT_SCALE
+        assert of_rank["loaded state"] == of_rank["loaded accelerate"] == of_rank["saved"]
+        assert of_rank["rest"]["note"] == 1
+        assert "MixedPrecision" not in of_rank["rest"]
 
 
 def test_other_numbers_of_ranks_resume_with_the_same_scale(folder: Path, seen: dict[Any, Any]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_mics import CommunicationOptions, MiCSFabricStrategy, Topology, create_partition_groups, shard_model
 from lightning_mics.integrations.accelerate import MiCSPlugin
 from tests.support.campaign import campaign
-from tests.support.models import TinyModule, tokens
+from tests.support.models import OneBlock, TinyModule, tokens
 from tests.support.recorded import RecordCollectives
 from tests.support.trainers import cases_on_ranks, make_trainer, mics
 
@@ -51,7 +51,7 @@ def batches(rank: int, micro_steps: int) -> list[Tensor]:
 
 def model() -> TinyModule:
     torch.manual_seed(1)
-    return TinyModule(lr=LR)
+    return TinyModule(lr=LR, kind=OneBlock)
 
 
 def plain(policy: Policy, micro_steps: int, _folder: Path) -> list[float]:
@@ -123,7 +123,7 @@ class Recorded(TinyModule):
 
 def trainer(policy: Policy, micro_steps: int, folder: Path) -> list[float]:
     torch.manual_seed(1)
-    net = Recorded(lr=LR)
+    net = Recorded(lr=LR, kind=OneBlock)
     make_trainer(
         folder,
         strategy=mics(**keywords(policy)),
@@ -162,7 +162,11 @@ CASES = list(product(POLICIES, (1, 3)))
 
 
 def is_left_to_the_campaign(policy: str, micro_steps: int) -> bool:
-    """Without accumulation, policies differ in what one micro-step with a boundary shows as well."""
+    """Without accumulation, policies differ in what one micro-step with a boundary shows as well; and stages that the
+    others have are no business of an integration.
+    """
+    if policy in ("4 of 4, flat", "4 of 4, hierarchical"):
+        return True
     return micro_steps == 1 and policy != "4 of 4, once per step"
 
 

@@ -13,7 +13,7 @@ from lightning_mics.policy.choice import choose
 from lightning_mics.policy.out_of_memory import BEGINNING, memory_advice
 from tests.policy.test_start_report import SIZE
 from tests.support.loops import network, sgd, start
-from tests.support.models import TinyModule, loader_of_tokens, tokens
+from tests.support.models import TinyLM, TinyModule, loader_of_tokens, tokens
 from tests.support.trainers import cases_on_ranks, make_trainer, mics
 
 CASES = ("trainer", "fabric forward", "fabric backward")
@@ -46,7 +46,7 @@ def run(case: str) -> str:
             options = CommunicationOptions.RANK.keywords()
             make_trainer(Path("."), strategy=mics(partition_size=2, **options)).fit(Large(), loader_of_tokens())
         fabric = start()
-        model = network()
+        model = network(kind=TinyLM)
         if case == "fabric forward":
             model.blocks[1].register_forward_pre_hook(_raise)
         wrapped, _ = fabric.setup(model, sgd(model))

@@ -30,9 +30,10 @@ def rank_inputs(step: int, *, samples: int = 4, dim: int = 4) -> Tensor:
 
 
 def shard(model: nn.Module, mode: str = "every", **options: Any) -> Any:
-    """Shard ``model`` on four ranks that count as two nodes; returns its schedule."""
+    """Shard ``model`` on two ranks, or on four that count as two nodes; returns its schedule."""
     size, communication = OPTIONS[mode]
-    groups = create_partition_groups(Topology(world_size=4, ranks_per_node=2, partition_size=size), device_type="cpu")
+    topology = Topology(world_size=dist.get_world_size(), ranks_per_node=2, partition_size=size)
+    groups = create_partition_groups(topology, device_type="cpu")
     return shard_model(model, groups, communication=communication, **options)
 
 

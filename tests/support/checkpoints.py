@@ -18,7 +18,7 @@ from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.sharding.shard_model import shard_model
 from lightning_mics.techniques.partition_groups import create_partition_groups
 from lightning_mics.topology import Topology
-from tests.support.models import Block, TinyLM, tokens
+from tests.support.models import Block, OneBlock, TinyLM, tokens
 
 SHARDS = [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "meta.pt"]
 
@@ -41,7 +41,7 @@ class WithSpareBlock(TinyLM):
             self.blocks = spare
 
 
-class WithExtraState(TinyLM):
+class WithExtraState(OneBlock):
     """Keeps a dict of its own in the state dict."""
 
     seen = 0

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp._common_utils import _FSDPDeviceHandle
 from torch.utils.data import DataLoader, DistributedSampler
 
-from tests.support.models import Block, TinyLM, TinyModule, tokens
+from tests.support.models import Block, OneBlock, TinyLM, TinyModule, tokens
 from tests.support.trainers import make_trainer
 
 SAMPLES = 12  # of all ranks, in each step
@@ -78,7 +78,7 @@ def shard_blocks(network: nn.Module, mesh: Any) -> nn.Module:
 
 def make_network(seed: int = 1) -> TinyLM:
     torch.manual_seed(seed)
-    return TinyLM()
+    return OneBlock()
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
@@ -86,7 +86,7 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
     decaying = [p for name, p in model.named_parameters() if name.endswith("weight") and "norm" not in name]
     others = [p for name, p in model.named_parameters() if name.endswith("bias") or "norm" in name]
     groups = [{"params": decaying, "weight_decay": 0.1}, {"params": others}]
-    return torch.optim.AdamW(groups, lr=0.02, weight_decay=0.0)
+    return torch.optim.AdamW(groups, lr=0.02, weight_decay=0.0, foreach=True)
 
 
 def batch(step: int) -> Tensor:
@@ -106,6 +106,9 @@ def mean(loss: Tensor) -> float:
 
 class Trained(TinyModule):
     """Trained with AdamW in two groups, and a schedule of learning rates per step."""
+
+    def __init__(self) -> None:
+        super().__init__(kind=OneBlock)
 
     def configure_optimizers(self) -> Any:
         optimizer = adamw(self)

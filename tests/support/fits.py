@@ -15,14 +15,17 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, DistributedSampler
 
-from tests.support.models import TinyModule, tokens
+from tests.support.models import OneBlock, TinyModule, tokens
 from tests.support.trainers import make_trainer
 
 STEPS_PER_EPOCH = 2
 
 
 class AdamModule(TinyModule):
-    """Trained with AdamW, whose state matters from the second step on."""
+    """A model of one block, trained with AdamW, whose state matters from the second step on."""
+
+    def __init__(self) -> None:
+        super().__init__(kind=OneBlock)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.02, foreach=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_mics import CommunicationOptions, MiCSFabricStrategy
-from tests.support.models import TinyLM, tokens
+from tests.support.models import OneBlock, TinyLM, tokens
 
 LR = 0.1
 
@@ -24,9 +24,9 @@ def start(*, precision: Any = "32-true", devices: int = 4, **options: Any) -> Fa
     return fabric
 
 
-def network(seed: int = 1, **options: Any) -> TinyLM:
+def network(seed: int = 1, kind: Callable[..., TinyLM] = OneBlock, **options: Any) -> TinyLM:
     torch.manual_seed(seed)
-    return TinyLM(**options)
+    return kind(**options)
 
 
 def set_up_in_one_call(fabric: Fabric) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -49,13 +50,22 @@ class TinyLM(nn.Module):
         return functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
+class OneBlock(TinyLM):
+    """A model of one block, which is a unit beside the root."""
+
+    _no_split_modules = ("Block",)  # or a list of one would not be taken for a list of blocks
+
+    def __init__(self) -> None:
+        super().__init__(layers=1)
+
+
 class TinyModule(pl.LightningModule):
     """An ordinary LightningModule around :class:`TinyLM`, built in ``__init__``, trained with SGD."""
 
-    def __init__(self, *, lr: float = 0.1, layers: int = 2) -> None:
+    def __init__(self, *, lr: float = 0.1, layers: int = 2, kind: Callable[[], TinyLM] | None = None) -> None:
         super().__init__()
         self.lr = lr
-        self.net = TinyLM(layers=layers)
+        self.net = kind() if kind else TinyLM(layers=layers)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.net(tokens)

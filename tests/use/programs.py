@@ -20,7 +20,7 @@ from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.techniques.partition_groups import create_partition_groups
 from tests.support.trainers import make_trainer, mics
 
-DIM, STEPS, BATCH = 6, 4, 8
+DIM, BLOCKS, STEPS, BATCH = 6, 2, 4, 8
 
 Use = Callable[["Program", Tensor, Tensor], Tensor]
 
@@ -50,7 +50,7 @@ class Net(nn.Module):
     def __init__(self, block: type[nn.Module] = Block) -> None:
         super().__init__()
         self.embed = nn.Linear(4, DIM)
-        self.blocks = nn.ModuleList(block() for _ in range(3))
+        self.blocks = nn.ModuleList(block() for _ in range(BLOCKS))
         self.head = nn.Linear(DIM, 3)
 
     def forward(self, x: Tensor) -> Tensor:  # [batch, 4] -> [batch, 3]
@@ -92,8 +92,16 @@ def mean_square(program: Program, x: Tensor, y: Tensor) -> Tensor:
     return functional.mse_loss(program.net(x), y)
 
 
-def in_a_loop(program: Program, *, window: int = 1, steps: int = STEPS, **options: Any) -> dict[str, Tensor]:
-    """Train in a loop that calls no forward of the root, only what the program uses; on all ranks or alone."""
+def in_a_loop(program: Program, *, window: int = 1, steps: int = 0, **options: Any) -> dict[str, Tensor]:
+    """Train in a loop that calls no forward of the root, only what the program uses; on all ranks or alone.
+
+    Args:
+        program: What is trained.
+        window: Micro-steps of an optimizer step.
+        steps: Micro-steps in all; by default those of two optimizer steps, the second of which shows what the first has
+            left behind, momentum too.
+        options: Partition size ``p``, and how ranks communicate.
+    """
     if dist.is_initialized():
         topology = Topology(world_size=dist.get_world_size(), ranks_per_node=2, partition_size=options.pop("p", 2))
         communication = CommunicationOptions(**{**NEVER, **options})
@@ -103,7 +111,7 @@ def in_a_loop(program: Program, *, window: int = 1, steps: int = STEPS, **option
     else:
         schedule = None
     optimizer: Any = program.configure_optimizers()
-    for index, batch in enumerate(batches()[:steps], start=1):
+    for index, batch in enumerate(batches()[: steps or 2 * window], start=1):
         if schedule is None:
             (program.use(program, *batch) / window).backward()
         else:
@@ -126,6 +134,7 @@ def in_trainer(
         accumulate_grad_batches=window,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
+        limit_train_batches=2 * window,
     )
     trainer.fit(program, loader(), loader() if validate else None)
     return weights(program)
@@ -137,7 +146,7 @@ def in_fabric(program: Program, *, window: int = 1, **options: Any) -> dict[str,
     fabric = Fabric(accelerator="cpu", devices=ranks, strategy=strategy if ranks > 1 else "auto")
     fabric.launch()
     model, optimizer = fabric.setup(program, program.configure_optimizers())
-    for index, batch in enumerate(batches(), start=1):
+    for index, batch in enumerate(batches()[: 2 * window], start=1):
         with fabric.no_backward_sync(model, enabled=index % window != 0):
             fabric.backward(model.training_step(batch, index) / window)
         if index % window == 0:

@@ -23,8 +23,15 @@ from tests.support.accelerators import plugin_of, prepared
 from tests.support.accelerators import start as start_accelerator
 from tests.support.fits import AdamModule, fit, refusal, same, whole_weights
 from tests.support.loops import adam, network, set_up_in_two_calls, start, step
-from tests.support.models import Block, TinyModule
+from tests.support.models import Block, OneBlock, TinyModule
 from tests.support.trainers import cases_on_ranks, make_trainer, mics
+
+
+class Tiny(TinyModule):
+    """Has one block."""
+
+    def __init__(self) -> None:
+        super().__init__(kind=OneBlock)
 
 
 def whole(value: Any) -> Any:
@@ -176,7 +183,7 @@ class Stateless(SGD):
         return super().step(closure)
 
 
-class WithStateless(TinyModule):
+class WithStateless(Tiny):
     def configure_optimizers(self) -> Any:
         return Stateless(self.parameters(), lr=0.1)
 
@@ -200,7 +207,7 @@ class Containers(SGD):
         return loss
 
 
-class WithContainers(TinyModule):
+class WithContainers(Tiny):
     def configure_optimizers(self) -> Any:
         return Containers(self.parameters(), lr=0.1)
 
@@ -218,7 +225,7 @@ def containers(folder: Path, kind: str) -> bool:
     return same(states(trainer), states(resumed))
 
 
-class Network(TinyModule):
+class Network(Tiny):
     """Takes a network, and keeps it among its hyper-parameters."""
 
     def __init__(self, net: nn.Module, scale: float = 1.0, lr: float = 0.1) -> None:
@@ -234,7 +241,7 @@ def network_in_hyperparameters(folder: Path) -> bool:
     return loaded.hparams.scale == 3.0 and same(whole_weights(trainer.lightning_module), whole_weights(loaded))
 
 
-class Saves(TinyModule):
+class Saves(Tiny):
     """Saves in the middle of a step, and notes what plain pickling says."""
 
     path: Path | None = None
@@ -265,7 +272,7 @@ def saved_in_a_step(folder: Path) -> tuple[bool, bool, str, bool]:
     return equal, shapes, module.said, module.copied
 
 
-class SavesFirst(TinyModule):
+class SavesFirst(Tiny):
     """Saves in ``setup``, before the strategy is set up."""
 
     def __init__(self, path: Path) -> None:
@@ -280,11 +287,11 @@ def saved_before_the_fit(folder: Path, kind: str) -> bool:
     path = folder / f"before {kind}"
     strategy = mics(partition_size=2, state_dict_type=kind)
     first, _ = fit(folder, lambda: SavesFirst(path), strategy=strategy)
-    resumed, _ = fit(folder, TinyModule, strategy=mics(partition_size=2), ckpt_path=path)
+    resumed, _ = fit(folder, Tiny, strategy=mics(partition_size=2), ckpt_path=path)
     return same(whole_weights(first.lightning_module), whole_weights(resumed.lightning_module))
 
 
-class Plain(TinyModule):
+class Plain(Tiny):
     """Loads an unsharded state dict in a hook, and one of a block."""
 
     def on_fit_start(self) -> None:

@@ -140,7 +140,7 @@ CASES: dict[str, Any] = {  # use, block, way to train, options
     "energy and forces": (energy_and_forces, Block, in_trainer, {"window": 2}),
     "gradient penalty": (gradient_penalty, Block, in_a_loop, {}),
     "penalty at the end": (penalty_at_the_end, Block, in_a_loop, {}),
-    "third derivatives": (hessian_product, Block, in_a_loop, {}),
+    "third derivatives": (hessian_product, Block, in_a_loop, {"steps": 4}),  # as little changes in each
     "gradients of weights": (of_weights, Block, in_trainer, {}),
     "gradients of weights used directly": (of_weights_used_directly, Block, in_a_loop, {}),
     "linear": (forces, Linear, in_a_loop, {}),
@@ -150,6 +150,9 @@ CASES: dict[str, Any] = {  # use, block, way to train, options
     "changed views": (changed_views, View, in_a_loop, {}),
     "changed views, in a window": (changed_views, View, in_a_loop, {"window": 2, "p": 1}),
 }
+
+
+OF_FOUR = ("forces", "forces, in Fabric", "forces, not as a forward", "changed views, in a window")  # ranks
 
 
 def run(folder: Path | None, case: str) -> Any:
@@ -164,14 +167,18 @@ def run(folder: Path | None, case: str) -> Any:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("runs")
-    return cases_on_ranks({case: partial(run, folder, case) for case in CASES})
+    four, two = (
+        {case: partial(run, folder, case) for case in CASES if (case in OF_FOUR) == on_four}
+        for on_four in (True, False)
+    )
+    return cases_on_ranks(four) | cases_on_ranks(two, world_size=2)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_there_whenever_a_backward_needs_them(case: str, trained: dict[str, list[Any]]) -> None:
     use, block, _, options = CASES[case]
     torch.manual_seed(0)
-    alone = in_a_loop(Program(use, block), window=options.get("window", 1))
+    alone = in_a_loop(Program(use, block), window=options.get("window", 1), steps=options.get("steps", 0))
     changed = largest_difference(alone, {n: v.detach() for n, v in seeded(use, block).state_dict().items()})
     assert changed > 1e-3
     for of_rank in trained[case]:

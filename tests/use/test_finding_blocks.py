@@ -123,7 +123,7 @@ def stack_of(kind: Any) -> nn.Module:
 
 
 def test_classes_with_generic_and_slotted_bases_train_as_under_ddp_and_keep_their_names(run_shared):
-    for facts in run_shared(4, _train_classes):
+    for facts in run_shared(2, _train_classes):
         assert [gap for gap, *_ in facts] == [pytest.approx(0, abs=1e-6)] * len(CLASSES)
         assert [names for _, *names in facts] == [[kind.__name__, True, True, "Linear"] for kind in CLASSES]
 
@@ -132,7 +132,7 @@ def _train_classes() -> list[tuple[Any, ...]]:
     facts = []
     for kind in CLASSES:
         make = partial(stack_of, kind)
-        gap = largest_gap(train(make, "ddp"), train(make, "every", block_classes=[kind]))
+        gap = largest_gap(train(make, "ddp", steps=2), train(make, "every", steps=2, block_classes=[kind]))
         model: Any = make()
         shard(model, block_classes=[kind])
         block = model[1][0]
@@ -278,7 +278,7 @@ class Unusual(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:the gradients of 'embedding', 'bag' are dense:UserWarning")
 def test_unusual_parameters_train_as_under_ddp(run_shared):
-    for gaps in run_shared(4, _train_unusual):
+    for gaps in run_shared(2, _train_unusual):
         assert gaps == [pytest.approx(0, abs=1e-6)] * 3
 
 

@@ -126,7 +126,7 @@ def _train(
     }
 
 
-@pytest.mark.parametrize("cache", ["gathered at every use", "cached by ranks"])
+@pytest.mark.parametrize(("cache", "ranks"), [("gathered at every use", 2), ("cached by ranks", 4)])
 @pytest.mark.parametrize(
     ("kind", "accumulate"),
     [(_Manual, 1), (_Changing, 2), (_Returning, 1), (_Returning, 2), (_Tying, 2)],
@@ -136,11 +136,12 @@ def test_what_users_set_and_see_is_that_of_one_process(
     kind: type[pl.LightningModule],
     accumulate: int,
     cache: str,
+    ranks: int,
     tmp_path: Path,
     on_shared_ranks: Callable[..., list[Any]],
 ) -> None:
     expected = _train(kind, str(tmp_path), None, accumulate)
-    for of_rank in on_shared_ranks(_train, kind, str(tmp_path), CACHES[cache], accumulate):
+    for of_rank in on_shared_ranks(_train, kind, str(tmp_path), CACHES[cache], accumulate, world_size=ranks):
         assert of_rank.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(of_rank[name], value, msg=lambda text, n=name: f"{n}: {text}")
@@ -167,8 +168,8 @@ def _bytes_sent(folder: str, through_forward: bool) -> int:
 
 
 def test_a_step_that_calls_its_own_forward_sends_as_much(tmp_path: Path, on_shared_ranks: Any) -> None:
-    through_forward = on_shared_ranks(_bytes_sent, str(tmp_path), True)
-    assert through_forward == on_shared_ranks(_bytes_sent, str(tmp_path), False)
+    through_forward = on_shared_ranks(_bytes_sent, str(tmp_path), True, world_size=2)
+    assert through_forward == on_shared_ranks(_bytes_sent, str(tmp_path), False, world_size=2)
     assert through_forward[0] > 0
 
 
@@ -184,7 +185,7 @@ def _copied(folder: str) -> list[str]:
 
 
 def test_a_copy_of_a_sharded_model_is_an_error_that_says_what_to_do(tmp_path: Path, on_shared_ranks: Any) -> None:
-    for messages in on_shared_ranks(_copied, str(tmp_path)):
+    for messages in on_shared_ranks(_copied, str(tmp_path), world_size=2):
         assert messages[0].startswith("_Calling is sharded") and messages[1].startswith("Block is sharded")
         assert all("before it is sharded" in m and "load_state_dict" in m for m in messages)
 
@@ -202,7 +203,7 @@ class _Keeping(nn.Linear):
 def _unsharded_bytes() -> list[int]:
     """Bytes of unsharded blocks while a graph holds the blocks' weights, and while a user holds one of them too."""
     model = nn.Sequential(*(_Keeping(6, 6) for _ in range(3)))
-    topology = Topology(world_size=4, ranks_per_node=2, partition_size=2)
+    topology = Topology(world_size=2, ranks_per_node=2, partition_size=2)
     shard_model(model, create_partition_groups(topology, device_type="cpu"), block_classes=[_Keeping])
     groups = [group for block in model for group in _param_groups(block)]
     found = []
@@ -215,6 +216,6 @@ def _unsharded_bytes() -> list[int]:
 
 
 def test_blocks_are_freed_after_their_forward_unless_a_user_holds_a_weight(on_shared_ranks: Any) -> None:
-    for bytes_held, with_a_kept_weight in on_shared_ranks(_unsharded_bytes):
+    for bytes_held, with_a_kept_weight in on_shared_ranks(_unsharded_bytes, world_size=2):
         assert bytes_held == 0
         assert with_a_kept_weight == 6 * 6 * 4

@@ -113,7 +113,11 @@ def run(case: str) -> Any:
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, list[Any]]:
-    return cases_on_ranks({case: partial(run, case) for case in CASES} | {"spoils": _spoil})
+    four, two = (
+        {case: partial(run, case) for case, (*_, options) in CASES.items() if ("p" in options) == on_four}
+        for on_four in (True, False)
+    )
+    return cases_on_ranks(four) | cases_on_ranks(two | {"spoils": _spoil}, world_size=2)
 
 
 def _spoil() -> Any:

@@ -113,13 +113,13 @@ class Layered(nn.Module):
 
 
 def test_a_model_with_two_names_trains_as_under_ddp(run_shared):
-    for gaps in run_shared(4, _train_with_two_names):
+    for gaps in run_shared(2, _train_with_two_names):
         assert gaps == [pytest.approx(0, abs=1e-6)] * 2
 
 
 def _train_with_two_names() -> list[float]:
-    by_ddp = train(Layered, "ddp")
-    return [largest_gap(by_ddp, train(Layered, mode)) for mode in ("every", "rank")]
+    by_ddp = train(Layered, "ddp", steps=2)
+    return [largest_gap(by_ddp, train(Layered, mode, steps=2)) for mode in ("every", "rank")]
 
 
 def test_a_module_of_two_blocks_is_still_rejected():

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_mics._torch.units.use_errors import described_errors
+from tests.support.campaign import campaign
 from tests.support.trainers import cases_on_ranks
 from tests.use.programs import (
+    BLOCKS,
     DIM,
     NODE,
     RANK,
-    STEPS,
     Program,
     batches,
     in_a_loop,
@@ -38,7 +39,7 @@ def through(step: Any) -> Any:
     def use(program: Program, x: Tensor, y: Tensor) -> Tensor:
         net = program.net
         hidden = net.embed(x)
-        for index in range(3):
+        for index in range(BLOCKS):
             hidden = step(net.blocks, index, hidden)
         return functional.mse_loss(net.head(hidden), y)
 
@@ -74,10 +75,10 @@ class Product(torch.autograd.Function):
 
 
 def trained_late(program: Program, x: Tensor, y: Tensor) -> Tensor:
-    """A weight that requires a gradient from the third micro-step on only, where it is used directly."""
+    """A weight that requires a gradient from the second micro-step on only, where it is used directly."""
     program.steps = getattr(program, "steps", 0) + 1
     for block in program.net.blocks:
-        block.up.weight.requires_grad_(program.steps > 2)
+        block.up.weight.requires_grad_(program.steps > 1)
     return USES["linear"](program, x, y)
 
 
@@ -86,7 +87,7 @@ USES: dict[str, Any] = {
     "encode": through(lambda blocks, i, x: x + blocks[i].down(blocks[i].encode(x))),
     "linear": through(lambda blocks, i, x: blocks[i](x) + functional.linear(x, blocks[i].up.weight)[:, :DIM]),
     "transposed": through(lambda blocks, i, x: blocks[i](x) + 0.1 * (x @ blocks[i].up.weight.t())[:, :DIM]),
-    "of another block": through(lambda blocks, i, x: blocks[i](x) + blocks[(i + 1) % 3].encode(x)[:, :DIM]),
+    "of another block": through(lambda blocks, i, x: blocks[i](x) + blocks[(i + 1) % BLOCKS].encode(x)[:, :DIM]),
     "factor": through(lambda blocks, i, x: blocks[i](x) * (1 + blocks[i].down.bias)),
     "not in place": through(
         lambda blocks, i, x: blocks[i](x) + ((blocks[i].up.weight * 2) + torch.ones(2 * DIM + 1, DIM)).mean(0)
@@ -116,45 +117,55 @@ USES: dict[str, Any] = {
     "only a penalty": lambda program, x, y: sum(p.square().sum() for p in program.net.blocks.parameters()),
 }
 
-STEPS_OF = {"trained late": STEPS}  # the second step of others shows what the first has left behind, momentum too
+STEPS_OF = {"trained late": {"steps": 3}}
 
+OF_TWO: dict[str, Any] = {f"{use}, in a loop": (use, in_a_loop, STEPS_OF.get(use, {})) for use in USES} | {
+    "encode, alone in a group": ("encode", in_a_loop, {"window": 2, "p": 1}),
+    "penalty, cached on each rank": ("penalty", in_a_loop, {"window": 2, **RANK}),
+    "attack, in a Trainer": ("attack", in_trainer, {}),
+}
 
-def cases(folder: Path) -> dict[str, Any]:
-    """Ways to train by name: (use, function of the program, options)."""
-    every: dict[str, Any] = {f"{use}, in a loop": (use, in_a_loop, {"steps": STEPS_OF.get(use, 2)}) for use in USES}
-    every |= {
-        f"{use}, {name}": (use, in_a_loop, {"window": 2, **options})
-        for use in ("encode", "penalty")
-        for name, options in {
-            "a window": {},
-            "cached on each rank": RANK,
-            "cached on each node": {"p": 4, **NODE},
-            "alone in a group": {"p": 1},
-            "one group": {"p": 4},
-        }.items()
-    }
-    trainer = partial(in_trainer, folder=folder)
-    every |= {f"{use}, in a Trainer": (use, trainer, {}) for use in ("attack",)}
-    every |= {f"{use}, in a Trainer's window": (use, trainer, {"window": 2, **RANK}) for use in ("by loss",)}
-    every |= {f"{use}, in Fabric": (use, in_fabric, {"window": 2}) for use in ("called",)}
-    return every
+OF_FOUR: dict[str, Any] = {
+    "encode, a window": ("encode", in_a_loop, {"window": 2}),
+    "penalty, one group": ("penalty", in_a_loop, {"window": 2, "p": 4}),
+    "encode, cached on each node": ("encode", in_a_loop, {"window": 2, "p": 4, **NODE}),
+    "penalty, cached on each node": ("penalty", in_a_loop, {"window": 2, "p": 4, **NODE}),
+    "by loss, in a Trainer's window": ("by loss", in_trainer, {"window": 2, **RANK}),
+    "called, in Fabric": ("called", in_fabric, {"window": 2}),
+}
+
+IN_CAMPAIGN: dict[str, Any] = {
+    "encode, one group": ("encode", in_a_loop, {"window": 2, "p": 4}),
+    "encode, cached on each rank": ("encode", in_a_loop, {"window": 2, **RANK}),
+    "penalty, a window": ("penalty", in_a_loop, {"window": 2}),
+    "penalty, alone in a group": ("penalty", in_a_loop, {"window": 2, "p": 1}),
+}
+
+CASES = OF_TWO | OF_FOUR | IN_CAMPAIGN  # ways to train by name: (use, function of the program, options)
 
 
 def run(folder: Path, case: str) -> Any:
-    use, train, options = cases(folder)[case]
+    use, train, options = CASES[case]
+    if train is in_trainer:
+        options = {**options, "folder": folder}
     return outcome(lambda: train(seeded(USES[use]), **options))
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+def trained(tmp_path_factory: pytest.TempPathFactory, in_campaign: bool) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("runs")
-    return cases_on_ranks({case: partial(run, folder, case) for case in cases(folder)} | OTHERS)
+    on_two, on_four = (
+        {case: partial(run, folder, case) for case in cases}
+        for cases in (OF_TWO, OF_FOUR | IN_CAMPAIGN if in_campaign else OF_FOUR)
+    )
+    others = OTHERS | {"after a fit": partial(_after_the_fit, folder)}
+    return cases_on_ranks(on_two | others, world_size=2) | cases_on_ranks(on_four)
 
 
-@pytest.mark.parametrize("case", cases(Path()))
+@pytest.mark.parametrize("case", [*OF_TWO, *OF_FOUR, *map(campaign, IN_CAMPAIGN)])
 def test_use_without_a_call_trains_as_in_one_process(case: str, trained: dict[str, list[Any]]) -> None:
-    use, _, options = cases(Path())[case]
-    alone = in_a_loop(seeded(USES[use]), window=options.get("window", 1), steps=options.get("steps", STEPS))
+    use, _, options = CASES[case]
+    alone = in_a_loop(seeded(USES[use]), window=options.get("window", 1), steps=options.get("steps", 0))
     for of_rank in trained[case]:
         assert not isinstance(of_rank, str), of_rank
         assert largest_difference(of_rank, alone) < 1e-6
@@ -219,10 +230,8 @@ def test_what_cannot_mix_names_the_tensor_and_the_line(trained: dict[str, list[A
         assert "got mixed" not in changed + written
 
 
-def test_direct_use_after_a_fit_gathers_the_weights(tmp_path: Path) -> None:
-    for difference, shown, has_gradient in cases_on_ranks({"fit": partial(_after_the_fit, tmp_path)}, world_size=2)[
-        "fit"
-    ]:
+def test_direct_use_after_a_fit_gathers_the_weights(trained: dict[str, list[Any]]) -> None:
+    for difference, shown, has_gradient in trained["after a fit"]:
         assert difference < 1e-6
         assert shown == {"DTensor"}
         assert has_gradient

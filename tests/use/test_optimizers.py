@@ -19,7 +19,7 @@ from lightning_mics import CommunicationOptions, Topology, create_partition_grou
 from tests.support.accelerators import start as start_accelerate
 from tests.support.fits import refusal, whole_weights
 from tests.support.loops import network, start
-from tests.support.models import TinyModule, loader_of_tokens, tokens
+from tests.support.models import OneBlock, TinyModule, loader_of_tokens, tokens
 from tests.support.trainers import cases_on_ranks, make_trainer, mics
 
 PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"
@@ -165,7 +165,7 @@ class OfTheModule(TinyModule):
     """Its optimizer is made in ``__init__``, by name."""
 
     def __init__(self, name: str) -> None:
-        super().__init__()
+        super().__init__(kind=OneBlock)
         self.made = MAKE[name](self)
 
     def configure_optimizers(self) -> Any:

@@ -122,7 +122,7 @@ def test_a_change_of_rows_is_that_of_one_process(way: str, changed: list[dict[st
 
 
 def test_a_sharded_weight_with_unsharded_inputs_is_whole(run_shared: Any) -> None:
-    for results in run_shared(2, _use_without_calling):
+    for results in run_shared(3, _use_without_calling):
         for result, expected in results:
             torch.testing.assert_close(result, expected)
 

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,15 +36,16 @@ CACHES = {
 
 
 def fit(module: pl.LightningModule, folder: str, options: dict[str, Any] | None, **trainer: Any) -> pl.LightningModule:
-    """Fit in one process without ``options``, else on all ranks."""
+    """Fit for two optimizer steps in one process without ``options``, else on all ranks."""
     if options is None:
         return _run(module, make_trainer(folder, strategy="auto", devices=1, **trainer))
     strategy = MiCSStrategy(ranks_per_node=2, block_classes=[Block], **options)
-    return _run(module, make_trainer(folder, strategy=strategy, use_distributed_sampler=False, **trainer))
+    own = {"devices": dist.get_world_size(), "use_distributed_sampler": False, **trainer}
+    return _run(module, make_trainer(folder, strategy=strategy, **own))
 
 
 def _run(module: pl.LightningModule, trainer: pl.Trainer) -> pl.LightningModule:
-    trainer.fit(module, batches())
+    trainer.fit(module, batches(2 * trainer.accumulate_grad_batches))
     return module
 
 
@@ -53,14 +55,15 @@ def _follow(folder: str, options: dict[str, Any] | None, accumulate: int) -> dic
 
 
 @pytest.mark.parametrize(
-    ("cache", "accumulate"), [("gathered at every use", 1), ("cached by ranks", 2), ("cached by nodes", 2)]
+    ("cache", "accumulate", "ranks"),
+    [("gathered at every use", 1, 2), ("cached by ranks", 2, 4), ("cached by nodes", 2, 4)],
 )
 def test_moving_averages_of_teachers_hold_in_every_hook_by_every_means(
-    cache: str, accumulate: int, tmp_path: Path, on_shared_ranks: Callable[..., list[Any]]
+    cache: str, accumulate: int, ranks: int, tmp_path: Path, on_shared_ranks: Callable[..., list[Any]]
 ) -> None:
     expected = _follow(str(tmp_path), None, accumulate)
     start = weights(_seeded(Teachers))
-    for of_rank in on_shared_ranks(_follow, str(tmp_path), CACHES[cache], accumulate):
+    for of_rank in on_shared_ranks(_follow, str(tmp_path), CACHES[cache], accumulate, world_size=ranks):
         for name, value in expected.items():
             assert not torch.equal(value, start[name])  # it was changed
             torch.testing.assert_close(of_rank[name], value, msg=lambda text, n=name: f"{n}: {text}")
@@ -118,7 +121,7 @@ def test_weights_clipped_in_a_forward_stay_clipped(
     accumulate: int, tmp_path: Path, on_shared_ranks: Callable[..., list[Any]]
 ) -> None:
     expected = _clip(str(tmp_path), None, accumulate)
-    for of_rank in on_shared_ranks(_clip, str(tmp_path), CACHES["cached by ranks"], accumulate):
+    for of_rank in on_shared_ranks(_clip, str(tmp_path), CACHES["cached by ranks"], accumulate, world_size=2):
         for name, value in expected.items():
             torch.testing.assert_close(of_rank[name], value, msg=lambda text, n=name: f"{n}: {text}")
 
@@ -196,7 +199,7 @@ def _assign(folder: str, options: dict[str, Any] | None) -> dict[str, Tensor]:
 
 def test_an_optimizer_that_assigns_data_trains(tmp_path: Path, on_shared_ranks: Callable[..., list[Any]]) -> None:
     expected = _assign(str(tmp_path), None)
-    for of_rank in on_shared_ranks(_assign, str(tmp_path), CACHES["gathered at every use"]):
+    for of_rank in on_shared_ranks(_assign, str(tmp_path), CACHES["gathered at every use"], world_size=2):
         for name, value in expected.items():
             torch.testing.assert_close(of_rank[name], value, msg=lambda text, n=name: f"{n}: {text}")
 
@@ -233,7 +236,7 @@ def _misassign(folder: str) -> list[str]:
 def test_data_of_another_shape_or_dtype_is_an_error_that_names_both(
     tmp_path: Path, on_shared_ranks: Callable[..., list[Any]]
 ) -> None:
-    first, *others = on_shared_ranks(_misassign, str(tmp_path))
+    first, *others = on_shared_ranks(_misassign, str(tmp_path), world_size=2)
     assert all(other == first for other in others)
     assert "net.last.weight is sharded and keeps its shape (5, 5)" in first[0]
     assert "keeps its dtype torch.float32" in first[1] and "torch.float64" in first[1]
@@ -282,7 +285,7 @@ def _change_when_rounded(folder: str) -> dict[str, str]:
 def test_a_change_that_would_be_rounded_is_an_error_that_names_the_hooks(
     tmp_path: Path, on_shared_ranks: Callable[..., list[Any]]
 ) -> None:
-    first, *others = on_shared_ranks(_change_when_rounded, str(tmp_path))
+    first, *others = on_shared_ranks(_change_when_rounded, str(tmp_path), world_size=2)
     assert all(other == first for other in others)
     for message in first.values():
         assert message.startswith("parameter net.last.weight was changed while it was unsharded in torch.bfloat16")

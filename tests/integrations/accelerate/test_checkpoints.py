@@ -22,7 +22,7 @@ from lightning_mics.integrations.accelerate import MiCSPlugin
 from tests.support.accelerators import plugin_of, prepared, start, step
 from tests.support.loops import adam, alone, assert_same, network, sgd, weights
 from tests.support.loops import start as start_fabric
-from tests.support.models import TinyModule
+from tests.support.models import OneBlock, TinyModule
 from tests.support.trainers import cases_on_ranks, loader, make_trainer, mics, on_ranks
 
 Seen = dict[Any, list[Any]]
@@ -135,7 +135,7 @@ def forget() -> tuple[bool, list[str], torch.dtype]:
 
 
 def test_hooks_receive_the_model_which_can_be_freed_and_keeps_its_dtype(saved: Seen) -> None:
-    assert saved["forgotten"] == [(True, ["TinyLM"], torch.bfloat16)] * 4
+    assert saved["forgotten"] == [(True, ["OneBlock"], torch.bfloat16)] * 4
 
 
 def of_the_config_file(name: str, value: str) -> Any:
@@ -167,7 +167,7 @@ def test_the_state_dict_is_unsharded(saved: Seen) -> None:
 
 def save_ours(path: Path) -> dict[str, Tensor]:
     accelerator = start(plugin={"partition_size": 4})
-    model = TinyModule()
+    model = TinyModule(kind=OneBlock)
     model, optimizer = accelerator.prepare(model, sgd(model))
     step(accelerator, model, optimizer)
     plugin_of(accelerator).save_checkpoint(accelerator, path, epoch=3)
@@ -176,17 +176,17 @@ def save_ours(path: Path) -> dict[str, Tensor]:
 
 def load_everywhere(folder: Path) -> dict[str, dict[str, Tensor]]:
     accelerator = start()
-    model = TinyModule()
+    model = TinyModule(kind=OneBlock)
     model, _ = accelerator.prepare(model, sgd(model))
     rest = plugin_of(accelerator).load_checkpoint(accelerator, folder / "accelerate.ckpt")
     assert rest["epoch"] == 3
     loaded = {"accelerate": weights(model)}
     fabric = start_fabric()
-    of_fabric = TinyModule()
+    of_fabric = TinyModule(kind=OneBlock)
     of_fabric, optimizer = fabric.setup(of_fabric, sgd(of_fabric))
     assert fabric.load(folder / "accelerate.ckpt", {"model": of_fabric, "optimizer": optimizer})["epoch"] == 3
     loaded["fabric"] = weights(of_fabric)
-    trained = TinyModule(lr=0.0)
+    trained = TinyModule(lr=0.0, kind=OneBlock)
     trainer = make_trainer(folder, strategy=mics(partition_size=4), max_steps=1)
     trainer.fit(trained, loader(), ckpt_path=folder / "accelerate.ckpt")
     loaded["trainer"] = weights(trained)

@@ -78,7 +78,7 @@ CASES = [
     ("another plugin", "ValueError: another Accelerator exists already, and all share its plugin"),
     ("float16", "ValueError: mixed_precision='fp16' is for GPUs: on CPUs Accelerate neither computes in float16"),
     ("nothing prepared", "ValueError: the Accelerator has prepared 0 models with a MiCSPlugin"),
-    ("a plain model", "ValueError: TinyLM is not sharded, nor is a module in it: .* fsdp_plugin=MiCSPlugin"),
+    ("a plain model", "ValueError: OneBlock is not sharded, nor is a module in it: .* fsdp_plugin=MiCSPlugin"),
 ]
 
 

@@ -28,15 +28,14 @@ SCRIPT = """
 import torch
 from accelerate import Accelerator
 from lightning_mics.integrations.accelerate import MiCSPlugin
-from tests.support.models import TinyLM, tokens
 
 plugin = MiCSPlugin(partition_size=2)
 accelerator = Accelerator(cpu=not torch.cuda.is_available(), fsdp_plugin=plugin, gradient_accumulation_steps=2)
-model = TinyLM()
+model = torch.nn.Sequential(*(torch.nn.Linear(5, 5) for _ in range(3)))
 model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
 for index in range(4):
     with accelerator.accumulate(model):
-        accelerator.backward(model(tokens(2, seed=index)))
+        accelerator.backward(model(torch.randn(2, 5)).square().mean())
         optimizer.step()
         optimizer.zero_grad()
 plugin = type(accelerator.state.fsdp_plugin).__name__

@@ -70,9 +70,10 @@ def test_the_trainer_of_transformers_trains_saves_resumes_and_evaluates(tmp_path
         {
             "whole": partial(fit_with_transformers, tmp_path / "whole", 4, False),
             "first part": partial(fit_with_transformers, tmp_path / "parts", 2, False),
-        }
+        },
+        world_size=2,
     ).values()
-    resumed = on_ranks(fit_with_transformers, tmp_path / "parts", 4, True)
+    resumed = on_ranks(fit_with_transformers, tmp_path / "parts", 4, True, world_size=2)
     for first, second in zip(whole, resumed, strict=True):
         assert first["evaluated"] < math.log(VOCAB) - 0.1
         assert second["losses"][4] == pytest.approx(first["losses"][4], abs=1e-5)

@@ -24,7 +24,7 @@ from tests.support.loops import (
     step,
     weights,
 )
-from tests.support.models import TinyModule, tokens
+from tests.support.models import OneBlock, TinyLM, TinyModule, tokens
 from tests.support.trainers import cases_on_ranks, loader, make_trainer, mics
 
 Seen = dict[Any, list[Any]]
@@ -180,7 +180,7 @@ def load_what_is_not_there(path: Path) -> tuple[str, Any]:
     with pytest.raises(KeyError) as error:
         fabric.load(path, state)
     fabric.load(path, state, strict=False)
-    other = fabric.setup_module(network(layers=1))
+    other = fabric.setup_module(network(kind=TinyLM))
     with pytest.raises(RuntimeError, match="the checkpoint and the model differ"):
         fabric.load(path, {"model": other})
     return str(error.value), state["epoch"]
@@ -320,7 +320,7 @@ def test_raw_files_that_do_not_fit_are_rejected(loaded: Seen) -> None:
 def fit(folder: Path, kind: str) -> dict[str, Tensor]:
     torch.manual_seed(1)
     trainer = make_trainer(folder, strategy=mics(partition_size=4, state_dict_type=kind), max_steps=2)
-    model = TinyModule()
+    model = TinyModule(kind=OneBlock)
     trainer.fit(model, loader())
     trainer.save_checkpoint(folder / f"trainer {kind}.ckpt")
     return weights(model)
@@ -328,10 +328,10 @@ def fit(folder: Path, kind: str) -> dict[str, Tensor]:
 
 def load_the_trainers(path: Path) -> tuple[dict[str, Tensor], int]:
     fabric = start()
-    model = TinyModule()
+    model = TinyModule(kind=OneBlock)
     model, optimizer = fabric.setup(model, sgd(model))
     remainder = fabric.load(path, {"model": model, "optimizer": optimizer})
-    raw = fabric.setup_module(TinyModule())
+    raw = fabric.setup_module(TinyModule(kind=OneBlock))
     if path.is_dir():
         fabric.load_raw(path, raw)
         assert_same(weights(raw), weights(model))
@@ -347,7 +347,7 @@ def test_fabric_loads_the_trainers_checkpoint(kind: str, saved: Seen, loaded: Se
 
 def save_for_the_trainer(path: Path) -> dict[str, Tensor]:
     fabric = start()
-    model = TinyModule()
+    model = TinyModule(kind=OneBlock)
     model, optimizer = fabric.setup(model, sgd(model))
     loss = model(tokens(2))
     fabric.backward(loss)
@@ -365,7 +365,7 @@ class AsLoaded(TinyModule):
 
 def fit_from(folder: Path) -> tuple[dict[str, Tensor], int]:
     trainer = make_trainer(folder, strategy=mics(partition_size=4), max_steps=2)
-    model = AsLoaded()
+    model = AsLoaded(kind=OneBlock)
     trainer.fit(model, loader(), ckpt_path=folder / "fabric.ckpt")
     return model.first, trainer.global_step
 

@@ -27,7 +27,7 @@ from tests.support.loops import (
     step,
     weights,
 )
-from tests.support.models import TinyLM
+from tests.support.models import OneBlock
 from tests.support.recorded import RecordCollectives
 from tests.support.trainers import cases_on_ranks
 
@@ -51,7 +51,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 def set_up_on_meta(fabric: Fabric) -> Any:
     with fabric.init_module(empty_init=True):
-        model = TinyLM()
+        model = OneBlock()
     assert all(parameter.is_meta for parameter in model.parameters())
     model, optimizer = fabric.setup(model, sgd(model))
     fabric.load_raw(Path("raw.pt"), model)

@@ -13,7 +13,7 @@ import torch._dynamo.testing
 import torch._inductor.config
 from torch import Tensor
 
-from tests.support.models import TinyModule
+from tests.support.models import OneBlock, TinyModule
 from tests.support.trainers import loader, make_trainer, mics, on_ranks
 
 RANKS = 2
@@ -32,7 +32,7 @@ class Compiled(TinyModule):
     """Compiles its blocks in ``configure_model``; the backend counts what it is given and runs it as it is."""
 
     def __init__(self, how: str | None) -> None:
-        super().__init__(lr=0.5)
+        super().__init__(lr=0.5, kind=OneBlock)
         self.how, self.backend = how, torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def configure_model(self) -> None:
@@ -85,7 +85,7 @@ class CompiledByDefault(TinyModule):
     """Each block compiles into one graph, without a break, by torch's own compiler."""
 
     def __init__(self) -> None:
-        super().__init__(layers=1)
+        super().__init__(kind=OneBlock)
 
     def configure_model(self) -> None:
         for block in self.net.blocks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_mics import CommunicationOptions
-from tests.support.models import TinyLM, TinyModule, tokens
+from tests.support.campaign import campaign
+from tests.support.models import OneBlock, TinyLM, TinyModule, tokens
 from tests.support.recorded import RecordCollectives
-from tests.support.trainers import make_trainer, mics, on_ranks
+from tests.support.trainers import cases_on_ranks, make_trainer, mics, on_ranks
 
 LR = 0.5
 
@@ -24,7 +26,7 @@ LR = 0.5
 RANKS = 4
 
 
-UNITS = 3  # two blocks and the root
+UNITS = 2  # a block and the root
 
 
 SAMPLES = tokens(32, seed=6)  # two per rank and micro-step: four micro-steps
@@ -133,7 +135,7 @@ COUNTED = (Accumulating, Alternating)  # loops whose collectives are recorded
 
 class ByHand(TinyModule):
     def __init__(self, loop: Loop) -> None:
-        super().__init__()
+        super().__init__(kind=OneBlock)
         self.automatic_optimization = False
         self.loop, self.collectives, self.all_reduces = loop, RecordCollectives(), []
 
@@ -158,9 +160,10 @@ class ByHand(TinyModule):
             self.net(batch)  # gathers the weights that the optimizer is about to change
 
 
-def fit_each_loop(folder: str, partition_size: int, communication: CommunicationOptions) -> dict[str, Any]:
+def fit_each_loop(folder: str, groups: str, loops: list[type[Loop]]) -> dict[str, Any]:
+    partition_size, communication = GROUPS[groups]
     results: dict[str, Any] = {}
-    for loop in LOOPS:
+    for loop in loops:
         torch.manual_seed(0)
         module = ByHand(loop())
         strategy = mics(partition_size=partition_size, **communication.keywords(), **loop.strategy)
@@ -183,7 +186,7 @@ def only(parameters: list[nn.Parameter], model: nn.Module) -> Iterator[None]:
 
 def train_in_one_process(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     torch.manual_seed(0)
-    model = TinyLM()
+    model = OneBlock()
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizers = loop.optimizers_of(model)
 
@@ -196,43 +199,54 @@ def train_in_one_process(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Tenso
     return dict(model.named_parameters()), first
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Nothing is cached or accumulated beyond FSDP2."""
-    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 2, CommunicationOptions.PAPER)
+GROUPS = {
+    "ranks": (2, CommunicationOptions.PAPER),  # nothing is cached or accumulated beyond FSDP2
+    "ranks that keep": (2, CommunicationOptions.RANK),
+    "nodes that keep": (4, CommunicationOptions.NODE),  # both are sent between nodes once per step
+}
+
+
+IN_CAMPAIGN = [  # beside each of these loops in the other groups, and the other loops in these
+    ("ranks", DifferentFrequencies),
+    ("ranks", AlternatingInOneUnit),
+    ("ranks that keep", Alternating),
+    ("ranks that keep", AlternatingInsideUnits),
+    ("nodes that keep", Accumulating),
+    ("nodes that keep", AlternatingInOneUnit),
+]
+
+
+CASES = [(groups, loop) for groups in GROUPS for loop in LOOPS if (groups, loop) not in IN_CAMPAIGN]
 
 
 @pytest.fixture(scope="module")
-def ranks_that_keep(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 2, CommunicationOptions.RANK)
+def trained(tmp_path_factory: pytest.TempPathFactory, in_campaign: bool) -> dict[str, dict[str, Any]]:
+    """By groups and loop, what rank 0 has returned; all cases run in one set of processes."""
+    folder, cases = str(tmp_path_factory.mktemp("fit")), CASES + IN_CAMPAIGN if in_campaign else CASES
+    loops = {groups: [loop for of, loop in cases if of == groups] for groups in GROUPS}
+    of_ranks = cases_on_ranks({groups: partial(fit_each_loop, folder, groups, loops[groups]) for groups in GROUPS})
+    return {groups: found[0] for groups, found in of_ranks.items()}
 
 
-@pytest.fixture(scope="module")
-def nodes_that_keep(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Parameters and gradients are sent between nodes once per step."""
-    return on_ranks(fit_each_loop, str(tmp_path_factory.mktemp("fit")), 4, CommunicationOptions.NODE)
-
-
-@pytest.mark.parametrize("groups", ["ranks", "ranks_that_keep", "nodes_that_keep"])
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(("groups", "loop"), [*CASES, *(campaign(*case) for case in IN_CAMPAIGN)])
 def test_weights_equal_those_of_the_same_loop_in_one_process(
-    request: pytest.FixtureRequest, groups: str, loop: type[Loop]
+    trained: dict[str, dict[str, Any]], groups: str, loop: type[Loop]
 ) -> None:
     theirs, first = train_in_one_process(loop())
-    ours, _ = request.getfixturevalue(groups)[0][loop.__name__]
+    ours, _ = trained[groups][loop.__name__]
     for name, weight in theirs.items():
         assert not torch.equal(weight, first[name])
         torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_an_optimizer_that_is_not_toggled_gets_no_gradients(ranks: list[dict[str, Any]]) -> None:
-    _, all_reduces = ranks[0]["Alternating"]
-    assert all_reduces == [UNITS] * 4  # the blocks in one backward, the root in the other
+def test_an_optimizer_that_is_not_toggled_gets_no_gradients(trained: dict[str, dict[str, Any]]) -> None:
+    _, all_reduces = trained["ranks"]["Alternating"]
+    assert all_reduces == [UNITS] * 4  # the block in one backward, the root in the other
 
 
-@pytest.mark.parametrize("groups", ["ranks", "ranks_that_keep"])
-def test_without_sync_grad_nothing_is_reduced_over_replicas(request: pytest.FixtureRequest, groups: str) -> None:
-    _, all_reduces = request.getfixturevalue(groups)[0]["Accumulating"]
+@pytest.mark.parametrize("groups", ["ranks", "ranks that keep"])
+def test_without_sync_grad_nothing_is_reduced_over_replicas(trained: dict[str, dict[str, Any]], groups: str) -> None:
+    _, all_reduces = trained[groups]["Accumulating"]
     assert all_reduces == [0, UNITS, 0, UNITS]
 
 

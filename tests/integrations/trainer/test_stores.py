@@ -16,6 +16,7 @@ from lightning_mics.checkpoint import inspect
 from lightning_mics.checkpoint.storage.path import storage_path
 from recipes.job.resume import find_saved_runs
 from tests.support.fits import STEPS_PER_EPOCH, Scored, data, fit, refusal, same, whole_weights
+from tests.support.forked import Run
 from tests.support.s3 import Fault, fault, s3
 from tests.support.trainers import mics, on_ranks
 
@@ -55,8 +56,8 @@ def _model_checkpoint(url: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def model_checkpoint(s3: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(_model_checkpoint, s3, tmp_path_factory.mktemp("here"), world_size=2)
+def model_checkpoint(s3: str, tmp_path_factory: pytest.TempPathFactory, on_shared_ranks: Run) -> list[dict[str, Any]]:
+    return on_shared_ranks(_model_checkpoint, s3, tmp_path_factory.mktemp("here"), world_size=2)
 
 
 def test_model_checkpoint_keeps_the_best_and_the_last_in_the_store_and_nothing_locally(model_checkpoint: Any) -> None:
@@ -88,8 +89,8 @@ def _full(url: str, folder: Path) -> dict[str, Any]:
     return facts
 
 
-def test_full_files_are_saved_to_and_loaded_from_the_store(s3: str, tmp_path: Path) -> None:
-    for facts in on_ranks(_full, s3, tmp_path, world_size=2):
+def test_full_files_are_saved_to_and_loaded_from_the_store(s3: str, tmp_path: Path, on_shared_ranks: Run) -> None:
+    for facts in on_shared_ranks(_full, s3, tmp_path, world_size=2):
         assert facts == {"names": ["epoch=1.ckpt"], "same": True}
 
 
@@ -138,8 +139,10 @@ def _refused(url: str, folder: Path) -> dict[str, str]:
     return facts
 
 
-def test_links_in_stores_missing_drivers_and_invalid_urls_are_rejected_on_all_ranks(s3: str, tmp_path: Path) -> None:
-    for facts in on_ranks(_refused, s3, tmp_path, world_size=2):
+def test_links_in_stores_missing_drivers_and_invalid_urls_are_rejected_on_all_ranks(
+    s3: str, tmp_path: Path, on_shared_ranks: Run
+) -> None:
+    for facts in on_shared_ranks(_refused, s3, tmp_path, world_size=2):
         assert "save_last='link'" in facts["link"] and "s3://checkpoints/linked" in facts["link"]  # Lightning's own
         assert facts["driver"].startswith("ImportError: gs://bucket/a.ckpt needs a driver of fsspec")
         assert "gcsfs" in facts["driver"]

@@ -6,6 +6,7 @@ import csv
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import pytest
@@ -17,15 +18,16 @@ from torch.utils.data import DataLoader
 
 from lightning_mics import CommunicationOptions
 from lightning_mics.integrations.trainer.traffic_monitor import TrafficMonitor
+from tests.support.campaign import campaign
 from tests.support.forked import RankError, Run
 from tests.support.models import BLOCK_NUMEL, BYTES, DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
-from tests.support.trainers import make_trainer, mics, on_ranks
+from tests.support.trainers import make_trainer, mics
 
 GATHERED = MODEL_BYTES + LAYERS * BLOCK_NUMEL * BYTES  # forward all, backward all but the root
 
 
-S = 3
+S = 2
 
 
 BETWEEN, INSIDE = "traffic/between_nodes_mb_per_step", "traffic/inside_nodes_mb_per_step"
@@ -151,14 +153,13 @@ def expected_mb(p: int, *, world: int, k: int, schedule: CommunicationOptions) -
 
 @pytest.mark.parametrize(
     ("world", "p", "schedule"),
-    [(4, 2, NODE), (4, 4, PAPER), (4, 4, NODE), (8, 4, NODE), (4, 2, RANK), (8, 4, RANK)],
-    ids=[
-        "p is a node",
-        "p spans nodes, every use",
-        "p spans nodes, once per step",
-        "replicas that span nodes",
-        "p is a node, kept by ranks",
-        "replicas that span nodes, kept by ranks",
+    [
+        pytest.param(4, 2, NODE, id="p is a node"),
+        pytest.param(4, 4, PAPER, id="p spans nodes, every use"),
+        pytest.param(4, 4, NODE, id="p spans nodes, once per step"),
+        campaign(8, 4, NODE, id="replicas that span nodes"),
+        pytest.param(4, 2, RANK, id="p is a node, kept by ranks"),
+        pytest.param(8, 4, RANK, id="replicas that span nodes, kept by ranks"),
     ],
 )
 def test_a_step_sends_what_the_design_says(
@@ -241,9 +242,8 @@ def _fit_validating(folder: Path) -> Any:
     return fit(folder, 6, accumulate_grad_batches=2, val_check_interval=3, num_sanity_val_steps=1)
 
 
-def test_validation_takes_no_time_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_mics.integrations.trainer.traffic_monitor.time", Clock)
-    for rows, *_ in on_ranks(_fit_validating_slowly, tmp_path):
+def test_validation_takes_no_time_of_steps(tmp_path: Path, on_shared_ranks: Run) -> None:
+    for rows, *_ in on_shared_ranks(_fit_validating_slowly, tmp_path):
         assert [metrics[SECONDS] for _, metrics in rows] == [1, 1, 1, 1]
 
 
@@ -267,7 +267,8 @@ class SlowValidation(StackModule):
 
 
 def _fit_validating_slowly(folder: Path) -> Any:
-    return fit(folder, 4, module=SlowValidation(), val_check_interval=2)
+    with patch("lightning_mics.integrations.trainer.traffic_monitor.time", Clock):
+        return fit(folder, 4, module=SlowValidation(), val_check_interval=2)
 
 
 @pytest.mark.parametrize("optimizers", [1, 2])

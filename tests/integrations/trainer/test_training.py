@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tests.support.models import TinyLM, TinyModule, tokens
+from tests.support.models import OneBlock, TinyModule, tokens
 from tests.support.recorded import RecordCollectives
 from tests.support.trainers import make_trainer, mics, on_ranks
 
@@ -23,7 +23,7 @@ LR = 0.5
 RANKS = 4
 
 
-UNITS = 3  # two blocks and the root
+UNITS = 2  # a block and the root
 
 
 SAMPLES = tokens(40, seed=5)  # two per rank and micro-step: five micro-steps
@@ -61,7 +61,7 @@ class Run:
 
 class Observed(TinyModule):
     def __init__(self) -> None:
-        super().__init__(lr=LR)
+        super().__init__(lr=LR, kind=OneBlock)
         self.run, self.collectives = Run(), RecordCollectives()
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
@@ -97,7 +97,7 @@ def fit(folder: str, *, strategy: dict[str, Any] | None = None, **options: Any) 
 
 def train_in_one_process(windows: Iterable[tuple[Tensor, float]], clip: Callable[..., Any] | None = None) -> Run:
     torch.manual_seed(0)
-    model, run = TinyLM(), Run()
+    model, run = OneBlock(), Run()
     for batch, share in windows:
         model.zero_grad()
         (model(batch) * share).backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 from unittest.mock import MagicMock, patch
 
@@ -17,14 +18,15 @@ from torch.utils.data import DataLoader
 
 from lightning_mics import CommunicationOptions
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
+from tests.support.campaign import campaign
 from tests.support.forked import Run
-from tests.support.models import TinyLM, TinyModule, tokens
+from tests.support.models import OneBlock, TinyModule, tokens
 from tests.support.trainers import make_trainer, mics
 
 RANKS = 4
 
 
-WINDOW = 4
+WINDOW = 3
 
 
 SAMPLES = tokens(16 * WINDOW, seed=8)  # two per rank and micro-step
@@ -37,7 +39,7 @@ class Automatic(TinyModule):
     """Records its full gradients of each step."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(kind=OneBlock)
         self.steps: list[dict[str, Tensor]] = []
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -85,12 +87,12 @@ ENDS: dict[str, tuple[type[Automatic], dict[str, Any]]] = {
 }
 
 
-def fit_twice(folder: str, options_of_strategy: dict[str, Any], guarded: bool) -> dict[str, Any]:
+def fit_twice(folder: str, options_of_strategy: dict[str, Any], guarded: bool, ends: list[str]) -> dict[str, Any]:
     def trainer(**options: Any) -> pl.Trainer:
         return make_trainer(folder, strategy=mics(**options_of_strategy), use_distributed_sampler=False, **options)
 
     with nullcontext() if guarded else dropping_nothing():
-        return {end: first_gradients_of_the_second_fit(trainer, *ENDS[end]) for end in ENDS}
+        return {end: first_gradients_of_the_second_fit(trainer, *ENDS[end]) for end in ends}
 
 
 def dropping_nothing() -> Any:
@@ -118,33 +120,36 @@ def loader_of(samples: Tensor) -> DataLoader[Any]:
     return DataLoader(samples[dist.get_rank() :: RANKS], batch_size=2)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(2, CommunicationOptions.PAPER), (4, CommunicationOptions.NODE), (2, CommunicationOptions.RANK)],
-    ids=["nothing kept", "kept by nodes", "kept by ranks"],
-)
-def strategy(request: pytest.FixtureRequest) -> dict[str, Any]:
-    partition_size, communication = request.param
-    return {"partition_size": partition_size, **communication.keywords()}
+KEPT = {
+    "nothing kept": {"partition_size": 2, **CommunicationOptions.PAPER.keywords()},
+    "kept by nodes": {"partition_size": 4, **CommunicationOptions.NODE.keywords()},
+    "kept by ranks": {"partition_size": 2, **CommunicationOptions.RANK.keywords()},
+}
+
+
+UNGUARDED = list(zip(KEPT, ENDS, strict=True))  # one end of each
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory, strategy: dict[str, Any], on_shared_ranks: Run) -> dict[str, Any]:
-    return on_shared_ranks(fit_twice, str(tmp_path_factory.mktemp("fit")), strategy, True)[0]
-
-
-@pytest.fixture(scope="module")
-def unguarded(
-    tmp_path_factory: pytest.TempPathFactory, strategy: dict[str, Any], on_shared_ranks: Run
-) -> dict[str, Any]:
-    return on_shared_ranks(fit_twice, str(tmp_path_factory.mktemp("fit")), strategy, False)[0]
+def first_gradients(
+    tmp_path_factory: pytest.TempPathFactory, on_shared_ranks: Run, in_campaign: bool
+) -> dict[Any, dict[str, Any]]:
+    """By what is kept, and whether windows are dropped, what rank 0 has returned of each end."""
+    found: dict[Any, dict[str, Any]] = {}
+    for kept, options in KEPT.items():
+        folder, without = str(tmp_path_factory.mktemp("fit")), [end for of, end in UNGUARDED if of == kept]
+        found[kept, True] = on_shared_ranks(fit_twice, folder, options, True, list(ENDS))[0]
+        found[kept, False] = on_shared_ranks(fit_twice, folder, options, False, list(ENDS) if in_campaign else without)[
+            0
+        ]
+    return found
 
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Tensor]:
     """Gradients of the second fit's only window; the weights are still the first ones."""
     torch.manual_seed(0)
-    model = TinyLM()
+    model = OneBlock()
     model(SECOND).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
@@ -153,15 +158,20 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
     return max(float((ours[name] - gradient).abs().max()) for name, gradient in theirs.items())
 
 
+@pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("end", ENDS)
 def test_an_abandoned_window_does_not_leak_into_the_next_fit(
-    end: str, guarded: dict[str, Any], expected: dict[str, Tensor]
+    end: str, kept: str, first_gradients: dict[Any, dict[str, Any]], expected: dict[str, Tensor]
 ) -> None:
-    micro_steps, steps, gradients = guarded[end]
+    micro_steps, steps, gradients = first_gradients[kept, True][end]
     assert (micro_steps, steps) == (2, 0)
     assert largest_difference(gradients, expected) < 1e-6
 
 
-@pytest.mark.parametrize("end", ENDS)
-def test_it_would_leak_if_nothing_dropped_it(end: str, unguarded: dict[str, Any], expected: dict[str, Tensor]) -> None:
-    assert largest_difference(unguarded[end][2], expected) > 1e-3
+@pytest.mark.parametrize(
+    ("kept", "end"), [case if case in UNGUARDED else campaign(*case) for case in product(KEPT, ENDS)]
+)
+def test_it_would_leak_if_nothing_dropped_it(
+    kept: str, end: str, first_gradients: dict[Any, dict[str, Any]], expected: dict[str, Tensor]
+) -> None:
+    assert largest_difference(first_gradients[kept, False][end][2], expected) > 1e-3
