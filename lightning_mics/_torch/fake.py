@@ -17,14 +17,25 @@ from torch._subclasses import fake_tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import _sharding_prop
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils import _python_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 # errors of operations whose results depend on values
 NEEDS_VALUES = (fake_tensor.DynamicOutputShapeException, fake_tensor.DataDependentOutputException)
 
 
-__all__ = ["NEEDS_VALUES", "FakeTensorMode", "TorchDispatchMode", "tree_leaves", "tree_map_only"]
+DEVICE_OF = torch.ops.prim.device.default  # what `tensor.device` is for a fake tensor
+
+
+__all__ = ["DEVICE_OF", "NEEDS_VALUES", "FakeTensorMode", "TorchDispatchMode", "tree_leaves", "tree_map_only"]
+
+
+class TorchDispatchMode(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """torch's mode, without the wrapper of each operation that keeps the compiler out: nothing is compiled inside."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-call]

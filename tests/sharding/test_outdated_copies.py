@@ -148,17 +148,28 @@ def seen(options, run_shared):
 
 
 def _change_by_every_route(options: CommunicationOptions) -> dict[tuple[str, str], tuple[float, float, float]]:
-    results = {("inside", route): _loss_after(KNOWN[route], options, inside=True) for route in INSIDE}
+    model, schedule = _make(options)
+    initial = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def loss_after(change: Callable[[Stack], None], *, inside: bool) -> tuple[float, float, float]:
+        model.reshard()  # FSDP2 leaves the root gathered
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), initial, strict=True):
+                parameter.copy_(value)
+        schedule.invalidate_cache()
+        model.zero_grad()
+        return _loss_after(change, model, schedule, inside=inside)
+
+    results = {("inside", route): loss_after(KNOWN[route], inside=True) for route in INSIDE}
     for route, change in {**KNOWN, **UNKNOWN}.items():
-        results["between", route] = _loss_after(change, options, inside=False)
+        results["between", route] = loss_after(change, inside=False)
     return results
 
 
 def _loss_after(
-    change: Callable[[Stack], None], options: CommunicationOptions, *, inside: bool
+    change: Callable[[Stack], None], model: Stack, schedule: AccumulationSchedule, *, inside: bool
 ) -> tuple[float, float, float]:
     """The loss before a change, after it, and after it with weights that were gathered anew."""
-    model, schedule = _make(options)
     x = torch.randn(2, DIM, generator=torch.Generator().manual_seed(3))
     if inside:
         before, after = _train_around(lambda: change(model), model, schedule, x)

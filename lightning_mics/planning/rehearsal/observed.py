@@ -12,7 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from lightning_mics._torch.fake import NEEDS_VALUES, TorchDispatchMode
+from lightning_mics._torch.fake import DEVICE_OF, NEEDS_VALUES, TorchDispatchMode
 
 
 class Observer(Protocol):
@@ -53,6 +53,8 @@ class Observed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if DTensor in types:
             return NotImplemented
+        if operation is DEVICE_OF:  # no operation on a device, and half of what fake tensors dispatch
+            return operation(*args)
         kwargs = kwargs or {}
         for observer in self._observers:
             observer.before(operation, args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch import Tensor
 from tests.support.models import loader_of_tokens
 from tests.support.stream_order.jobs import Network
 from tests.support.stream_order.simulation import Simulation, simulated_streams
-from tests.support.trainers import make_trainer, mics, on_ranks
+from tests.support.trainers import make_trainer, mics
 
-STEPS, MICRO_STEPS = 20, 2
+STEPS, MICRO_STEPS = 8, 2
 COUNTS = ("problems", "waits", "collectives")
 
 
@@ -87,8 +88,10 @@ EVERYWHERE = {"partition_size": 4, "cache_parameters": "rank", "accumulate_gradi
         pytest.param(EVERYWHERE, id="caches"),
     ],
 )
-def test_nothing_waits_between_the_boundaries_of_a_fit(tmp_path: Path, options: dict[str, Any]) -> None:
-    counted = on_ranks(fit, tmp_path, options)[0]
+def test_nothing_waits_between_the_boundaries_of_a_fit(
+    tmp_path: Path, options: dict[str, Any], on_shared_ranks: Callable[..., list[Any]]
+) -> None:
+    counted = on_shared_ranks(fit, tmp_path, options)[0]
     assert counted["problems"] == {}
     ours = {place for place in counted["waits"] if place.startswith("package")}
     assert {place for place in ours if "control.py" not in place} == set()  # there ranks meet on the CPU

@@ -8,7 +8,7 @@ have been announced by ``record_stream``.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.support.stream_order.streams import Stream
 
+Place = tuple[tuple[Any, int], ...]  # where an operation was called: functions and instructions, the innermost first
 
-@dataclass(frozen=True)
+
+@dataclass(slots=True)
 class Use:
     """The last use of some bytes by one stream."""
 
@@ -28,7 +30,7 @@ class Use:
     writes: bool
     first: int
     end: int
-    place: str
+    place: Place
 
     def conflicts(self, *, writes: bool, first: int, end: int) -> bool:
         """Whether a use of the bytes from ``first`` to ``end`` must be ordered after this one."""
@@ -60,13 +62,13 @@ class Memory:
         default_stream: Stream that owns what was there before the simulation.
     """
 
-    def __init__(self, report: Callable[[str, str, str], None], default_stream: Stream) -> None:
+    def __init__(self, report: Callable[[str, Place, Place], None], default_stream: Stream) -> None:
         self._report = report
         self._default_stream = default_stream
         self._blocks: dict[int, tuple[StorageWeakRef, Block]] = {}  # by address of the storage
         self._free: dict[Stream, list[Block]] = defaultdict(list)
 
-    def use(self, tensor: Tensor, stream: Stream, *, writes: bool, place: str) -> None:
+    def use(self, tensor: Tensor, stream: Stream, *, writes: bool, place: Place) -> None:
         """Use the bytes of ``tensor`` in an operation of ``stream``."""
         if not tensor.numel():
             return
@@ -91,7 +93,7 @@ class Memory:
             self._blocks[storage._cdata] = (StorageWeakRef(storage), Block(self._default_stream))
         return self._blocks[storage._cdata][1]
 
-    def allocate(self, storage: Any, stream: Stream, *, place: str) -> None:
+    def allocate(self, storage: Any, stream: Stream, *, place: Place) -> None:
         """Allocate ``storage`` on ``stream``, which may get any memory that was freed there.
 
         Other streams may use it only after the operations that ``stream`` has enqueued by now, which may use that
@@ -115,24 +117,31 @@ class Memory:
 
     def _collect(self) -> None:
         """Free the memory of storages that are gone."""
-        expired = torch.UntypedStorage._expired
-        gone = [address for address, (reference, _) in self._blocks.items() if expired(reference.cdata)]
-        for address in gone:
+        # a weak reference is the address of its storage: all of them are asked before each allocation
+        for address in list(filter(torch.UntypedStorage._expired, self._blocks)):
             _, block = self._blocks.pop(address)
             self._free[block.stream].append(block)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in an argument or result of an operation."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
+        return [value]
+    found: list[Tensor] = []
+    if isinstance(value, (list, tuple)):
         for each in value:
-            yield from tensors_in(each)
+            if isinstance(each, Tensor):
+                found.append(each)
+            elif isinstance(each, (list, tuple)):
+                found += tensors_in(each)
+    return found
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """First byte of a tensor in its storage, and the one after its last."""
+    if tensor.is_contiguous():
+        first = tensor.storage_offset() * tensor.element_size()
+        return first, first + tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     first = tensor.storage_offset()
     return first * tensor.element_size(), (first + last + 1) * tensor.element_size()

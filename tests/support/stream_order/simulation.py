@@ -26,12 +26,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.profiler import record_function
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mics._torch import streams as package_streams
-from lightning_mics._torch.fake import group_of
+from lightning_mics._torch.fake import TorchDispatchMode, group_of
 from tests.support.stream_order import memory, streams
-from tests.support.stream_order.memory import Memory, tensors_in
+from tests.support.stream_order.memory import Memory, Place, tensors_in
 from tests.support.stream_order.streams import Clock, merge
 
 WAITS = {  # operations with a result that the host needs
@@ -92,7 +91,7 @@ class Simulation:
         self._before_this_window: Clock = {}
 
     def new_stream(self, device: Any = None, priority: int = 0) -> streams.Stream:
-        stream = _DeviceStream(self, name=f"the stream of {_place()[1]}")
+        stream = _DeviceStream(self, name=f"the stream of {_in_words(_place()[1])}")
         self._streams.append(stream)
         return stream
 
@@ -109,7 +108,7 @@ class Simulation:
         """Let the host wait: for ``clock``, or for all that was enqueued."""
         owner, place = _place()
         if clock is None or any(n > self._before_this_window.get(stream, 0) for stream, n in clock.items()):
-            self.waits[f"{owner}: {place}"] += 1
+            self.waits[f"{owner}: {_in_words(place)}"] += 1
         for stream in self._streams if clock is None else ():
             merge(self.host, stream.seen)
         merge(self.host, clock or {})
@@ -140,7 +139,7 @@ class Simulation:
             stream.wait_stream(self.current)
             with self.on(stream):
                 result = self._enqueue(operation, args, kwargs)
-            self._note_work(result, stream, list(tensors_in(args)))
+            self._note_work(result, stream, tensors_in(args))
             return result
         return self._enqueue(operation, args, kwargs)
 
@@ -231,8 +230,8 @@ class Simulation:
     def record_stream(self, tensor: Tensor, stream: streams.Stream) -> None:
         self.memory.block_of(tensor).recorded.add(stream)
 
-    def _report(self, kind: str, first: str, then: str) -> None:
-        self.problems[Problem(kind, first, then)] += 1
+    def _report(self, kind: str, first: Place, then: Place) -> None:
+        self.problems[Problem(kind, _in_words(first), _in_words(then))] += 1
 
 
 class _DeviceStream(streams.Stream):
@@ -290,14 +289,17 @@ class _Watch(TorchDispatchMode):
         self._simulation = simulation
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(each, (DTensor, AsyncCollectiveTensor)) for each in types):
+        if types and any(issubclass(each, (DTensor, AsyncCollectiveTensor)) for each in types):
             return NotImplemented  # operations on what is inside come
         kwargs = kwargs or {}
         if operation.is_view:  # launches nothing
             return operation(*args, **kwargs)
-        given = (*tensors_in(args), *tensors_in(list(kwargs.values())))
-        if any(isinstance(tensor, FakeTensor) or tensor.device.type != "cpu" for tensor in given):
-            return operation(*args, **kwargs)
+        given = tensors_in(args)
+        if kwargs:
+            given += tensors_in(list(kwargs.values()))
+        for tensor in given:
+            if isinstance(tensor, FakeTensor) or not tensor.is_cpu:
+                return operation(*args, **kwargs)
         return self._simulation.run(operation, args, kwargs)
 
 
@@ -383,11 +385,11 @@ def _accesses(operation: Any, name: str, args: Any, kwargs: Any) -> tuple[list[T
     if name in WITHOUT_ACCESS:
         return [], []
     if name in OUTPUT_FIRST:
-        return list(tensors_in(args[1])), list(tensors_in(args[0]))
+        return tensors_in(args[1]), tensors_in(args[0])
     if name == "fsdp.all_gather_copy_in":
-        return list(tensors_in(args[0])), list(tensors_in(args[1]))
+        return tensors_in(args[0]), tensors_in(args[1])
     if operation.namespace == "c10d":
-        return [], list(tensors_in(args))
+        return [], tensors_in(args)
     reads: list[Tensor] = []
     writes: list[Tensor] = []
     written = _written(operation)
@@ -427,7 +429,7 @@ def _owner_of(code: Any) -> tuple[Any, str, str]:
     return code, "" if passes_on else "user", path.name
 
 
-def _place() -> tuple[str, str]:
+def _place() -> tuple[str, Place]:
     """Whose code runs an operation, and where: the innermost frames of the package, of FSDP2 and of the user."""
     frame, frames, owner = sys._getframe(1), [], ""
     while frame is not None and len(frames) < 4:
@@ -435,16 +437,24 @@ def _place() -> tuple[str, str]:
         known = _known.get(id(code))
         if known is None:
             known = _known[id(code)] = _owner_of(code)
-        _, of_frame, file = known
+        of_frame = known[1]
         if of_frame:
             owner = owner or of_frame
-            frames.append(f"{file}:{frame.f_lineno} {code.co_name}")
+            frames.append((code, frame.f_lasti))
             if of_frame == "user":
                 break
         elif code.co_name == "_engine_run_backward":  # its operations are those of the user's forward
             owner = owner or "user"
         frame = frame.f_back
-    return owner or "user", " < ".join(frames)
+    return owner or "user", tuple(frames)
+
+
+def _in_words(place: Place) -> str:
+    """A place in words, which few need: the line of an instruction takes a while to find."""
+    return " < ".join(
+        f"{_known[id(code)][2]}:{list(code.co_positions())[instruction // 2][0]} {code.co_name}"
+        for code, instruction in place
+    )
 
 
 __all__ = ["Problem", "Simulation", "simulated_streams"]
