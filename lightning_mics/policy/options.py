@@ -38,6 +38,8 @@ class PolicyOptions(TypedDict, total=False):
             as for ``cache_parameters``, from the memory it leaves.
         inter_node_reduce_dtype: Dtype in which gradients are sent between nodes, or its name; None, the default, is
             ``reduce_dtype``, in which they are added up in any case.
+        inter_node_prefetch: Number of blocks whose gather between nodes runs ahead, while earlier blocks are gathered
+            inside nodes and computed; 0, the default, is none. Takes their unsharded bytes on each node.
         reduce_dtype: Dtype in which gradients are reduced and added up, or its name; None, the default, follows the
             precision: float32 for float32 and mixed precision, bfloat16 for a model in bfloat16.
         block_classes: Classes of the blocks to shard, or their names; None, the default, takes the model's
@@ -64,6 +66,7 @@ class PolicyOptions(TypedDict, total=False):
     cache_parameters: CacheParameters
     accumulate_gradients: AccumulateGradients
     inter_node_reduce_dtype: torch.dtype | str | None
+    inter_node_prefetch: int
     reduce_dtype: torch.dtype | str | None
     block_classes: ModuleClasses | None
     activation_checkpointing: bool | float | ModuleClasses

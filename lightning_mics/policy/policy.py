@@ -61,6 +61,7 @@ class Policy:
             cache_parameters=policy.get("cache_parameters", "auto"),
             accumulate_gradients=policy.get("accumulate_gradients", "auto"),
             inter_node_reduce_dtype=floating_dtype("inter_node_reduce_dtype", policy.get("inter_node_reduce_dtype")),
+            inter_node_prefetch=policy.get("inter_node_prefetch", 0),
             two_hop=policy.get("two_hop", True),
             allow_unused=policy.get("allow_unused", False),
         )

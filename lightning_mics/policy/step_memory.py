@@ -20,7 +20,7 @@ activations. M and R are the bytes of a block, unsharded and as it is reduced, m
 
 Gradients of a block are among the activations until they are reduced. Sharded gradients are there from the start where
 several micro-steps add to them, else as far as the backward has come; in the first forward there are those of the step
-before, which Lightning frees after it.
+before, which Lightning frees after it. Slices that are fetched ahead of their gathers count in all phases.
 """
 
 from __future__ import annotations
@@ -113,6 +113,9 @@ class _Step:
         local = topology.local_ranks_per_partition_group
         self._states += _on_nodes(self._cache, elements) * wide / local
         self._states += _on_nodes(self._sums, elements) * reduced / local
+        in_stages = topology.spans_nodes and (communication.hierarchical is not False or local == 1)
+        if in_stages and self._cache != "node":  # there slices are fetched into the cache
+            self._states += communication.inter_node_prefetch * max(self._root.gathered, self._block.gathered) / local
         self._kept_of_reductions = work.size.cast_bytes / self._ranks if topology.replicas > 1 else 0.0
         if topology.replicas > 1 and micro_steps > 1 and not communication.two_hop:
             self._kept_of_reductions += self._all.reduced / self._ranks

@@ -32,6 +32,7 @@ from lightning_mics.sharding.ranks.unused import UnusedUnits
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.flat import FlatAllGather, FlatReduceScatter
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
+from lightning_mics.techniques.inter_node_prefetch import InterNodePrefetch
 from lightning_mics.techniques.once_per_step import NodeCache, NodeReduceScatter, ParameterCache, RankCache
 from lightning_mics.techniques.partition_groups import PartitionGroups
 from lightning_mics.techniques.pending_gradients import PendingGradients
@@ -67,6 +68,8 @@ class Communication:
         self._on_rank: dict[str, RankCache] = {}
         self._control = groups.control
         self._agreement = RankAgreement(groups)
+        ahead = options.inter_node_prefetch if self._rail else 0
+        self._prefetch = InterNodePrefetch(ahead) if ahead else None
 
     def install(self, root: FSDPModule) -> AccumulationSchedule:
         """Set the collectives of every parameter group under ``root``; returns the schedule that drives them."""
@@ -87,6 +90,8 @@ class Communication:
                 self._set_second_hop(name, module, self._replication)
         serve_direct_use(root, self._mesh, around=self._around_direct_use)
         self._agreement.follow(root)
+        if self._prefetch is not None:
+            self._prefetch.follow(root)  # before the schedule: see [Note: Hooks on the root, in order]
         all_ranks = dist.group.WORLD
         assert all_ranks is not None
         schedule = AccumulationSchedule(
@@ -100,6 +105,9 @@ class Communication:
             control=self._control,
             all_ranks=self._counted(all_ranks) if self._broadcast_buffers else None,
         )
+        if self._prefetch is not None:
+            schedule.cache.when_invalidated(self._prefetch.drop_all)
+            schedule.window.when_abandoned(self._prefetch.abandon)
         if self._options.allow_unused:
             dropped = [] if self._options.cache_parameters == "rank" else list(self._on_rank.values())
             unused = UnusedUnits(
@@ -117,9 +125,10 @@ class Communication:
         if self._rail is None:
             return FlatAllGather(self._partition.of_unit(name))
         rail, node = self._rail.of_unit(name), self._node and self._node.of_unit(name)
+        prefetch = self._prefetch.unit(name, module, rail) if self._prefetch is not None else None
         if self._options_of[name].cache_parameters != "node":
-            return HierarchicalAllGather(rail=rail, node=node, first_stage=self._gathers_begin_on)
-        cache = NodeCache(rail=rail, node=node, module=module, first_stage=self._gathers_begin_on)
+            return HierarchicalAllGather(rail=rail, node=node, first_stage=self._gathers_begin_on, prefetch=prefetch)
+        cache = NodeCache(rail=rail, node=node, module=module, first_stage=self._gathers_begin_on, prefetch=prefetch)
         self._caches.append(cache)
         return cache
 

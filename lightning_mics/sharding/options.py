@@ -56,6 +56,9 @@ class CommunicationOptions:
             rank.
         inter_node_reduce_dtype: Dtype in which gradients are sent between nodes, float32 or bfloat16; None is the
             dtype in which they are reduced.
+        inter_node_prefetch: Number of units whose stage between nodes runs ahead of their gather, beside arithmetic;
+            takes their bytes / k on each rank. It changes nothing where collectives run in one stage inside a node or
+            over several; see :mod:`~lightning_mics.techniques.inter_node_prefetch`.
         two_hop: Whether gradients are reduced over replicas at the boundary only; False does so in every micro-step,
             as hybrid sharding without MiCS does. For measurements.
         allow_unused: Whether ranks may use different units in training, as with layer drop, early exit or experts by
@@ -70,6 +73,7 @@ class CommunicationOptions:
     cache_parameters: CacheParameters = "never"
     accumulate_gradients: AccumulateGradients = "shard"
     inter_node_reduce_dtype: torch.dtype | None = None
+    inter_node_prefetch: int = 0
     two_hop: bool = True
     allow_unused: bool = False
 
@@ -91,6 +95,8 @@ class CommunicationOptions:
                 f"inter_node_reduce_dtype={self.inter_node_reduce_dtype!r} is not one of None, "
                 f"{', '.join(map(str, WIRE_DTYPES))}"
             )
+        if type(self.inter_node_prefetch) is not int or self.inter_node_prefetch < 0:
+            raise ValueError(f"inter_node_prefetch={self.inter_node_prefetch!r} is neither 0 nor a positive integer")
         if not isinstance(self.two_hop, bool):
             raise ValueError(f"two_hop={self.two_hop!r} is neither True nor False")
         if not isinstance(self.allow_unused, bool):

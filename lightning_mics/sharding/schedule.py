@@ -8,6 +8,7 @@ if it holds::
     hook                    registered by                               condition
     enter                   sharding.evaluation                         Fabric, Accelerate
     _drop_cached_weights    sharding.schedule                           parameters are cached
+    _begin_forward          techniques.inter_node_prefetch              units are fetched ahead
     _pre_forward            FSDP2, `fully_shard`
     (the user's)            hooks on the model before it was sharded
     _defer_reductions       sharding.schedule
@@ -16,11 +17,12 @@ if it holds::
     (the user's)            hooks on the model after it was sharded
 
 ``_pre_forward`` unshards the root, so what decides how it is unsharded runs before it: ``enter`` leaves inference mode,
-in which FSDP2 would allocate tensors that cannot be trained, and ``_drop_cached_weights`` drops outdated weights. What
+in which FSDP2 would allocate tensors that cannot be trained, ``_drop_cached_weights`` drops outdated weights, and
+``_begin_forward`` notes which kind of forward begins. What
 the backward will do is decided after it: before the boundary ``_defer_reductions`` lets FSDP2 defer reductions, or
 include parameters without a gradient in them as zeros, ``_before_forward`` gives all ranks rank 0's buffers where a
 window or an evaluation begins, and ``_note_forward`` lists the model for ``fabric.backward``.
-The first two are registered with ``prepend=True``, as FSDP2's is, the others without.
+The first three are registered with ``prepend=True``, as FSDP2's is, the others without.
 
 FSDP2's hook and ``_defer_reductions`` are on every block as well, in the same order. Activation checkpointing is no
 hook: it wraps the ``forward`` of a block, inside of all of these.

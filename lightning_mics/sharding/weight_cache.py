@@ -27,7 +27,7 @@ saved, and at the end of a fit and of an evaluation between windows, all results
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -49,6 +49,7 @@ class WeightCache:
         self._shared_by_forwards = False
         self._steps = 0  # of the optimizers of this model
         self._differ: deque[tuple[str, HostCopy]] = deque()  # results of comparisons, and where these were
+        self._when_invalidated: list[Callable[[], None]] = []
 
     @property
     def enabled(self) -> bool:
@@ -84,6 +85,12 @@ class WeightCache:
         """Drop all cached parameters; every rank calls it. The next use gathers them again."""
         for cache in self._caches:
             cache.drop()
+        for action in self._when_invalidated:
+            action()
+
+    def when_invalidated(self, action: Callable[[], None]) -> None:
+        """Run ``action`` whenever all cached parameters are dropped, or would be if there were any."""
+        self._when_invalidated.append(action)
 
     def free(self) -> None:
         """Drop all cached parameters, and free their memory; every rank calls it."""

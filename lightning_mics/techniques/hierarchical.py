@@ -36,8 +36,9 @@ from typing_extensions import override
 
 from lightning_mics._torch.fsdp import AllGather, OrdinaryBuffers, ReduceScatter
 from lightning_mics._torch.process_groups import premultiplied_sum_factor
-from lightning_mics._torch.streams import SideStream, current_stream
+from lightning_mics._torch.streams import SideStream, current_stream, keep_for_current_stream
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
+from lightning_mics.techniques.inter_node_prefetch import FetchedSlice, UnitPrefetch
 
 # FSDP2 divides gradients of any other dtype before they are reduced, on the stream that reduces them
 NOT_DIVIDED_BEFORE = (torch.float32, torch.bfloat16)
@@ -96,7 +97,25 @@ class TwoStages(OrdinaryBuffers):
 
 
 class HierarchicalAllGather(TwoStages, AllGather):
-    """All-gather over a partition group in two stages, in place: along the rail, then inside the node."""
+    """All-gather over a partition group in two stages, in place: along the rail, then inside the node.
+
+    Args:
+        rail: Ranks with this local rank, one per node, in the order of nodes.
+        node: Ranks on this node, in the order of local ranks; None if there is one.
+        first_stage: Stream of the first stage; see :class:`TwoStages`.
+        prefetch: Prefetch of the unit, which may have run the first stage before; None where there is none.
+    """
+
+    def __init__(
+        self,
+        *,
+        rail: CountedGroup,
+        node: CountedGroup | None,
+        first_stage: SideStream | None = None,
+        prefetch: UnitPrefetch | None = None,
+    ) -> None:
+        super().__init__(rail=rail, node=node, first_stage=first_stage)
+        self.prefetch = prefetch
 
     def __call__(
         self,
@@ -111,15 +130,60 @@ class HierarchicalAllGather(TwoStages, AllGather):
         neither, and the returned work covers both.
         """
         rail_slice, device = self.rail_slice(output_tensor, group), output_tensor.device
+        fetched = None if self.prefetch is None else self.prefetch.take()
         if self.node is None:
-            return self.rail.all_gather(output_tensor, input_tensor, technique="gather along rails", async_op=async_op)
+            return self._along_rail(output_tensor, input_tensor, fetched, async_op=async_op)
         here = current_stream(device)
         with self.first_stage.after(self.filled_on(output_tensor), device):
-            self.rail.all_gather(rail_slice, input_tensor, technique="gather along rails")
+            if fetched is None:
+                self.rail.all_gather(rail_slice, input_tensor, technique="gather along rails")
+            else:
+                fetched.wait()
+                rail_slice = fetched.values
             if async_op:  # called from here the work is ordered after the rail's, and `here` after nothing
-                return self.node.all_gather(output_tensor, rail_slice, technique="gather inside nodes", async_op=True)
+                work = self.node.all_gather(output_tensor, rail_slice, technique="gather inside nodes", async_op=True)
+                self._fetch_next(output_tensor)
+                return work
         here.wait_event(self.first_stage.record())
-        return self.node.all_gather(output_tensor, rail_slice, technique="gather inside nodes")
+        self._fetch_next(output_tensor)
+        work = self.node.all_gather(output_tensor, rail_slice, technique="gather inside nodes")
+        if fetched is not None:
+            keep_for_current_stream(rail_slice)  # freed, its memory goes back to the stream of the rail
+        return work
+
+    def _along_rail(
+        self, output: torch.Tensor, shard: torch.Tensor, fetched: FetchedSlice | None, *, async_op: bool
+    ) -> dist.Work | None:
+        """The only stage, unless :meth:`allocate` gave FSDP2 what was fetched: [shard] -> [nodes * shard]."""
+        work = None
+        if fetched is None:
+            work = self.rail.all_gather(output, shard, technique="gather along rails", async_op=async_op)
+        self._fetch_next(output)
+        return work
+
+    def _fetch_next(self, output: torch.Tensor) -> None:
+        if self.prefetch is not None:
+            self.prefetch.fetch_next(self.first_stage, self.filled_on(output), output.device)
+
+    @override
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory of the result, [size]: what was fetched, if that is all of it, or new memory.
+
+        Args:
+            size: Numbers of elements, one per dim.
+            dtype: Dtype of the elements.
+            device: The device of this rank.
+        """
+        fetched = self._whole()
+        if fetched is None:
+            return super().allocate(size, dtype=dtype, device=device)
+        fetched.wait()
+        self._filled_on[fetched.values.numel()] = current_stream(device)
+        return fetched.values
+
+    def _whole(self) -> FetchedSlice | None:
+        """What was fetched of a unit with one rank on each node, where a slice is all of the unit."""
+        return None if self.prefetch is None or self.node is not None else self.prefetch.peek()
 
 
 class HierarchicalReduceScatter(TwoStages, ReduceScatter):

@@ -49,6 +49,7 @@ from lightning_mics._torch.fsdp import ReusedUnshard, weights_version
 from lightning_mics._torch.streams import SideStream, current_stream, has_streams, keep_for_current_stream
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
+from lightning_mics.techniques.inter_node_prefetch import FetchedSlice, UnitPrefetch
 from lightning_mics.techniques.pending_gradients import PendingGradients
 
 
@@ -131,6 +132,7 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         node: The ranks on this node, in the order of local ranks; None if there is one.
         module: FSDP module of the parameter group.
         first_stage: Stream of the first stage; see :class:`~lightning_mics.techniques.hierarchical.TwoStages`.
+        prefetch: Prefetch of the unit, which may have filled the cache before; None where there is none.
     """
 
     def __init__(
@@ -140,9 +142,12 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         node: CountedGroup | None,
         module: FSDPModule,
         first_stage: SideStream | None = None,
+        prefetch: UnitPrefetch | None = None,
     ) -> None:
         ParameterCache.__init__(self, lambda: weights_version(module))
-        HierarchicalAllGather.__init__(self, rail=rail, node=node, first_stage=first_stage)
+        HierarchicalAllGather.__init__(self, rail=rail, node=node, first_stage=first_stage, prefetch=prefetch)
+        if prefetch is not None:
+            prefetch.cached, prefetch.memory = lambda: self.is_cached, self._memory_to_fetch
         self._rail_slice: Tensor | None = None  # [nodes * shard]
         self._gathered: Any = None  # event after the stage along the rail
         self._spread_out: Any = None  # event after the last use
@@ -161,18 +166,26 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
     ) -> dist.Work | None:
         """Gather every shard into ``output_tensor``, in the order of ``group`` (rail by rail)."""
         device, cached = output_tensor.device, self._rail_slice
+        fetched = None if self.prefetch is None else self.prefetch.take()
         if cached is not None and self.usable:
             current_stream(device).wait_event(self._gathered)  # it may have been another one's that waited for it
             self.compare([(cached.chunk(self.rail.size)[self.rail.rank], input_tensor)])
+            self._fetch_next(output_tensor)
             work = self._spread(cached, output_tensor, async_op=async_op)
         else:
             with self.first_stage.after(self.filled_on(output_tensor), device):
-                cached = self._memory_like(self.rail_slice(output_tensor, group))
-                self.rail.all_gather(cached, input_tensor, technique="gather along rails")
+                if fetched is None:
+                    rail_slice = self.rail_slice(output_tensor, group)
+                    cached = self._memory(rail_slice.numel(), rail_slice.dtype, device)
+                    self.rail.all_gather(cached, input_tensor, technique="gather along rails")
+                else:
+                    fetched.wait()
+                    cached = fetched.values
                 self._rail_slice, self._gathered = cached, self.first_stage.record()
                 self.mark_valid()
                 if async_op:
                     work = self._spread(cached, output_tensor, async_op=True) or self.first_stage.work(device)
+            self._fetch_next(output_tensor)
             if not async_op:
                 current_stream(device).wait_event(self._gathered)
                 work = self._spread(cached, output_tensor, async_op=False)
@@ -180,14 +193,25 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         self._spread_out = current_stream(device).record_event()
         return work
 
-    def _memory_like(self, rail_slice: Tensor) -> Tensor:
+    def _memory(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for the rail's slice, [nodes * shard]: what an earlier gather has filled, after its last use."""
         memory = self._rail_slice
-        if memory is None or memory.shape != rail_slice.shape or memory.dtype != rail_slice.dtype:
+        if memory is None or memory.numel() != numel or memory.dtype != dtype:
             with torch.inference_mode(False):  # after an evaluation it may be filled in training
-                return torch.empty_like(rail_slice)
-        current_stream(memory.device).wait_event(self._spread_out)
+                return torch.empty(numel, dtype=dtype, device=device)
+        current_stream(device).wait_event(self._spread_out)
         return memory
+
+    def _memory_to_fetch(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The same, for a slice that becomes the cache when it is used; if it is dropped, its memory is with it."""
+        memory = self._memory(numel, dtype, device)
+        self.drop()
+        self._rail_slice = None
+        return memory
+
+    @override
+    def _whole(self) -> FetchedSlice | None:
+        return None  # the cache stays as it is
 
     def _spread(self, cached: Tensor, output: Tensor, *, async_op: bool) -> dist.Work | None:
         """Give the node this rank's slice, [nodes * shard]: the second stage, on the current stream."""

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.rehearsal
         ("recomputed", 1),
         ("mixed precision", 3),
         ("half precision", 2),
+        ("hierarchical, fetched ahead", 4),
     ],
 )
 def test_a_step_takes_what_its_rehearsal_allocates_however_it_runs(job: str, micro_steps: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,9 @@ from tests.support.models import Stack, TinyModule, loader_of_tokens
 from tests.support.trainers import make_trainer, mics, on_ranks
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+FETCHED = "_begin_forward"
 
 
 TOPOLOGY = Topology(world_size=2, ranks_per_node=2, partition_size=2)
@@ -51,9 +55,15 @@ def hooked_by_the_user(model: Model) -> Model:
 
 def on_a_plain_model() -> dict[str, list[str]]:
     found = {}
-    for name, options in (("not cached", PAPER), ("cached", CACHED)):
+    over_nodes = Topology(world_size=2, ranks_per_node=1, partition_size=2)
+    ahead = replace(CACHED, inter_node_prefetch=1)
+    for name, topology, options in (
+        ("not cached", TOPOLOGY, PAPER),
+        ("cached", TOPOLOGY, CACHED),
+        ("fetched ahead", over_nodes, ahead),
+    ):
         model = hooked_by_the_user(Stack())
-        shard_model(model, create_partition_groups(TOPOLOGY, device_type="cpu"), communication=options)
+        shard_model(model, create_partition_groups(topology, device_type="cpu"), communication=options)
         found[name] = hooks(hooked_by_the_user(model))
         found["block"] = hooks(model.layers[0])
     return found
@@ -86,23 +96,26 @@ def under_the_trainer(folder: Path) -> list[str]:
 
 
 def test_the_table_lists_the_hooks_of_a_model_under_fabric_in_their_order():
-    assert on_ranks(under_fabric, world_size=2) == [table()] * 2
-    assert len(table()) == 8
+    assert on_ranks(under_fabric, world_size=2) == [[row for row in table() if row != FETCHED]] * 2
+    assert len(table()) == 9
 
 
 def test_the_table_lists_the_hooks_of_a_model_under_accelerate():
-    expected = [row for row in table() if row != "_note_forward"]
+    expected = [row for row in table() if row not in ("_note_forward", FETCHED)]
     assert on_ranks(under_accelerate, world_size=2) == [expected] * 2
 
 
 def test_the_table_lists_the_hooks_of_a_model_in_the_trainer(tmp_path):
-    expected = [row for row in table() if row not in ("enter", "_note_forward")][:-1]  # the user has hooked it once
+    expected = [row for row in table() if row not in ("enter", "_note_forward", FETCHED)][
+        :-1
+    ]  # the user has hooked it once
     assert on_ranks(under_the_trainer, tmp_path, world_size=2) == [expected] * 2
 
 
 def test_the_table_lists_the_hooks_of_a_model_in_a_custom_loop():
     for found in run_ranks(2, on_a_plain_model):
         expected = [row for row in table() if row not in ("enter", "_note_forward", "_before_forward")]  # no buffers
-        assert found["cached"] == expected
-        assert found["not cached"] == [row for row in expected if row != "_drop_cached_weights"]
+        assert found["fetched ahead"] == expected
+        assert found["cached"] == [row for row in expected if row != FETCHED]
+        assert found["not cached"] == [row for row in expected if row not in ("_drop_cached_weights", FETCHED)]
         assert found["block"] == ["_pre_forward", "_defer_reductions"]

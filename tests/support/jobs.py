@@ -57,6 +57,7 @@ JOBS = {
     "a node a group, once per step": Job((4, 2, 2), RANK),
     "flat over nodes": Job((4, 2, 4), CommunicationOptions(hierarchical=False)),
     "hierarchical": Job((4, 2, 4)),
+    "hierarchical, fetched ahead": Job((4, 2, 4), CommunicationOptions(inter_node_prefetch=1)),
     "parameters once per step": Job((4, 2, 4), CommunicationOptions(cache_parameters="node")),
     "gradients once per step": Job((4, 2, 4), CommunicationOptions(accumulate_gradients="node")),
     "once per step": Job((4, 2, 4), NODE),

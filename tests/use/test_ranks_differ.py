@@ -55,13 +55,15 @@ class Ordered(nn.Module):
         return x.square().mean()
 
 
-def _steps(way: Callable[..., None], *, size: int = 2, cache: str = "never", differs_at: int = 1) -> Any:
+def _steps(
+    way: Callable[..., None], *, size: int = 2, cache: str = "never", differs_at: int = 1, ahead: int = 0
+) -> Any:
     """Weights after three steps, or the error and the seconds it took."""
     torch.manual_seed(0)
     model, rank = Ordered(), dist.get_rank()
     groups = create_partition_groups(Topology(world_size=4, ranks_per_node=2, partition_size=size), device_type="cpu")
     gradients: Any = "rank" if cache == "rank" else "shard"
-    options = CommunicationOptions(cache_parameters=cache, accumulate_gradients=gradients)
+    options = CommunicationOptions(cache_parameters=cache, accumulate_gradients=gradients, inter_node_prefetch=ahead)
     schedule = shard_model(model, groups, communication=options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -137,6 +139,8 @@ DIFFERENT: dict[str, tuple[Callable[..., Any], str]] = {
     "a forward more": (partial(_steps, _forward_on_one_rank), "'the root'"),
     "a backward more, replicated": (partial(_steps, _backward_more_on_one_rank, size=1), "steps SGD"),
     "a micro-step fewer": (partial(_steps, _micro_step_fewer_on_one_rank), "'layers.2'"),
+    "another order, fetched ahead": (partial(_steps, _other_order, size=4, differs_at=3, ahead=1), "'layers.1'"),
+    "a block left out, fetched ahead": (partial(_steps, _one_left_out, size=4, differs_at=3, ahead=1), "'layers.1'"),
     "another boundary": (partial(_steps, _boundary_on_one_rank), "over the replicas"),
     "weights cached by ranks changed": (
         partial(_steps, _weights_changed_on_one_rank, cache="rank"),

@@ -31,6 +31,7 @@ from lightning_mics._torch.units.param_groups import (
     note_reductions,
 )
 from lightning_mics.collectives.control_plane import Stream
+from lightning_mics.techniques.hierarchical import HierarchicalAllGather
 from lightning_mics.techniques.once_per_step import NodeCache
 from lightning_mics.techniques.partition_groups import PartitionGroups
 
@@ -66,9 +67,12 @@ class RankAgreement:
             for cached in (False, True)
         }
 
+        prefetch = gather.prefetch if isinstance(gather, HierarchicalAllGather) else None
+
         def agree() -> None:
             cached = isinstance(gather, NodeCache) and gather.is_cached
-            stream.agree(words[in_backward(module), cached])
+            ahead = prefetch.announce() if prefetch is not None else ""
+            stream.agree(words[in_backward(module), cached] + ahead)
 
         return NotedAllGather(gather, before=agree, explained=self._control.explained)
 

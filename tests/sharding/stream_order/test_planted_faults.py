@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from lightning_mics.techniques import two_hop
 from lightning_mics.techniques.hierarchical import HierarchicalReduceScatter
+from lightning_mics.techniques.inter_node_prefetch import FetchedSlice, UnitPrefetch
 from lightning_mics.techniques.pending_gradients import PendingGradients
 from tests.support.stream_order import simulation
-from tests.support.stream_order.jobs import Findings, run_usage, simulated_job, train
+from tests.support.stream_order.jobs import Findings, Job, run_usage, simulated_job, train
 
 simulation.COUNT_AS_PACKAGE.add(__file__)
 CPU = torch.device("cpu")
@@ -45,10 +47,10 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
     return Plant(monkeypatch)
 
 
-def found_in(plant: Plant, options: str, precision: str) -> Findings:
+def found_in(plant: Plant, options: str, precision: str, run: Callable[[Job], None] = train) -> Findings:
     """What training does wrong with the planted fault."""
     with simulated_job(options, precision) as job:
-        found = run_usage(job, train)
+        found = run_usage(job, run)
     assert plant.calls, "the planted fault was not executed"
     return found
 
@@ -125,6 +127,38 @@ def test_a_buffer_freed_too_early(plant: Plant, options: str) -> None:
     plant.replace(HierarchicalReduceScatter, "reduce_in_node", through_a_copy)
     found = found_in(plant, options, "32-true")
     assert any(each.startswith("reused") for each in found.order)
+
+
+def three_steps(job: Job) -> None:
+    for _ in range(3):
+        job.window(micro_steps=1)
+
+
+AHEAD = [f"{name}, one ahead" for name in (*TWO_STAGES, "rank cache", "one rank a node")]
+
+
+@pytest.mark.parametrize("options", AHEAD)
+def test_units_that_are_fetched_ahead_without_a_fault(plant: Plant, options: str) -> None:
+    plant.replace(UnitPrefetch, "_fetch", lambda original, *args: original(*args))
+    assert found_in(plant, options, "bf16-mixed", three_steps) == Findings(order=(), waits=())
+
+
+@pytest.mark.parametrize("options", AHEAD)
+def test_a_gather_that_does_not_wait_for_what_was_fetched_for_it(plant: Plant, options: str) -> None:
+    def beside(original: Any, self: Any, inputs: Any, first_stage: Any, device: Any) -> Any:
+        arrived = first_stage.record()
+        with streams.on_stream(streams.new_stream(CPU), CPU):
+            streams.current_stream(CPU).wait_event(arrived)
+            return replace(original(self, inputs, first_stage, device), arrived=arrived)
+
+    plant.replace(UnitPrefetch, "_fetch", beside)
+    assert any(each.startswith("race") for each in found_in(plant, options, "32-true", three_steps).order)
+
+
+def test_a_unit_in_memory_that_is_still_being_fetched(plant: Plant) -> None:
+    plant.replace(FetchedSlice, "wait", lambda _original, _fetched: None)
+    found = found_in(plant, "one rank a node, one ahead", "32-true", three_steps)
+    assert any(each.startswith("race") for each in found.order)
 
 
 def test_a_fault_that_is_not_executed_fails(plant: Plant) -> None:

@@ -51,6 +51,11 @@ OPTIONS |= {
     )
 }
 
+OPTIONS |= {
+    f"{name}, one ahead": (OPTIONS[name][0], replace(OPTIONS[name][1], inter_node_prefetch=1))
+    for name in ("two stages", "node cache and sums", "rank cache", "one rank a node")
+}
+
 PRECISIONS = {"32-true": None, "bf16-mixed": None, "bf16-true": torch.float32}  # with the dtype of reductions
 
 
