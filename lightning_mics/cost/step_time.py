@@ -99,6 +99,7 @@ def step_seconds(
     ways: Sequence[Arithmetic],
     *,
     ranks_per_node: int | None = None,
+    units_ahead: int = 0,
     hidden_share: float = HIDDEN_SHARE,
 ) -> list[Seconds]:
     """Seconds of an optimizer step, for each way to divide the same traffic by arithmetic.
@@ -108,6 +109,7 @@ def step_seconds(
         hardware: Hardware of each node.
         ways: Arithmetic between the collectives.
         ranks_per_node: Number of ranks that share the node's network; None is one per GPU.
+        units_ahead: Further units whose stage between nodes is prefetched.
         hidden_share: Share of what the order lets overlap, 0 to 1, that is expected to.
     """
     compute = np.array([way.micro_step_flops for way in ways]) / (hardware.peak_tflops * 1e12 * hardware.kernel_share)
@@ -118,7 +120,14 @@ def step_seconds(
     parts = {}
     for whens in {whens for count in counts for whens in count}:
         parts[whens] = _micro_step(
-            traffic, whens, seconds_of, compute, recomputed_share=recomputed, host=host, hidden=hidden_share
+            traffic,
+            whens,
+            seconds_of,
+            compute,
+            recomputed_share=recomputed,
+            host=host,
+            units_ahead=units_ahead,
+            hidden=hidden_share,
         )
     return [
         Seconds(
@@ -150,6 +159,7 @@ def _micro_step(
     *,
     recomputed_share: NDArray[np.float64],
     host: NDArray[np.float64],
+    units_ahead: int,
     hidden: float,
 ) -> dict[str, NDArray[np.float64]]:
     """The fields of :class:`Seconds` of a micro-step, each [ways]."""
@@ -167,6 +177,7 @@ def _micro_step(
             [count / total for count in elements],
             forward=np.append(forward, without),
             backward=np.append(compute - forward, without),
+            units_ahead=units_ahead,
             host=np.tile(host / max(1, len(units) - 1), 2) if host.any() else None,
         ),
         2,

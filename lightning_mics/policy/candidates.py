@@ -255,6 +255,7 @@ class Job:
                 for work, batches in ways
             ],
             ranks_per_node=topology.ranks_per_node,
+            units_ahead=options.inter_node_prefetch,
         )
         for (work, batches), seconds in zip(ways, predicted, strict=True):
             memory_bytes = step_bytes(

@@ -193,6 +193,20 @@ def test_blocks_are_not_recomputed_where_memory_allows() -> None:
     assert taken(job(workload=given)).recomputed_share == 1
 
 
+def test_prefetching_between_nodes_is_priced_where_it_is_given_and_never_chosen() -> None:
+    slow = job(hardware=replace(P4D, network_rate_gbits_per_s=100), micro_batch=4)
+    staged = replace(AUTO, hierarchical=True, **paper())
+
+    def over_nodes(ahead: int) -> Candidate:
+        (found,) = slow.candidates(32, replace(staged, inter_node_prefetch=ahead))
+        return found
+
+    without, one = over_nodes(0), over_nodes(1)
+    assert one.seconds.expected < without.seconds.expected
+    assert one.node_sent == without.node_sent and one.memory_bytes > without.memory_bytes
+    assert all(c.communication.inter_node_prefetch == 0 for c in slow.candidates("auto", AUTO))
+
+
 def offloadable(on_host: float) -> Workload:
     """Inputs of blocks on the device, 8 GiB of a sample, or on the host, ``on_host`` bytes."""
     kept = Activations({phase: (Line(0, 8 * GIB),) for phase in ALL_SAVED})
