@@ -191,7 +191,8 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], int]] = {
     ),
     "in the middle of a window, to all": (everyone("micro-step's end", 1), WINDOW, 6),
     "at an epoch's end": ([("epoch's end", 0, 1, (1,))], {}, 8),
-    "at different steps of different ranks": ([("micro-step", 3, 0, (1,)), ("micro-step", 4, 1, (0,))], WINDOW, 9),
+    # in the second micro-step of a window: all have begun the comparison that follows the window before
+    "at different steps of different ranks": ([("micro-step", 4, 0, (1,)), ("micro-step", 5, 1, (0,))], WINDOW, 9),
     "again while it is saved": ([("micro-step", 2, 1, (1,)), *everyone("saving", 0)], {}, 4),
     "in a validation inside a window": (
         [("validation", 1, 1, (0,))],
