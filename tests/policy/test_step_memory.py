@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.step_memory import compared, ratio
 from lightning_mics.policy.step_memory import step_bytes
+from tests.support.campaign import campaign
 from tests.support.jobs import JOBS, SEQUENCES, measured, rehearsed
 
 pytestmark = pytest.mark.rehearsal
@@ -15,11 +16,11 @@ pytestmark = pytest.mark.rehearsal
     ("job", "micro_steps"),
     [
         ("one rank a group", 1),
-        ("a node a group", 1),
+        campaign("a node a group", 1),  # as in half precision
         ("without two hops", 2),
-        ("a node a group, once per step", 3),
-        ("hierarchical", 3),
-        ("once per step", 2),
+        campaign("a node a group, once per step", 3),  # as everywhere
+        campaign("hierarchical", 3),  # as with replicas, half of the bytes
+        campaign("once per step", 2),  # as with replicas over nodes
         ("once per step everywhere", 1),
         ("replicas over nodes", 3),
         ("replicas, half of the bytes", 2),
@@ -37,7 +38,8 @@ def test_a_step_takes_what_its_rehearsal_allocates_however_it_runs(job: str, mic
 
 
 @pytest.mark.parametrize(
-    ("model", "cluster", "blocks"), [("gpt2", "p4d_2", "n_layer=5"), ("gpt-tiny", "p4d_2", "num_hidden_layers=7")]
+    ("model", "cluster", "blocks"),
+    [("gpt2", "p4d_2", "n_layer=5"), campaign("gpt-tiny", "p4d_2", "num_hidden_layers=7")],
 )
 def test_a_plan_counts_the_memory_of_three_micro_batches_within_three_percent(
     model: str, cluster: str, blocks: str
