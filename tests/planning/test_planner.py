@@ -24,6 +24,7 @@ from lightning_mics.policy.activations import Activations, Line
 from lightning_mics.policy.memory import measure_model, smallest_partition_size
 from lightning_mics.sharding.blocks import find_blocks
 from recipes.plan.dry_run import Training
+from tests.support.campaign import campaign
 from tests.support.configs import composed
 from tests.support.jobs import JOBS, SEQUENCES, measured, rehearsed
 
@@ -107,8 +108,8 @@ def test_partition_sizes_of_berts_are_those_of_the_paper(model: str, partition_s
 @pytest.mark.parametrize(
     ("job", "name"),
     [
-        ("a node a group", "gpt"),
-        ("hierarchical", "bert"),
+        campaign("a node a group", "gpt"),
+        campaign("hierarchical", "bert"),
         ("once per step", "gpt"),
         ("recomputed", "bert"),
         ("mixed precision", "gpt"),

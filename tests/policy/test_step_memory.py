@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.step_memory import compared, ratio
 from lightning_mics.policy.step_memory import step_bytes
+from tests.support.campaign import campaign
 from tests.support.jobs import JOBS, SEQUENCES, measured, rehearsed
 
 pytestmark = pytest.mark.rehearsal
@@ -15,11 +16,11 @@ pytestmark = pytest.mark.rehearsal
     ("job", "micro_steps"),
     [
         ("one rank a group", 1),
-        ("a node a group", 1),
+        campaign("a node a group", 1),  # as in half precision
         ("without two hops", 2),
-        ("a node a group, once per step", 3),
-        ("hierarchical", 3),
-        ("once per step", 2),
+        campaign("a node a group, once per step", 3),  # as everywhere
+        campaign("hierarchical", 3),  # as with replicas, half of the bytes
+        campaign("once per step", 2),  # as with replicas over nodes
         ("once per step everywhere", 1),
         ("replicas over nodes", 3),
         ("replicas, half of the bytes", 2),
@@ -41,7 +42,7 @@ def test_a_step_takes_what_its_rehearsal_allocates_however_it_runs(job: str, mic
     ("model", "overrides"),
     [
         ("gpt2", ["model.network.n_layer=5"]),
-        ("gpt-tiny", ["model.network.num_hidden_layers=7"]),
+        campaign("gpt-tiny", ["model.network.num_hidden_layers=7"], id="gpt-tiny"),
         (
             "bert-tiny",
             [
@@ -51,7 +52,7 @@ def test_a_step_takes_what_its_rehearsal_allocates_however_it_runs(job: str, mic
             ],
         ),
     ],
-    ids=["gpt2", "gpt-tiny", "inputs on the host"],
+    ids=["gpt2", None, "inputs on the host"],
 )
 def test_a_plan_counts_the_memory_of_three_micro_batches_within_three_percent(model: str, overrides: list[str]) -> None:
     rows = list(compared(model, "p4d_2", *overrides))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import lightning as L
@@ -18,6 +19,7 @@ from recipes.job.auto import _devices, choose_automatically
 from tests.support.configs import CONF, composed
 
 CHOICES = [path.relative_to(CONF).with_suffix("").as_posix() for path in sorted(CONF.glob("*/*.yaml"))]
+GROUPS = {path.parent.name: sorted(each.stem for each in path.parent.glob("*.yaml")) for path in CONF.glob("*/*.yaml")}
 
 
 SPECIAL_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "training"}
@@ -40,10 +42,28 @@ def plain(config: DictConfig) -> dict:
     }
 
 
+@cache
+def composed_with(choice: str) -> tuple[DictConfig, list[dict]]:
+    """A config with a choice, and its targets. Choices of all groups come together; an experiment chooses itself."""
+    group, _, name = choice.partition("/")
+    if group == "experiment":
+        config = composed(f"{group}={name}")
+        return config, list(targets(plain(config)))
+    return _composed_in_round(GROUPS[group].index(name))
+
+
+@cache
+def _composed_in_round(number: int) -> tuple[DictConfig, list[dict]]:
+    groups = {group: names[number % len(names)] for group, names in GROUPS.items() if group != "experiment"}
+    config = composed(*(f"{group}={name}" for group, name in groups.items()))
+    return config, list(targets(plain(config)))
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_config_composes_and_its_target_takes_its_keys(choice: str) -> None:
     group, _, name = choice.partition("/")
-    found = list(targets(plain(composed(f"{group}={name}"))))
+    config, found = composed_with(choice)
+    assert config.hydra.runtime.choices[group] == name
     assert len(found) >= 10
     for node in found:
         keys = dict.fromkeys(node.keys() - SPECIAL_KEYS)
@@ -158,18 +178,23 @@ def test_one_value_of_a_callback_is_changed_by_its_name(tmp_path: Path) -> None:
     assert built(tmp_path).checkpoint_callback.save_last == "link"
 
 
+@pytest.fixture(scope="module")
+def names_by_default(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return names(built(tmp_path_factory.mktemp("default")))
+
+
 @pytest.mark.parametrize("override", ["~trainer.callbacks.peak_memory", "trainer.callbacks.peak_memory=null"])
-def test_a_callback_is_removed_by_its_name(tmp_path: Path, override: str) -> None:
-    assert sorted([*names(built(tmp_path, override)), "PeakMemory"]) == sorted(names(built(tmp_path)))
+def test_a_callback_is_removed_by_its_name(tmp_path: Path, override: str, names_by_default: list[str]) -> None:
+    assert sorted([*names(built(tmp_path, override)), "PeakMemory"]) == sorted(names_by_default)
 
 
-def test_a_callback_is_added_under_a_name(tmp_path: Path) -> None:
+def test_a_callback_is_added_under_a_name(tmp_path: Path, names_by_default: list[str]) -> None:
     added = (
         "+trainer.callbacks.mine._target_=lightning.pytorch.callbacks.Timer",
         "+trainer.callbacks.mine.duration=00:01:00:00",
     )
     trainer = built(tmp_path, *added)
-    assert sorted(names(trainer)) == sorted([*names(built(tmp_path)), "Timer"])
+    assert sorted(names(trainer)) == sorted([*names_by_default, "Timer"])
 
 
 def test_models_compose_with_clusters() -> None:

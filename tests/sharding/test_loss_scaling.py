@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
 from lightning_mics.sharding.optimizers.overflow import scale_with_all_ranks, skipped_steps
 from lightning_mics.sharding.shard_model import mixed_precision_policy
+from tests.support.campaign import campaign
 from tests.support.forked import run_cases
 from tests.support.recorded import RecordCollectives
 from tests.support.scaled import (
@@ -31,14 +32,14 @@ from tests.support.scaled import sgd as plain
 FLAT = CommunicationOptions(hierarchical=False)
 
 
-LONG: dict[str, Any] = {"steps": 200}
+LONG: dict[str, Any] = {"steps": 40}
 
 
 SHORT: dict[str, Any] = {"steps": 6, "micro_steps": 2}
 
 
 TRAININGS: dict[str, tuple[int, CommunicationOptions, dict[str, Any]]] = {  # partition size, options, what is trained
-    "200 steps": (2, FLAT, LONG),
+    "many steps": (2, FLAT, LONG),
     "flat": (4, FLAT, SHORT),
     "replicas of a rank": (1, FLAT, SHORT),
     "in two stages": (4, CommunicationOptions.PAPER, SHORT),
@@ -49,6 +50,12 @@ TRAININGS: dict[str, tuple[int, CommunicationOptions, dict[str, Any]]] = {  # pa
     "clipped": (2, CommunicationOptions.NODE, {**SHORT, "clip": 0.1}),
     "fused": (2, CommunicationOptions.NODE, {**SHORT, "make_optimizer": fused}),
 }
+
+
+LONGER = {"200 steps": (2, FLAT, {"steps": 200})}  # of the campaign
+
+
+NAMES = [*TRAININGS, *map(campaign, LONGER)]
 
 
 WATCHED = (3, 4, 5)  # steps by which ranks need not meet to agree on what comes next
@@ -113,8 +120,9 @@ def train(
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[Any, list[Any]]:
-    cases: dict[Any, Any] = {name: partial(train, p, options, **how) for name, (p, options, how) in TRAININGS.items()}
+def runs(in_campaign: bool) -> dict[Any, list[Any]]:
+    trainings = TRAININGS | LONGER if in_campaign else TRAININGS
+    cases: dict[Any, Any] = {name: partial(train, p, options, **how) for name, (p, options, how) in trainings.items()}
     for where in ("loss", "gradient"):
         cases[where] = partial(train, 2, CommunicationOptions.NODE, **INJECTED, where=where)
     cases["fused gradient"] = partial(
@@ -123,15 +131,15 @@ def runs() -> dict[Any, list[Any]]:
     return run_cases(4, cases)
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_scales_are_those_of_one_process_and_weights_as_close_as_16_bits(name: str, runs: dict[Any, Any]) -> None:
-    alone = train_alone(**TRAININGS[name][2])
+    alone = train_alone(**(TRAININGS | LONGER)[name][2])
     assert 2 <= len(alone.skipped) <= len(alone.scales) / 2  # the scale has met its limit
     for of_rank in runs[name]:
         assert_as_trained(of_rank["trained"], alone)
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_skipped_steps_are_counted_and_leave_the_weights_alone(name: str, runs: dict[Any, Any]) -> None:
     for of_rank in runs[name]:
         skipped = of_rank["trained"].skipped
@@ -150,7 +158,7 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(where: str, runs: dict[An
         assert_as_trained(of_rank["trained"], alone)
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_overflows_are_agreed_on_by_four_bytes_per_step(name: str, runs: dict[Any, Any]) -> None:
     for of_rank in runs[name]:
         assert of_rank["agreements"] == [[("all_reduce", (0, 1, 2, 3), 4)]] * len(WATCHED)

@@ -10,11 +10,15 @@ import torch
 from torch import nn
 
 from lightning_mics import AccumulationSchedule, CommunicationOptions, Topology, create_partition_groups, shard_model
+from tests.support.campaign import campaign
 from tests.support.forked import RankError
 from tests.support.models import BLOCK_NUMEL, BYTES, DIM, LAYERS, MODEL_BYTES, Stack
 from tests.support.recorded import Collective, RecordCollectives
 
-SHAPES = [(4, 2, 1), (4, 2, 2), (4, 2, 4), (8, 2, 4), (8, 4, 8), (8, 2, 8)]
+SHAPES = [(4, 2, 1), (4, 2, 2), (4, 2, 4), (8, 2, 4)]
+
+
+MORE_SHAPES = [(8, 4, 8), (8, 2, 8)]  # more ranks on each node, or more nodes
 
 
 def _record(topology: Topology, hierarchical: bool) -> list[list[Collective]]:
@@ -32,10 +36,12 @@ def _record(topology: Topology, hierarchical: bool) -> list[list[Collective]]:
     return steps
 
 
-TOPOLOGIES = [Topology(world_size=world, ranks_per_node=k, partition_size=p) for world, k, p in SHAPES]
+def ways(shapes: list[tuple[int, int, int]]) -> list[tuple[Topology, bool]]:
+    topologies = [Topology(world_size=world, ranks_per_node=k, partition_size=p) for world, k, p in shapes]
+    return [(topology, hierarchical) for topology in topologies for hierarchical in {False, topology.spans_nodes}]
 
 
-@pytest.fixture(scope="module", params=[(t, h) for t in TOPOLOGIES for h in {False, t.spans_nodes}], ids=str)
+@pytest.fixture(scope="module", params=[*ways(SHAPES), *map(campaign, ways(MORE_SHAPES))], ids=str)
 def recorded(request, run_shared):
     topology, hierarchical = request.param
     return topology, hierarchical, run_shared(topology.world_size, _record, topology, hierarchical)

@@ -32,13 +32,20 @@ NODE, RANK = CommunicationOptions.NODE, CommunicationOptions.RANK
 LEVELS = {"cached by nodes": NODE, "cached by ranks": RANK}
 
 
-SPANNING = [(4, 2, 4), (8, 2, 4), (8, 2, 8), (8, 4, 8), (4, 1, 2), (4, 1, 4)]
+def topology_of(world_size: int, ranks_per_node: int, partition_size: int) -> Topology:
+    return Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
 
 
-TOPOLOGIES = [Topology(world_size=world, ranks_per_node=k, partition_size=p) for world, k, p in SPANNING]
+SPANNING = [topology_of(*shape) for shape in [(4, 2, 4), (8, 2, 4), (4, 1, 2), (4, 1, 4)]]
 
 
-ON_A_NODE = Topology(world_size=8, ranks_per_node=4, partition_size=4)
+MORE_SPANNING = [topology_of(*shape) for shape in [(8, 2, 8), (8, 4, 8)]]  # more nodes, or ranks on each
+
+
+TOPOLOGIES = [*SPANNING, *map(campaign, MORE_SPANNING)]
+
+
+ON_A_NODE = topology_of(4, 2, 2)
 
 
 OVER_TWO = Topology(world_size=4, ranks_per_node=2, partition_size=4)
@@ -92,12 +99,13 @@ Runs = dict[Any, list[Any]]
 
 
 @pytest.fixture(scope="module")
-def runs() -> Runs:
+def runs(in_campaign: bool) -> Runs:
     """By topology and level, what each rank has seen and sent."""
     seen: Runs = {}
+    topologies = [*SPANNING, ON_A_NODE, *(MORE_SPANNING if in_campaign else [])]
     for world_size in (4, 8):
         cases: dict[Any, Any] = {}
-        for topology, level in product([*TOPOLOGIES, ON_A_NODE], LEVELS):
+        for topology, level in product(topologies, LEVELS):
             if topology.world_size == world_size:
                 cases[topology, level] = partial(record, topology, LEVELS[level])
         seen |= run_cases(world_size, cases)
@@ -324,10 +332,10 @@ def skip_at_the_boundary(
     return model.layers[0].weight.grad.full_tensor(), alone.layers[0].weight.grad
 
 
-WIRE_SHAPES = [(4, 2, 1), (4, 2, 2), (4, 2, 4), (8, 2, 4)]
+WIRE_SHAPES = [(4, 2, 1), (4, 2, 2), (4, 2, 4), (4, 1, 2)]
 
 
-MORE_WIRE_SHAPES = [(8, 2, 2)]  # as many replicas as the first, and groups as large as the second
+MORE_WIRE_SHAPES = [(8, 2, 2), (8, 2, 4)]  # replicas of the first with groups of the others
 
 
 WIRE_OPTIONS = {

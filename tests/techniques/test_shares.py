@@ -20,6 +20,7 @@ from lightning_mics.sharding.shard_model import shard_model
 from lightning_mics.techniques.partition_groups import create_partition_groups
 from lightning_mics.topology import Topology
 from tests.support.beside_ddp import largest_gap, rank_inputs, unsharded_state
+from tests.support.campaign import campaign
 from tests.support.forked import run_cases
 
 WIDTHS = (16, 8, 24, 8, 32)  # of blocks
@@ -98,14 +99,18 @@ class Network(nn.Module):
         return self.last(x)
 
 
-CASES = [(place, "one partition group", None) for place in PLACES]
-CASES += [("both", topology, torch.bfloat16) for topology in TOPOLOGIES]
+IN_CAMPAIGN = [(place, "one partition group", None) for place in ("sums", "sums beside a whole cache")]
+OF_EACH_RUN = [(place, "one partition group", None) for place in PLACES]
+OF_EACH_RUN = [case for case in OF_EACH_RUN if case not in IN_CAMPAIGN]
+OF_EACH_RUN += [("both", topology, torch.bfloat16) for topology in TOPOLOGIES]
+CASES = [*OF_EACH_RUN, *(campaign(*case) for case in IN_CAMPAIGN)]
 
 
 @pytest.fixture(scope="module")
-def trained() -> Any:
+def trained(in_campaign: bool) -> Any:
     """By case, what each rank of a job has seen."""
-    return run_cases(4, {case: partial(train, *case) for case in CASES})
+    cases = OF_EACH_RUN + IN_CAMPAIGN if in_campaign else OF_EACH_RUN
+    return run_cases(4, {case: partial(train, *case) for case in cases})
 
 
 @cache
