@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from lightning_mics.integrations.trainer import checkpoints
 from tests.support.fits import (
     STEPS_PER_EPOCH,
     AdamModule,
-    TwoOptimizers,
     data,
     files,
     fit,
@@ -23,7 +23,7 @@ from tests.support.fits import (
     same,
     whole_weights,
 )
-from tests.support.models import TinyModule
+from tests.support.models import OneBlock, TinyModule
 from tests.support.trainers import make_trainer, mics, on_ranks
 
 
@@ -60,6 +60,18 @@ class Counter(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.count = state_dict["count"]
+
+
+class TwoOptimizersOfOneBlock(AdamModule):
+    """The same model, stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        parameters = list(self.parameters())
+        return [torch.optim.AdamW(half, lr=0.02) for half in (parameters[:3], parameters[3:])]
 
 
 class Extended(AdamModule):
@@ -166,8 +178,10 @@ def _refused(folder: Path) -> dict[str, Any]:
     facts["files"] = files(folder)
     for name in ("nowhere", "empty0"):
         facts[name] = refusal(lambda name=name: fit(folder, ckpt_path=folder / name))
-    facts["number"] = refusal(lambda: fit(folder, TwoOptimizers, ckpt_path=folder / "adam.ckpt", epochs=2))
-    facts["kind"] = refusal(lambda: fit(folder, TinyModule, ckpt_path=folder / "adam.ckpt", epochs=2))
+    facts["number"] = refusal(lambda: fit(folder, TwoOptimizersOfOneBlock, ckpt_path=folder / "adam.ckpt", epochs=2))
+    facts["kind"] = refusal(
+        lambda: fit(folder, partial(TinyModule, kind=OneBlock), ckpt_path=folder / "adam.ckpt", epochs=2)
+    )
     load, replicas = checkpoints.load_model, {"ranks_per_node": 1, "partition_size": 1}
 
     def load_otherwise_on_rank_1(opened: Any, *, model: torch.nn.Module, **options: Any) -> None:
