@@ -26,6 +26,8 @@ def memory_advice(choice: Choice, *, recomputes: bool, offloads: bool = False) -
     on_node = topology.spans_nodes and (options.hierarchical or topology.local_ranks_per_partition_group == 1)
     cached = f"caches take {in_gib(choice.cached_bytes)} per rank"
     ways = []
+    if on_node and options.inter_node_prefetch:
+        ways.append("inter_node_prefetch=0")
     if options.allow_unused:
         ways.append(f"allow_unused=False ({cached})")
     elif topology.partition_size > 1:

@@ -115,7 +115,7 @@ class _Step:
         self._states += _on_nodes(self._sums, elements) * reduced / local
         in_stages = topology.spans_nodes and (communication.hierarchical is not False or local == 1)
         if in_stages and self._cache != "node":  # there slices are fetched into the cache
-            self._states += communication.inter_node_prefetch * max(self._root.gathered, self._block.gathered) / local
+            self._states += communication.inter_node_prefetch * self._block.gathered / local
         self._kept_of_reductions = work.size.cast_bytes / self._ranks if topology.replicas > 1 else 0.0
         if topology.replicas > 1 and micro_steps > 1 and not communication.two_hop:
             self._kept_of_reductions += self._all.reduced / self._ranks

@@ -86,6 +86,7 @@ def test_advice_begins_with_caches_and_leaves_out_what_is_done_already() -> None
     assert recomputed.startswith("activation_offload=True, which takes host memory instead; micro-batches of fewer")
     offloaded = advice(8, CommunicationOptions.PAPER, recomputes=True, offloads=True)
     assert offloaded.startswith("micro-batches of fewer samples")
+    assert advice(8, CommunicationOptions(inter_node_prefetch=1)).startswith("inter_node_prefetch=0; ")
     assert advice(8, CommunicationOptions.RANK).startswith(
         'cache_parameters="node" in place of "rank" (caches take 3 GiB per rank); accumulate_gradients="node"'
     )
