@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_mics._torch.fsdp import fsdp_modules, sharded_parameters
-from lightning_mics._torch.optimizer_steps import call_after_steps, call_before_steps, call_before_unscaling
+from lightning_mics._torch.optimizers.steps import call_after_steps, call_before_steps, call_before_unscaling
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from lightning_mics.sharding.optimizers.adapt import adapt_optimizer
 from lightning_mics.sharding.optimizers.exchange import UnshardedParameters

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_mics._torch.optimizer_steps import call_after_steps, call_before_steps
+from lightning_mics._torch.optimizers.steps import call_after_steps, call_before_steps
 
 
 class Counter:

@@ -23,7 +23,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.optim import Optimizer
 
 from lightning_mics._torch.fsdp import _param_groups, fsdp_modules
-from lightning_mics._torch.optimizer_steps import call_after_steps
+from lightning_mics._torch.optimizers.steps import call_after_steps
 
 try:
     from torch.distributed.fsdp._common_utils import collect_grad_tensors, replace_grad_tensors

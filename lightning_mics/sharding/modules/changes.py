@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics._torch.dtensors.changes import accept_changes, calling_before_gradients
 from lightning_mics._torch.fsdp import fsdp_modules
-from lightning_mics._torch.optimizer_steps import call_before_steps
+from lightning_mics._torch.optimizers.steps import call_before_steps
 from lightning_mics._torch.unsharded import UnshardedChanges
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import LBFGS, Optimizer
 
-from lightning_mics._torch.grad_scaler import ShardedGradScaler, agree_on_overflows
+from lightning_mics._torch.optimizers.grad_scaler import ShardedGradScaler, agree_on_overflows
 from lightning_mics.collectives.control_plane import control_plane
 
 SCALER_KEY = "MixedPrecision"  # of a scaler's state in checkpoints: where Lightning's Trainer has it

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_mics._torch.fsdp import AllGather, fsdp_modules, sharded_parameters
-from lightning_mics._torch.optimizer_steps import call_before_steps
+from lightning_mics._torch.optimizers.steps import call_before_steps
 from lightning_mics._torch.units.param_groups import (
     NotedAllGather,
     around_end_of_backward,

@@ -17,7 +17,7 @@ from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_mics._torch.optimizer_steps import call_as_stepped, call_as_unscaled
+from lightning_mics._torch.optimizers.steps import call_as_stepped, call_as_unscaled
 
 SKIPPED = "skipped_steps"  # key in the state of a scaler, beside those of torch
 
