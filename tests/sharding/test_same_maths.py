@@ -24,6 +24,7 @@ from tests.support.models import Block, TinyLM, tokens
 
 SHAPES = [
     *[(2, 1, 2), (4, 2, 1), (4, 2, 2), (4, 2, 4), (8, 2, 4)],
+    campaign(8, 2, 4, id="8-2-4 in all ways"),
     *[campaign(4, 4, 4), campaign(8, 4, 8), campaign(8, 2, 8), campaign(8, 2, 2)],  # more of what others have
 ]
 
@@ -106,9 +107,9 @@ ONE_OF_THEM = {
 }
 
 
-@pytest.fixture(scope="module")
-def with_one_of_them(in_campaign):
-    world = 8 if in_campaign else 4  # with replicas, or without
+@pytest.fixture(scope="module", params=[4, campaign(8)])  # ranks: without replicas, or with them
+def with_one_of_them(request):
+    world = request.param
     topology = Topology(world_size=world, ranks_per_node=2, partition_size=4)
     train = partial(_train_beside_reference, topology)
     return run_cases(world, {once: partial(train, [mode], MICRO_STEPS[-1:]) for once, mode in ONE_OF_THEM.items()})
