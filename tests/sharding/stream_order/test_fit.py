@@ -18,7 +18,7 @@ from tests.support.stream_order.jobs import Network
 from tests.support.stream_order.simulation import Simulation, simulated_streams
 from tests.support.trainers import make_trainer, mics
 
-STEPS, MICRO_STEPS = 8, 2
+STEPS, MICRO_STEPS = 20, 2
 COUNTS = ("problems", "waits", "collectives")
 
 
