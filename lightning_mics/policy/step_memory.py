@@ -20,7 +20,7 @@ activations. M and R are the bytes of a block, unsharded and as it is reduced, m
 
 Gradients of a block are among the activations until they are reduced. Sharded gradients are there from the start where
 several micro-steps add to them, else as far as the backward has come; in the first forward there are those of the step
-before, which Lightning frees after it. Slices that are fetched ahead of their gathers count in all phases.
+before, which Lightning frees after it. Slices that are fetched ahead count for as long as there are blocks to gather.
 """
 
 from __future__ import annotations
@@ -114,8 +114,11 @@ class _Step:
         self._states += _on_nodes(self._cache, elements) * wide / local
         self._states += _on_nodes(self._sums, elements) * reduced / local
         in_stages = topology.spans_nodes and (communication.hierarchical is not False or local == 1)
-        if in_stages and self._cache != "node":  # there slices are fetched into the cache
-            self._states += communication.inter_node_prefetch * self._block.gathered / local
+        self._fetched = communication.inter_node_prefetch * self._block.gathered / local if in_stages else 0.0
+        if self._cache == "node":  # slices are fetched into the cache
+            self._fetched = 0.0
+        none_left: tuple[Phase, ...] = ("second", "between", "first", "end", "reduced")  # to fetch, in backward
+        self._none_left = none_left if len(elements.blocks) > 2 else ("last", "blocks", *none_left)
         self._kept_of_reductions = work.size.cast_bytes / self._ranks if topology.replicas > 1 else 0.0
         if topology.replicas > 1 and micro_steps > 1 and not communication.two_hop:
             self._kept_of_reductions += self._all.reduced / self._ranks
@@ -148,6 +151,10 @@ class _Step:
             phase: Phase of the micro-step.
             again: Whether it is not the first micro-step, so that cached parameters are there.
         """
+        fetched = 0.0 if phase in self._none_left else self._fetched
+        return fetched + self._gathered_by_fsdp2(phase, again=again)
+
+    def _gathered_by_fsdp2(self, phase: Phase, *, again: bool) -> float:
         root, block = self._root.gathered, self._block.gathered
         sent = block if self._ranks > 1 else 0  # one rank copies its shard
         ahead = sent * {"start": 1, "forward": 1, "gather": 2, "loss": 1}.get(phase, 0)
