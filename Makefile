@@ -24,7 +24,7 @@ test: $(VENV)/.installed-dev
 # What differs between versions of torch, with the oldest one, in an environment of its own. A process that has simulated
 # streams cannot fork ranks there: these files come last.
 test-oldest: SIMULATED = tests/techniques/test_caches.py \
-	$(addprefix tests/sharding/stream_order/test_,launches.py planted_faults.py simulation.py usages.py)
+	$(addprefix tests/sharding/stream_order/test_,launches.py planted_faults.py precisions.py simulation.py usages.py)
 test-oldest: PYTEST = OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(JOBS) --dist=loadfile $(ARGS)
 test-oldest:
 	$(MAKE) $(VENV)-oldest/.installed-dev VENV="$(VENV)-oldest" TORCH="$(OLDEST_TORCH)"

@@ -7,7 +7,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from tests.support.stream_order.jobs import (
     OPTIONS,
-    PRECISIONS,
     USAGES,
     Findings,
     Job,
@@ -15,7 +14,6 @@ from tests.support.stream_order.jobs import (
     run_usage,
     simulated_job,
     train,
-    trained,
 )
 
 CASES = [(options, usage) for options in OPTIONS for usage in USAGES]
@@ -29,12 +27,6 @@ def test_all_uses_of_memory_are_ordered(options: str, usage: str) -> None:
 @pytest.mark.parametrize(("options", "usage"), CASES)
 def test_the_host_waits_for_nothing_in_a_step(options: str, usage: str) -> None:
     assert findings(options)[usage].waits == ()
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("options", OPTIONS)
-def test_training_is_ordered_in_every_precision(options: str, precision: str) -> None:
-    assert trained(options, precision).order == ()
 
 
 def test_the_host_waits_for_a_comparison_of_buffers_in_the_first_window_only() -> None:
