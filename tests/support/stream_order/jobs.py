@@ -311,11 +311,8 @@ def findings(options: str) -> dict[str, Findings]:
     return found
 
 
-@cache
 def trained(options: str, precision: str) -> Findings:
-    """What training does wrong with an option set; it runs once for all who ask."""
-    if precision == precision_of(options):
-        return findings(options)["training"]
+    """What training does wrong with an option set in a precision."""
     with simulated_job(options, precision) as job:
         return run_usage(job, train)
 
