@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -40,7 +40,12 @@ class Unit:
 
     def elements(self, ranks: int) -> int:
         """Number of elements of all parameters, padded so that ``ranks`` have equal shards."""
-        return sum(-(-rows // ranks) * ranks * width for rows, width in self.parameters)
+        return _elements(self.parameters, ranks)
+
+
+@lru_cache(maxsize=4096)  # blocks are alike, and there are many plans
+def _elements(parameters: tuple[tuple[int, int], ...], ranks: int) -> int:
+    return sum(-(-rows // ranks) * ranks * width for rows, width in parameters)
 
 
 def find_units(model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:

@@ -353,7 +353,11 @@ def largest_share(blocks_bytes: Sequence[int], local_ranks: int, free_bytes: int
         local_ranks: Ranks of a partition group on each node.
         free_bytes: Memory that a rank has left, in bytes.
     """
-    shares = (count / len(blocks_bytes) for count in range(len(blocks_bytes), 0, -1))
+    blocks = len(blocks_bytes)
+    if blocks and min(blocks_bytes) == max(blocks_bytes) > 0:  # as in most models; there are many plans
+        count = min(blocks, max(0, free_bytes) * local_ranks // blocks_bytes[0])
+        return count / blocks if count else None
+    shares = (count / blocks for count in range(blocks, 0, -1))
     return next((share for share in shares if bytes_of_share(share, blocks_bytes, local_ranks) <= free_bytes), None)
 
 

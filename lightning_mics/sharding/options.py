@@ -169,10 +169,12 @@ class CommunicationOptions:
         """
         cached = _units_on_nodes(self.cache_parameters, blocks, otherwise="never")
         accumulated = _units_on_nodes(self.accumulate_gradients, blocks, otherwise="shard")
-        return tuple(
-            replace(self, cache_parameters=cache, accumulate_gradients=accumulate)
-            for cache, accumulate in zip(cached, accumulated, strict=True)
-        )
+        places = list(zip(cached, accumulated, strict=True))
+        kinds = {
+            (cache, accumulate): replace(self, cache_parameters=cache, accumulate_gradients=accumulate)
+            for cache, accumulate in set(places)
+        }
+        return tuple(kinds[each] for each in places)
 
     def on_ranks(self) -> CommunicationOptions:
         """Return these options with "rank" in place of "auto", where it fits the others."""
