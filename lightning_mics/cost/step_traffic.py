@@ -93,7 +93,7 @@ class UnitTraffic:
 
     Attributes:
         unit: The parameter group.
-        collectives: Its collectives, in the order in which they run: gathers, then reductions.
+        collectives: Gathers, then reductions, in the order in which they run.
     """
 
     unit: Unit

@@ -76,8 +76,8 @@ def test_the_papers_largest_run_fits_in_the_papers_partition_size_and_runs_as_fa
     _, by_hand = chosen("model=gpt-100b", "cluster=p4d_64", "strategy.partition_size=128", "data.batch_size=16")
     assert "may not fit" not in by_hand
     config, table = chosen("model=gpt-100b", "cluster=p4d_64")
-    assert shape(config) == (512, 256, 16, 1)
-    assert config.strategy.hierarchical is False
+    assert shape(config) == (512, 512, 16, 1)
+    assert config.strategy.hierarchical is True and 0 < config.strategy.cache_parameters < 1
     assert "may not fit" not in table
     _, crowded = chosen("model=gpt-100b", "cluster=p4d_64", "strategy.partition_size=64", "data.batch_size=16")
     assert "this may not fit" in crowded
