@@ -11,13 +11,11 @@ inside the node. FSDP2 has one gather in flight in a backward, and on gloo each 
 The slice, unsharded bytes / local ranks, is gathered into memory of its own, from which the node's ranks are then given
 theirs: nothing is copied again. Where there is one rank on each node the slice is the unit, and FSDP2 gets its memory.
 
-[Note: Which units are fetched]
-
-A micro-step is expected to gather what the two before it have both gathered, in their order, for as long as it does
-so itself. Micro-steps are compared with those of their kind: the first one of an accumulation window, which fills
-caches, another one, or a forward without a backward. So in steady training as many bytes are sent, by as many
-collectives, as without. What is fetched and then not used is dropped at the end of the micro-step, and whenever cached
-weights are dropped; weights that have changed since are gathered again.
+*Which units are fetched.* A micro-step is expected to gather what the two before it have both gathered, in their order,
+for as long as it does so itself. Micro-steps are compared with those of their kind: the first one of an accumulation
+window, which fills caches, another one, or a forward without a backward. So in steady training as many bytes are sent,
+by as many collectives, as without. What is fetched and then not used is dropped at the end of the micro-step, and
+whenever cached weights are dropped; weights that have changed since are gathered again.
 
 All of this follows from what a rank has gathered before. The ranks of a partition group agree on that, and on what is
 fetched with it, before each gather: see :mod:`lightning_mics.sharding.ranks.agreement`.
@@ -141,7 +139,7 @@ Gather = tuple[UnitPrefetch, bool] | None  # a unit, and whether it is gathered 
 
 @dataclass
 class GatherOrder:
-    """The gathers of the micro-steps of one kind. See [Note: Which units are fetched].
+    """The gathers of the micro-steps of one kind; the module says what is expected of them.
 
     Attributes:
         before: Gathers of the micro-step before.
@@ -179,7 +177,7 @@ class GatherOrder:
 
 
 class InterNodePrefetch:
-    """The prefetch of a model. See [Note: Which units are fetched].
+    """The prefetch of a model; the module says which units are fetched.
 
     Args:
         units_ahead: Largest number of slices that are held before they are used.

@@ -143,8 +143,9 @@ HOSTS: dict[str, Callable[..., list[float]]] = {
 
 
 def of_training(seen: list[Any]) -> list[Any]:
-    """Collectives without barriers, and without those before training: shapes, seeds, initial weights, memory."""
-    first_gather = next(index for index, one in enumerate(seen) if one.kind == "all_gather" and one.nbytes > 64)
+    """Collectives without barriers, and without those before training: hosts, shapes, seeds, weights, memory."""
+    gathers = (index for index, one in enumerate(seen) if one.kind == "all_gather" and one.nbytes > 64)
+    first_gather = next(index for index in gathers if seen[index].dtype.is_floating_point)
     kinds = ("all_gather", "reduce_scatter", "all_to_all", "all_reduce")
     return [one for one in seen[first_gather:] if one.kind in kinds and one.nbytes > 64]
 
