@@ -46,18 +46,30 @@ class SavedOnHost:
         self._size_bytes = 0
         self._last: weakref.ref[_OnHost] | None = None
 
-    def saving(self, tensors: Iterable[Any]) -> saved_tensors_hooks:
+    @contextmanager
+    def saving(self, tensors: Iterable[Any]) -> Iterator[None]:
         """A context in which those of ``tensors`` that are saved for backward go to the host.
 
         Args:
             tensors: Values, of which tensors that require gradients go to the host; others are shared by many uses.
+
+        Raises:
+            RuntimeError: If one of them is changed in place inside: autograd finds that out for what it saves itself,
+                and the copy to the host may run at any time.
         """
-        moved = {_storage(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.requires_grad}
+        given = [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.requires_grad]
+        moved, versions = {_storage(tensor) for tensor in given}, [tensor._version for tensor in given]
 
         def pack(tensor: Tensor) -> Tensor | _OnHost:
             return self._move(tensor) if _storage(tensor) in moved else tensor
 
-        return saved_tensors_hooks(pack, _unpack)
+        with saved_tensors_hooks(pack, _unpack):
+            yield
+        if versions != [tensor._version for tensor in given]:
+            raise RuntimeError(
+                f"{self._what} are copied while the block runs, and a block changes its input in place; have it work "
+                "on a copy, as `hidden = hidden * 2` for `hidden.mul_(2)`"
+            )
 
     def _move(self, tensor: Tensor) -> _OnHost:
         size_bytes = self._size_bytes + tensor.nbytes

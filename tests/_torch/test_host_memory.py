@@ -126,6 +126,19 @@ def test_the_layout_of_an_input_is_kept() -> None:
     assert torch.equal(values.grad, 2 * values)
 
 
+class InPlace(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.mul_(2).tanh()
+
+
+def test_a_block_that_changes_its_input_in_place_is_rejected_as_it_is_without_the_host() -> None:
+    for on_host in (None, SavedOnHost(what="activation_offload=True: inputs")):
+        block = InPlace()
+        recompute_in_backward([block], on_host=on_host)
+        with pytest.raises(RuntimeError, match=r"changes its input in place|modified by an inplace operation"):
+            block(torch.ones(3, requires_grad=True) * 1).sum().backward()
+
+
 def test_a_forward_without_gradients_moves_nothing(moves: list[str]) -> None:
     with torch.no_grad():
         made(SavedOnHost())(*batch())
