@@ -6,7 +6,6 @@ whatever share that is, less communication takes no longer.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -72,24 +71,20 @@ class Pricing:
             topology: Topology of the job.
             options: Options of the collectives, without "auto".
         """
-        by_unit = options.by_unit(blocks=len(self.units) - 1)
-        kinds = Counter(zip(self.units, by_unit, strict=True))  # each is priced once
-        inside = between = between_bytes = 0.0
-        for (unit, of_unit), count in kinds.items():
-            for repeated in step_traffic(
-                [unit],
-                topology,
-                communication=of_unit,
-                gathered_dtype=self.gathered_dtype,
-                reduce_dtype=self.reduce_dtype,
-            ):
-                times = repeated.in_step(self.micro_steps) * count
-                seconds = times * collective_seconds(
-                    repeated.collective, self.links, ranks_per_node=topology.ranks_per_node
-                )
-                between_bytes += times * repeated.collective.sent.between_bytes * topology.ranks_per_node
-                if repeated.collective.nodes == 1:
-                    inside += seconds
-                else:
-                    between += seconds
-        return CommunicationTime(inside=inside, between=between, between_bytes=between_bytes)
+        traffic = step_traffic(
+            self.units,
+            topology,
+            communication=options,
+            gathered_dtype=self.gathered_dtype,
+            reduce_dtype=self.reduce_dtype,
+        )
+        seconds = {True: 0.0, False: 0.0}  # by whether nodes are left
+        for repeated in traffic:
+            of_one = collective_seconds(repeated.collective, self.links, ranks_per_node=topology.ranks_per_node)
+            seconds[repeated.collective.nodes > 1] += repeated.in_step(self.micro_steps) * of_one
+        sent = traffic.sent(self.micro_steps)
+        return CommunicationTime(
+            inside=seconds[False],
+            between=seconds[True],
+            between_bytes=sent.between_bytes * topology.ranks_per_node,
+        )
