@@ -1,4 +1,4 @@
-"""What the systems of DeepSpeed share: its engine on CPUs with gloo, their settings of ZeRO-3, and their loop.
+"""What the systems of DeepSpeed share: its engine on CPUs with gloo, their settings of ZeRO, and their loop.
 
 DeepSpeed's limits count elements and are made for billions of them: with the defaults, this workload's parameters would
 all stay gathered, and nothing of ZeRO-3 would be left. Here they are cut to the workload's size.
@@ -31,7 +31,7 @@ def train_in_engine(job: Job, zero_settings: dict[str, Any]) -> None:
 
     Args:
         job: This rank's share of the run.
-        zero_settings: What the system adds to the settings of ZeRO-3.
+        zero_settings: What the system adds to the settings of ZeRO-3, or changes.
     """
     os.environ["LOCAL_SIZE"] = str(job.ranks_per_node)  # DeepSpeed's CPUs of one node; else it counts NUMA nodes
     model = build_model(job.workload)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_mics.cost.hardware import Hardware
+from lightning_mics.policy.baselines import full_sharding, full_sharding_tuned, unsharded_weights
 from lightning_mics.policy.candidates import Candidate, Job, fastest
 from lightning_mics.policy.memory import in_gib, usable_bytes
 from lightning_mics.policy.workload import Workload
@@ -28,6 +29,7 @@ class Plan:
         chosen: Best candidate with the partition size that was given; without one, ``recommended``.
         baseline: Full sharding over all ranks by FSDP2 with its defaults and the largest micro-batch that fits.
         baseline_tuned: Fastest of FSDP2's own options over all ranks.
+        unsharded_weights: FSDP2 with ``reshard_after_forward=False``, and ZeRO-2.
         global_batch_size: Samples per optimizer step.
         capacity_bytes: Memory of a GPU, in bytes.
         warnings: Sentences on memory, time and traffic, without a full stop.
@@ -38,6 +40,7 @@ class Plan:
     chosen: Candidate
     baseline: Candidate
     baseline_tuned: Candidate
+    unsharded_weights: tuple[Candidate, ...]
     global_batch_size: int
     capacity_bytes: int
     warnings: tuple[str, ...]
@@ -86,7 +89,7 @@ def plan(
         micro_batch=micro_batch,
         accumulation=accumulation,
     )
-    baseline, tuned = job.full_sharding(), job.full_sharding_tuned()
+    baseline, tuned = full_sharding(job), full_sharding_tuned(job)
 
     def best(candidates: Sequence[Candidate]) -> Candidate:
         return fastest(candidates, baseline, tuned, sample_tokens=workload.sample_tokens)
@@ -107,6 +110,7 @@ def plan(
         chosen=chosen,
         baseline=baseline,
         baseline_tuned=tuned,
+        unsharded_weights=unsharded_weights(job),
         global_batch_size=global_batch_size,
         capacity_bytes=hardware.memory_bytes,
         warnings=tuple(_warnings(chosen, ranked, baseline, hardware)),

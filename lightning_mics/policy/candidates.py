@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import product
 from typing import Literal
 
@@ -13,16 +13,13 @@ from lightning_mics.collectives.traffic import Sent
 from lightning_mics.cost.batches import Batches, split_global_batch
 from lightning_mics.cost.hardware import Hardware
 from lightning_mics.cost.step_time import Arithmetic, Seconds, step_seconds
-from lightning_mics.cost.step_traffic import StepTraffic, full_sharding_traffic, step_traffic
+from lightning_mics.cost.step_traffic import StepTraffic, step_traffic
 from lightning_mics.policy.choice import Choice, choose, largest_share
 from lightning_mics.policy.memory import usable_bytes
 from lightning_mics.policy.step_memory import step_bytes
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology, partition_sizes
-
-FULL_SHARDING = "FSDP, ZeRO-3"
-
 
 LEAST_TOKENS = 2048  # tokens of a micro-step below which kernels lose their share of the peak, which is not modeled
 
@@ -133,8 +130,8 @@ class Job:
         for size in sizes if partition_size == "auto" else (partition_size,):
             topology = Topology(world_size=self.world_size, ranks_per_node=self.ranks_per_node, partition_size=size)
             for options in _allowed(topology, communication, is_free=partition_size == "auto"):
-                choice = self._choice(topology, options)
-                whole = list(self._priced("MiCS", topology, choice.communication, choice.cached_bytes, step_traffic))
+                choice = self.choice_of(topology, options)
+                whole = list(self.priced("MiCS", topology, choice.communication))
                 yield from whole
                 for candidate in whole:
                     yield from self._in_part(candidate, communication)
@@ -163,9 +160,7 @@ class Job:
             part = largest_share(sizes, k, self._left_bytes(work, whole, options))
             options = replace(options, cache_parameters=part or "never")
         if part is not None:
-            cached_bytes = self._choice(topology, options).cached_bytes
-            only = (work, whole.batches)
-            yield from self._priced("MiCS", topology, options, cached_bytes, step_traffic, only=only)
+            yield from self.priced("MiCS", topology, options, only=(work, whole.batches))
 
     def _left_bytes(self, work: Workload, candidate: Candidate, options: CommunicationOptions) -> int:
         """Memory that a candidate with other options leaves, in bytes."""
@@ -173,43 +168,13 @@ class Job:
         taken = step_bytes(work, candidate.topology, options, samples=batches.micro, micro_steps=batches.accumulation)
         return self._usable_bytes - taken
 
-    def full_sharding(self) -> Candidate:
-        """The baseline: FSDP2 over all ranks with its defaults and the largest micro-batch that fits."""
-        own = replace(self, workload=replace(self.workload, alternatives=()))
-        return self._largest(own._full_sharding(reshard_after_forward=True))
+    def choice_of(self, topology: Topology, options: CommunicationOptions) -> Choice:
+        """What the strategy makes of options without "auto".
 
-    def full_sharding_tuned(self) -> Candidate:
-        """The fastest of FSDP2's own options over all ranks.
-
-        They are what stays unsharded after a forward, when gradients are reduced, and where they are free, which share
-        of the blocks is recomputed, and whether their inputs wait on the host.
+        Args:
+            topology: Topology of the job.
+            options: Options without "auto".
         """
-        places: tuple[Literal["shard", "rank"], ...] = ("shard", "rank")
-        candidates = [
-            candidate
-            for reshard, accumulate in product((True, self.ranks_per_node, False), places)
-            for candidate in self._full_sharding(reshard_after_forward=reshard, accumulate=accumulate)
-        ]
-        if self.workload.alternatives:  # the same guard as ours
-            candidates = with_enough_tokens(candidates, self.workload.sample_tokens)
-        return min(candidates, key=lambda candidate: (not candidate.fits, candidate.seconds.expected))
-
-    def _full_sharding(
-        self, *, reshard_after_forward: bool | int, accumulate: Literal["shard", "rank"] = "shard"
-    ) -> Iterator[Candidate]:
-        topology = Topology(
-            world_size=self.world_size, ranks_per_node=self.ranks_per_node, partition_size=self.world_size
-        )
-        options = replace(CommunicationOptions.PAPER, hierarchical=False, accumulate_gradients=accumulate)
-        cached_bytes = self._choice(topology, options).cached_bytes
-        if reshard_after_forward is not True:
-            cached_bytes += -(-self.workload.size.gathered_bytes // (int(reshard_after_forward) or 1))
-
-        traffic = partial(full_sharding_traffic, reshard_after_forward=reshard_after_forward)
-        return self._priced(FULL_SHARDING, topology, options, cached_bytes, traffic, reshard_after_forward)
-
-    def _choice(self, topology: Topology, options: CommunicationOptions) -> Choice:
-        """What the strategy makes of options without "auto"."""
         return choose(
             self.workload.size,
             world_size=topology.world_size,
@@ -219,21 +184,29 @@ class Job:
             communication=options,
         )
 
-    @staticmethod
-    def _largest(candidates: Iterator[Candidate]) -> Candidate:
-        listed = list(candidates)
-        return next((candidate for candidate in reversed(listed) if candidate.fits), listed[0])
-
-    def _priced(
+    def priced(
         self,
         system: str,
         topology: Topology,
         options: CommunicationOptions,
-        cached_bytes: int,
-        traffic_of: Callable[..., StepTraffic],
+        *,
+        traffic_of: Callable[..., StepTraffic] = step_traffic,
         reshard_after_forward: bool | int = True,
         only: tuple[Workload, Batches] | None = None,
     ) -> Iterator[Candidate]:
+        """One way to divide the model over ranks, with all batches and all recomputation that the job allows.
+
+        Args:
+            system: Name of the system that runs so.
+            topology: Topology of the job.
+            options: Options without "auto".
+            traffic_of: Function that computes the collectives of a step.
+            reshard_after_forward: What FSDP2 frees after a forward: all, nothing, or all but a shard of so many ranks.
+            only: Way of the workload and batches to price alone; None prices all.
+        """
+        cached_bytes = self.choice_of(topology, options).cached_bytes
+        if reshard_after_forward is not True:
+            cached_bytes += -(-self.workload.size.gathered_bytes // (int(reshard_after_forward) or 1))
         traffic = traffic_of(
             self.workload.units,
             topology,

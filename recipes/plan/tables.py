@@ -28,7 +28,7 @@ COLUMNS: tuple[tuple[str, str, JustifyMethod], ...] = (  # and the unit, and the
 
 
 def plan_table(planned: Plan, *, config: DictConfig) -> Table:
-    """All ways to run the job, the best first; what the run takes in bold."""
+    """All ways to run the job, the best first, what the run takes in bold; then the systems that it is held against."""
     topology = planned.chosen.topology
     table = Table(
         title=f"Plan: {topology.world_size} GPUs on {topology.nodes} nodes, "
@@ -43,7 +43,8 @@ def plan_table(planned: Plan, *, config: DictConfig) -> Table:
     for candidate in planned.candidates:
         table.add_row(*cells(candidate, planned), style="bold" if candidate is planned.chosen else None)
     table.add_section()
-    table.add_row(*cells(planned.baseline, planned))
+    for candidate in (planned.baseline, planned.baseline_tuned, *planned.unsharded_weights):
+        table.add_row(*cells(candidate, planned))
     return table
 
 
@@ -51,7 +52,7 @@ def cells(candidate: Candidate, planned: Plan) -> list[str]:
     """The cells of a candidate, one per column.
 
     Args:
-        candidate: Candidate of the plan, or its baseline.
+        candidate: Candidate of the plan, or a system that it is held against.
         planned: The plan.
     """
     seconds, sent = candidate.seconds, candidate.node_sent

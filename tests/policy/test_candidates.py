@@ -13,6 +13,7 @@ from lightning_mics import CommunicationOptions
 from lightning_mics.cost.hardware import find_instance
 from lightning_mics.cost.step_traffic import Unit
 from lightning_mics.policy.activations import ALL_SAVED, Activations, Line
+from lightning_mics.policy.baselines import full_sharding, full_sharding_tuned
 from lightning_mics.policy.candidates import Candidate, Job, fastest
 from lightning_mics.policy.memory import ModelSize, usable_bytes
 from lightning_mics.policy.workload import Workload
@@ -59,11 +60,11 @@ def job(**options: Any) -> Job:
 
 def taken(job: Job, **communication: Any) -> Candidate:
     candidates = list(job.candidates("auto", replace(AUTO, **communication)))
-    return fastest(candidates, job.full_sharding(), job.full_sharding_tuned())
+    return fastest(candidates, full_sharding(job), full_sharding_tuned(job))
 
 
 def test_full_sharding_is_always_among_the_candidates() -> None:
-    baseline = job().full_sharding()
+    baseline = full_sharding(job())
     same = [
         candidate
         for candidate in job().candidates("auto", AUTO)
@@ -81,9 +82,9 @@ def paper() -> dict[str, Any]:
 @pytest.mark.parametrize("rate", [3200, 400, 100, 25])
 def test_what_is_taken_is_no_slower_than_full_sharding_whatever_overlaps(rate: float) -> None:
     slower = job(hardware=replace(P4D, network_rate_gbits_per_s=rate))
-    best, baseline = taken(slower), slower.full_sharding()
+    best, baseline = taken(slower), full_sharding(slower)
     assert best.fits
-    assert best.seconds.expected <= min(baseline.seconds.expected, slower.full_sharding_tuned().seconds.expected)
+    assert best.seconds.expected <= min(baseline.seconds.expected, full_sharding_tuned(slower).seconds.expected)
     assert best.seconds.least <= 1.01 * baseline.seconds.least and best.seconds.most <= 1.01 * baseline.seconds.most
 
 
@@ -140,7 +141,7 @@ def test_of_candidates_as_fast_as_each_other_the_simplest_is_taken() -> None:
 
 def test_micro_steps_of_few_tokens_are_avoided_where_larger_ones_fit() -> None:
     each = job(hardware=replace(P4D, network_rate_gbits_per_s=25))
-    baseline, tuned = each.full_sharding(), each.full_sharding_tuned()
+    baseline, tuned = full_sharding(each), full_sharding_tuned(each)
     candidates = list(each.candidates("auto", AUTO))
     tokens = 64
     best = fastest(candidates, baseline, tuned, sample_tokens=tokens)
@@ -158,7 +159,7 @@ def test_if_nothing_fits_what_takes_least_memory_is_taken() -> None:
 
 
 def test_memory_is_what_decides_the_largest_micro_batch_of_full_sharding() -> None:
-    baseline = job().full_sharding()
+    baseline = full_sharding(job())
     larger = [c for c in job().candidates(32, replace(AUTO, hierarchical=False, **paper())) if c.batches.micro > 16]
     assert baseline.fits and baseline.memory_bytes <= usable_bytes(P4D.memory_bytes)
     assert not any(c.fits for c in larger if c.batches.micro > baseline.batches.micro)
@@ -185,9 +186,9 @@ def recomputable(per_sample: float) -> Workload:
 
 def test_blocks_are_not_recomputed_where_memory_allows() -> None:
     assert taken(job(workload=recomputable(GIB))).recomputed_share == 0
-    tuned = job(workload=recomputable(0.3 * GIB)).full_sharding_tuned()
+    tuned = full_sharding_tuned(job(workload=recomputable(0.3 * GIB)))
     assert tuned.fits and tuned.recomputed_share == 0  # a fair comparison
-    assert job(workload=recomputable(GIB)).full_sharding().recomputed_share == 1
+    assert full_sharding(job(workload=recomputable(GIB))).recomputed_share == 1
     assert taken(job(workload=recomputable(20 * GIB))).recomputed_share == 1
     given = replace(recomputable(GIB), alternatives=())
     assert taken(job(workload=given)).recomputed_share == 1
@@ -219,9 +220,9 @@ def test_inputs_of_blocks_go_to_the_host_where_that_is_faster_and_fits_it() -> N
     slow = replace(P4D, network_rate_gbits_per_s=50)
     best = taken(job(workload=offloadable(0.5 * GIB), hardware=slow))
     assert best.activation_offload and best.fits and best.batches.micro > 4
-    tuned = job(workload=offloadable(0.5 * GIB), hardware=slow).full_sharding_tuned()
+    tuned = full_sharding_tuned(job(workload=offloadable(0.5 * GIB), hardware=slow))
     assert tuned.activation_offload  # a fair comparison
-    assert not job(workload=offloadable(0.5 * GIB), hardware=slow).full_sharding().activation_offload
+    assert not full_sharding(job(workload=offloadable(0.5 * GIB), hardware=slow)).activation_offload
     for small in (replace(slow, host_memory_gib=8), replace(slow, host_rate_gbytes_per_s=0.01)):
         best = taken(job(workload=offloadable(0.5 * GIB), hardware=small))
         assert best.fits and not best.activation_offload
@@ -232,9 +233,9 @@ def test_inputs_of_blocks_go_to_the_host_where_that_is_faster_and_fits_it() -> N
 def test_micro_steps_of_few_tokens_are_no_reason_not_to_recompute() -> None:
     each = job(workload=recomputable(5 * GIB))  # without recomputation, fewer than 4 samples of 512 tokens fit
     candidates = list(each.candidates("auto", AUTO))
-    tuned = each.full_sharding_tuned()
+    tuned = full_sharding_tuned(each)
     assert any(c.fits and c.recomputed_share == 0 and c.batches.micro == 2 for c in candidates)
-    best = fastest(candidates, each.full_sharding(), tuned, sample_tokens=512)
+    best = fastest(candidates, full_sharding(each), tuned, sample_tokens=512)
     assert best.recomputed_share == tuned.recomputed_share == 1
     assert best.seconds.expected <= tuned.seconds.expected
 

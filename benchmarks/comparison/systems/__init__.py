@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 # What each rank keeps from one micro-step to the next: M is all parameters, G all gradients, k the ranks of a node.
 SHARDS = "shards"
+WEIGHTS = "shards, M"
 NODE_COPY = "shards, M/k"
 NODE = "shards, M/k, G/k"
 GRADIENTS = "shards, G"
@@ -27,6 +28,7 @@ _SETTINGS: dict[str, tuple[str, str | None, str]] = {
     "fsdp2-full": ("fsdp2", "full@world", SHARDS),
     "fsdp2-full-ring": ("fsdp2", "full-ring@world", SHARDS),
     "fsdp2-full-no-sync": ("fsdp2", "no-sync@world", GRADIENTS),
+    "fsdp2-full-no-reshard": ("fsdp2", "full-no-reshard@world", SHARDS),
     "fsdp2-full-kept": ("fsdp2", "full-kept@world", GATHERED),
     "fsdp2-hybrid@node": ("fsdp2", "hybrid@node", SHARDS),
     "fsdp2-hybrid@two-nodes": ("fsdp2", "hybrid@two-nodes", SHARDS),
@@ -39,6 +41,7 @@ _SETTINGS: dict[str, tuple[str, str | None, str]] = {
     "lightning-model-parallel@world": ("lightning_model_parallel", "full@world", SHARDS),
     "accelerate-fsdp2": ("accelerate_fsdp2", "hybrid@node", GRADIENTS),
     "accelerate-fsdp2@world": ("accelerate_fsdp2", "full@world", GRADIENTS),
+    "deepspeed-zero2": ("deepspeed_zero2", None, WEIGHTS),
     "deepspeed-zero3": ("deepspeed_zero3", None, SHARDS),
     "deepspeed-zero3-hpz": ("deepspeed_zero3", "hpz@node", NODE_COPY),
     "deepspeed-mics@node": ("deepspeed_mics", "mics@node", SHARDS),

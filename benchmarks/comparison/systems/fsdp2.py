@@ -1,10 +1,12 @@
 """torch's FSDP2 as its users write it: ``fully_shard`` on each block and on the root, over all ranks or hybrid.
 
 ``full`` shards over all ranks. ``no-sync`` does too, but reduces gradients at the boundary only and holds whole,
-unsharded gradients until then: another class of memory. ``hybrid`` shards inside a group of nodes and all-reduces over
-the replicas in every micro-step; ``hybrid-deferred`` all-reduces at the boundary only. With ``-kept``, gradients wait
-whole for the boundary and parameters are gathered once until then: all of both on each rank. With ``-ring``, gradients
-inside the group are reduced by ``RingReduceScatter``, which sends half of what gloo's own sends.
+unsharded gradients until then: another class of memory. ``no-reshard`` keeps parameters gathered from a forward to its
+backward (``reshard_after_forward=False``), as FairScale's users do. ``hybrid`` shards inside a group of nodes and
+all-reduces over the replicas in every micro-step; ``hybrid-deferred`` all-reduces at the boundary only. With
+``-kept``, gradients wait whole for the boundary and parameters are gathered once until then: all of both on each rank.
+With ``-ring``, gradients inside the group are reduced by ``RingReduceScatter``, which sends half of what gloo's own
+sends.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def train(setting: str | None, job: Job) -> None:
         use_ring(model)
     optimizer = make_optimizer(job.workload, model.parameters(), name=job.plan.optimizer)
     job.notes.append(f"mesh {tuple(mesh.shape)} of {mesh.mesh_dim_names}; asynchronous all-gathers")
-    if kind.endswith("-kept"):
+    if kind.endswith(("-kept", "-no-reshard")):
         model.set_reshard_after_forward(False)
     wait_for_boundary = {
         "no-sync": [model.set_requires_gradient_sync],
