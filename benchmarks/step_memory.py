@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import train
-from benchmarks.auto import ROOT, composed
+from benchmarks.auto.pairs import ROOT, composed
 from lightning_mics.policy.step_memory import step_bytes
 from recipes.job.auto import choose_automatically
 from recipes.plan.dry_run import rehearse_run

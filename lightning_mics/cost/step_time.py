@@ -116,7 +116,7 @@ def step_seconds(
     recomputed = np.array([way.recomputed_share for way in ways])
     host = np.array([way.host_bytes for way in ways]) / (hardware.host_rate_gbytes_per_s * 1e9)
     seconds_of = cache(partial(collective_seconds, hardware=hardware, ranks_per_node=ranks_per_node))
-    counts = [_micro_steps(way.micro_steps) for way in ways]
+    counts = [micro_steps_by_kind(way.micro_steps) for way in ways]
     parts = {}
     for whens in {whens for count in counts for whens in count}:
         parts[whens] = _micro_step(
@@ -140,8 +140,12 @@ def step_seconds(
     ]
 
 
-def _micro_steps(number: int) -> dict[frozenset[When], int]:
-    """Numbers of micro-steps by the collectives that they run."""
+def micro_steps_by_kind(number: int) -> dict[frozenset[When], int]:
+    """Numbers of micro-steps by the collectives that they run.
+
+    Args:
+        number: Micro-steps per optimizer step.
+    """
     if number == 1:
         return {frozenset(("every", "first", "boundary")): 1}
     return {

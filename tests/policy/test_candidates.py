@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.auto import planned_pairs, ratio
+from benchmarks.auto.pairs import planned_pairs, ratio
 from lightning_mics import CommunicationOptions
 from lightning_mics.cost.hardware import find_instance
 from lightning_mics.cost.step_traffic import Unit
