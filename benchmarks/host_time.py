@@ -180,7 +180,16 @@ def ratio(measured: Sequence[dict[str, Any]], one: tuple[str, str], other: tuple
     by_turn: dict[int, dict[tuple[str, str], float]] = {}
     for entry in measured:
         by_turn.setdefault(entry["turn"], {})[entry["system"], entry["checkout"]] = entry[what]
-    logs = [math.log(found[one] / found[other]) for found in by_turn.values()]
+    return geometric_mean_with_interval([found[one] / found[other] for found in by_turn.values()])
+
+
+def geometric_mean_with_interval(ratios: Sequence[float]) -> list[float]:
+    """Geometric mean of ratios, and the ends of its 95 % interval over 20 turns.
+
+    Args:
+        ratios: Ratio of each turn.
+    """
+    logs = [math.log(ratio) for ratio in ratios]
     mean = statistics.mean(logs)
     reach = 2.09 * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0  # Student's, 19 of freedom
     return [math.exp(mean), math.exp(mean - reach), math.exp(mean + reach)]

@@ -70,8 +70,9 @@ def measure_collectives(groups: PartitionGroups) -> dict[str, dict[int, float]]:
     As schedules run them, inside a node and along rails, on all ranks at once.
     """
     seconds: dict[str, dict[int, float]] = {"node": {}, "rail": {}}
-    for name, group, nodes in (("node", groups.node, [0] * RANKS_PER_NODE), ("rail", groups.rail, range(NODES))):
+    for name, group in (("node", groups.node), ("rail", groups.rail)):
         assert group is not None
+        nodes = [0] * group.size() if name == "node" else range(group.size())
         counted = CountedGroup(group, nodes=nodes, traffic=Traffic(), backend=groups.backend)
         for size in SIZES:
             whole, part = torch.zeros(size), torch.zeros(size // group.size())
@@ -143,19 +144,27 @@ def work(out: Path) -> None:
     time.sleep(0.2)
 
 
-def calibrated(collectives: list[dict[str, dict[str, float]]]) -> Hardware:
-    """The emulated machine, from collectives of two sizes; what it computes is measured, not predicted."""
-    sent_bytes = {"node": (RANKS_PER_NODE - 1) / RANKS_PER_NODE, "rail": (NODES - 1) / NODES}
+def calibrated(
+    collectives: list[dict[str, dict[str, float]]], *, nodes: int = NODES, ranks_per_node: int = RANKS_PER_NODE
+) -> Hardware:
+    """The emulated machine, from collectives of two sizes; what it computes is measured, not predicted.
+
+    Args:
+        collectives: Results of :func:`measure_collectives`, one for each turn.
+        nodes: Number of nodes.
+        ranks_per_node: Number of ranks on each node.
+    """
+    sent_bytes = {"node": (ranks_per_node - 1) / ranks_per_node, "rail": (nodes - 1) / nodes}
     rates, latencies = {}, {}
     for name, share in sent_bytes.items():
         small, large = (median(turn[name][str(size)] for turn in collectives) for size in SIZES)
         rates[name] = 4 * (SIZES[1] - SIZES[0]) * share / (large - small)
-        hops = RANKS_PER_NODE - 1 if name == "node" else NODES - 1
+        hops = ranks_per_node - 1 if name == "node" else nodes - 1
         latencies[name] = max(0.1, 1e6 * (small - 4 * SIZES[0] * share / rates[name]) / hops)
-    network_gbits = 8e-9 * RANKS_PER_NODE * rates["rail"]
+    network_gbits = 8e-9 * ranks_per_node * rates["rail"]
     return Hardware(
         gpu="CPU process",
-        gpus_per_node=RANKS_PER_NODE,
+        gpus_per_node=ranks_per_node,
         memory_gib=2,
         peak_tflops=1.0,
         kernel_share=1.0,

@@ -1,0 +1,167 @@
+"""The page of a ranking: regret, order and bytes of what was predicted, from what was timed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.auto.pairs import ROOT
+from benchmarks.host_time import geometric_mean_with_interval
+from benchmarks.ranking.bytes import predicted_link_bytes
+from benchmarks.ranking.cells import MODEL, Way
+from recipes.plan.tables import place_label
+
+APART = 1.1  # ratio from which two predictions count as different
+
+
+def write_page(out: Path, launches: Sequence[dict[str, Any]], command: str) -> None:
+    """Write ``results.json`` and ``README.md``.
+
+    Args:
+        out: Folder of both.
+        launches: Measurements of each shape and rate.
+        command: Command line that made them.
+    """
+    cells = [judged(launch, cell) for launch in launches for cell in launch["cells"]]
+    links = [link for launch in launches for link in judged_links(launch)]
+    commit = subprocess.run(["git", "rev-parse", "--short=8", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    summary = {
+        "cells": len(cells),
+        "regret_at_most_5_percent": sum(cell["regret"] <= 0.05 for cell in cells),
+        "largest_regret": max(cell["regret"] for cell in cells),
+        "not_slower_than_flat": sum(cell["over_flat"][1] <= 1 and cell["over_flat"][2] < 1.05 for cell in cells),
+        "least_tau": min(cell["tau"] for cell in cells),
+        "largest_error_of_bytes": max(abs(link["error"]) for link in links),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    results = {"command": command, "commit": commit.stdout.strip(), "summary": summary, "cells": cells, "links": links}
+    (out / "results.json").write_text(json.dumps(results | {"launches": list(launches)}, separators=(",", ":")))
+    remarks = out / "remarks.md"
+    (out / "README.md").write_text(_text(results, remarks.read_text() if remarks.exists() else ""))
+
+
+def judged(launch: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
+    """What the measurements say of a cell.
+
+    Args:
+        launch: Measurements of its shape and rate.
+        cell: The cell.
+    """
+    timed = [(each["predicted"], median(each["seconds"]), each["way"]) for each in cell["timed"]]
+    measured = {tuple(way.values()): seconds for _, seconds, way in timed}
+    chosen = measured[tuple(cell["chosen"].values())]
+    best = min(timed, key=lambda each: each[1])
+    same = cell["chosen"] == cell["flat"]
+    ratios = [ours / flat for ours, flat in cell["pairs"]]
+    return {
+        "shape": launch["shape"],
+        "rate": launch["rate"],
+        "capacity_bytes": cell["capacity_bytes"],
+        "fitting": cell["fitting"],
+        "timed": len(timed),
+        "chosen": cell["chosen"],
+        "flat": cell["flat"],
+        "best": best[2],
+        "predicted": next(predicted for predicted, _, way in timed if way == cell["chosen"]),
+        "seconds": chosen,
+        "regret": chosen / best[1] - 1,
+        "over_flat": [1.0, 1.0, 1.0] if same else geometric_mean_with_interval(ratios),
+        "tau": kendall_tau([(predicted, seconds) for predicted, seconds, _ in timed]),
+    }
+
+
+def kendall_tau(timed: Sequence[tuple[float, float]]) -> float:
+    """Kendall's rank correlation of predictions and measurements, over pairs whose predictions are 10 % apart.
+
+    Args:
+        timed: Predicted and measured seconds of each way.
+    """
+    apart = [
+        math.copysign(1, (one[0] - other[0]) * (one[1] - other[1]))
+        for one, other in itertools.combinations(timed, 2)
+        if max(one[0], other[0]) > APART * min(one[0], other[0])
+    ]
+    return sum(apart) / len(apart) if apart else 1.0
+
+
+def judged_links(launch: dict[str, Any]) -> list[dict[str, Any]]:
+    """Predicted bytes of each way that was run, and what the counters of the links say."""
+    ranks_per_node = int(launch["shape"].split("x")[1])
+    rows = []
+    for each in launch["link"]:
+        way = Way(**each["way"])
+        predicted = predicted_link_bytes(way, ranks_per_node=ranks_per_node)
+        error = each["bytes"] / predicted - 1 if predicted else 0.0
+        rows.append({"shape": launch["shape"], "rate": launch["rate"], **each, "predicted": predicted, "error": error})
+    return rows
+
+
+def label(way: dict[str, Any]) -> str:
+    """A way in a few words."""
+    stages = "in stages" if way["hierarchical"] else "flat"
+    places = f"{place_label(way['cache_parameters'])}, {place_label(way['accumulate_gradients'])}"
+    return f"{way['partition_size']} {stages}, {way['micro_batch']} samples, {places}"
+
+
+def _is_in_part(way: dict[str, Any]) -> bool:
+    return isinstance(way["cache_parameters"], float) or isinstance(way["accumulate_gradients"], float)
+
+
+def _text(results: dict[str, Any], remarks: str) -> str:
+    found = results["summary"]
+    cells = [
+        f"| {cell['shape']} | {cell['rate']} | {cell['capacity_bytes'] / 1e6:.1f} | {cell['fitting']} "
+        f"| {label(cell['chosen'])} | {cell['predicted']:.2f} | {cell['seconds']:.2f} | {cell['regret']:.0%} "
+        f"| {cell['over_flat'][0]:.2f} ({cell['over_flat'][1]:.2f} to {cell['over_flat'][2]:.2f}) "
+        f"| {cell['tau']:.2f} |"
+        for cell in results["cells"]
+    ]
+    first_rate = results["links"][0]["rate"]
+    links = [
+        f"| {link['shape']} | {label(link['way'])} | {link['predicted'] / 1e6:.2f} | {link['bytes'] / 1e6:.2f} "
+        f"| {link['error']:+.1%} |"
+        for link in results["links"]
+        if link["rate"] == first_rate and _is_in_part(link["way"])
+    ]
+    return f"""# Whether "auto" chooses well, measured on the emulated cluster
+
+**Question.** Among all ways to run a job that fit the memory, does the planner take the fastest, and is it ever slower
+than flat full sharding?
+
+**Method.** Nodes are network namespaces joined by links with a rate, all on one machine; eight ranks, real TCP between
+nodes, gloo. A model of {MODEL.layers} blocks of width {MODEL.width}, 16 samples for each rank and optimizer step, in
+micro-batches of 1, 4 or 16. Each shape and rate is calibrated in the same launch: collectives in two sizes, and a
+micro-step without communication for each micro-batch. A pretended memory decides what fits, by the closed form of
+plans. The planner then searches partition size, stages, caches, sums and micro-batch. Timed are its choice, flat full
+sharding with its largest micro-batch, what is predicted to be within 1.5 times the best, and some slower ways, in
+turns; *regret* is the choice's time over the least time of these, less 1. The ratio to flat full sharding is a
+geometric mean of paired turns with its 95 % interval. Kendall's tau is over pairs whose predictions are 10 % apart.
+
+**Result.** {found["cells"]} cells. The regret is at most 5 % in {found["regret_at_most_5_percent"]}, and
+{found["largest_regret"]:.0%} at most. The choice is not slower than flat full sharding in
+{found["not_slower_than_flat"]}. The least tau is {found["least_tau"]:.2f}. What the links carried is within
+{found["largest_error_of_bytes"]:.1%} of the predicted bytes, headers included.
+
+```bash
+{results["command"]}
+```
+
+Commit {results["commit"]}.
+
+| shape | links | memory, MB | ways that fit | chosen | predicted, s | measured, s | regret | over flat | tau |
+|---|---|--:|--:|---|--:|--:|--:|--:|--:|
+{chr(10).join(cells)}
+
+Bytes that a node sends in an optimizer step where only some of the blocks are cached or summed on nodes, in MB:
+
+| shape | way | predicted | on the link | error |
+|---|---|--:|--:|--:|
+{chr(10).join(links)}
+
+{remarks}"""
