@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from benchmarks.auto.pairs import ON_HOST, ModelPlans
 from recipes.job.cluster_plan import hardware_of
@@ -20,6 +21,11 @@ JOBS = (  # model, cluster and further overrides
     ("llama-70b", "p4de_16", ()),
     ("llama-70b", "p5_8", ()),
     ("llama-8b", "p5_8", ()),
+)
+SERIES = (  # color, whether its numbers are above the points, name
+    ("#e07b39", True, "FSDP2"),
+    ("#2b5c8a", False, "auto"),
+    ("#5b9a68", True, "auto, inputs of blocks on the host"),
 )
 PRECISION = 1.01  # ratio of two rates that are not told apart
 SLOWEST_GBITS = 1.0
@@ -52,9 +58,9 @@ def equal_rates(jobs: Sequence[tuple[str, str, Sequence[str]]] = JOBS) -> Iterat
         plans = ModelPlans(model, overrides)
         own = hardware_of(plans.config(cluster).cluster).network_rate_gbits_per_s
         seconds = plans.plan(cluster, own).baseline.seconds.expected
-        found = {"model": model, "cluster": cluster, "overrides": list(overrides), "own_gbits_per_s": own}
-        for name, each in (("gbits_per_s", plans), ("on_host_gbits_per_s", ModelPlans(model, (*overrides, ON_HOST)))):
-            found[name] = least_rate(partial(_is_as_fast, each, cluster, seconds), own=own)
+        found = {"model": model, "cluster": cluster, "overrides": list(overrides), "own_mbit_per_s": 1000 * own}
+        for name, each in (("mbit_per_s", plans), ("on_host_mbit_per_s", ModelPlans(model, (*overrides, ON_HOST)))):
+            found[name] = 1000 * least_rate(partial(_is_as_fast, each, cluster, seconds), own=own)
         yield found
 
 
@@ -82,16 +88,18 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
         "Equal seconds per step, as planned: FSDP2 at full rate, auto at a lower one", loc="left", fontsize=11
     )
     for place, row in enumerate(reversed(rows)):
-        rates = (row["own_gbits_per_s"], row["gbits_per_s"], row["on_host_gbits_per_s"])
+        rates = [row[name] / 1000 for name in ("own_mbit_per_s", "mbit_per_s", "on_host_mbit_per_s")]
         axes.plot(rates, [place] * 3, color="#bbb", zorder=1)
-        for rate, color in zip(rates, ("#e07b39", "#2b5c8a", "#5b9a68"), strict=True):
+        for rate, (color, above, _) in zip(rates, SERIES, strict=True):
             axes.scatter(rate, place, color=color, zorder=2)
-            axes.annotate(f"{rate:.0f}", (rate, place), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+            offset = (0, 6 if above else -13)
+            axes.annotate(f"{rate:.0f}", (rate, place), offset, textcoords="offset points", ha="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [label(row) for row in reversed(rows)])
     axes.set_ylim(-0.5, len(rows) - 0.3)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.spines[["top", "right"]].set_visible(False)
-    for color, name in (("#e07b39", "FSDP2"), ("#2b5c8a", "auto"), ("#5b9a68", "auto, inputs of blocks on the host")):
+    for color, _, name in SERIES:
         axes.scatter([], [], color=color, label=name)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=len(SERIES))
     figure.savefig(file, metadata={"Date": None})

@@ -108,7 +108,8 @@ Commit {results["commit"]}."""
 
 def _equal_rates(rates: Sequence[dict[str, Any]]) -> str:
     rows = [
-        f"| {label(row)} | {row['own_gbits_per_s']:g} | {row['gbits_per_s']:.0f} | {row['on_host_gbits_per_s']:.0f} |"
+        f"| {label(row)} | {row['own_mbit_per_s'] / 1000:g} | {row['mbit_per_s'] / 1000:.0f} "
+        f"| {row['on_host_mbit_per_s'] / 1000:.0f} |"
         for row in rates
     ]
     return "\n".join(

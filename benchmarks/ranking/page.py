@@ -41,7 +41,7 @@ def write_page(out: Path, launches: Sequence[dict[str, Any]], command: str) -> N
     }
     out.mkdir(parents=True, exist_ok=True)
     results = {"command": command, "commit": commit.stdout.strip(), "summary": summary, "cells": cells, "links": links}
-    (out / "results.json").write_text(json.dumps(results | {"launches": list(launches)}, separators=(",", ":")))
+    (out / "results.json").write_text(json.dumps(results | {"measured": list(launches)}, separators=(",", ":")))
     remarks = out / "remarks.md"
     (out / "README.md").write_text(_text(results, remarks.read_text() if remarks.exists() else ""))
 

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from lightning_mics.cost.communication_time import CommunicationTime, Pricing
 from lightning_mics.policy.memory import USABLE_SHARE, ModelSize, fits, in_gib, smallest_partition_size
-from lightning_mics.sharding.options import CommunicationOptions, size_of_share, spread_over
+from lightning_mics.sharding.options import CommunicationOptions, share_of, size_of_share, spread_over
 from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.topology import Topology, partition_sizes
 
@@ -356,8 +356,8 @@ def largest_share(blocks_bytes: Sequence[int], local_ranks: int, free_bytes: int
     blocks = len(blocks_bytes)
     if blocks and min(blocks_bytes) == max(blocks_bytes) > 0:  # as in most models; there are many plans
         count = min(blocks, max(0, free_bytes) * local_ranks // blocks_bytes[0])
-        return count / blocks if count else None
-    shares = (count / blocks for count in range(blocks, 0, -1))
+        return share_of(count, blocks) if count else None
+    shares = (share_of(count, blocks) for count in range(blocks, 0, -1))
     return next((share for share in shares if bytes_of_share(share, blocks_bytes, local_ranks) <= free_bytes), None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import compress
@@ -211,6 +212,17 @@ def spread_over(blocks: int, share: float) -> list[bool]:
         share: Share of the blocks, 0 to 1.
     """
     return evenly(int(share * blocks + 1e-6), blocks)  # a share may be a rounded quotient
+
+
+def share_of(count: int, blocks: int) -> float:
+    """The shortest decimal of at least two digits that is a share of ``count`` blocks, to be read and typed.
+
+    Args:
+        count: Number of blocks in the share.
+        blocks: Number of blocks, at least ``count``.
+    """
+    shares = (math.ceil(count / blocks * 10**digits - 1e-9) / 10**digits for digits in range(2, 16))
+    return next(share for share in shares if share <= 1 and sum(spread_over(blocks, share)) == count)
 
 
 def size_of_share(sizes: Sequence[int], share: float) -> int:

@@ -15,7 +15,7 @@ from lightning_mics.cost.step_traffic import find_units, step_traffic
 from lightning_mics.policy.choice import bytes_of_share, largest_share
 from lightning_mics.policy.memory import measure_model
 from lightning_mics.sharding.blocks import find_blocks
-from lightning_mics.sharding.options import spread_over
+from lightning_mics.sharding.options import share_of, spread_over
 from lightning_mics.sharding.shard_model import shard_model
 from lightning_mics.techniques.partition_groups import create_partition_groups
 from lightning_mics.topology import Topology
@@ -74,6 +74,14 @@ def test_a_share_needs_a_stage_between_nodes() -> None:
         CommunicationOptions(hierarchical=False, cache_parameters=0.5).check(over_nodes)
     with pytest.raises(ValueError, match="two_hop=False"):
         CommunicationOptions(two_hop=False, accumulate_gradients=0.5)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 4, 96, 124, 126])
+def test_a_share_that_is_chosen_can_be_typed_again(blocks: int) -> None:
+    for count in range(1, blocks + 1):
+        share = share_of(count, blocks)
+        assert len(str(share)) <= len("0.999") and sum(spread_over(blocks, share)) == count
+    assert (share_of(1, 4), share_of(43, 124), share_of(124, 124)) == (0.25, 0.35, 1.0)
 
 
 def test_the_largest_share_is_the_most_blocks_that_fit() -> None:
