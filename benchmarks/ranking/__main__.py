@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
@@ -46,8 +47,19 @@ def launch(shape: Shape, rate: str, arguments: Sequence[str], scratch: Path) -> 
     return {"shape": str(shape), "rate": rate, **found}
 
 
+def earlier(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Launches of earlier calls, by shape and rate.
+
+    Args:
+        out: Folder of the page.
+    """
+    file = out / "results.json"
+    launches = json.loads(file.read_text())["measured"] if file.exists() else []
+    return {(launch["shape"], launch["rate"]): launch for launch in launches}
+
+
 def main(typed: Sequence[str] | None = None) -> int:
-    """Perform all launches and write the page."""
+    """Perform all launches and write the page; launches of earlier calls into the same folder stay on it."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ranking",
         description=benchmarks.ranking.__doc__,
@@ -70,12 +82,11 @@ def main(typed: Sequence[str] | None = None) -> int:
         if shape.nodes * shape.ranks_per_node != RANKS:
             parser.error(f"--shapes {shape}: the model is made for {RANKS} ranks")
     of_ranks = ["--turns", options.turns, "--pairs", options.pairs, "--places", *options.places]
-    found = [
-        launch(shape, rate, [*map(str, of_ranks)], options.out / "scratch")
-        for shape in shapes
-        for rate in options.rates
-    ]
-    write_page(options.out, found, f"python -m benchmarks.ranking {shlex.join(words)}")
+    found = earlier(options.out)
+    for shape, rate in itertools.product(shapes, options.rates):
+        found[str(shape), rate] = launch(shape, rate, [*map(str, of_ranks)], options.out / "scratch")
+        command = f"python -m benchmarks.ranking {shlex.join(words)}"
+        write_page(options.out, [found[key] for key in sorted(found)], command)
     return 0
 
 

@@ -26,7 +26,7 @@ from lightning_mics.policy.candidates import Candidate, Job, fastest
 from lightning_mics.policy.memory import RESERVED_BYTES, RESERVED_SHARE
 from lightning_mics.topology import Topology
 
-MODEL = Model(layers=4, width=64, vocabulary=512)
+MODEL = Model(layers=4, width=128, vocabulary=512)
 SAMPLES = 16  # of each rank, per optimizer step
 MICRO_BATCHES = (1, 4, 16)
 RANKS = 8

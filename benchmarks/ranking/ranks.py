@@ -132,21 +132,17 @@ def work(out: Path, *, turns: int, pairs: int, places: list[float]) -> None:
     cells = cells_of(workload(), hardware, compute, places)
     seconds: dict[Way, list[float]] = {way: [] for cell in cells for way in cell.timed}
     say(hardware, compute, len(seconds), "ways,", sum(max(c.timed.get(w, 0) for c in cells) for w in seconds), "s")
-    link: dict[Way, float] = {}
+    trainers = {way: trainer(way) for way in seconds}
+    link = {way: running.link_bytes() for way, running in trainers.items()}
     for turn in range(turns):
-        for way in seconds:
-            running = trainer(way)
+        for way, running in trainers.items():
             seconds[way].append(running.seconds())
-            if turn == 0:
-                link[way] = running.link_bytes()
         say("turn", turn + 1)
     paired: dict[tuple[Way, Way], list[tuple[float, float]]] = {}
-    for cell in cells:
-        both = (cell.chosen, cell.flat)
-        if both[0] != both[1] and both not in paired:
-            ours, flat = map(trainer, both)
-            paired[both] = [(ours.seconds(), flat.seconds()) for _ in range(pairs)]
-            say(cell.chosen, median(one / other for one, other in paired[both]))
+    for both in dict.fromkeys((cell.chosen, cell.flat) for cell in cells if cell.chosen != cell.flat):
+        ours, flat = (trainers[way] for way in both)
+        paired[both] = [(ours.seconds(), flat.seconds()) for _ in range(pairs)]
+        say(both[0], median(one / other for one, other in paired[both]))
     shares = {way: trainer(way).link_bytes() for way in ways_with_shares()}
     if dist.get_rank() == 0:
         found = [_cell(cell, seconds, paired.get((cell.chosen, cell.flat), [])) for cell in cells]

@@ -14,7 +14,7 @@ from lightning_mics.cost.batches import Batches, split_global_batch
 from lightning_mics.cost.hardware import Hardware
 from lightning_mics.cost.step_time import Arithmetic, Seconds, step_seconds
 from lightning_mics.cost.step_traffic import StepTraffic, step_traffic
-from lightning_mics.policy.choice import Choice, choose, largest_share
+from lightning_mics.policy.choice import Choice, ShardingJob, choose, largest_share
 from lightning_mics.policy.memory import usable_bytes
 from lightning_mics.policy.step_memory import step_bytes
 from lightning_mics.policy.workload import Workload
@@ -175,14 +175,15 @@ class Job:
             topology: Topology of the job.
             options: Options without "auto".
         """
-        return choose(
-            self.workload.size,
+        job = ShardingJob(
+            size=self.workload.size,
             world_size=topology.world_size,
             ranks_per_node=topology.ranks_per_node,
             capacity_bytes=self.hardware.memory_bytes,
             partition_size=topology.partition_size,
             communication=options,
         )
+        return choose(job)
 
     def priced(
         self,

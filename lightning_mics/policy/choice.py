@@ -85,16 +85,45 @@ def options_that_may_be_auto(
     return {"partition_size": partition_size, **{name: getattr(communication, name) for name in names}}
 
 
-def choose(
-    size: ModelSize,
-    *,
-    world_size: int,
-    ranks_per_node: int,
-    capacity_bytes: int,
-    partition_size: int | Literal["auto"] = "auto",
-    communication: CommunicationOptions = CommunicationOptions.AUTO,
-    pricing: Pricing | None = None,
-) -> Choice:
+@dataclass(frozen=True, kw_only=True)
+class ShardingJob:
+    """A model to shard over a job, with the options of the user.
+
+    Attributes:
+        size: Size of the model, from :func:`~lightning_mics.policy.memory.measure_model`.
+        world_size: Ranks in the job.
+        ranks_per_node: Ranks on each node.
+        capacity_bytes: Memory of one rank's device, of which ``USABLE_SHARE`` is for model states and caches.
+        partition_size: Ranks per partition group, or "auto".
+        communication: Options of the collectives, with "auto" where they are free.
+    """
+
+    size: ModelSize
+    world_size: int
+    ranks_per_node: int
+    capacity_bytes: int
+    partition_size: int | Literal["auto"] = "auto"
+    communication: CommunicationOptions = CommunicationOptions.AUTO
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that may be "auto", by name."""
+        return options_that_may_be_auto(self.partition_size, self.communication)
+
+    def topology(self, partition_size: int) -> Topology:
+        """The topology with partition groups of this size.
+
+        Args:
+            partition_size: Ranks per partition group.
+
+        Raises:
+            TypeError: If it is not an integer.
+            ValueError: If it does not fit the job.
+        """
+        return Topology(world_size=self.world_size, ranks_per_node=self.ranks_per_node, partition_size=partition_size)
+
+
+def choose(job: ShardingJob, pricing: Pricing | None = None) -> Choice:
     """Replace "auto" by what memory allows, or by the fastest of what it allows.
 
     What takes as long within 1 % counts as equally fast: then caches on ranks are avoided, then bytes between nodes,
@@ -102,108 +131,73 @@ def choose(
     run any job unless an option that is given excludes it.
 
     Args:
-        size: Size of the model, from :func:`~lightning_mics.policy.memory.measure_model`.
-        world_size: Ranks in the job.
-        ranks_per_node: Ranks on each node.
-        capacity_bytes: Memory of one rank's device, of which ``USABLE_SHARE`` is for model states and caches.
-        partition_size: Ranks per partition group, or "auto".
-        communication: Options of the user.
+        job: Model and job.
         pricing: The model on links with known rates; None chooses by memory alone.
 
     Raises:
         TypeError: If the partition size is not an integer.
         ValueError: If it does not fit the job, or ``hierarchical=True`` does not fit it.
     """
-    job = {"world_size": world_size, "ranks_per_node": ranks_per_node, "capacity_bytes": capacity_bytes}
-    by_memory = _by_memory(size, **job, partition_size=partition_size, communication=communication)
+    by_memory = _by_memory(job)
     if pricing is None:
         return by_memory
-    ways = fitting_ways(size, **job, partition_size=partition_size, communication=communication)
+    ways = fitting_ways(job)
     if not ways:
         return by_memory
     timed = [replace(way, time=pricing.time(way.topology, way.communication), pricing=pricing) for way in ways]
-    return _fastest(timed, options_that_may_be_auto(partition_size, communication))
+    return _fastest(timed, job.given)
 
 
-def fitting_ways(
-    size: ModelSize,
-    *,
-    world_size: int,
-    ranks_per_node: int,
-    capacity_bytes: int,
-    partition_size: int | Literal["auto"],
-    communication: CommunicationOptions,
-) -> list[Choice]:
-    """All ways to run a job that memory and the given options allow, to choose from by time.
-
-    Args:
-        size: Size of the model.
-        world_size: Ranks in the job.
-        ranks_per_node: Ranks on each node.
-        capacity_bytes: Memory of one rank's device.
-        partition_size: Ranks per partition group, or "auto".
-        communication: Options of the user.
-    """
-    sizes = partition_sizes(world_size=world_size, ranks_per_node=ranks_per_node)
+def fitting_ways(job: ShardingJob) -> list[Choice]:
+    """All ways to run a job that memory and the given options allow, to choose from by time."""
+    sizes: Sequence[int] = (
+        partition_sizes(world_size=job.world_size, ranks_per_node=job.ranks_per_node)
+        if job.partition_size == "auto"
+        else (job.partition_size,)
+    )
     alternatives = {  # "auto" is as much as memory allows
         "hierarchical": ("auto", False),
         "cache_parameters": ("auto", "node", "never"),
         "accumulate_gradients": ("auto", "node", "shard"),
     }
-    if communication.allow_unused:  # they take the memory in any case
-        communication = communication.on_ranks()
-    given = options_that_may_be_auto(partition_size, communication)
-    values = [others if given[name] == "auto" else (given[name],) for name, others in alternatives.items()]
+    if job.communication.allow_unused:  # they take the memory in any case
+        job = replace(job, communication=job.communication.on_ranks())
+    values = [others if job.given[name] == "auto" else (job.given[name],) for name, others in alternatives.items()]
     found: dict[tuple[int, CommunicationOptions], Choice] = {}
-    for ranks, ways in product(sizes if partition_size == "auto" else (partition_size,), product(*values)):
-        topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=ranks)
+    for ranks, ways in product(sizes, product(*values)):
         try:
-            options = replace(communication, **dict(zip(alternatives, ways, strict=True)))
-            replace(communication, hierarchical=options.hierarchical).check(topology)
+            options = replace(job.communication, **dict(zip(alternatives, ways, strict=True)))
+            replace(job.communication, hierarchical=options.hierarchical).check(job.topology(ranks))
         except ValueError:  # an option that is given needs another one
             continue
-        way = _by_memory(
-            size,
-            world_size=world_size,
-            ranks_per_node=ranks_per_node,
-            capacity_bytes=capacity_bytes,
-            partition_size=ranks,
-            communication=options,
-        )
+        way = _by_memory(replace(job, partition_size=ranks, communication=options))
         if way.fits:
             found.setdefault((ranks, way.communication), way)
     return list(found.values())
 
 
-def _by_memory(
-    size: ModelSize,
-    *,
-    world_size: int,
-    ranks_per_node: int,
-    capacity_bytes: int,
-    partition_size: int | Literal["auto"],
-    communication: CommunicationOptions,
-) -> Choice:
+def _by_memory(job: ShardingJob) -> Choice:
+    size, partition_size, communication = job.size, job.partition_size, job.communication
     reasons = {"partition_size": "given"}
     if partition_size == "auto":
         partition_size = smallest_partition_size(
-            size, world_size=world_size, ranks_per_node=ranks_per_node, capacity_bytes=capacity_bytes
+            size, world_size=job.world_size, ranks_per_node=job.ranks_per_node, capacity_bytes=job.capacity_bytes
         )
-        hold = fits(size, partition_size, capacity_bytes)
+        hold = fits(size, partition_size, job.capacity_bytes)
         why = (
             "the fewest whole nodes that hold the model states"
             if hold
             else "all ranks, which hardly hold the model states"
         )
         reasons["partition_size"] = f'"auto": {why}'
-    topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
+    topology = job.topology(partition_size)
     hierarchical = choose_hierarchical(communication.hierarchical, topology)
     states_bytes = size.per_rank_bytes(partition_size)
     memory = _Memory(
         topology=topology,
         in_stages=hierarchical or topology.local_ranks_per_partition_group == 1,
-        free_bytes=int(USABLE_SHARE * capacity_bytes) - states_bytes,
-        fits_unsharded=fits(size, 1, capacity_bytes),
+        free_bytes=int(USABLE_SHARE * job.capacity_bytes) - states_bytes,
+        fits_unsharded=fits(size, 1, job.capacity_bytes),
     )
     if communication.allow_unused:  # they take the memory in any case
         communication = communication.on_ranks()
@@ -232,7 +226,7 @@ def _by_memory(
         },
         states_bytes=states_bytes,
         cached_bytes=cached_bytes,
-        capacity_bytes=capacity_bytes,
+        capacity_bytes=job.capacity_bytes,
     )
 
 

@@ -20,7 +20,7 @@ from lightning_mics.cost.communication_time import UNKNOWN_MICRO_STEPS, Pricing
 from lightning_mics.cost.hardware import Links
 from lightning_mics.cost.probe import measure_links
 from lightning_mics.cost.step_traffic import find_units
-from lightning_mics.policy.choice import Choice, choose, fitting_ways, options_that_may_be_auto
+from lightning_mics.policy.choice import Choice, ShardingJob, choose, fitting_ways, options_that_may_be_auto
 from lightning_mics.policy.hosts import check_hosts, hosts_of_ranks
 from lightning_mics.policy.memory import ModelSize, device_memory_bytes, measure_model
 from lightning_mics.policy.options import PolicyOptions, check_names
@@ -206,8 +206,8 @@ class Policy:
             TypeError: If the partition size is not an integer.
             ValueError: If an option does not fit the job.
         """
-        job = self._job(world_size=world_size, local_size=local_size, capacity_bytes=capacity_bytes)
-        choice = choose(size, **job, pricing=pricing)
+        job = self._job(size, world_size=world_size, local_size=local_size, capacity_bytes=capacity_bytes)
+        choice = choose(job, pricing)
         self.communication.check(choice.topology)
         return choice
 
@@ -238,16 +238,17 @@ class Policy:
         if self._ranks_per_node is None:
             check_hosts(hosts, local_size)
         job = self._job(
+            size,
             world_size=dist.get_world_size(),
             local_size=local_size,
             capacity_bytes=_capacity_bytes(device, local_size=local_size, control=control),
         )
-        by_memory = choose(size, **job)  # raises on all ranks alike
+        by_memory = choose(job)  # raises on all ranks alike
         self.communication.check(by_memory.topology)
-        kept, note = choice_of_checkpoint(resumed, size, **job)
+        kept, note = choice_of_checkpoint(resumed, job)
         if kept is not None:
             return replace(kept, resumed=note)
-        if price is None or len(set(hosts)) < 2 or len(fitting_ways(size, **job)) < 2:
+        if price is None or len(set(hosts)) < 2 or len(fitting_ways(job)) < 2:
             return replace(by_memory, resumed=note)
         links = measure_links(
             control,
@@ -256,17 +257,18 @@ class Policy:
             timeout=self._timeout,
             rail_max_ctas=None if device.type == "cpu" else self._rail_max_ctas,
         )
-        by_time = on_rank_0(lambda: choose(size, **job, pricing=price(links)))
+        by_time = on_rank_0(lambda: choose(job, price(links)))
         return replace(by_time, resumed=note)
 
-    def _job(self, *, world_size: int, local_size: int, capacity_bytes: int) -> dict[str, Any]:
-        return {
-            "world_size": world_size,
-            "ranks_per_node": self._node_size(local_size),
-            "capacity_bytes": capacity_bytes,
-            "partition_size": self.partition_size,
-            "communication": self.communication,
-        }
+    def _job(self, size: ModelSize, *, world_size: int, local_size: int, capacity_bytes: int) -> ShardingJob:
+        return ShardingJob(
+            size=size,
+            world_size=world_size,
+            ranks_per_node=self._node_size(local_size),
+            capacity_bytes=capacity_bytes,
+            partition_size=self.partition_size,
+            communication=self.communication,
+        )
 
     def check_kept(self, model: nn.Module, sharded: Sharded) -> None:
         """Check that an already sharded model is still fully sharded, and with this partition size.

@@ -8,36 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from lightning_mics.checkpoint.origin import saved_choice, saved_topology
-from lightning_mics.policy.choice import Choice, choose, options_that_may_be_auto
-from lightning_mics.policy.memory import ModelSize
-from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics.policy.choice import Choice, ShardingJob, choose
 
 KEPT = '"auto": as in the checkpoint'
 
 
-def choice_of_checkpoint(
-    meta: Mapping[str, Any],
-    size: ModelSize,
-    *,
-    world_size: int,
-    ranks_per_node: int,
-    capacity_bytes: int,
-    partition_size: int | Literal["auto"],
-    communication: CommunicationOptions,
-) -> tuple[Choice | None, str]:
+def choice_of_checkpoint(meta: Mapping[str, Any], job: ShardingJob) -> tuple[Choice | None, str]:
     """The choice that a checkpoint has recorded, if it is one for this job too.
 
     Args:
         meta: Entries of the checkpoint; empty if there is none.
-        size: Size of the model.
-        world_size: Ranks in the job.
-        ranks_per_node: Ranks on each node.
-        capacity_bytes: Memory of one rank's device.
-        partition_size: Ranks per partition group, or "auto".
-        communication: Options of the user.
+        job: Model and job that resume.
 
     Returns:
         The choice, or None, and what became of it in words: empty if the checkpoint has recorded none.
@@ -45,23 +29,17 @@ def choice_of_checkpoint(
     saved, topology = saved_choice(meta), saved_topology(meta)
     if not saved:
         return None, ""
-    if topology is None or (topology.world_size, topology.ranks_per_node) != (world_size, ranks_per_node):
+    if topology is None or (topology.world_size, topology.ranks_per_node) != (job.world_size, job.ranks_per_node):
         before = f"{topology.world_size} ranks, {topology.ranks_per_node} per node" if topology else "another job"
         return None, f"chosen anew: the checkpoint is of {before}"
-    given = options_that_may_be_auto(partition_size, communication)
-    if saved.keys() != {name for name, value in given.items() if value == "auto"}:
+    if saved.keys() != {name for name, value in job.given.items() if value == "auto"}:
         return None, 'chosen anew: other options are "auto" than in the run that saved the checkpoint'
     options = dict(saved)
     try:
-        choice = choose(
-            size,
-            world_size=world_size,
-            ranks_per_node=ranks_per_node,
-            capacity_bytes=capacity_bytes,
-            partition_size=options.pop("partition_size", partition_size),
-            communication=replace(communication, **options),
-        )
-        replace(communication, **options).check(choice.topology)
+        partition_size = options.pop("partition_size", job.partition_size)
+        communication = replace(job.communication, **options)
+        choice = choose(replace(job, partition_size=partition_size, communication=communication))
+        communication.check(choice.topology)
     except (TypeError, ValueError):
         return None, "chosen anew: the options in the checkpoint do not fit this job"
     if not choice.fits:

@@ -221,7 +221,8 @@ def share_of(count: int, blocks: int) -> float:
         count: Number of blocks in the share.
         blocks: Number of blocks, at least ``count``.
     """
-    shares = (math.ceil(count / blocks * 10**digits - 1e-9) / 10**digits for digits in range(2, 16))
+    scales = (float(10**digits) for digits in range(2, 16))
+    shares = (math.ceil(count / blocks * scale - 1e-9) / scale for scale in scales)
     return next(share for share in shares if share <= 1 and sum(spread_over(blocks, share)) == count)
 
 

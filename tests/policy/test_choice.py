@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_mics import CommunicationOptions
-from lightning_mics.policy.choice import Choice, choose
+from lightning_mics.policy.choice import Choice, ShardingJob, choose
 from lightning_mics.policy.memory import ModelSize
 from lightning_mics.policy.policy import Policy
 from lightning_mics.topology import Topology
@@ -41,14 +41,15 @@ def chosen(
     topology: Topology = OVER_NODES,
     **options: Any,
 ) -> Choice:
-    return choose(
-        size,
+    job = ShardingJob(
+        size=size,
         world_size=topology.world_size,
         ranks_per_node=topology.ranks_per_node,
         partition_size=topology.partition_size,
         capacity_bytes=int(usable_gib * GIB / 0.75) + 1,
         communication=replace(CommunicationOptions.AUTO, **options),
     )
+    return choose(job)
 
 
 def facts(choice: Choice) -> tuple[str, str, float]:
@@ -159,7 +160,7 @@ def test_nothing_is_held_back_from_a_second_hop_in_every_micro_step():
 @pytest.mark.parametrize(("usable_gib", "size", "hold"), [(17, 4, "hold"), (9, 8, "hold"), (1, 16, "hardly hold")])
 def test_the_partition_size_follows_from_memory(usable_gib, size, hold):
     capacity_bytes = int(usable_gib * GIB / 0.75) + 1
-    choice = choose(SIZE, world_size=16, ranks_per_node=4, capacity_bytes=capacity_bytes)
+    choice = choose(ShardingJob(size=SIZE, world_size=16, ranks_per_node=4, capacity_bytes=capacity_bytes))
     assert choice.topology.partition_size == size
     assert choice.reasons["partition_size"].endswith(f" {hold} the model states")
     assert choice.communication.hierarchical == (size > 4)
@@ -187,8 +188,8 @@ BLOCKS = replace(SIZE, blocks_gathered_bytes=(GIB // 2,) * 8, blocks_reduced_byt
     [
         (8.1, "never", "shard", 0),
         (8.6, 0.5, "shard", 0.5),
-        (9.3, "node", 0.125, 1.25),
-        (10.9, "node", 0.875, 2.75),
+        (9.3, "node", 0.13, 1.25),
+        (10.9, "node", 0.88, 2.75),
         (11, "node", "node", 3),
     ],
 )

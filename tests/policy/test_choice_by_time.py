@@ -13,7 +13,7 @@ from lightning_mics import CommunicationOptions
 from lightning_mics.cost.communication_time import Pricing
 from lightning_mics.cost.hardware import Links
 from lightning_mics.cost.step_traffic import Unit
-from lightning_mics.policy.choice import Choice, choose, fitting_ways
+from lightning_mics.policy.choice import Choice, ShardingJob, choose, fitting_ways
 from lightning_mics.policy.memory import ModelSize
 from lightning_mics.policy.resumed import choice_of_checkpoint
 from lightning_mics.policy.start_report import start_report
@@ -44,17 +44,18 @@ def links(network: float, **others: float) -> Links:
 
 
 def chosen(network: float, *, usable_gib: float, micro_steps: int = 4, nodes: int = 4, **options: Any) -> Choice:
-    return choose(SIZE, **job(usable_gib, nodes, **options), pricing=pricing(network, micro_steps))
+    return choose(job(usable_gib, nodes, **options), pricing(network, micro_steps))
 
 
-def job(usable_gib: float, nodes: int = 4, *, partition_size: Any = "auto", **options: Any) -> dict[str, Any]:
-    return {
-        "world_size": 4 * nodes,
-        "ranks_per_node": 4,
-        "capacity_bytes": int(usable_gib * GIB / 0.75) + 1,
-        "partition_size": partition_size,
-        "communication": replace(CommunicationOptions.AUTO, **options),
-    }
+def job(usable_gib: float, nodes: int = 4, *, partition_size: Any = "auto", **options: Any) -> ShardingJob:
+    return ShardingJob(
+        size=SIZE,
+        world_size=4 * nodes,
+        ranks_per_node=4,
+        capacity_bytes=int(usable_gib * GIB / 0.75) + 1,
+        partition_size=partition_size,
+        communication=replace(CommunicationOptions.AUTO, **options),
+    )
 
 
 def pricing(network: float, micro_steps: int = 4, **others: float) -> Pricing:
@@ -79,8 +80,8 @@ FULL = (16, False, "never", "shard")
     ("network", "usable_gib", "expected"),
     [
         (10, 1.02, (16, True, "never", "shard")),
-        (10, 1.1, (16, True, 0.1875, "shard")),
-        (10, 1.6, (16, True, "node", 0.1875)),
+        (10, 1.1, (16, True, 0.19, "shard")),
+        (10, 1.6, (16, True, "node", 0.19)),
         (10, 2.1, (16, True, "node", "node")),
         (10, 9, (16, True, "rank", "rank")),  # all states would fit a rank
         (FAST, 1.02, FULL),
@@ -109,7 +110,7 @@ def test_sums_that_are_worth_nothing_take_no_memory() -> None:
 
 def test_latency_favors_few_hops_where_messages_are_small() -> None:
     slow = {"network_latency_us": 1e5}
-    choice = choose(SIZE, **job(4, nodes=16), pricing=pricing(FAST, **slow))
+    choice = choose(job(4, nodes=16), pricing(FAST, **slow))
     assert choice.topology.partition_size < 64
     assert chosen(FAST, usable_gib=2.1, nodes=16).topology.partition_size == 64
 
@@ -123,14 +124,14 @@ def test_what_is_given_is_obeyed() -> None:
     assert chosen(
         FAST, usable_gib=1.02, partition_size=16, inter_node_reduce_dtype=torch.bfloat16
     ).communication.hierarchical
-    assert len(fitting_ways(SIZE, **job(4, **pinned))) == 1
+    assert len(fitting_ways(job(4, **pinned))) == 1
 
 
 def test_without_rates_or_where_nothing_fits_memory_alone_chooses() -> None:
-    alone = choose(SIZE, **job(4))
+    alone = choose(job(4))
     assert way(alone) == (4, False, "never", "shard") and alone.time is None and not alone.instead
-    assert choose(SIZE, **job(0.9), pricing=pricing(10)) == choose(SIZE, **job(0.9))
-    assert fitting_ways(SIZE, **job(0.9)) == []
+    assert choose(job(0.9), pricing(10)) == choose(job(0.9))
+    assert fitting_ways(job(0.9)) == []
 
 
 def test_the_report_says_what_was_chosen_and_how_to_pin_it() -> None:
@@ -141,19 +142,19 @@ def test_the_report_says_what_was_chosen_and_how_to_pin_it() -> None:
         "links, measured        100 GB/s and 1 us per hop inside nodes; 10 Gbit/s per node and 1 us per hop between "
         "nodes",
         "communication          5.91 s per step of 4 micro-steps if nothing hides it, limited by the network",
-        "second best            10.2 s: partition_size=8, hierarchical=True, cache_parameters=0.1875, "
+        "second best            10.2 s: partition_size=8, hierarchical=True, cache_parameters=0.19, "
         'accumulate_gradients="shard"',
         'full sharding          19.3 s: partition_size=16, hierarchical=False, cache_parameters="never", '
         'accumulate_gradients="shard"',
         'to pin this            partition_size=16, hierarchical=True, cache_parameters="node", '
-        "accumulate_gradients=0.1875",
+        "accumulate_gradients=0.19",
     ):
         assert f"\n  {row}\n" in report
     choice = chosen(FAST, usable_gib=1.02)
     assert "hierarchical           off: as fast as in stages, or faster" in start_report(
         choice, reduce_dtype=torch.float32
     )
-    assert "measured" not in start_report(choose(SIZE, **job(4)), reduce_dtype=torch.float32)
+    assert "measured" not in start_report(choose(job(4)), reduce_dtype=torch.float32)
 
 
 # -- on resume ---------------------------------------------------------------------------------------------------------
@@ -163,15 +164,15 @@ def of_checkpoint(saved: Any, *, nodes: int = 4, usable_gib: float = 4, **option
     """The choice that is kept of one that a job of 4 nodes has saved, and what is said about it."""
     topology = {"world_size": 16, "ranks_per_node": 4, "partition_size": 16}
     meta = {"mics_topology": topology, "mics_choice": saved}
-    choice, note = choice_of_checkpoint(meta, SIZE, **job(usable_gib, nodes, **options))
+    choice, note = choice_of_checkpoint(meta, job(usable_gib, nodes, **options))
     return choice and way(choice), note
 
 
 def test_the_choice_of_a_checkpoint_is_kept_if_the_job_is_the_same() -> None:
     saved = chosen(10, usable_gib=1.6).options
-    assert of_checkpoint(saved) == ((16, True, "node", 0.1875), "the choice of the checkpoint is kept")
+    assert of_checkpoint(saved) == ((16, True, "node", 0.19), "the choice of the checkpoint is kept")
     of_some = {name: value for name, value in saved.items() if name != "partition_size"}
-    assert of_checkpoint(of_some, partition_size=8)[0] == (8, True, "node", 0.1875)
+    assert of_checkpoint(of_some, partition_size=8)[0] == (8, True, "node", 0.19)
 
 
 @pytest.mark.parametrize(
@@ -197,4 +198,4 @@ def test_a_choice_that_fits_no_job_is_not_taken_from_a_checkpoint() -> None:
 
 
 def test_checkpoints_of_earlier_versions_have_no_choice() -> None:
-    assert choice_of_checkpoint({}, SIZE, **job(4)) == (None, "")
+    assert choice_of_checkpoint({}, job(4)) == (None, "")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_mics import CommunicationOptions
-from lightning_mics.policy.choice import choose
+from lightning_mics.policy.choice import ShardingJob, choose
 from lightning_mics.policy.out_of_memory import BEGINNING, memory_advice
 from tests.policy.test_start_report import SIZE
 from tests.support.loops import network, sgd, start
@@ -76,11 +76,11 @@ class _Run:
 
 def test_advice_begins_with_caches_and_leaves_out_what_is_done_already() -> None:
     def advice(partition_size: int, communication: CommunicationOptions, **done: bool) -> str:
-        choice = choose(
-            SIZE, world_size=8, ranks_per_node=4, capacity_bytes=2**34, partition_size=partition_size,
+        job = ShardingJob(
+            size=SIZE, world_size=8, ranks_per_node=4, capacity_bytes=2**34, partition_size=partition_size,
             communication=communication,
         )  # fmt: skip
-        return memory_advice(choice, **{"recomputes": False, **done}).removeprefix(BEGINNING)
+        return memory_advice(choose(job), **{"recomputes": False, **done}).removeprefix(BEGINNING)
 
     recomputed = advice(8, CommunicationOptions.PAPER, recomputes=True)
     assert recomputed.startswith("activation_offload=True, which takes host memory instead; micro-batches of fewer")

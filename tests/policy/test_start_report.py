@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_mics import CommunicationOptions
-from lightning_mics.policy.choice import choose
+from lightning_mics.policy.choice import ShardingJob, choose
 from lightning_mics.policy.memory import ModelSize
 from lightning_mics.policy.start_report import start_report
 
@@ -37,15 +37,15 @@ def report(
     communication: CommunicationOptions = CommunicationOptions.AUTO,
 ) -> str:
     ranks = 8 if p == "auto" else p
-    choice = choose(
-        replace(SIZE, states_bytes=states * ranks),
+    job = ShardingJob(
+        size=replace(SIZE, states_bytes=states * ranks),
         world_size=world,
         ranks_per_node=k,
         capacity_bytes=4 * GIB,
         partition_size=p,
         communication=communication,
     )
-    return start_report(choice, reduce_dtype=torch.bfloat16)
+    return start_report(choose(job), reduce_dtype=torch.bfloat16)
 
 
 def test_the_table_names_groups_techniques_and_memory():
