@@ -25,9 +25,10 @@ from lightning_mics._torch.state_dict import named_shards
 from lightning_mics.checkpoint.compare import check_model, check_optimizer_count
 from lightning_mics.checkpoint.content.containers import leaves, mapped, nested
 from lightning_mics.checkpoint.content.entries import LoadedEntries
-from lightning_mics.checkpoint.content.layout import FullNames, Layout
+from lightning_mics.checkpoint.content.layout import FullNames
 from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
 from lightning_mics.checkpoint.content.stored_tensor import StoredTensor, StoredValue, untouched
+from lightning_mics.checkpoint.errors import DamagedCheckpointError
 from lightning_mics.checkpoint.foreign.folders import holds_shards, open_files, why_not
 from lightning_mics.checkpoint.foreign.states import entries_of, regrouped, settled_states
 from lightning_mics.checkpoint.foreign.translation import OTHER
@@ -288,7 +289,7 @@ def _open_sharded(
     inside = LoadedEntries(mesh)
     with inside.unpickled():
         meta = checkpoint.meta(weights_only=weights_only)
-    layout = Layout.taken_from(meta)
+    layout = checkpoint.layout_in(meta)
     metadata = checkpoint.reader.read_metadata()
 
     def read(targets: Mapping[str, Tensor | None]) -> Mapping[str, Any]:
@@ -315,13 +316,28 @@ def _open_sharded(
     optimizers = sorted((key for key in trees if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
     return OpenedCheckpoint(
         model=nested(trees.get(MODEL_KEY, {})) if trees.get(MODEL_KEY) else {},
-        optimizers=[settled_states(nested(trees[key]), described.groups.get(key, []), read) for key in optimizers],
+        optimizers=[
+            _with_groups(settled_states(nested(trees[key]), described.groups.get(key, []), read), checkpoint.path, key)
+            for key in optimizers
+        ],
         entries=meta,
         rank_states={key: nested(tree) for key, tree in trees.items() if key.startswith("rank_")},
         names=layout.names if layout else described.names,
         record=layout.record if layout else None,
         read=read,
     )
+
+
+def _with_groups(state: dict[str, Any], path: StoragePath, key: str) -> dict[str, Any]:
+    """The state of an optimizer, whose groups are dictionaries.
+
+    Raises:
+        DamagedCheckpointError: If they are not.
+    """
+    groups = state.get("param_groups", [])
+    if not isinstance(groups, list | tuple) or not all(isinstance(group, Mapping) for group in groups):
+        raise DamagedCheckpointError(f"checkpoint {path} is corrupted: the parameter groups of {key} are no groups")
+    return state
 
 
 def _stored(name: str, entry: Any, fetch: Callable[[str], Tensor]) -> StoredTensor | StoredValue:

@@ -13,10 +13,11 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-from lightning_mics.checkpoint.content.layout import FullNames
+from lightning_mics.checkpoint.content.layout import FullNames, Layout
 from lightning_mics.checkpoint.dcp.load_planner import SafePlanner
 from lightning_mics.checkpoint.dcp.reader import SafeReader
 from lightning_mics.checkpoint.dcp.unpickling import load_value, plain_errors
+from lightning_mics.checkpoint.errors import DamagedCheckpointError
 from lightning_mics.checkpoint.foreign.folders import described, problems_of_sizes
 from lightning_mics.checkpoint.foreign.translation import Translated
 from lightning_mics.checkpoint.storage.folder import META_FILE
@@ -102,6 +103,20 @@ class OpenCheckpoint:
             return {}  # nothing but shards
         meta: dict[str, Any] = load_value(file, name=str(file), weights_only=weights_only)
         return meta
+
+    def layout_in(self, meta: dict[str, Any]) -> Layout | None:
+        """The layout in the entries, removed from them; None if they have none.
+
+        Args:
+            meta: Entries from :meth:`meta`.
+
+        Raises:
+            DamagedCheckpointError: If it is not what was written.
+        """
+        try:
+            return Layout.taken_from(meta)
+        except ValueError as error:
+            raise DamagedCheckpointError(f"checkpoint {self.path} is corrupted: {META_FILE}: {error}") from None
 
     @cached_property
     def described(self) -> Translated:

@@ -12,7 +12,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_mics._torch.checkpoint import unflatten_state_dict
 from lightning_mics.checkpoint.content.entries import LoadedEntries
-from lightning_mics.checkpoint.content.layout import Layout
 from lightning_mics.checkpoint.keys import MODEL_KEY
 from lightning_mics.checkpoint.opening import OpenCheckpoint, open_checkpoint
 from lightning_mics.checkpoint.storage.path import StoragePath
@@ -70,7 +69,7 @@ def read_whole(path: StoragePath, *, weights_only: bool = True, map_location: An
     inside = LoadedEntries(None)
     with inside.unpickled():
         meta = checkpoint.meta(weights_only=weights_only)
-    layout, metadata = Layout.taken_from(meta), checkpoint.reader.read_metadata()
+    layout, metadata = checkpoint.layout_in(meta), checkpoint.reader.read_metadata()
     if inside.tensors():
         checkpoint.read_into(inside.tensors(), weights_only=True, alone=True)
     state: dict[str, Any] = {

@@ -296,6 +296,48 @@ def _point_elsewhere(path: Path) -> None:
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+def _rewritten(folder: Path) -> dict[str, str]:
+    """What loading says of files that are data only, with a manifest that fits, but not what was written."""
+    said: dict[str, str] = {}
+
+    def attempt(name: str, change: Callable[[Any, dict[str, Any]], None]) -> None:
+        path, model = folder / name, sharded_model()
+        save_shards(path, model, adamw(model.parameters()))
+        if dist.get_rank() == 0:
+            metadata, meta = read_metadata(path / ".metadata"), torch.load(path / "meta.pt")
+            change(metadata, meta)
+            (path / ".metadata").write_bytes(pickle.dumps(metadata))
+            torch.save(meta, path / "meta.pt")
+            written = Manifest.read(path).files
+            Manifest.now({file: FileFacts.of(path / file) for file in written}, world_size=2).write(path)
+        dist.barrier()
+        restored = sharded_model(seed=1)
+        said[name] = refusal_of(path, restored, adamw(restored.parameters()))
+
+    def first_tensor(metadata: Any) -> Any:
+        return next(entry for entry in metadata.state_dict_metadata.values() if hasattr(entry, "chunks"))
+
+    def groups_are_numbers(metadata: Any, meta: dict[str, Any]) -> None:
+        paths = metadata.planner_data
+        metadata.planner_data = {name: path[:3] if "param_groups" in path else path for name, path in paths.items()}
+
+    attempt("paths", lambda metadata, meta: setattr(metadata, "planner_data", 3))
+    attempt("offsets", lambda metadata, meta: delattr(first_tensor(metadata).chunks[0], "offsets"))
+    attempt("sizes", lambda metadata, meta: setattr(first_tensor(metadata).chunks[0], "sizes", 7))
+    attempt("entry", lambda metadata, meta: metadata.state_dict_metadata.update({"extra": "a tensor"}))
+    attempt("groups", groups_are_numbers)
+    attempt("layout", lambda metadata, meta: meta["mics_layout"]["record"].pop("keys"))
+    return said
+
+
+def test_metadata_that_were_rewritten_are_refused_by_name(tmp_path: Path) -> None:
+    for said in run_ranks(2, _rewritten, tmp_path):
+        assert set(said) == {"paths", "offsets", "sizes", "entry", "groups", "layout"}
+        for name, message in said.items():
+            assert message.startswith("DamagedCheckpointError: checkpoint "), name
+            assert f"{name} is corrupted: " in message, name
+
+
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(2, _hostile, tmp_path_factory.mktemp("hostile"))

@@ -53,12 +53,19 @@ class Layout:
 
     @classmethod
     def taken_from(cls, meta: dict[str, Any]) -> Layout | None:
-        """The layout in a checkpoint's entries, removed from them; None if it says nothing."""
+        """The layout in a checkpoint's entries, removed from them; None if it says nothing.
+
+        Raises:
+            ValueError: If it is not what was written.
+        """
         plain: Any = meta.pop(LAYOUT_KEY, None)
         if not isinstance(plain, Mapping):
             return None
-        names = plain.get("names")
-        return cls(names=FullNames(**names) if names else None, record=StateRecord.of(plain["record"]))
+        try:
+            names = plain.get("names")
+            return cls(names=FullNames(**names) if names else None, record=StateRecord.of(plain["record"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the entry {LAYOUT_KEY!r}: {error!r}") from None
 
     def describe(
         self, model_state: Mapping[str, Any], optimizer_states: Sequence[dict[str, Any]]

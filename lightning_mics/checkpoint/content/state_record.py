@@ -39,7 +39,15 @@ class StateRecord:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> StateRecord:
-        """The record in an entry that :meth:`plain` has made."""
+        """The record in an entry that :meth:`plain` has made.
+
+        Raises:
+            KeyError: If a part is missing.
+            TypeError: If a part is of another type.
+        """
+        for name, kind in {"tuples": list, "keys": dict, "dims": dict, "quantized": list}.items():
+            if not isinstance(plain[name], kind):
+                raise TypeError(f"{name} is a {type(plain[name]).__name__}")
         containers = ContainerRecord(tuples=plain["tuples"], keys=plain["keys"])
         return cls(containers=containers, dims=plain["dims"], quantized=plain["quantized"])
 

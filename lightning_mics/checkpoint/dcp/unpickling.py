@@ -7,12 +7,13 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from upath import UPath
 
 from lightning_mics.checkpoint.errors import DamagedCheckpointError, UnsafeCheckpointError
@@ -51,9 +52,8 @@ def read_metadata(file: StoragePath) -> Metadata:
     """Read the metadata in ``file``; for the errors see :meth:`SafeReader.read_metadata`."""
     try:
         with file.open("rb") as stream:
-            metadata = _Descriptions(stream).load()
-        if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-            raise TypeError(f"a {type(metadata).__name__} is not metadata")
+            metadata: Metadata = _Descriptions(stream).load()
+        _check_types(metadata)
         files = {info.relative_path for info in metadata.storage_data.values()}
         elsewhere = sorted(str(name) for name in files if PurePath(name).name != str(name))
     except UnsafeCheckpointError as error:
@@ -63,6 +63,34 @@ def read_metadata(file: StoragePath) -> Metadata:
     if elsewhere:
         raise UnsafeCheckpointError(f"{file} names files outside of the checkpoint: {elsewhere[:3]}")
     return metadata
+
+
+def _check_types(metadata: Any) -> None:
+    """Check that metadata has the types that torch has written: an unpickler sets attributes to anything.
+
+    Raises:
+        TypeError: If something is of another type.
+        AttributeError: If something is missing.
+    """
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+        raise TypeError(f"a {type(metadata).__name__} is not metadata")
+    if not isinstance(metadata.planner_data, dict | None):
+        raise TypeError("the paths of entries are not a dictionary")
+    for name, described in metadata.state_dict_metadata.items():
+        if not isinstance(name, str) or not isinstance(described, TensorStorageMetadata | BytesStorageMetadata):
+            raise TypeError(f"entry {name!r} is not described as a tensor or value")
+        if isinstance(described, TensorStorageMetadata):
+            places = [(chunk.offsets, chunk.sizes) for chunk in described.chunks]
+            shapes = [described.size, *chain(*places)]
+            if not isinstance(described.properties.dtype, torch.dtype) or not all(map(_is_shape, shapes)):
+                raise TypeError(f"the description of tensor {name!r} has no dtype, or shapes that are none")
+    for index, place in metadata.storage_data.items():
+        if not isinstance(index.fqn, str) or not isinstance(place.offset, int) or not isinstance(place.length, int):
+            raise TypeError(f"the place of {index!r} is none")
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(length, int) and length >= 0 for length in value)
 
 
 @contextmanager
