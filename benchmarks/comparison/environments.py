@@ -25,6 +25,7 @@ REQUIREMENTS = Path(__file__).parent / "requirements"
 
 _OTHER_THAN_OURS = {  # by module of systems/
     "accelerate_fsdp2": "accelerate",
+    "deepspeed_zero2": "deepspeed-zero3",
     "deepspeed_zero3": "deepspeed-zero3",
     "deepspeed_mics": "deepspeed-mics",
 }
