@@ -34,6 +34,7 @@ def launch(shape: Shape, rate: str, arguments: Sequence[str], scratch: Path) -> 
     """
     scratch.mkdir(parents=True, exist_ok=True)
     out = scratch / f"{shape}-{rate}.json"
+    out.unlink(missing_ok=True)  # of an earlier launch
     script = (
         f"OMP_NUM_THREADS=1 {sys.executable} -m torch.distributed.run --nnodes $NNODES --node-rank $NODE_RANK "
         f"--nproc-per-node {shape.ranks_per_node} --master-addr $MASTER_ADDR --master-port $MASTER_PORT "

@@ -6,7 +6,6 @@ from functools import cache
 
 from benchmarks.ranking.cells import RANKS, SAMPLES, Way, gloo_traffic, workload
 from lightning_mics.cost.step_traffic import step_traffic
-from lightning_mics.planning import Workload
 from lightning_mics.topology import Topology
 
 measured_once = cache(workload)
@@ -19,7 +18,7 @@ def predicted_link_bytes(way: Way, *, ranks_per_node: int) -> float:
         way: Way to run the job.
         ranks_per_node: Number of ranks on each node.
     """
-    work: Workload = measured_once()
+    work = measured_once()
     traffic = gloo_traffic(
         step_traffic,
         work.units,
