@@ -38,7 +38,7 @@ def on_own_part(operation: Any, args: Any, kwargs: Any) -> Any:
     tensor, other = args[0], args[1]
     spec = tensor._spec
     if isinstance(other, DTensor):
-        if type(other) is not DTensor or not _is_alike(spec, other._spec):
+        if type(other) is not DTensor or not is_alike(spec, other._spec):
             return NotImplemented
         other = other._local_tensor
     elif isinstance(other, Tensor) and other.ndim:
@@ -52,5 +52,11 @@ def on_own_part(operation: Any, args: Any, kwargs: Any) -> Any:
     return _dtensor(result, spec, requires_grad=False)
 
 
-def _is_alike(spec: DTensorSpec, other: DTensorSpec) -> bool:
+def is_alike(spec: DTensorSpec, other: DTensorSpec) -> bool:
+    """Whether two tensors have their shards at the same places.
+
+    Args:
+        spec: Shape and sharding of the one.
+        other: Those of the other.
+    """
     return spec.mesh is other.mesh and spec.placements == other.placements and spec.shape == other.shape

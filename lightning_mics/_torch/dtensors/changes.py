@@ -9,7 +9,7 @@ unsharded operand stands for equal values on all ranks, as a replica under DDP d
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_mics._torch.dtensors.arithmetic import is_alike
 from lightning_mics._torch.dtensors.views import (
     VIEWS,
     all_values,
@@ -54,6 +55,7 @@ BY_ROWS = {  # DTensor does these on each part by itself, or changes the placeme
     *("scatter_add_", "scatter_reduce_", "tril_", "triu_", "__setitem__"),
 }
 BY_ELEMENT = {"add_", "sub_", "mul_", "div_", "pow_", "lerp_", "addcmul_", "addcdiv_", "copy_", *IN_PLACE[-6:-1]}
+OF_OPTIMIZERS = {"add_", "sub_", "mul_", "div_", "lerp_", "addcmul_", "addcdiv_"}  # for each parameter in each step
 
 
 def accept_changes(mesh: DeviceMesh) -> None:
@@ -162,10 +164,16 @@ def accept_sharded_operands(kind: Kind) -> Kind:
 
 
 def _mixed_in_place(name: str) -> Callable[..., Any]:
-    method = getattr(Tensor, name)
+    method, of_optimizers = getattr(Tensor, name), name in OF_OPTIMIZERS
 
     @wraps(method)
     def change(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if of_optimizers and type(tensor) is DTensor:
+            parts = _parts_alike(tensor, args)
+            if parts is not None:
+                method(tensor._local_tensor, *parts, **kwargs)
+                torch.autograd.graph.increment_version(tensor)
+                return tensor
         try:
             if name not in BY_ROWS or type(tensor) is not DTensor or not is_ours(tensor):
                 return method(tensor, *args, **kwargs)
@@ -188,6 +196,27 @@ def _mixed_in_place(name: str) -> Callable[..., Any]:
         return None if name == "__setitem__" else tensor
 
     return change
+
+
+def _parts_alike(tensor: DTensor, operands: Sequence[Any]) -> list[Any] | None:
+    """This rank's parts of operands that are sharded as ``tensor`` is, and numbers; None if there are others.
+
+    On parts an operation by element takes a third of the time that DTensor's own way takes. It is for a step of an
+    optimizer: nothing is recorded for a backward, or compiled.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_ours(tensor) or tensor.is_inference():
+        return None
+    parts: list[Any] = []
+    for operand in operands:
+        if type(operand) is DTensor:
+            if not is_alike(tensor._spec, operand._spec):
+                return None
+            parts.append(operand._local_tensor)
+        elif isinstance(operand, Tensor):
+            return None
+        else:
+            parts.append(operand)
+    return parts
 
 
 def _can_mix(tensor: Tensor, args: Any, kwargs: Any) -> bool:
