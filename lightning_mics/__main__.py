@@ -1,4 +1,4 @@
-"""``python -m lightning_mics run | inspect | export``."""
+"""``python -m lightning_mics run | inspect | export | keeper | warm``."""
 
 from __future__ import annotations
 
@@ -29,10 +29,24 @@ def _export(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def _keeper(arguments: Sequence[str]) -> int:
+    from lightning_mics.integrations._keeper import main
+
+    return main(arguments)
+
+
+def _warm(arguments: Sequence[str]) -> int:
+    from lightning_mics.in_memory.warm import main
+
+    return main(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "run": (_run, "start a Fabric script on several processes: run --strategy=mics --devices=4 SCRIPT"),
     "inspect": (_inspect, "show what is in a sharded checkpoint, and whether it is complete"),
     "export": (_export, "write the model in a sharded checkpoint as a folder for transformers' from_pretrained"),
+    "keeper": (_keeper, "hold this node's part of in-memory checkpoints; or its status, or stop"),
+    "warm": (_warm, "run SCRIPT as a rank that a process of this node forks, with everything imported"),
 }
 
 

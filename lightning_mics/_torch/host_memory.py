@@ -187,3 +187,28 @@ def _cgroup_limits(cgroups: Path) -> Iterator[int]:
                     continue
                 if limit.isdigit():
                     yield int(limit)
+
+
+def pin(memory: Tensor, device: torch.device) -> None:
+    """Let a device copy to host memory that was not allocated by torch, without waiting.
+
+    Args:
+        memory: Host memory: [bytes].
+        device: Device that copies; with a CPU nothing is done.
+
+    Raises:
+        RuntimeError: If CUDA refuses; its limit is that of locked memory.
+    """
+    if device.type == "cuda":
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))  # type: ignore[no-untyped-call]
+
+
+def unpin(memory: Tensor, device: torch.device) -> None:
+    """Undo :func:`pin`, before the memory is given back.
+
+    Args:
+        memory: Host memory: [bytes].
+        device: Device that copied.
+    """
+    if device.type == "cuda":
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))  # type: ignore[no-untyped-call]

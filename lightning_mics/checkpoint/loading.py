@@ -128,7 +128,7 @@ def open_to_load(
     if holds_shards(path):
         checkpoint = open_on_all_ranks(path, show_progress=show_progress, wanted=names)
         checkpoint.check_on_all_ranks()
-        return _open_sharded(checkpoint, mesh=mesh, weights_only=weights_only)
+        return open_sharded(checkpoint, mesh=mesh, weights_only=weights_only)
     if path.is_file():
         return open_full(path, mesh=mesh, names=names, weights_only=weights_only)
     if not exists(path):
@@ -148,7 +148,17 @@ def read_entries(path: StoragePath, *, weights_only: bool) -> dict[str, Any]:
         path: Directory of the checkpoint; a full file has no entries of its own.
         weights_only: Whether entries must be plain data.
     """
-    return Context().run(open_checkpoint(path).meta, weights_only=weights_only)  # outside of the opening
+    return entries_of_open(open_checkpoint(path), weights_only=weights_only)
+
+
+def entries_of_open(checkpoint: OpenCheckpoint, *, weights_only: bool) -> dict[str, Any]:
+    """The same for a checkpoint that is open.
+
+    Args:
+        checkpoint: The checkpoint.
+        weights_only: Whether entries must be plain data.
+    """
+    return Context().run(checkpoint.meta, weights_only=weights_only)  # outside of the opening
 
 
 def load_model(opened: OpenedCheckpoint, *, model: nn.Module, strict: bool) -> None:
@@ -283,9 +293,14 @@ def load_rank_state(opened: OpenedCheckpoint, rank_state: dict[str, Tensor]) -> 
 # -- sharded checkpoints -----------------------------------------------------------------------------------------------
 
 
-def _open_sharded(
-    checkpoint: OpenCheckpoint, *, mesh: Callable[[], DeviceMesh], weights_only: bool
-) -> OpenedCheckpoint:
+def open_sharded(checkpoint: OpenCheckpoint, *, mesh: Callable[[], DeviceMesh], weights_only: bool) -> OpenedCheckpoint:
+    """Read the entries of a sharded checkpoint that is open; every rank calls it.
+
+    Args:
+        checkpoint: The checkpoint, whose files were checked.
+        mesh: Function that returns the mesh of the job; called if an entry is sharded.
+        weights_only: Whether entries other than tensors must be plain data.
+    """
     inside = LoadedEntries(mesh)
     with inside.unpickled():
         meta = checkpoint.meta(weights_only=weights_only)

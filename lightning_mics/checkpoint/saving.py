@@ -119,7 +119,7 @@ def prepare_sharded(
 
     def begin() -> None:
         with entries.as_calls():
-            content.append(_serialized({**meta, LAYOUT_KEY: layout.plain()}))
+            content.append(serialized({**meta, LAYOUT_KEY: layout.plain()}))
         if isinstance(path, Path):  # now: a link to the checkpoint may be made there before it exists
             path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -170,8 +170,8 @@ def _with_meta(writer: ShardWriter, meta: bytes) -> dict[str, FileFacts]:
     return writer.written
 
 
-def _serialized(meta: dict[str, Any]) -> bytes:
-    """The content of the file of ``meta``; warns now if loading will need ``weights_only=False``."""
+def serialized(meta: dict[str, Any]) -> bytes:
+    """The entries that are not sharded, pickled; warns now if loading will need ``weights_only=False``."""
     stream = io.BytesIO()
     torch.save(meta, stream)
     stream.seek(0)

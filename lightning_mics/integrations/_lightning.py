@@ -36,6 +36,7 @@ class LightningStrategy:
         state_dict_type: StateDictType = "sharded",
         async_save: bool = False,
         weights_only: bool = True,
+        in_memory_checkpoint: int | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
         **policy: Unpack[PolicyOptions],
@@ -49,6 +50,8 @@ class LightningStrategy:
                 :meth:`wait_for_checkpoints` and the end of a fit wait for them. Needs sharded checkpoints.
             weights_only: Whether loading a checkpoint reads plain data and tensors only. False unpickles any object,
                 which may run code. An explicit ``weights_only`` of a loading call overrides it.
+            in_memory_checkpoint: Number of optimizer steps between two checkpoints in the memory of two nodes, from
+                which a job resumes that is started again after a death; 1 is every step, None never. For a Trainer.
             process_group_backend: Backend of the process groups; None is nccl for CUDA, gloo for CPU.
             timeout: Longest duration of a collective of any group; None is the backend's default: 10 minutes with NCCL,
                 30 with gloo, over which ranks agree and save.
@@ -67,6 +70,7 @@ class LightningStrategy:
         )
         self._policy = Policy(timeout=timeout, **policy)
         self._weights_only = weights_only
+        self._in_memory_checkpoint = checked_interval(in_memory_checkpoint)
         self._saving = ShardedSaving(asynchronous=async_save, timeout=timeout)
         self._control: ControlPlane | None = None  # once the process groups are initialized
         self._initialize()
@@ -184,6 +188,22 @@ def check_job(device: torch.device, *, backend: str) -> None:
         raise ValueError(f"strategy 'mics' runs on CUDA and CPU devices, not on {device.type!r}")
     if device.type == "cpu" and "gloo" not in backend:
         raise ValueError(f"process_group_backend={backend!r} cannot serve CPU devices; use 'gloo' or None")
+
+
+def checked_interval(steps: int | None) -> int | None:
+    """The interval between in-memory checkpoints, in optimizer steps.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is not positive.
+    """
+    if steps is None:
+        return None
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"in_memory_checkpoint must be an integer or None, got {steps!r} ({type(steps).__name__})")
+    if steps < 1:
+        raise ValueError(f"in_memory_checkpoint={steps} must be at least 1: a number of optimizer steps; None is never")
+    return steps
 
 
 def check_saving(*, state_dict_type: str, async_save: bool) -> None:

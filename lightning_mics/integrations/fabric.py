@@ -68,6 +68,11 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
 
     @override
     def _initialize(self) -> None:
+        if self._in_memory_checkpoint is not None:
+            raise ValueError(
+                "in_memory_checkpoint is for a Trainer, which knows when a step ends and what to resume; with Fabric "
+                "save checkpoints with fabric.save"
+            )
         self._backward_sync_control = _TwoHop()
         self._models: list[nn.Module] = []  # set up so far
         run_marked_methods_as_forwards(type(self))

@@ -13,7 +13,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,11 @@ from lightning_mics.checkpoint.content.hyperparameters import copies_without_val
 from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.loading import (
+    entries_of_open,
     load_model,
     load_optimizers,
     load_rank_state,
+    open_sharded,
     open_to_load,
     read_entries,
     shown_to_hooks,
@@ -47,9 +51,11 @@ from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin
 from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
 from lightning_mics.checkpoint.storage.store import CheckpointStore
+from lightning_mics.in_memory.reading import InMemoryCheckpoint
 from lightning_mics.integrations.trainer import resuming
 from lightning_mics.integrations.trainer.boundary import note_what_follows
 from lightning_mics.integrations.trainer.exceptions import WithoutOtherRanks
+from lightning_mics.integrations.trainer.in_memory import InMemoryTraining, StepInMemory
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.sharded import Sharded
 
@@ -64,6 +70,7 @@ class SavesAndLoads:
     Methods take an untyped ``self``, which has the attributes of Lightning's strategies.
     """
 
+    _in_memory: InMemoryTraining | None = None  # in a fit
     _opened: OpenedCheckpoint | None = None  # from opening a checkpoint until everything in it is loaded
     _resumed: resuming.ResumeState | None = None  # from loading a checkpoint until training starts
 
@@ -113,16 +120,7 @@ class SavesAndLoads:
             self._save(self._shared_path(filepath), dict(state))
 
     def _save(self: Any, path: StoragePath, state: dict[str, Any]) -> None:
-        random_state: dict[str, Tensor] = {}
-        for owner in _with_hyperparameters(self._trainer):
-            if type(state.get(owner.CHECKPOINT_HYPER_PARAMS_KEY)) is dict:
-                copies = vars(owner).get(COPIES, {})
-                state[owner.CHECKPOINT_HYPER_PARAMS_KEY], _ = to_save(state[owner.CHECKPOINT_HYPER_PARAMS_KEY], copies)
-        if "loops" in state:
-            note_what_follows(state, self._trainer)
-        if "optimizer_states" in state and self._trainer.state.fn is not None:  # a run can resume from it
-            now = self._resumed or resuming.ResumeState.now(self._trainer)
-            state[resuming.KEY], random_state = now.plain(), now.random_state
+        random_state = self._complete(state)
         if not self._save_distributed_checkpoint:
             state.update(checkpoint.gather_rank_states(random_state) if random_state else {})
             checkpoint.save_whole(
@@ -139,6 +137,37 @@ class SavesAndLoads:
             synchronous=not self._in_fit(),
             show_progress=self._shows_progress(),
         )
+
+    def _complete(self: Any, state: dict[str, Any]) -> dict[str, Tensor]:
+        """Add to what the Trainer has collected what a run needs to resume exactly; returns this rank's own part."""
+        for owner in _with_hyperparameters(self._trainer):
+            if type(state.get(owner.CHECKPOINT_HYPER_PARAMS_KEY)) is dict:
+                copies = vars(owner).get(COPIES, {})
+                state[owner.CHECKPOINT_HYPER_PARAMS_KEY], _ = to_save(state[owner.CHECKPOINT_HYPER_PARAMS_KEY], copies)
+        if "loops" in state:
+            note_what_follows(state, self._trainer)
+        if "optimizer_states" not in state or self._trainer.state.fn is None:
+            return {}
+        now = self._resumed or resuming.ResumeState.now(self._trainer)  # a run can resume from it
+        state[resuming.KEY] = now.plain()
+        return now.random_state
+
+    def _collect(self: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The content of a sharded checkpoint, and this rank's own tensors; every rank calls it."""
+        with self._collecting_shards():
+            state = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        random_state = self._complete(state)
+        state.update(origin(self._root(), self.topology, self._state().chosen))
+        return state, random_state
+
+    @contextmanager
+    def _collecting_shards(self: Any) -> Iterator[None]:
+        """Inside, states are sharded, whatever the kind of checkpoints on a disk."""
+        kind, self._save_distributed_checkpoint = self._save_distributed_checkpoint, True
+        try:
+            yield
+        finally:
+            self._save_distributed_checkpoint = kind
 
     def _in_fit(self: Any) -> bool:
         """Whether the end of a fit will wait for a save; after the fit users expect a synchronous one."""
@@ -163,15 +192,24 @@ class SavesAndLoads:
         answered = all_ranks_answer(f"loading {checkpoint_path}", timeout=self._timeout)
         with torch.inference_mode(False), answered, self._together("loads a checkpoint"):
             path, plain = self._shared_path(checkpoint_path), self._reads_weights_only(weights_only)
+            stored: InMemoryCheckpoint | None = None
+
+            if isinstance(checkpoint_path, StepInMemory):
+                assert self._in_memory is not None
+                stored = self._in_memory.open(checkpoint_path, weights_only=plain)
 
             def mesh() -> DeviceMesh:  # an entry is sharded, so the model is sharded before entries are known
                 if "_mics" not in vars(self.lightning_module):
-                    entries = read_entries(path, weights_only=plain)
+                    read = partial(read_entries, path) if stored is None else partial(entries_of_open, stored)
+                    entries = read(weights_only=plain)
                     self._opened = OpenedCheckpoint(model={}, optimizers=[], entries=entries)
                 sharded: Sharded = self._shard_now()
                 return sharded.groups.mesh
 
-            opened = open_to_load(path, mesh=mesh, weights_only=plain, show_progress=self._shows_progress())
+            if stored is None:
+                opened = open_to_load(path, mesh=mesh, weights_only=plain, show_progress=self._shows_progress())
+            else:
+                opened = open_sharded(stored, mesh=mesh, weights_only=plain)
             if _hooks_look(self._trainer):
                 opened = shown_to_hooks(opened)
         self._opened = opened
@@ -218,6 +256,8 @@ class SavesAndLoads:
         answered = all_ranks_answer("loading the optimizers", timeout=self._timeout)
         with torch.inference_mode(False), answered, self._together("loads the optimizers"):
             load_optimizers(opened, list(zip(self.optimizers, states, strict=False)), model=self.model)
+            if self._in_memory is not None:
+                self._in_memory.save_again()
 
     def remove_checkpoint(self: Any, filepath: str | Path) -> None:
         """Remove a checkpoint after pending saves are complete; until then it may be the latest."""

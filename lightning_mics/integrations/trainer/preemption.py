@@ -30,7 +30,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
@@ -47,6 +47,8 @@ from lightning_mics.integrations.trainer.boundary import validation_follows
 
 MOST_BATCHES = 16  # of an evaluation from one comparison to the next
 APART = 1000  # milliseconds between two comparisons in an evaluation, as long as a batch is shorter
+
+_SAVED = 2  # place of the step that a rank has saved in what is compared, negative: all ranks have the least one
 
 BeginMax = Callable[[Tensor, str], Callable[[], Tensor]]
 
@@ -79,6 +81,19 @@ class SignalRecorder(_SignalConnector):
         self.request = Request.REQUEUE
 
 
+class SavesBeside(Protocol):
+    """Saves steps beside the training, and needs to know which step all ranks have saved."""
+
+    def is_due(self) -> bool:
+        """Whether the optimizer step that has just ended is to be saved."""
+
+    def saved_step(self) -> int:
+        """The newest step that this rank has saved completely; -1 if there is none."""
+
+    def save(self, read_saved: Callable[[], int]) -> None:
+        """Save the step; ``read_saved`` waits for the newest one that all ranks have saved."""
+
+
 class StopTogether(Callback):
     """Stops all ranks at the same point after one of them has received a signal.
 
@@ -87,14 +102,21 @@ class StopTogether(Callback):
         begin_max: Begins the elementwise maximum of a tensor over all ranks, described in words, and returns a function
             that waits for it and returns it; every rank calls both.
         wait_for_checkpoints: Returns when the files of all checkpoints are complete.
+        beside: What saves steps beside the training, by the same comparisons; None if nothing does.
     """
 
     def __init__(
-        self, recorder: SignalRecorder, *, begin_max: BeginMax, wait_for_checkpoints: Callable[[], None]
+        self,
+        recorder: SignalRecorder,
+        *,
+        begin_max: BeginMax,
+        wait_for_checkpoints: Callable[[], None],
+        beside: SavesBeside | None = None,
     ) -> None:
         self._recorder = recorder
         self._begin_max = begin_max
         self._wait_for_checkpoints = wait_for_checkpoints
+        self._beside = beside
         self._begun: Callable[[], Tensor] | None = None  # the comparison in flight
         self._last_batch = 0.0  # time at which it ended, seconds
         self._batches = 0  # of an evaluation since a comparison began
@@ -113,9 +135,12 @@ class StopTogether(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._at_boundary = trainer.global_step != self._steps
         self._steps = trainer.global_step
-        if self._at_boundary and not validation_follows(trainer):
+        due = self._at_boundary and self._beside is not None and self._beside.is_due()
+        if due or (self._at_boundary and not validation_follows(trainer)):
             self._stop_if_asked(trainer, self._read())
-            self._begin()
+            begun = self._begin()
+            if due and self._beside is not None:
+                self._beside.save(lambda: -int(begun()[_SAVED]))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -191,15 +216,17 @@ class StopTogether(Callback):
 
     # -- comparing requests --------------------------------------------------------------------------------------------
 
-    def _begin(self, batch_milliseconds: int = 0) -> None:
-        note = torch.tensor([self._recorder.request, batch_milliseconds])
+    def _begin(self, batch_milliseconds: int = 0) -> Callable[[], Tensor]:
+        saved = -1 if self._beside is None else self._beside.saved_step()
+        note = torch.tensor([self._recorder.request, batch_milliseconds, -saved])
         self._begun = self._begin_max(note, "compares signals")
+        return self._begun
 
     def _read(self) -> Request:
         """The largest request of all ranks when the last comparison began; nothing if it was read."""
         if self._begun is None:
             return Request.NOTHING
-        request, batch_milliseconds = self._begun().tolist()
+        request, batch_milliseconds, _ = self._begun().tolist()
         self._begun = None
         self._batches_apart = max(1, min(MOST_BATCHES, APART // max(1, batch_milliseconds)))
         return Request(request)
@@ -249,7 +276,13 @@ class StopTogether(Callback):
         rank_zero_info(f"Stopped by a signal after step {trainer.global_step}: {path}")
 
 
-def stop_when_signaled(trainer: pl.Trainer, *, begin_max: BeginMax, wait_for_checkpoints: Callable[[], None]) -> None:
+def stop_when_signaled(
+    trainer: pl.Trainer,
+    *,
+    begin_max: BeginMax,
+    wait_for_checkpoints: Callable[[], None],
+    beside: SavesBeside | None = None,
+) -> None:
     """Make ``trainer`` stop on all ranks when one of them receives a signal; for a strategy's ``setup``.
 
     Lightning registers its handlers later, before it runs; handlers of the user are called as well. Python delivers
@@ -259,10 +292,13 @@ def stop_when_signaled(trainer: pl.Trainer, *, begin_max: BeginMax, wait_for_che
         trainer: The Trainer that is about to run.
         begin_max: See :class:`StopTogether`.
         wait_for_checkpoints: Returns when the files of all checkpoints are complete.
+        beside: See :class:`StopTogether`.
     """
     if not isinstance(trainer._signal_connector, SignalRecorder):
         trainer._signal_connector = SignalRecorder(trainer)
-    stop = StopTogether(trainer._signal_connector, begin_max=begin_max, wait_for_checkpoints=wait_for_checkpoints)
+    stop = StopTogether(
+        trainer._signal_connector, begin_max=begin_max, wait_for_checkpoints=wait_for_checkpoints, beside=beside
+    )
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     # last, after callbacks that save; a new list, because the caller may pass the same one to another Trainer
     trainer.callbacks = [  # type: ignore[attr-defined]

@@ -29,6 +29,7 @@ from lightning_mics.integrations.trainer.exceptions import (
     raise_cause,
     tell_of_exception,
 )
+from lightning_mics.integrations.trainer.in_memory import InMemoryTraining
 from lightning_mics.integrations.trainer.logged_numbers import log_whole_numbers
 from lightning_mics.integrations.trainer.manual_optimization import unshard_whenever_used
 from lightning_mics.integrations.trainer.mixed_precision import BFloat16Mixed, Float16Mixed
@@ -92,6 +93,13 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
     def setup_environment(self) -> None:
         self._is_set_up, self._opened, self._resumed = False, None, None
         super().setup_environment()
+        if self._in_memory_checkpoint is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._in_memory = InMemoryTraining(
+                self._trainer,
+                every=self._in_memory_checkpoint,
+                local_size=self.num_processes,
+                collect=self._collect,
+            )
 
     @override
     def _check_before_communicating(self) -> None:
@@ -128,7 +136,14 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
                 _optimizers_to_device(self.optimizers, self.root_device)
         self._is_set_up = True
         control = self._state().groups.control
-        stop_when_signaled(trainer, begin_max=control.begin_largest, wait_for_checkpoints=self.wait_for_checkpoints)
+        if self._in_memory is not None:
+            self._in_memory.begin(self.topology, device=self.root_device)
+        stop_when_signaled(
+            trainer,
+            begin_max=control.begin_largest,
+            wait_for_checkpoints=self.wait_for_checkpoints,
+            beside=self._in_memory,
+        )
         agree_on_batches(trainer, control)
 
     def _shard_now(self) -> Sharded:
@@ -170,6 +185,8 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
         for index, optimizer in enumerate(self.optimizers):
             check_optimizer(optimizer, self.precision_plugin.precision)
             self._state().schedule.optimizer_hooks.adopt(optimizer)
+            if self._in_memory is not None:
+                optimizer.register_step_pre_hook(self._in_memory.before_optimizer_step)
             foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in sharded]
             if foreign:
                 raise ValueError(
@@ -197,6 +214,8 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
         self._state().schedule.window.after_backward()
+        if self._in_memory is not None:
+            self._in_memory.confirm()
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -221,16 +240,19 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
             rank_zero_info(f"{self.skipped_steps} optimizer steps were skipped, as gradients overflowed in float16")
         self._abandon_window()
         self.wait_for_checkpoints()
+        self._end_in_memory(finished=True)
 
     @override
     def teardown(self) -> None:
         if self.lightning_module is not None:
             forget_signals(self._trainer)
+        self._end_in_memory(finished=False)
         super().teardown()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
         tell_of_exception(self._trainer, self._control)
+        self._end_in_memory(finished=False)
         if self._sharded is not None:
             explain_out_of_memory(exception, self._sharded.memory_advice)
         self._abandon_window()
@@ -239,6 +261,11 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
         except (RuntimeError, OSError) as error:  # the exception is what users should see first
             rank_zero_warn(str(error))
         raise_cause(exception, self._control)
+
+    def _end_in_memory(self, *, finished: bool) -> None:
+        in_memory, self._in_memory = self._in_memory, None
+        if in_memory is not None:
+            in_memory.close(finished=finished)
 
     def _reshard_root(self) -> None:
         """Reshard the root, which FSDP2 leaves unsharded after a forward, for the backward that follows in training."""

@@ -1,0 +1,125 @@
+"""Sending what no other node has to the keeper of another one, while the ranks train on."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_mics.in_memory.keeper.client import KeeperConnection
+from lightning_mics.in_memory.keeper.memory import Area, Slot, Stamp, layout_digest
+from lightning_mics.in_memory.keeper.wire import KeeperError
+
+AGAIN_SECONDS = 0.5  # between two attempts
+
+
+class Forwarding:
+    """A thread that sends parts of complete slots, in the order of their commits.
+
+    A slot is protected when the other keeper has acknowledged it, or at once where nothing is to be sent.
+
+    Args:
+        token: Secret of the job.
+        lock: Lock of the keeper's state, notified when a step is protected.
+
+    Attributes:
+        target: Host and port of the other keeper; None on a single node.
+        problem: Why the last attempt failed; None if it did not.
+    """
+
+    def __init__(self, token: str, lock: threading.Condition) -> None:
+        self._token = token
+        self._lock = lock
+        self._queue: deque[_Sending] = deque()
+        self._connection: KeeperConnection | None = None
+        self._known: set[str] = set()  # layouts that the other keeper has
+        self.target: list[Any] | None = None
+        self.problem: str | None = None
+
+    def start(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def connect(self, target: list[Any] | None) -> None:
+        """Send to another keeper from now on; what waits for the earlier one is dropped."""
+        with self._lock:
+            self.target = target
+            self._queue.clear()
+            self._disconnect()
+
+    def add(self, area: Area, slot: Slot, parts: list[tuple[str, int]], *, keep_step: int) -> None:
+        """Protect a slot that is complete; the caller has the lock.
+
+        Args:
+            area: Area of a rank of this node.
+            slot: One of its slots.
+            parts: Kind and rank of what must be sent.
+            keep_step: Step that the other keeper must not write over.
+        """
+        assert slot.stamp is not None
+        if self.target is None:
+            area.protected = slot.stamp
+        else:
+            self._queue.append(_Sending(area, slot, slot.stamp, parts, keep_step))
+        self._lock.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: bool(self._queue))
+                sending, target = self._queue[0], self.target
+            try:
+                if sending.slot.stamp == sending.stamp and target is not None:
+                    self._send(target, sending)
+                self.problem = None
+            except (KeeperError, OSError) as error:
+                self.problem = str(error)
+                with self._lock:
+                    self._disconnect()
+                    self._lock.wait(AGAIN_SECONDS)
+                continue
+            with self._lock:
+                if self._queue and self._queue[0] is sending:
+                    self._queue.popleft()
+                    sending.area.protected = sending.stamp
+                    self._lock.notify_all()
+
+    def _send(self, target: list[Any], sending: _Sending) -> None:
+        if self._connection is None:
+            self._known.clear()
+            self._connection = KeeperConnection.remote(target, token=self._token)
+        area, slot, stamp, keys = sending.area, sending.slot, sending.stamp, sending.parts
+        parts = [area.parts[key] for key in keys]
+        layout = layout_digest(parts)
+        if layout not in self._known:
+            self._connection.ask(
+                {"do": "keep", "rank": area.owner, "parts": [part.plain() for part in parts]},
+                *(part.table for part in parts),
+            )
+            self._known.add(layout)
+        self._connection.ask(
+            {
+                "do": "put",
+                "layout": layout,
+                "stamp": [stamp.generation, stamp.step, stamp.world_size],
+                "sizes": [[*key, slot.sizes[key]] for key in keys],
+                "keep": sending.keep_step,
+            },
+            *(slot.checksums[key] for key in keys),
+            *(area.view(slot, key, slot.sizes[key]) for key in keys),
+        )
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Sending:
+    area: Area
+    slot: Slot
+    stamp: Stamp
+    parts: list[tuple[str, int]]
+    keep_step: int

@@ -1,0 +1,387 @@
+"""The keeper's process: what it does for the ranks of its node and for the keepers of others.
+
+Ranks of the node connect over a Unix socket, of the same user only; they write into memory that they share with the
+keeper. Everybody else connects over TCP, and may read, or send what another node must keep, but not write into slots.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from typing import Any
+
+from lightning_mics.in_memory.keeper.client import KeeperSettings
+from lightning_mics.in_memory.keeper.forwarding import Forwarding
+from lightning_mics.in_memory.keeper.memory import (
+    BLOCK_BYTES,
+    CRC_BYTES,
+    Area,
+    Slot,
+    Stamp,
+    block_count,
+    layouts_of,
+)
+from lightning_mics.in_memory.keeper.watching import Watching
+from lightning_mics.in_memory.keeper.wire import (
+    prove_as_keeper,
+    receive,
+    receive_header,
+    receive_into,
+    send_header,
+)
+
+HANDSHAKE_SECONDS = 5.0
+MOST_TABLES_BYTES = 2**32
+TICK_SECONDS = 1.0
+
+Answer = tuple[dict[str, Any], Iterator[memoryview | bytes]]
+
+
+class Keeper:
+    """Holds slots, serves connections and forwards what another node must have.
+
+    Args:
+        settings: Settings of this keeper.
+    """
+
+    def __init__(self, settings: KeeperSettings) -> None:
+        self._settings = settings
+        self._lock = threading.Condition()
+        self._areas: list[Area] = []
+        self._ranks: dict[int, int] = {}  # rank by process
+        self._last_rank = time.monotonic()
+        self._ended = threading.Event()
+        self._forwarding = Forwarding(settings.token, self._lock)
+        self._watching = Watching(settings.token, silence_seconds=settings.silence_seconds)
+        self._local_only: dict[str, Callable[[_Request], Answer | None]] = {
+            "hello": self._hello,
+            "open": self._open,
+            "begin": self._begin,
+            "commit": self._commit,
+            "wait": self._wait,
+            "peers": self._peers,
+            "forget": self._forget,
+            "stop": self._stop,
+        }
+        self._for_all: dict[str, Callable[[_Request], Answer | None]] = {
+            "ping": lambda request: ({}, iter(())),
+            "status": self._status,
+            "list": self._list,
+            "facts": self._facts,
+            "read": self._read,
+            "keep": self._keep,
+            "put": self._put,
+        }
+
+    def run(self) -> None:
+        """Serve until a rank says that the job is over, or no rank has come for the idle time.
+
+        Raises:
+            OSError: If this job has a keeper on this node already.
+        """
+        unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        tcp = socket.create_server((self._settings.host, 0), backlog=512)
+        self._port = int(tcp.getsockname()[1])
+        with closing(unix), closing(tcp):
+            unix.bind(self._settings.address)
+            unix.listen(512)
+            for server, local in ((unix, True), (tcp, False)):
+                threading.Thread(target=self._accept, args=(server, local), daemon=True).start()
+            self._forwarding.start()
+            while not self._ended.wait(TICK_SECONDS):
+                self._watching.look()
+                with self._lock:
+                    idle = not self._ranks and time.monotonic() - self._last_rank > self._settings.idle_seconds
+                if idle:
+                    return
+
+    def _accept(self, server: socket.socket, local: bool) -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection, local), daemon=True).start()
+
+    def _serve(self, connection: socket.socket, local: bool) -> None:
+        process = 0
+        with closing(connection), suppress(OSError):
+            if local:
+                process, user = _peer(connection)
+                if user != os.getuid():
+                    return
+            else:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(HANDSHAKE_SECONDS)
+            prove_as_keeper(connection, self._settings.token.encode())
+            connection.settimeout(None)
+            try:
+                while True:
+                    header, size = receive_header(connection)
+                    self._answer(_Request(connection, header, size, process), local=local)
+            finally:
+                self._gone(process)
+
+    def _answer(self, request: _Request, *, local: bool) -> None:
+        what = str(request.header.get("do"))
+        allowed = {**self._for_all, **self._local_only} if local else self._for_all
+        try:
+            if what not in allowed:
+                raise ValueError(f"it does not {what!r} for this connection")
+            answered = allowed[what](request)
+        except ConnectionError:
+            raise
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            request.drain()
+            send_header(request.connection, {"error": f"{what}: {error}"})
+            return
+        request.drain()
+        if answered is not None:
+            header, content = answered
+            parts = list(content)
+            send_header(request.connection, header, payload_bytes=sum(memoryview(part).nbytes for part in parts))
+            for part in parts:
+                request.connection.sendall(part)
+
+    def _gone(self, process: int) -> None:
+        with self._lock:
+            if self._ranks.pop(process, None) is not None:
+                self._last_rank = time.monotonic()
+
+    # -- for the ranks of this node ----------------------------------------------------------------------------------
+
+    def _hello(self, request: _Request) -> Answer:
+        with self._lock:
+            self._ranks[request.process] = int(request.header["rank"])
+        return {"host": self._settings.host, "port": self._port, "process": os.getpid()}, iter(())
+
+    def _open(self, request: _Request) -> None:
+        """Make or find the area of a rank, and send the descriptors of its slots."""
+        area = self._area_of(request, local=True)
+        send_header(request.connection, {"slot_bytes": area.size_bytes, "stamps": _stamps(area)})
+        socket.send_fds(request.connection, [b"\0"], [slot.descriptor for slot in area.slots])
+
+    def _area_of(self, request: _Request, *, local: bool) -> Area:
+        owner = int(request.header["rank"])
+        layouts = layouts_of(request.header["parts"], request.payload(most=MOST_TABLES_BYTES))
+        new = Area(owner, layouts, local=local)
+        with self._lock:
+            for area in self._areas:
+                if area.local == local and area.owner == owner and area.layout == new.layout:
+                    new.close()
+                    return area
+            self._areas.append(new)
+        return new
+
+    def _begin(self, request: _Request) -> Answer:
+        """Choose the slot to write, and mark it as empty: not the one with the step that all ranks have."""
+        with self._lock:
+            area = self._local_area(request)
+            if area.both_complete():
+                self._drop_others(area)
+            number = area.next_slot(int(request.header["keep"]))
+            area.slots[number].clear()
+        return {"slot": number}, iter(())
+
+    def _commit(self, request: _Request) -> Answer:
+        """Mark the slot that was written as complete, and forward from it."""
+        header, checksums = request.header, request.payload(most=MOST_TABLES_BYTES)
+        with self._lock:
+            area = self._local_area(request)
+            slot = area.slots[int(header["slot"])]
+            slot.complete(_stamp(header["stamp"]), _sizes(header["sizes"]), checksums)
+            parts = [("private", area.owner), *((str(kind), int(rank)) for kind, rank in header["forward"])]
+            self._forwarding.add(area, slot, parts, keep_step=int(header["keep"]))
+        return {}, iter(())
+
+    def _wait(self, request: _Request) -> Answer:
+        """Wait until a step of a rank is protected."""
+        wanted, seconds = _stamp(request.header["stamp"]), float(request.header["seconds"])
+        with self._lock:
+            area = self._local_area(request)
+            done = self._lock.wait_for(lambda: area.protected is not None and area.protected >= wanted, timeout=seconds)
+        if not done:
+            problem = self._forwarding.problem or "it is slow"
+            raise ValueError(f"step {wanted.step} is not on another node after {seconds:g} s: {problem}")
+        return {}, iter(())
+
+    def _peers(self, request: _Request) -> Answer:
+        """Begin a generation: where the next keeper is, and which processes are watched."""
+        target = request.header["target"]
+        self._forwarding.connect(target)
+        with self._lock:
+            self._watching.begin(target, dict(self._ranks))
+        return {}, iter(())
+
+    def _forget(self, request: _Request) -> Answer:
+        """Drop the steps of earlier generations, and areas without any."""
+        first = int(request.header["before"])
+        with self._lock:
+            for area in self._areas:
+                for slot in area.slots:
+                    if slot.stamp is not None and slot.stamp.generation < first:
+                        slot.clear()
+            empty = [area for area in self._areas if all(slot.stamp is None for slot in area.slots)]
+            self._drop([area for area in empty if not (area.local and area.owner in self._ranks.values())])
+        return {}, iter(())
+
+    def _stop(self, request: _Request) -> Answer:
+        self._ended.set()
+        return {}, iter(())
+
+    def _local_area(self, request: _Request) -> Area:
+        """The area that a rank has opened last."""
+        owner = int(request.header["rank"])
+        found = [area for area in self._areas if area.local and area.owner == owner]
+        if not found:
+            raise ValueError(f"rank {owner} has opened nothing")
+        return found[-1]
+
+    def _drop_others(self, area: Area) -> None:
+        self._drop([one for one in self._areas if one.owner == area.owner and one.local == area.local and one != area])
+
+    def _drop(self, areas: list[Area]) -> None:
+        for area in areas:
+            self._areas.remove(area)
+            area.close()
+
+    # -- for everybody who knows the token ----------------------------------------------------------------------------
+
+    def _status(self, request: _Request) -> Answer:
+        with self._lock:
+            areas = [
+                {
+                    "rank": area.owner,
+                    "local": area.local,
+                    "bytes": 2 * area.size_bytes,
+                    "stamps": _stamps(area),
+                    "protected": None if area.protected is None else _plain(area.protected),
+                }
+                for area in self._areas
+            ]
+            state = {"areas": areas, "ranks": sorted(self._ranks.values()), "problem": self._forwarding.problem}
+        return {**state, "target": self._forwarding.target, "process": os.getpid()}, iter(())
+
+    def _list(self, request: _Request) -> Answer:
+        with self._lock:
+            held = [
+                {"kind": kind, "rank": rank, "stamp": _plain(stamp), "bytes": slot.sizes[kind, rank]}
+                for area in self._areas
+                for stamp, (kind, rank), slot in area.holdings()
+            ]
+        return {"held": held}, iter(())
+
+    def _facts(self, request: _Request) -> Answer:
+        """Size, table and checksums of a part."""
+        with self._lock:
+            area, slot, key = self._held(request)
+            table, checksums = area.parts[key].table, slot.checksums[key]
+            size = slot.sizes[key]
+        return {"bytes": size, "table_bytes": len(table)}, iter((table, checksums))
+
+    def _read(self, request: _Request) -> Answer:
+        """Bytes of a part."""
+        first, count = int(request.header["first"]), int(request.header["count"])
+        with self._lock:
+            area, slot, key = self._held(request)
+            if not 0 <= first <= first + count <= slot.sizes[key]:
+                raise ValueError(f"bytes {first} to {first + count} of {slot.sizes[key]}")
+            content = area.view(slot, key, slot.sizes[key])[first : first + count]
+        return {}, iter((content,))
+
+    def _held(self, request: _Request) -> tuple[Area, Slot, tuple[str, int]]:
+        wanted, key = _stamp(request.header["stamp"]), (str(request.header["kind"]), int(request.header["rank"]))
+        for area in self._areas:
+            for stamp, part, slot in area.holdings():
+                if stamp == wanted and part == key:
+                    return area, slot, part
+        raise ValueError(f"it has no {key[0]} part of rank {key[1]} of step {wanted.step}")
+
+    def _keep(self, request: _Request) -> Answer:
+        """Make or find an area for what another keeper sends."""
+        area = self._area_of(request, local=False)
+        return {"layout": area.layout}, iter(())
+
+    def _put(self, request: _Request) -> Answer:
+        """Receive a step of another node's rank."""
+        header = request.header
+        sizes, stamp = _sizes(header["sizes"]), _stamp(header["stamp"])
+        with self._lock:
+            found = [area for area in self._areas if not area.local and area.layout == header["layout"]]
+            if not found:
+                raise ValueError("it has no area of this layout")
+            area = found[0]
+            if area.both_complete():
+                self._drop_others(area)
+            slot = area.slots[area.next_slot(int(header["keep"]))]
+            slot.clear()
+            targets = [area.view(slot, key, size) for key, size in sizes.items()]
+        checksums = request.part_of_payload(sum(CRC_BYTES * block_count(size) for size in sizes.values()))
+        for target in targets:
+            request.fill(target)
+        with self._lock:
+            slot.complete(stamp, sizes, checksums)
+        return {}, iter(())
+
+
+class _Request:
+    """A request whose payload has not been received yet."""
+
+    def __init__(self, connection: socket.socket, header: dict[str, Any], payload_bytes: int, process: int) -> None:
+        self.connection = connection
+        self.header = header
+        self.process = process
+        self._left = payload_bytes
+
+    def payload(self, *, most: int) -> bytes:
+        if self._left > most:
+            raise ConnectionError(f"{self._left} bytes were announced")
+        return self.part_of_payload(self._left)
+
+    def part_of_payload(self, count: int) -> bytes:
+        if count > self._left:
+            raise ConnectionError(f"{self._left} bytes were announced instead of {count}")
+        self._left -= count
+        return receive(self.connection, count)
+
+    def fill(self, target: memoryview) -> None:
+        if target.nbytes > self._left:
+            raise ConnectionError(f"{self._left} bytes were announced instead of {target.nbytes}")
+        self._left -= target.nbytes
+        receive_into(self.connection, target)
+
+    def drain(self) -> None:
+        """Receive what nobody wants, so that the next request is where it should be."""
+        while self._left:
+            self.part_of_payload(min(self._left, BLOCK_BYTES))
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end of a Unix socket."""
+    credentials = struct.Struct("3i")
+    process, user, _ = credentials.unpack(
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
+    )
+    return process, user
+
+
+def _plain(stamp: Stamp) -> list[int]:
+    return [stamp.generation, stamp.step, stamp.world_size]
+
+
+def _stamp(plain: Any) -> Stamp:
+    generation, step, world_size = map(int, plain)
+    return Stamp(generation, step, world_size)
+
+
+def _stamps(area: Area) -> list[list[int] | None]:
+    return [None if slot.stamp is None else _plain(slot.stamp) for slot in area.slots]
+
+
+def _sizes(plain: Any) -> dict[tuple[str, int], int]:
+    return {(str(kind), int(rank)): int(size) for kind, rank, size in plain}

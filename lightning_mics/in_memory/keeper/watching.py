@@ -1,0 +1,107 @@
+"""Noticing nodes and processes that do not answer, long before a collective times out.
+
+Each keeper asks the next node's once a second. If that one has not answered for some seconds, or a rank of this node is
+stopped, the keeper says so in the output of its ranks and ends them; the others lose their connections to them, and the
+launcher starts all again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning_mics.in_memory.keeper.client import KeeperConnection
+from lightning_mics.in_memory.keeper.wire import KeeperError
+
+PING_SECONDS = 1.0
+
+
+class Watching:
+    """Watches the next node's keeper and the ranks of this node.
+
+    Args:
+        token: Secret of the job.
+        silence_seconds: Time without an answer after which ranks are ended.
+    """
+
+    def __init__(self, token: str, *, silence_seconds: float) -> None:
+        self._token = token
+        self._silence_seconds = silence_seconds
+        self._ranks: dict[int, int] = {}  # rank by process
+        self._stopped_since: dict[int, float] = {}
+        self._epoch = 0
+        self._answered = 0.0
+        self._target: list[Any] | None = None
+
+    def begin(self, target: list[Any] | None, ranks: Mapping[int, int]) -> None:
+        """Watch another keeper and other ranks from now on.
+
+        Args:
+            target: Host and port of the keeper of the next node; None on a single node.
+            ranks: Ranks of this node, by process.
+        """
+        self._ranks, self._target = dict(ranks), target
+        self._stopped_since.clear()
+        self._answered = time.monotonic()
+        self._epoch += 1
+        if target is not None:
+            threading.Thread(target=self._ping, args=(target, self._epoch), daemon=True).start()
+
+    def look(self) -> None:
+        """End ranks that have to be ended; called about once a second."""
+        now = time.monotonic()
+        if self._target is not None and self._ranks and now - self._answered > self._silence_seconds:
+            host, port = self._target
+            self._end(
+                list(self._ranks),
+                f"the node of {host}:{port} has not answered for {now - self._answered:.0f} s: it is cut off or dead, "
+                "so the ranks of this node end, for the launcher to start all again",
+            )
+        for process, rank in list(self._ranks.items()):
+            if not _is_stopped(process):
+                self._stopped_since.pop(process, None)
+            elif now - self._stopped_since.setdefault(process, now) > self._silence_seconds:
+                self._end(
+                    list(self._ranks),
+                    f"rank {rank} (process {process}) is stopped since {now - self._stopped_since[process]:.0f} s, so "
+                    "the ranks of this node end, for the launcher to start all again",
+                )
+
+    def _ping(self, target: list[Any], epoch: int) -> None:
+        connection: KeeperConnection | None = None
+        while self._epoch == epoch:
+            try:
+                if connection is None:
+                    connection = KeeperConnection.remote(target, token=self._token, seconds=PING_SECONDS)
+                    connection.wait_at_most(PING_SECONDS)
+                connection.ask({"do": "ping"})
+                if self._epoch == epoch:
+                    self._answered = time.monotonic()
+            except (KeeperError, OSError):
+                if connection is not None:
+                    connection.close()
+                connection = None
+            time.sleep(PING_SECONDS)
+
+    def _end(self, processes: list[int], reason: str) -> None:
+        self._ranks = {}
+        for process in processes:
+            with suppress(OSError), open(f"/proc/{process}/fd/2", "w") as output:
+                output.write(f"\nin-memory checkpoints: {reason}\n")
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+def _is_stopped(process: int) -> bool:
+    """Whether a process is stopped by a signal."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] == "T"

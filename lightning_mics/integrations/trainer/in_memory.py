@@ -1,0 +1,244 @@
+"""In-memory checkpoints of a Trainer: what it resumes from after a death, and when it saves.
+
+After a restart the newest step that all nodes together hold takes precedence over any checkpoint on a disk, which is
+older. If no step is whole, the run resumes from the newest checkpoint on a disk, and says how many steps are lost; if
+there is none, it ends in an error on all ranks: it never begins anew without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_mics.collectives.agreement import on_all_ranks, on_rank_0
+from lightning_mics.in_memory.job import InMemoryJob
+from lightning_mics.in_memory.keeper.memory import Stamp
+from lightning_mics.in_memory.reading import InMemoryCheckpoint
+from lightning_mics.integrations._keeper import keeper_settings
+from lightning_mics.topology import Topology
+
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # more than zero in a job that was started again
+
+
+class StepInMemory(str):
+    """The name of a step in memory, where Lightning has the path of a checkpoint.
+
+    Attributes:
+        stamp: The step.
+    """
+
+    stamp: Stamp
+
+    @classmethod
+    def of(cls, stamp: Stamp) -> StepInMemory:
+        """The name of a step."""
+        name = cls(f"step {stamp.step} in the memory of the nodes")
+        name.stamp = stamp
+        return name
+
+
+class NoWholeStepError(RuntimeError):
+    """A restarted job finds no step from which all ranks can resume."""
+
+    raised_by_all_ranks = True
+
+
+class InMemoryTraining:
+    """In-memory checkpoints of one fit; every rank makes it, when process groups exist.
+
+    Args:
+        trainer: The Trainer that is about to fit.
+        every: Number of optimizer steps between two saves.
+        local_size: Number of ranks on each host.
+        collect: Function that returns the content of a checkpoint, and this rank's own tensors.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        *,
+        every: int,
+        local_size: int,
+        collect: Callable[[], tuple[dict[str, Any], dict[str, Tensor]]],
+    ) -> None:
+        self._trainer = trainer
+        self._every = every
+        self._local_size = local_size
+        self._collect = collect
+        nodes = trainer.world_size // local_size
+        settings = on_all_ranks(lambda: keeper_settings(os.environ, nodes=nodes))
+        own = settings[0 if nodes == 1 else trainer.global_rank]  # a single node's name is that of rank 0's launcher
+        self._job = InMemoryJob(own, local_size=local_size)
+        self._restarts = max(on_all_ranks(_restarts))
+        self._resume_start: Callable[..., None] = trainer._checkpoint_connector.resume_start
+        vars(trainer._checkpoint_connector)["resume_start"] = self._start
+        self._lost_from: int | None = None  # newest step of which a part is left, where no step is whole
+        self._is_ready = False
+        _warn_of_launcher(nodes)
+
+    # -- resuming ------------------------------------------------------------------------------------------------------
+
+    def _start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+        """In place of Lightning's method: choose what to resume from."""
+        del vars(self._trainer._checkpoint_connector)["resume_start"]
+        chosen = checkpoint_path
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            chosen = self._chosen(checkpoint_path)
+        self._resume_start(chosen, weights_only=weights_only)
+        self._tell_of_lost_steps(chosen)
+
+    def _chosen(self, given: Any) -> Any:
+        whole, seen = self._job.holdings.newest, self._job.holdings.newest_in_part
+        if whole is not None:
+            if given:
+                rank_zero_info(f"Resuming from {StepInMemory.of(whole)}, which takes precedence over {given}")
+            return StepInMemory.of(whole)
+        nothing_is_lost = seen is None and not (self._job.all_keepers_are_new and self._restarts)
+        if nothing_is_lost:
+            return given
+        self._lost_from = 0 if seen is None else seen.step
+        on_disk = given or on_rank_0(lambda: _last_on_disk(self._trainer))
+        if on_disk is None:
+            raise NoWholeStepError(self._why(seen))
+        return on_disk
+
+    def _why(self, seen: Stamp | None) -> str:
+        if seen is None:
+            found = "its nodes' memory holds nothing"
+        else:
+            missing = [f"the {kind} part of rank {rank}" for kind, rank in self._job.holdings.missing(seen)]
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            found = f"of step {seen.step}, the newest of which anything is left, {', '.join(missing[:3])}{more} is lost"
+        return (
+            f"the job was started again, and no step can be resumed from: {found}. Nodes that held the same bytes have "
+            "died together, and there is no checkpoint on a disk: add a ModelCheckpoint with save_last=True, or pass "
+            "ckpt_path. To begin anew, start the job with another MICS_KEEPER_TOKEN"
+        )
+
+    def _tell_of_lost_steps(self, chosen: Any) -> None:
+        if self._lost_from is None:
+            return
+        step = self._trainer._checkpoint_connector._loaded_checkpoint.get("global_step", 0)
+        lost = f"at least {self._lost_from - step} steps" if self._lost_from else "all steps since then"
+        rank_zero_warn(f"no step in memory is whole, so the run resumes from {chosen}, step {step}: {lost} are lost")
+
+    def open(self, path: StepInMemory, *, weights_only: bool) -> InMemoryCheckpoint:
+        """Open a step in memory; every rank calls it.
+
+        Args:
+            path: Name of the step.
+            weights_only: Whether entries other than tensors must be plain data.
+        """
+        return self._job.open(path.stamp, name=path, weights_only=weights_only)
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def begin(self, topology: Topology, *, device: torch.device) -> None:
+        """Prepare to save, when the model is sharded; every rank calls it.
+
+        Args:
+            topology: Positions of all ranks, as they were sharded.
+            device: Device of this rank.
+        """
+        hosts = Topology(
+            world_size=topology.world_size,
+            ranks_per_node=self._local_size,
+            partition_size=topology.partition_size,
+        )
+        self._job.begin(hosts, device=device)
+        self._is_ready = True
+
+    def save_again(self) -> None:
+        """See :meth:`~lightning_mics.in_memory.job.InMemoryJob.save_again`."""
+        self._job.save_again()
+
+    def is_due(self) -> bool:
+        """Whether the optimizer step that has just ended is to be saved."""
+        return self._is_ready and self._trainer.global_step % self._every == 0
+
+    def saved_step(self) -> int:
+        """The newest step of this rank that is on two nodes; waits for the one that is being saved."""
+        return self._job.saver.wait_until_protected() if self._is_ready else -1
+
+    def save(self, read_saved: Callable[[], int]) -> None:
+        """Save the optimizer step that has just ended, beside what follows; every rank calls it.
+
+        Args:
+            read_saved: See :meth:`~lightning_mics.in_memory.saver.StepSaver.save`.
+        """
+        first = self._job.saver.slot_bytes == 0
+        state, random_state = self._collect()
+        self._job.save(
+            self._trainer.global_step,
+            model_state=state.pop("state_dict"),
+            optimizer_states=state.pop("optimizer_states", []),
+            meta=state,
+            rank_state=random_state,
+            read_protected=read_saved,
+        )
+        if first:
+            self._report()
+
+    def confirm(self) -> None:
+        """See :meth:`~lightning_mics.in_memory.saver.StepSaver.confirm`."""
+        if self._is_ready:
+            self._job.saver.confirm()
+
+    def before_optimizer_step(self, *_: Any) -> None:
+        """Wait until the weights have been copied; a hook of optimizers."""
+        if self._is_ready:
+            self._job.saver.confirm(wait=True)
+
+    def close(self, *, finished: bool) -> None:
+        """End of the fit; every rank calls it.
+
+        Args:
+            finished: Whether it has ended by itself.
+        """
+        vars(self._trainer._checkpoint_connector).pop("resume_start", None)
+        self._job.close(finished=finished)
+
+    def _report(self) -> None:
+        on_all_ranks(self._job.saver.wait_until_protected)
+        per_node = max(on_all_ranks(self._job.node_bytes))
+        every = "every optimizer step" if self._every == 1 else f"every {self._every} optimizer steps"
+        several = self._trainer.world_size > self._local_size
+        where = "on two nodes" if several else "on this node only: it survives the death of ranks, not of the node"
+        rank_zero_info(f"in-memory checkpoint: {every}, {where}; {per_node / 2**30:.3g} GiB of host memory per node")
+
+
+def _restarts() -> int:
+    return max(int(os.environ.get(name, 0)) for name in RESTARTS)
+
+
+def _warn_of_launcher(nodes: int) -> None:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and nodes > 1:
+        rank_zero_warn(
+            "torchrun shares its store with the ranks, and neither a restart nor a new node works then (torch 2.13): "
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the launch script"
+        )
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "SLURM_JOB_ID" not in os.environ:
+        rank_zero_warn(
+            "in-memory checkpoints: nothing starts ranks again under this launcher; use torchrun with --max-restarts"
+        )
+
+
+def _last_on_disk(trainer: pl.Trainer) -> str | None:
+    """The newest checkpoint that ``ckpt_path="last"`` would find."""
+    if not any(isinstance(callback, ModelCheckpoint) for callback in trainer.checkpoint_callbacks):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is none
+        found = trainer._checkpoint_connector._parse_ckpt_path(
+            TrainerFn.FITTING, "last", model_provided=True, model_connected=True
+        )
+    return None if found is None else str(found)
