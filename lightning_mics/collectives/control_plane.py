@@ -142,12 +142,14 @@ class ControlPlane:
         verdict: Error of the job in words; None while there is none.
         micro_step: Micro-step that this rank is in, counted from 1 since the first model was sharded.
         has_raised: Whether this rank has raised an exception, which matters more than its verdict.
+        has_lost_ranks: Whether a connection to another rank was lost, and nobody said why: it has probably died.
     """
 
     def __init__(self, *, timeout: timedelta | None) -> None:
         self.verdict: str | None = None
         self.micro_step = 1
         self.has_raised = False
+        self.has_lost_ranks = False
         self._timeout = timeout
         self._streams: dict[tuple[int, ...], Stream] = {}
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
@@ -268,14 +270,13 @@ class ControlPlane:
 
     def explained(self, error: BaseException) -> BaseException:
         """The job's error in place of ``error``, if that one is its effect; waits a moment until it is known."""
-        until = time.monotonic() + watcher.ANSWER
-        while was_cut_off(error) and self._watcher is not None:
-            if self.verdict is not None:
-                return RanksDifferError(self.verdict)
-            if time.monotonic() > until:
-                break
+        if self._watcher is None or not was_cut_off(error):
+            return error
+        until = time.monotonic() + (0.0 if self.has_lost_ranks else watcher.ANSWER)
+        while self.verdict is None and time.monotonic() < until:
             time.sleep(watcher.TICK / 5)
-        return error
+        self.has_lost_ranks = True
+        return error if self.verdict is None else RanksDifferError(self.verdict)
 
 
 @dataclass(frozen=True)

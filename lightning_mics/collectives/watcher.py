@@ -143,7 +143,8 @@ class Watcher:
     def _report_and_tell(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
         """Report an exception that ends this program, and stay until the others know: the store may end with it."""
         self._report(kind, error, trace)
-        if dist.group.WORLD is not self._job:
+        nothing_to_tell = self._plane.has_lost_ranks and self._plane.verdict is None
+        if nothing_to_tell or dist.group.WORLD is not self._job:
             return
         self._plane.raised(error)
         self.hear()

@@ -37,7 +37,6 @@ from lightning_mics.in_memory.table import decoded, end_of
 
 AT_ONCE_BYTES = 2**26
 PROTECT_SECONDS = 60.0  # until a step is on another node
-CLOSE_SECONDS = 5.0  # for the last step, where training has failed
 NOTHING = -1  # no step
 
 
@@ -171,10 +170,7 @@ class StepSaver:
         return self.protected_step
 
     def close(self) -> None:
-        """Wait a moment for what is being saved, and close the connection; the keeper holds what it has."""
-        if self._saving is not None:
-            self.confirm()
-            self._saving.join(CLOSE_SECONDS)
+        """Close the connection; what is being saved is not waited for, and the keeper holds the step before."""
         self._connection.close()
         if self._slots is not None:
             self._slots.close()
@@ -271,12 +267,9 @@ class _Saving:
         self._thread = threading.Thread(target=run, name="in-memory checkpoint", daemon=True)
         self._thread.start()
 
-    def join(self, seconds: float | None = None) -> None:
-        assert self._thread is not None
-        self._thread.join(seconds)
-
     def result(self) -> None:
-        self.join()
+        assert self._thread is not None
+        self._thread.join()
         if self._error is not None:
             raise self._error
 

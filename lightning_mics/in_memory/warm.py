@@ -224,7 +224,7 @@ def _status_of(error: SystemExit) -> int:
 def _exit(status: int) -> None:
     """End as the interpreter would."""
     with suppress(BaseException):
-        threading._shutdown()  # type: ignore[attr-defined]
+        threading._shutdown()
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):

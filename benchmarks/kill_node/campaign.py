@@ -1,0 +1,305 @@
+"""One job whose nodes die again and again, beside the same job undisturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import secrets
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.emulated_cluster import EmulatedCluster
+from benchmarks.kill_node.nodes import Nodes
+
+MOMENTS = ("any", "copy", "unprotected", "optimizer", "validation", "window", "fetch", "first step", "recovery")
+MOST_SECONDS = 90.0  # until a death or a recovery that should have come
+POLL_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job on some nodes.
+
+    Attributes:
+        nodes: Number of nodes.
+        ranks_per_node: Ranks on each.
+        partition_size: Ranks of a partition group.
+        steps: Optimizer steps.
+        micro_steps: Micro-steps of each.
+        width: Width of the model.
+        validate_every: Optimizer steps between validations.
+        in_memory_checkpoint: Option of the strategy.
+        rate: Rate of each link, such as ``"200mbit"``; None is unshaped.
+    """
+
+    nodes: int
+    ranks_per_node: int
+    partition_size: int
+    steps: int = 60
+    micro_steps: int = 2
+    width: int = 64
+    validate_every: int = 5
+    in_memory_checkpoint: int | None = 1
+    rate: str | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.ranks_per_node
+
+    def __str__(self) -> str:
+        return f"{self.nodes}x{self.ranks_per_node}, partition size {self.partition_size}"
+
+
+@dataclass(frozen=True)
+class Death:
+    """A death that is ordered.
+
+    Attributes:
+        moment: One of :data:`MOMENTS`.
+        what: ``"node"``, ``"rank"`` or ``"keeper"``.
+        rank: Rank that must have reached the moment, and whose node it is.
+    """
+
+    moment: str
+    what: str
+    rank: int
+
+
+@dataclass
+class Outcome:
+    """What came of a death; times in seconds after it.
+
+    Attributes:
+        death: The death.
+        moment_step: Optimizer steps done when it came.
+        done: Optimizer steps that all ranks had done.
+        resumed: Step that the job resumed from.
+        seconds: Time until each part of going on: ``noticed`` (first rank), ``started`` (last process), ``loaded``,
+            ``protected``, ``step`` (a new step is done on all ranks).
+    """
+
+    death: Death
+    moment_step: int
+    done: int
+    resumed: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether at most one step was lost."""
+        return self.resumed >= self.done - 1
+
+
+class Diaries:
+    """What the ranks of a run have written."""
+
+    def __init__(self, folder: Path, world_size: int) -> None:
+        self._files = [folder / f"rank-{rank}.jsonl" for rank in range(world_size)]
+
+    def lines(self) -> list[list[dict[str, Any]]]:
+        """The lines of each rank."""
+        return [
+            [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+            for file in self._files
+        ]
+
+    def losses(self) -> dict[tuple[Any, ...], set[str]]:
+        """All values of losses and validations, by rank, kind, step and micro-step, also those computed twice."""
+        found: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+        for rank, lines in enumerate(self.lines()):
+            for line in lines:
+                if line["event"] in ("loss", "validation"):
+                    found[rank, line["event"], line["step"], line["micro_step"]].add(line["value"])
+        return dict(found)
+
+    def digests(self) -> list[dict[str, str]]:
+        """The digests of each rank at the end."""
+        return [next((line["digests"] for line in lines if line["event"] == "end"), {}) for lines in self.lines()]
+
+
+class Campaign:
+    """A job on an emulated cluster with a node that stands by.
+
+    Args:
+        job: The job.
+        folder: Folder for its files.
+    """
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        self._job = job
+        self._folder = folder
+        self._numbers = iter(range(10**6))
+
+    @contextmanager
+    def running(self, name: str, *, options: Mapping[str, Any] | None = None) -> Iterator[Run]:
+        """A run of the job, whose processes are gone afterwards.
+
+        Args:
+            name: Name of its folder.
+            options: Options of the job that are other ones in this run.
+        """
+        folder = self._folder / name
+        folder.mkdir(parents=True)
+        content = {**asdict(self._job), "folder": str(folder), "workers": 1, **(options or {})}
+        environment = {
+            "KILL_NODE_OPTIONS": json.dumps(content),
+            "MICS_KEEPER_TOKEN": secrets.token_hex(16),
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "PYTHONUNBUFFERED": "1",
+        }
+        with EmulatedCluster(self._job.nodes + 2, rate=self._job.rate) as cluster:
+            nodes = Nodes(cluster, logs=folder, environment=environment)
+            run = Run(self._job, nodes, folder, self._numbers)
+            nodes.start_store()
+            for node in range(self._job.nodes + 1):
+                nodes.stand_by(node)
+            try:
+                for node in range(self._job.nodes):
+                    run.launch(node)
+                yield run
+            finally:
+                for node in range(self._job.nodes + 2):
+                    cluster.network.kill_node(node)
+                while _reaped():
+                    pass
+
+
+class Run:
+    """A run that goes on."""
+
+    def __init__(self, job: Job, nodes: Nodes, folder: Path, numbers: Iterator[int]) -> None:
+        self._job = job
+        self.nodes = nodes
+        self.folder = folder
+        self.diaries = Diaries(folder, job.world_size)
+        self._numbers = numbers
+        self._standby = job.nodes
+        self.statuses: dict[int, int] = {}
+
+    def launch(self, node: int) -> None:
+        """Start torchrun on a node."""
+        job = self._job
+        self.nodes.launch(
+            node,
+            [
+                *("--nnodes", str(job.nodes), "--nproc-per-node", str(job.ranks_per_node), "--max-restarts", "1000"),
+                *("-m", "lightning_mics", "warm", "-m", "benchmarks.kill_node.training"),
+            ],
+        )
+
+    def wait(self, ready: Callable[[], Any], what: str, *, seconds: float = MOST_SECONDS) -> Any:
+        """Wait until ``ready`` returns something.
+
+        Args:
+            ready: Function that returns something once it is so.
+            what: What is waited for, for the error.
+            seconds: Longest time.
+
+        Raises:
+            TimeoutError: If it does not come.
+        """
+        until = time.monotonic() + seconds
+        while True:
+            if found := ready():
+                return found
+            self.statuses.update(self.nodes.ended())
+            if time.monotonic() > until:
+                raise TimeoutError(f"{self._job}: {what} did not come within {seconds:g} s; see {self.folder}")
+            time.sleep(POLL_SECONDS)
+
+    def finish(self) -> dict[int, int]:
+        """Wait until the job has ended; returns the statuses of the launchers by node."""
+        self.wait(lambda: not self.nodes.launchers, "the end", seconds=4 * MOST_SECONDS)
+        return self.statuses
+
+    def steps_done(self) -> list[int]:
+        """Optimizer steps that each rank has done, in the process that runs now or ran last."""
+        return [
+            max((line["step"] for line in lines if line["event"] == "done"), default=0)
+            for lines in self.diaries.lines()
+        ]
+
+    def die(self, death: Death, chance: random.Random, *, after: int) -> Outcome:
+        """Kill what is ordered when it has reached its moment, and wait until the job goes on.
+
+        Args:
+            death: The order.
+            chance: Random numbers.
+            after: Step that must be done before.
+        """
+        self.wait(lambda: min(self.steps_done()) >= after, f"step {after}")
+        if death.moment == "any":
+            time.sleep(chance.uniform(0.0, 0.5))
+        else:
+            self._reach(death)
+        return self._kill(death)
+
+    def _reach(self, death: Death) -> None:
+        number = next(self._numbers)
+        order = {"number": number, "moment": death.moment, "rank": death.rank, "from_step": 0}
+        draft = self.folder / "order.draft"
+        draft.write_text(json.dumps(order))
+        draft.rename(self.folder / "order.json")
+        begun = self.folder / f"begun-{number}"
+        self.wait(begun.exists, f"moment {death.moment!r} of rank {death.rank}")
+
+    def _kill(self, death: Death) -> Outcome:
+        lines = self.diaries.lines()
+        place = next(line for line in reversed(lines[death.rank]) if line["event"] == "start")
+        node, killed = int(place["node"].removeprefix("node")), time.time()
+        if death.what == "node":
+            self.nodes.kill(node)
+            self.launch(self._standby)
+            replaced, self._standby = node, self._standby
+            self._standby = replaced
+        elif death.what == "rank":
+            os.kill(place["process"], signal.SIGKILL)
+        else:
+            self.nodes.kill_keeper(node)
+        done = min(self.steps_done())
+        outcome = Outcome(death, max(self.steps_done()), done, -1)
+        self._wait_for_recovery(outcome, killed)
+        if death.what == "node":
+            self.nodes.stand_by(self._standby)
+        return outcome
+
+    def _wait_for_recovery(self, outcome: Outcome, killed: float) -> None:
+        def first(lines: Sequence[dict[str, Any]], event: str) -> dict[str, Any] | None:
+            return next((line for line in lines if line["event"] == event and line["time"] > killed), None)
+
+        def on_all(event: str) -> list[dict[str, Any]] | None:
+            found = [first(lines, event) for lines in self.diaries.lines()]
+            return None if None in found else [line for line in found if line is not None]
+
+        for event, name in (
+            ("start", "started"),
+            ("agreed", "agreed"),
+            ("protected again", "protected"),
+            ("loaded", "loaded"),
+            ("done", "step"),
+        ):
+            if outcome.death.what == "keeper" and event == "start":
+                self.wait(lambda: on_all("start") or None, "a restart")
+            found = self.wait(lambda event=event: on_all(event), f"{name} after {outcome.death}")
+            outcome.seconds[name] = max(line["time"] for line in found) - killed
+            if event == "agreed":
+                outcome.resumed = int(found[0]["step"])
+        noticed = [line["time"] for lines in self.diaries.lines() if (line := first(lines, "noticed"))]
+        outcome.seconds["noticed"] = min(noticed, default=killed) - killed
+
+
+def _reaped() -> bool:
+    try:
+        return bool(os.waitpid(-1, os.WNOHANG)[0])
+    except ChildProcessError:
+        return False
