@@ -19,6 +19,7 @@ from benchmarks.emulated_cluster import EmulatedCluster
 from benchmarks.kill_node.nodes import Nodes
 
 MOMENTS = ("any", "copy", "unprotected", "optimizer", "validation", "window", "fetch", "first step", "recovery")
+AFTER_A_DEATH = ("first step", "recovery")  # moments that come after another death
 MOST_SECONDS = 90.0  # until a death or a recovery that should have come
 POLL_SECONDS = 0.01
 
@@ -238,40 +239,46 @@ class Run:
             after: Step that must be done before.
         """
         self.wait(lambda: min(self.steps_done()) >= after, f"step {after}")
-        if death.moment == "any":
+        if death.moment in AFTER_A_DEATH:
+            self._order(death)
+            self._kill(Death("any", "node", (death.rank + self._job.ranks_per_node) % self._job.world_size))
+            self._wait_for_order(death)
+        elif death.moment == "any":
             time.sleep(chance.uniform(0.0, 0.5))
         else:
-            self._reach(death)
-        return self._kill(death)
+            self._order(death)
+            self._wait_for_order(death)
+        killed = self._kill(death)
+        outcome = Outcome(death, max(self.steps_done()), min(self.steps_done()), -1)
+        self._wait_for_recovery(outcome, killed)
+        return outcome
 
-    def _reach(self, death: Death) -> None:
-        number = next(self._numbers)
-        order = {"number": number, "moment": death.moment, "rank": death.rank, "from_step": 0}
+    def _order(self, death: Death) -> None:
+        self._ordered = next(self._numbers)
+        order = {"number": self._ordered, "moment": death.moment, "rank": death.rank, "from_step": 0}
         draft = self.folder / "order.draft"
         draft.write_text(json.dumps(order))
         draft.rename(self.folder / "order.json")
-        begun = self.folder / f"begun-{number}"
+
+    def _wait_for_order(self, death: Death) -> None:
+        begun = self.folder / f"begun-{self._ordered}"
         self.wait(begun.exists, f"moment {death.moment!r} of rank {death.rank}")
 
-    def _kill(self, death: Death) -> Outcome:
+    def _kill(self, death: Death) -> float:
+        """Kill what is ordered, and have another node take the place of a dead one; returns when."""
         lines = self.diaries.lines()
         place = next(line for line in reversed(lines[death.rank]) if line["event"] == "start")
         node, killed = int(place["node"].removeprefix("node")), time.time()
         if death.what == "node":
             self.nodes.kill(node)
             self.launch(self._standby)
-            replaced, self._standby = node, self._standby
-            self._standby = replaced
+            self.nodes.stand_by(node)
+            self._standby = node
         elif death.what == "rank":
             os.kill(place["process"], signal.SIGKILL)
         else:
             self.nodes.kill_keeper(node)
-        done = min(self.steps_done())
-        outcome = Outcome(death, max(self.steps_done()), done, -1)
-        self._wait_for_recovery(outcome, killed)
-        if death.what == "node":
-            self.nodes.stand_by(self._standby)
-        return outcome
+        return killed
 
     def _wait_for_recovery(self, outcome: Outcome, killed: float) -> None:
         def first(lines: Sequence[dict[str, Any]], event: str) -> dict[str, Any] | None:
@@ -288,8 +295,6 @@ class Run:
             ("loaded", "loaded"),
             ("done", "step"),
         ):
-            if outcome.death.what == "keeper" and event == "start":
-                self.wait(lambda: on_all("start") or None, "a restart")
             found = self.wait(lambda event=event: on_all(event), f"{name} after {outcome.death}")
             outcome.seconds[name] = max(line["time"] for line in found) - killed
             if event == "agreed":

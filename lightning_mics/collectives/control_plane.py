@@ -269,11 +269,15 @@ class ControlPlane:
             self._watcher.tell_end(f"{RAISES}{type(error).__name__}: {str(error)[:200]}")
 
     def explained(self, error: BaseException) -> BaseException:
-        """The job's error in place of ``error``, if that one is its effect; waits a moment until it is known."""
+        """The job's error in place of ``error``, if that one is its effect; waits a moment until it is known.
+
+        A rank that has raised an exception has said so before it ended. One that has died has not, and nobody waits:
+        the others lose their connections one after the other, and each would wait anew.
+        """
         if self._watcher is None or not was_cut_off(error):
             return error
         until = time.monotonic() + (0.0 if self.has_lost_ranks else watcher.ANSWER)
-        while self.verdict is None and time.monotonic() < until:
+        while self.verdict is None and self._watcher.has_news() and time.monotonic() < until:
             time.sleep(watcher.TICK / 5)
         self.has_lost_ranks = True
         return error if self.verdict is None else RanksDifferError(self.verdict)

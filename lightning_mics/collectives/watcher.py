@@ -135,6 +135,15 @@ class Watcher:
             plane.verdict = self.post(difference(words))
         return True
 
+    def has_news(self) -> bool:
+        """Whether other ranks have asked something that is not answered yet, or there is a verdict."""
+        try:
+            with self._lock:
+                asked = bool(self._store.add("asked", 0) > self._asked)
+                return asked or bool(self._open) or bool(self._store.check(["verdict"]))
+        except RuntimeError:  # the store is gone, with the rank or the agent that held it
+            return False
+
     def hear(self) -> None:
         """Count this rank among those that know why the job ends."""
         with self._lock, suppress(RuntimeError):
@@ -155,7 +164,8 @@ class Watcher:
 
     def _end(self) -> None:
         """Post the end of this program, and stop; before the interpreter ends, which no thread survives."""
-        if self._plane.verdict is None and not self._plane.has_raised and dist.group.WORLD is self._job:
+        is_cause = not (self._plane.has_raised or self._plane.has_lost_ranks)
+        if is_cause and self._plane.verdict is None and dist.group.WORLD is self._job:
             with suppress(RuntimeError):  # the store is gone, so the job is over
                 self.tell_end("ends its program")
         self._stop.set()

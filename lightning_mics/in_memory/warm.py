@@ -129,7 +129,8 @@ def _as_started(connection: socket.socket, arguments: list[str]) -> int:
         return 1
     status = int(ended["status"])
     if status < 0:  # by a signal
-        signal.signal(-status, signal.SIG_DFL)
+        with suppress(OSError):  # nobody handles SIGKILL
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return status
 
