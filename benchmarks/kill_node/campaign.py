@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ class Run:
         self.folder = folder
         self.diaries = Diaries(folder, job.world_size)
         self._numbers = numbers
-        self._standby = job.nodes
+        self._standby = self._standby_before = job.nodes
         self.statuses: dict[int, int] = {}
 
     def launch(self, node: int) -> None:
@@ -239,10 +239,11 @@ class Run:
             after: Step that must be done before.
         """
         self.wait(lambda: min(self.steps_done()) >= after, f"step {after}")
-        if death.moment in AFTER_A_DEATH:
-            self._order(death)
-            self._kill(Death("any", "node", (death.rank + self._job.ranks_per_node) % self._job.world_size))
+        if death.moment in AFTER_A_DEATH:  # the new node dies: any other might hold the only bytes that are left
+            self._order(death, node=self._standby)
+            self._kill(Death("any", "node", death.rank))
             self._wait_for_order(death)
+            death = replace(death, rank=self._rank_on(self._standby_before))
         elif death.moment == "any":
             time.sleep(chance.uniform(0.0, 0.5))
         else:
@@ -253,9 +254,12 @@ class Run:
         self._wait_for_recovery(outcome, killed)
         return outcome
 
-    def _order(self, death: Death) -> None:
+    def _order(self, death: Death, *, node: int | None = None) -> None:
+        """Order a rank, or any rank of a node, to stop at a moment."""
         self._ordered = next(self._numbers)
-        order = {"number": self._ordered, "moment": death.moment, "rank": death.rank, "from_step": 0}
+        order = {"number": self._ordered, "moment": death.moment, "rank": death.rank}
+        if node is not None:
+            order["node"] = f"node{node}"
         draft = self.folder / "order.draft"
         draft.write_text(json.dumps(order))
         draft.rename(self.folder / "order.json")
@@ -264,16 +268,22 @@ class Run:
         begun = self.folder / f"begun-{self._ordered}"
         self.wait(begun.exists, f"moment {death.moment!r} of rank {death.rank}")
 
+    def _place(self, rank: int) -> dict[str, Any]:
+        """Where a rank runs now."""
+        return next(line for line in reversed(self.diaries.lines()[rank]) if line["event"] == "start")
+
+    def _rank_on(self, node: int) -> int:
+        return next(rank for rank in range(self._job.world_size) if self._place(rank)["node"] == f"node{node}")
+
     def _kill(self, death: Death) -> float:
         """Kill what is ordered, and have another node take the place of a dead one; returns when."""
-        lines = self.diaries.lines()
-        place = next(line for line in reversed(lines[death.rank]) if line["event"] == "start")
+        place = self._place(death.rank)
         node, killed = int(place["node"].removeprefix("node")), time.time()
         if death.what == "node":
             self.nodes.kill(node)
             self.launch(self._standby)
             self.nodes.stand_by(node)
-            self._standby = node
+            self._standby_before, self._standby = self._standby, node
         elif death.what == "rank":
             os.kill(place["process"], signal.SIGKILL)
         else:

@@ -55,9 +55,9 @@ class Diary:
             order = json.loads((self._folder / "order.json").read_text())
         except (OSError, ValueError):
             return
-        wanted = order["moment"] == moment and order["rank"] == self._rank and self.step >= order["from_step"]
+        here = order["node"] == os.uname().nodename if "node" in order else order["rank"] == self._rank
         begun = self._folder / f"begun-{order['number']}"
-        if wanted and not begun.exists():
+        if here and order["moment"] == moment and not begun.exists():
             begun.touch()
             self.write("moment", number=order["number"], moment=moment, step=self.step)
             time.sleep(120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ class Forwarding:
     Attributes:
         target: Host and port of the other keeper; None on a single node.
         problem: Why the last attempt failed; None if it did not.
+        failing_since: Time of the first of the attempts that have failed, seconds; None if the last did not.
     """
 
     def __init__(self, token: str, lock: threading.Condition) -> None:
@@ -36,6 +38,7 @@ class Forwarding:
         self._known: set[str] = set()  # layouts that the other keeper has
         self.target: list[Any] | None = None
         self.problem: str | None = None
+        self.failing_since: float | None = None
 
     def start(self) -> None:
         """Start the thread."""
@@ -44,7 +47,7 @@ class Forwarding:
     def connect(self, target: list[Any] | None) -> None:
         """Send to another keeper from now on; what waits for the earlier one is dropped."""
         with self._lock:
-            self.target = target
+            self.target, self.problem, self.failing_since = target, None, None
             self._queue.clear()
             self._disconnect()
 
@@ -72,9 +75,9 @@ class Forwarding:
             try:
                 if sending.slot.stamp == sending.stamp and target is not None:
                     self._send(target, sending)
-                self.problem = None
+                self.problem, self.failing_since = None, None
             except (KeeperError, OSError) as error:
-                self.problem = str(error)
+                self.problem, self.failing_since = str(error), self.failing_since or time.monotonic()
                 with self._lock:
                     self._disconnect()
                     self._lock.wait(AGAIN_SECONDS)

@@ -37,7 +37,8 @@ from lightning_mics.in_memory.keeper.wire import (
 
 HANDSHAKE_SECONDS = 5.0
 MOST_TABLES_BYTES = 2**32
-TICK_SECONDS = 1.0
+GIVE_UP_SECONDS = 2.0  # of failures, after which the other keeper counts as dead
+TICK_SECONDS = 0.5
 
 Answer = tuple[dict[str, Any], Iterator[memoryview | bytes]]
 
@@ -202,12 +203,15 @@ class Keeper:
     def _wait(self, request: _Request) -> Answer:
         """Wait until a step of a rank is protected."""
         wanted, seconds = _stamp(request.header["stamp"]), float(request.header["seconds"])
+        until, forwarding = time.monotonic() + seconds, self._forwarding
         with self._lock:
             area = self._local_area(request)
-            done = self._lock.wait_for(lambda: area.protected is not None and area.protected >= wanted, timeout=seconds)
-        if not done:
-            problem = self._forwarding.problem or "it is slow"
-            raise ValueError(f"step {wanted.step} is not on another node after {seconds:g} s: {problem}")
+            while area.protected is None or area.protected < wanted:
+                now = time.monotonic()
+                if now > until or now - (forwarding.failing_since or now) > GIVE_UP_SECONDS:
+                    why = forwarding.problem or "it is slow"
+                    raise ValueError(f"step {wanted.step} is not on another node: {why}")
+                self._lock.wait(timeout=TICK_SECONDS)
         return {}, iter(())
 
     def _peers(self, request: _Request) -> Answer:

@@ -43,6 +43,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_mics.in_memory.saver import NOTHING
 from lightning_mics.integrations.trainer.boundary import validation_follows
 
 MOST_BATCHES = 16  # of an evaluation from one comparison to the next
@@ -138,7 +139,7 @@ class StopTogether(Callback):
         due = self._at_boundary and self._beside is not None and self._beside.is_due()
         if due or (self._at_boundary and not validation_follows(trainer)):
             self._stop_if_asked(trainer, self._read())
-            begun = self._begin()
+            begun = self._begin(saved_step=self._beside.saved_step() if due and self._beside is not None else NOTHING)
             if due and self._beside is not None:
                 self._beside.save(lambda: -int(begun()[_SAVED]))
 
@@ -216,9 +217,8 @@ class StopTogether(Callback):
 
     # -- comparing requests --------------------------------------------------------------------------------------------
 
-    def _begin(self, batch_milliseconds: int = 0) -> Callable[[], Tensor]:
-        saved = -1 if self._beside is None else self._beside.saved_step()
-        note = torch.tensor([self._recorder.request, batch_milliseconds, -saved])
+    def _begin(self, *, batch_milliseconds: int = 0, saved_step: int = NOTHING) -> Callable[[], Tensor]:
+        note = torch.tensor([self._recorder.request, batch_milliseconds, -saved_step])
         self._begun = self._begin_max(note, "compares signals")
         return self._begun
 
