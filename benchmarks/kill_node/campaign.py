@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.emulated_cluster import EmulatedCluster
+from benchmarks.emulated_cluster.network import Network
 from benchmarks.kill_node.nodes import Nodes
 
 MOMENTS = ("any", "copy", "unprotected", "optimizer", "validation", "window", "fetch", "first step", "recovery")
@@ -160,7 +161,7 @@ class Campaign:
         }
         with EmulatedCluster(self._job.nodes + 2, rate=self._job.rate) as cluster:
             nodes = Nodes(cluster, logs=folder, environment=environment)
-            run = Run(self._job, nodes, folder, self._numbers)
+            run = Run(self._job, nodes, folder, self._numbers, cluster.network)
             nodes.start_store()
             for node in range(self._job.nodes + 1):
                 nodes.stand_by(node)
@@ -178,11 +179,12 @@ class Campaign:
 class Run:
     """A run that goes on."""
 
-    def __init__(self, job: Job, nodes: Nodes, folder: Path, numbers: Iterator[int]) -> None:
+    def __init__(self, job: Job, nodes: Nodes, folder: Path, numbers: Iterator[int], network: Network) -> None:
         self._job = job
         self.nodes = nodes
         self.folder = folder
         self.diaries = Diaries(folder, job.world_size)
+        self.network = network
         self._numbers = numbers
         self._standby = self._standby_before = job.nodes
         self.statuses: dict[int, int] = {}
@@ -222,6 +224,29 @@ class Run:
         """Wait until the job has ended; returns the statuses of the launchers by node."""
         self.wait(lambda: not self.nodes.launchers, "the end", seconds=4 * MOST_SECONDS)
         return self.statuses
+
+    def sent_bytes(self) -> int:
+        """Bytes that the nodes of the job have sent so far, with the headers of packets."""
+        return sum(link.sent_bytes for link in self.network.counters()[: self._job.nodes + 1])
+
+    def keepers(self) -> list[int]:
+        """Processes of keepers on all nodes."""
+        return [process for node in range(self._job.nodes + 1) for process in self.nodes.keepers(node)]
+
+    def cut(self, rank: int) -> Outcome:
+        """Pull the cable of a rank's node, and have another take its place when its launcher may join; see :meth:`die`.
+
+        Args:
+            rank: The rank.
+        """
+        self.wait(lambda: min(self.steps_done()) >= 3, "step 3")
+        node, cut = int(self._place(rank)["node"].removeprefix("node")), time.time()
+        self.network.cut(node)
+        self.launch(self._standby)
+        outcome = Outcome(Death("any", "cable", rank), max(self.steps_done()), min(self.steps_done()), -1)
+        self._wait_for_recovery(outcome, cut)
+        self.nodes.kill(node)
+        return outcome
 
     def steps_done(self) -> list[int]:
         """Optimizer steps that each rank has done, in the process that runs now or ran last."""

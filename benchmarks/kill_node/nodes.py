@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -81,12 +82,15 @@ class Nodes:
         if process is not None:
             os.waitpid(process, 0)
 
+    def keepers(self, node: int) -> list[int]:
+        """Processes of keepers on a node."""
+        commands = {process: _command(process) for process in self._network.processes(node)}
+        return [process for process, command in commands.items() if b"keeper" in command]
+
     def kill_keeper(self, node: int) -> None:
         """Kill the keeper of a node only."""
-        for process in self._network.processes(node):
-            command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-            if b"keeper" in command:
-                os.kill(process, signal.SIGKILL)
+        for process in self.keepers(node):
+            os.kill(process, signal.SIGKILL)
 
     def ended(self) -> dict[int, int]:
         """Exit statuses of the launchers that have ended, by node."""
@@ -137,6 +141,12 @@ class Nodes:
 
 
 STORE_PORT = 29400
+
+
+def _command(process: int) -> list[bytes]:
+    with suppress(OSError):  # it has ended meanwhile
+        return Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    return []
 
 
 def _serve_store() -> None:

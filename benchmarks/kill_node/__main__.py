@@ -1,0 +1,130 @@
+"""Kill nodes, ranks and keepers of a job that trains, again and again, and see that it goes on with the same bits.
+
+python -m benchmarks.kill_node --shapes 4x2 2x4 --partition 2 4 8 --kills 100 --seed 0 --out benchmarks/results/survival
+
+Nodes are network namespaces of this machine, joined by links; it needs root, and iproute2. For each shape and partition
+size the job runs once undisturbed, and once with deaths: at moments that are ordered, where the victim says that it has
+begun and waits, or at any. Another node, which stands by with everything imported, takes the place of a dead one. What
+has to be equal: the losses of all ranks at all micro-steps, also of those that are computed twice, weights, optimizer
+states and random number generators at the end. The exit status says whether it was so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kill_node.campaign import MOMENTS, Campaign, Death, Job
+from benchmarks.kill_node.nodes import preload
+from benchmarks.kill_node.page import write_page
+
+STEPS_PER_DEATH = 4
+
+
+def deaths_of(job: Job, count: int, chance: random.Random) -> Iterator[Death]:
+    """The deaths of one job: all moments in turn, mostly of nodes.
+
+    Args:
+        job: The job.
+        count: Number of deaths.
+        chance: Random numbers.
+    """
+    moments = [*MOMENTS, "any", "any"]
+    for number in range(count):
+        moment, rank = moments[number % len(moments)], chance.randrange(job.world_size)
+        if number % len(moments) == 0 and number:  # a certain node: the first one
+            rank = 0
+        what = {len(MOMENTS): "rank", len(MOMENTS) + 1: "keeper"}.get(number % len(moments), "node")
+        yield Death(moment, what, rank)
+
+
+def run_job(job: Job, deaths: Sequence[Death], chance: random.Random, folder: Path) -> dict[str, Any]:
+    """Run a job undisturbed and with deaths, and compare.
+
+    Args:
+        job: The job.
+        deaths: The deaths, in their order.
+        chance: Random numbers.
+        folder: Folder for its files.
+
+    Returns:
+        What was found, as plain data.
+    """
+    campaign = Campaign(job, folder)
+    with campaign.running("undisturbed") as calm:
+        statuses = calm.finish()
+        found: dict[str, Any] = {
+            "job": asdict(job),
+            "sent_bytes": calm.sent_bytes(),
+            "keepers_left": len(calm.keepers()),
+        }
+        found["statuses"] = list(statuses.values())
+    with campaign.running("without", options={"in_memory_checkpoint": None}) as without:
+        without.finish()
+        found["sent_bytes_without"] = without.sent_bytes()
+    outcomes = []
+    with campaign.running("disturbed") as run:
+        after = 2
+        for death in deaths:
+            outcome = run.die(death, chance, after=after)
+            print(f"{job}: {outcome}", flush=True)
+            outcomes.append({**asdict(outcome), "ok": outcome.ok})
+            after = outcome.resumed + 2
+        found["statuses"] += list(run.finish().values())
+        found["keepers_left"] += len(run.keepers())
+    expected, seen = calm.diaries.losses(), run.diaries.losses()
+    found["losses"] = len(expected)
+    found["different_losses"] = sum(expected[key] != seen.get(key) for key in expected) + len(seen.keys() - expected)
+    pairs = zip(calm.diaries.digests(), run.diaries.digests(), strict=True)
+    found["different_ends"] = sum(not one or one != other for one, other in pairs)
+    found["disk_bytes"] = max(
+        line["disk_bytes"] for lines in run.diaries.lines() for line in lines if "disk_bytes" in line
+    )
+    found["outcomes"] = outcomes
+    print(f"{job}: {found['different_losses']} of {found['losses']} losses differ, {found['different_ends']} ends")
+    return found
+
+
+def is_ok(found: dict[str, Any]) -> bool:
+    """Whether a job went on as it should."""
+    equal = not (found["different_losses"] or found["different_ends"] or any(found["statuses"]))
+    return equal and not found["keepers_left"] and all(outcome["ok"] for outcome in found["outcomes"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the campaign and write its page; returns the exit status."""
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kill_node", description=__doc__.partition("\n")[0])
+    parser.add_argument("--shapes", nargs="+", default=["4x2", "2x4"], help="nodes x ranks per node")
+    parser.add_argument("--partition", nargs="+", type=int, default=[2, 4, 8], help="partition sizes")
+    parser.add_argument("--kills", type=int, default=100, help="deaths in all (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
+    parser.add_argument("--out", type=Path, help="folder of the page and the numbers; without it nothing is written")
+    options = parser.parse_args(typed)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
+    jobs = [(nodes, ranks, size) for nodes, ranks in shapes for size in options.partition]
+    chance, results = random.Random(options.seed), []
+    preload()
+    for number, (nodes, ranks, size) in enumerate(jobs):
+        count = options.kills * (number + 1) // len(jobs) - options.kills * number // len(jobs)
+        job = Job(nodes, ranks, size, steps=STEPS_PER_DEATH * (count + 1))
+        folder = Path(tempfile.mkdtemp(prefix="kill-node-"))  # stays if it fails
+        results.append(run_job(job, list(deaths_of(job, count, chance)), chance, folder))
+        shutil.rmtree(folder)
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "results.json").write_text(json.dumps(results, indent=1))
+            write_page(options.out, typed, results)
+    return 0 if all(map(is_ok, results)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
