@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -316,13 +317,11 @@ class Run:
         return killed
 
     def _wait_for_recovery(self, outcome: Outcome, killed: float) -> None:
-        def first(lines: Sequence[dict[str, Any]], event: str) -> dict[str, Any] | None:
-            return next((line for line in lines if line["event"] == event and line["time"] > killed), None)
-
-        def on_all(event: str) -> list[dict[str, Any]] | None:
-            found = [first(lines, event) for lines in self.diaries.lines()]
+        def on_all(event: str, after: Sequence[float]) -> list[dict[str, Any]] | None:
+            found = [_first(lines, event, since) for lines, since in zip(self.diaries.lines(), after, strict=True)]
             return None if None in found else [line for line in found if line is not None]
 
+        since = [killed] * self._job.world_size
         for event, name in (
             ("start", "started"),
             ("agreed", "agreed"),
@@ -330,12 +329,19 @@ class Run:
             ("loaded", "loaded"),
             ("done", "step"),
         ):
-            found = self.wait(lambda event=event: on_all(event), f"{name} after {outcome.death}")
-            outcome.seconds[name] = max(line["time"] for line in found) - killed
+            what = f"{name} after {outcome.death}"
+            found = self.wait(partial(on_all, event, since), what)
+            since = [line["time"] for line in found]
+            outcome.seconds[name] = max(since) - killed
             if event == "agreed":
                 outcome.resumed = int(found[0]["step"])
-        noticed = [line["time"] for lines in self.diaries.lines() if (line := first(lines, "noticed"))]
+        noticed = [line["time"] for lines in self.diaries.lines() if (line := _first(lines, "noticed", killed))]
         outcome.seconds["noticed"] = min(noticed, default=killed) - killed
+
+
+def _first(lines: Sequence[dict[str, Any]], event: str, since: float) -> dict[str, Any] | None:
+    """The first line of an event after a time."""
+    return next((line for line in lines if line["event"] == event and line["time"] > since), None)
 
 
 def _reaped() -> bool:

@@ -167,7 +167,7 @@ class InMemoryJob:
         if loaded is None or stamp is None or stamp.world_size != self._world_size:
             return
         parts = [loaded.part(key) for key in self.saver.plan.keys]
-        on_all_ranks(lambda: self.saver.copy(stamp.step, parts))
+        on_all_ranks(lambda: self.saver.copy(stamp, parts))
         if self._rank % self._local_size == 0:
             self._connection.ask({"do": "forget", "before": self._generation})
 

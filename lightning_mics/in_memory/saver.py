@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from lightning_mics._torch.streams import current_stream, has_streams, new_stream, on_stream
 from lightning_mics.in_memory.holdings import Key
 from lightning_mics.in_memory.keeper.client import ANSWER_SECONDS, KeeperConnection
-from lightning_mics.in_memory.keeper.memory import PartLayout
+from lightning_mics.in_memory.keeper.memory import Keep, PartLayout, Stamp
 from lightning_mics.in_memory.plan import Part, Plan, blob_capacity
 from lightning_mics.in_memory.reading import StoredPart
 from lightning_mics.in_memory.slots import Slots
@@ -110,11 +110,13 @@ class StepSaver:
             saving.copied.wait()
         self.confirm()
 
-    def copy(self, step: int, parts: Sequence[StoredPart]) -> None:
+    def copy(self, stamp: Stamp, parts: Sequence[StoredPart]) -> None:
         """Save a step that some keepers hold, as it is; returns when it is on two nodes.
 
+        What is loaded stays where it is: another rank may die before all have saved it again.
+
         Args:
-            step: Number of optimizer steps done.
+            stamp: The step.
             parts: The parts of this rank, in their order.
 
         Raises:
@@ -123,14 +125,14 @@ class StepSaver:
         """
         layouts = [_layout_of(part) for part in parts]
         slots = Slots(self._connection, rank=self._rank, layouts=layouts, device=torch.device("cpu"))
-        answer, _ = self._connection.ask({"do": "begin", "rank": self._rank, "keep": step})
-        slot, sizes = int(answer["slot"]), [part.size_bytes for part in parts]
+        keep = stamp.generation, stamp.step
+        slot, sizes = self._begin(keep), [part.size_bytes for part in parts]
         for number, part in enumerate(parts):
             for first in range(0, sizes[number], AT_ONCE_BYTES):
                 count = min(AT_ONCE_BYTES, sizes[number] - first)
                 slots.write(slot, number, first, part.read(first, count, f"the {part.key[0]} part"))
         keys = [part.key for part in parts]
-        self._commit(slot, step, step, dict(zip(keys, sizes, strict=True)), slots.checksums(slot, sizes))
+        self._commit(slot, stamp.step, keep, dict(zip(keys, sizes, strict=True)), slots.checksums(slot, sizes))
         slots.close()
 
     def confirm(self, *, wait: bool = False) -> None:
@@ -192,9 +194,8 @@ class StepSaver:
         slots = self._slots
         assert slots is not None
         try:
-            keep = read_protected()
-            answer, _ = self._connection.ask({"do": "begin", "rank": self._rank, "keep": keep})
-            slot = int(answer["slot"])
+            keep = self._generation, read_protected()
+            slot = self._begin(keep)
             self._copy(slots, slot, saving)
         finally:
             saving.copied.set()
@@ -205,7 +206,12 @@ class StepSaver:
             keys = [(part.kind, part.rank) for part in saving.parts]
             self._commit(slot, saving.step, keep, dict(zip(keys, sizes, strict=True)), checksums)
 
-    def _commit(self, slot: int, step: int, keep: int, sizes: Mapping[Key, int], checksums: bytes) -> None:
+    def _begin(self, keep: Keep) -> int:
+        """Empty a slot, and return its number."""
+        request = {"do": "begin", "rank": self._rank, "keep": keep, "generation": self._generation}
+        return int(self._connection.ask(request)[0]["slot"])
+
+    def _commit(self, slot: int, step: int, keep: Keep, sizes: Mapping[Key, int], checksums: bytes) -> None:
         """Complete a slot, and wait until another node has what has to be there."""
         stamp = [self._generation, step, self._world_size]
         self._connection.ask(

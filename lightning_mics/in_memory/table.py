@@ -87,8 +87,8 @@ def decoded(table: bytes) -> list[TensorPlace]:
     unpacking = zlib.decompressobj()
     try:
         rows = json.loads(unpacking.decompress(table, MOST_TABLE_BYTES))
-        if unpacking.unconsumed_tail:
-            raise ValueError("it is too large")
+        if unpacking.unconsumed_tail or not unpacking.eof:
+            raise ValueError("it is too large, or cut short")
         return [_place(*row) for row in rows]
     except (ValueError, TypeError, AttributeError, zlib.error) as error:
         raise ValueError(f"not a table of tensors: {error}") from None

@@ -210,7 +210,7 @@ def _become(connection: socket.socket, request: dict[str, Any], streams: list[in
     except SystemExit as error:
         status = _status_of(error)
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
     finally:
         _exit(status)
 
@@ -225,7 +225,7 @@ def _status_of(error: SystemExit) -> int:
 def _exit(status: int) -> None:
     """End as the interpreter would."""
     with suppress(BaseException):
-        threading._shutdown()
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):

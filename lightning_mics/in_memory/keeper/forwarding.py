@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_mics.in_memory.keeper.client import KeeperConnection
-from lightning_mics.in_memory.keeper.memory import Area, Slot, Stamp, layout_digest
+from lightning_mics.in_memory.keeper.memory import Area, Keep, Slot, Stamp, layout_digest
 from lightning_mics.in_memory.keeper.wire import KeeperError
 
 AGAIN_SECONDS = 0.5  # between two attempts
@@ -51,20 +51,20 @@ class Forwarding:
             self._queue.clear()
             self._disconnect()
 
-    def add(self, area: Area, slot: Slot, parts: list[tuple[str, int]], *, keep_step: int) -> None:
+    def add(self, area: Area, slot: Slot, parts: list[tuple[str, int]], *, keep: Keep) -> None:
         """Protect a slot that is complete; the caller has the lock.
 
         Args:
             area: Area of a rank of this node.
             slot: One of its slots.
             parts: Kind and rank of what must be sent.
-            keep_step: Step that the other keeper must not write over.
+            keep: Generation and step that the other keeper must not write over.
         """
         assert slot.stamp is not None
         if self.target is None:
             area.protected = slot.stamp
         else:
-            self._queue.append(_Sending(area, slot, slot.stamp, parts, keep_step))
+            self._queue.append(_Sending(area, slot, slot.stamp, parts, keep))
         self._lock.notify_all()
 
     def _run(self) -> None:
@@ -107,7 +107,7 @@ class Forwarding:
                 "layout": layout,
                 "stamp": [stamp.generation, stamp.step, stamp.world_size],
                 "sizes": [[*key, slot.sizes[key]] for key in keys],
-                "keep": sending.keep_step,
+                "keep": sending.keep,
             },
             *(slot.checksums[key] for key in keys),
             *(area.view(slot, key, slot.sizes[key]) for key in keys),
@@ -125,4 +125,4 @@ class _Sending:
     slot: Slot
     stamp: Stamp
     parts: list[tuple[str, int]]
-    keep_step: int
+    keep: Keep

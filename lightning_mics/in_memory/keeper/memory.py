@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 PAGE_BYTES = 4096  # parts begin at a page
 BLOCK_BYTES = 2**20  # of a part, with a checksum of its own
@@ -27,8 +27,7 @@ CRC_BYTES = 4
 MOST_SLOT_BYTES = 2**44
 
 
-@dataclass(frozen=True, order=True)
-class Stamp:
+class Stamp(NamedTuple):
     """An optimizer step of a run.
 
     Attributes:
@@ -40,6 +39,9 @@ class Stamp:
     generation: int
     step: int
     world_size: int
+
+
+Keep = tuple[int, int]  # generation and step
 
 
 @dataclass(frozen=True)
@@ -202,19 +204,18 @@ class Area:
         self.slots = [Slot.new(size), Slot.new(size)]
         self.protected: Stamp | None = None
 
-    def next_slot(self, keep_step: int) -> int:
-        """Number of the slot to write next: not the newest one with ``keep_step``, which all ranks have."""
-        kept = max(
-            (slot.stamp for slot in self.slots if slot.stamp is not None and slot.stamp.step == keep_step), default=None
-        )
-        stamps = [slot.stamp for slot in self.slots]
-        if kept is not None:
-            return 1 - stamps.index(kept)
-        return stamps.index(min(stamps, key=lambda stamp: (stamp is not None, stamp or Stamp(0, 0, 0))))
+    def slot_with(self, keep: Keep) -> int | None:
+        """Number of the slot that holds a step; None if none does."""
+        kept = [number for number, slot in enumerate(self.slots) if slot.stamp and slot.stamp[:2] == keep]
+        return kept[0] if kept else None
 
-    def both_complete(self) -> bool:
-        """Whether no slot is empty."""
-        return all(slot.stamp is not None for slot in self.slots)
+    def next_slot(self, keep: Keep) -> int:
+        """Number of the slot to write next: not the one with a step that all ranks have, or are loading."""
+        kept = self.slot_with(keep)
+        if kept is not None:
+            return 1 - kept
+        stamps = [slot.stamp for slot in self.slots]
+        return stamps.index(min(stamps, key=lambda stamp: (stamp is not None, stamp or Stamp(0, 0, 0))))
 
     def holdings(self) -> Iterator[tuple[Stamp, tuple[str, int], Slot]]:
         """The parts that are complete, with their steps and slots."""

@@ -21,6 +21,7 @@ from lightning_mics.in_memory.keeper.memory import (
     BLOCK_BYTES,
     CRC_BYTES,
     Area,
+    Keep,
     Slot,
     Stamp,
     block_count,
@@ -182,10 +183,9 @@ class Keeper:
     def _begin(self, request: _Request) -> Answer:
         """Choose the slot to write, and mark it as empty: not the one with the step that all ranks have."""
         with self._lock:
-            area = self._local_area(request)
-            if area.both_complete():
-                self._drop_others(area)
-            number = area.next_slot(int(request.header["keep"]))
+            area, keep = self._local_area(request), _keep(request.header["keep"])
+            self._drop_earlier(area, keep, int(request.header["generation"]))
+            number = area.next_slot(keep)
             area.slots[number].clear()
         return {"slot": number}, iter(())
 
@@ -197,7 +197,7 @@ class Keeper:
             slot = area.slots[int(header["slot"])]
             slot.complete(_stamp(header["stamp"]), _sizes(header["sizes"]), checksums)
             parts = [("private", area.owner), *((str(kind), int(rank)) for kind, rank in header["forward"])]
-            self._forwarding.add(area, slot, parts, keep_step=int(header["keep"]))
+            self._forwarding.add(area, slot, parts, keep=_keep(header["keep"]))
         return {}, iter(())
 
     def _wait(self, request: _Request) -> Answer:
@@ -246,8 +246,11 @@ class Keeper:
             raise ValueError(f"rank {owner} has opened nothing")
         return found[-1]
 
-    def _drop_others(self, area: Area) -> None:
-        self._drop([one for one in self._areas if one.owner == area.owner and one.local == area.local and one != area])
+    def _drop_earlier(self, area: Area, keep: Keep, generation: int) -> None:
+        """Drop areas of other layouts once all ranks have a step of this generation, which is in ``area``."""
+        if keep[0] == generation and area.slot_with(keep) is not None:
+            same = [one for one in self._areas if one.owner == area.owner and one.local == area.local]
+            self._drop([one for one in same if one is not area])
 
     def _drop(self, areas: list[Area]) -> None:
         for area in areas:
@@ -319,10 +322,9 @@ class Keeper:
             found = [area for area in self._areas if not area.local and area.layout == header["layout"]]
             if not found:
                 raise ValueError("it has no area of this layout")
-            area = found[0]
-            if area.both_complete():
-                self._drop_others(area)
-            slot = area.slots[area.next_slot(int(header["keep"]))]
+            area, keep = found[0], _keep(header["keep"])
+            self._drop_earlier(area, keep, stamp.generation)
+            slot = area.slots[area.next_slot(keep)]
             slot.clear()
             targets = [area.view(slot, key, size) for key, size in sizes.items()]
         checksums = request.part_of_payload(sum(CRC_BYTES * block_count(size) for size in sizes.values()))
@@ -381,6 +383,11 @@ def _plain(stamp: Stamp) -> list[int]:
 def _stamp(plain: Any) -> Stamp:
     generation, step, world_size = map(int, plain)
     return Stamp(generation, step, world_size)
+
+
+def _keep(plain: Any) -> Keep:
+    generation, step = map(int, plain)
+    return generation, step
 
 
 def _stamps(area: Area) -> list[list[int] | None]:
