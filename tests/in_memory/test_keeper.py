@@ -42,7 +42,7 @@ def start() -> Iterator[Start]:
     for own in started:
         try:
             KeeperConnection.local(own).ask({"do": "stop"})
-        except OSError:
+        except (OSError, KeeperError):  # it has died in the test
             continue
 
 
@@ -206,13 +206,27 @@ def test_it_ends_by_itself_when_no_rank_comes(start: Start) -> None:
     pytest.fail("it still listens")
 
 
-def test_a_rank_that_is_stopped_is_ended(start: Start) -> None:
-    connection, own = start(silence_seconds=1.0)
+def forked(act: Callable[[], None]) -> int:
+    """A process that does something and ends, whatever happens."""
     process = os.fork()
     if not process:
-        hello(KeeperConnection.local(own), rank=3)
+        try:
+            act()
+        finally:
+            os._exit(1)
+    return process
+
+
+def test_a_rank_that_is_stopped_is_ended(start: Start) -> None:
+    connection, own = start(silence_seconds=1.0)
+
+    def act() -> None:
+        mine = KeeperConnection.local(own)
+        hello(mine, rank=3)
         os.kill(os.getpid(), signal.SIGSTOP)
-        os._exit(0)
+        time.sleep(20)
+
+    process = forked(act)
     os.waitpid(process, os.WUNTRACED)
     connection.ask({"do": "peers", "target": None})
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
@@ -222,16 +236,16 @@ def test_a_silent_node_is_named_in_the_output_of_ranks_that_are_ended(start: Sta
     _, own = start(silence_seconds=1.5)
     other, _ = start("other")
     answer = hello(other)
-    process = os.fork()
-    if not process:
+
+    def act() -> None:
         os.dup2(os.open(tmp_path / "output", os.O_WRONLY | os.O_CREAT), 2)
         mine = KeeperConnection.local(own)
         hello(mine)
         mine.ask({"do": "peers", "target": [answer["host"], answer["port"]]})
-        time.sleep(60)
-        os._exit(0)
-    time.sleep(0.5)
-    os.kill(answer["process"], signal.SIGSTOP)  # its kernel accepts connections, and nobody answers
+        os.kill(answer["process"], signal.SIGSTOP)  # its kernel accepts connections, and nobody answers
+        time.sleep(20)
+
+    process = forked(act)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     os.kill(answer["process"], signal.SIGKILL)
     assert f"the node of 127.0.0.1:{answer['port']} has not answered for" in (tmp_path / "output").read_text()

@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning_mics.in_memory.keeper.wire import (
     KeeperError,
+    KeeperLostError,
     prove_as_client,
     receive_header,
     receive_into,
@@ -65,7 +66,7 @@ class KeeperConnection:
         try:
             prove_as_client(connection, token.encode())
         except OSError as error:
-            raise KeeperError(f"{where}: {error}") from error
+            raise KeeperLostError(f"{where}: {error}") from error
 
     @classmethod
     def local(cls, settings: KeeperSettings) -> KeeperConnection:
@@ -95,7 +96,7 @@ class KeeperConnection:
         try:
             connection = socket.create_connection((host, port), timeout=seconds)
         except OSError as error:
-            raise KeeperError(
+            raise KeeperLostError(
                 f"the keeper at {host}:{port} cannot be reached: {error}; keepers listen on the interface of "
                 "MICS_KEEPER_INTERFACE, and its ports must be open between the nodes"
             ) from error
@@ -130,7 +131,7 @@ class KeeperConnection:
             content = bytearray(size)
             receive_into(self._connection, memoryview(content))
         except OSError as error:
-            raise KeeperError(f"{self._where} does not answer: {error}") from error
+            raise KeeperLostError(f"{self._where} does not answer: {error}") from error
         if "error" in answer:
             raise KeeperError(f"{self._where}: {answer['error']}")
         return answer, bytes(content)
@@ -166,7 +167,7 @@ def connect_or_start(settings: KeeperSettings, *, starts: bool) -> tuple[KeeperC
     while True:
         try:
             return KeeperConnection.local(settings), process is not None
-        except OSError as error:
+        except (OSError, KeeperLostError) as error:
             if starts and process is None:
                 process = start_keeper(settings)
             if time.monotonic() > until or (process is not None and process.poll() not in (None, 0)):

@@ -25,6 +25,10 @@ class KeeperError(RuntimeError):
     raised_by_all_ranks = True  # unchanged, if one rank finds it: see `collectives.agreement`
 
 
+class KeeperLostError(KeeperError):
+    """The connection to a keeper was lost, or never made: it may have died."""
+
+
 def send_header(connection: socket.socket, header: dict[str, Any], *, payload_bytes: int = 0) -> None:
     """Send a header, which announces a payload.
 
