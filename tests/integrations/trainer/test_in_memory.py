@@ -1,0 +1,231 @@
+"""A Trainer resumes from the memory of its nodes: the same bits, at most one step lost, never anew without a word."""
+
+from __future__ import annotations
+
+import secrets
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lightning_mics import MiCSFabricStrategy, MiCSStrategy, ResumableSampler, full_state_dict
+from lightning_mics.in_memory.keeper.client import KeeperConnection
+from lightning_mics.integrations._keeper import keeper_settings
+from tests.support.models import TinyModule, tokens
+from tests.support.trainers import make_trainer, mics, on_ranks
+
+STEPS = 8
+
+
+class DiesError(RuntimeError):
+    """What ends a run."""
+
+
+class Mortal(TinyModule):
+    """Draws a random number for each loss, and raises at a step.
+
+    Args:
+        dies_at: Number of optimizer steps done.
+        rescales: Whether a hook changes the weights before each batch.
+    """
+
+    def __init__(self, *, dies_at: int | None = None, rescales: bool = False) -> None:
+        super().__init__()
+        self.dies_at, self.rescales = dies_at, rescales
+        self.losses: list[tuple[int, str]] = []
+        self.started_at = 0
+
+    def on_train_start(self) -> None:
+        self.started_at = self.global_step
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.rescales and self.global_step:
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.mul_(0.999)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.global_step == self.dies_at:
+            raise DiesError
+        loss = super().training_step(batch, batch_idx) + torch.rand(())
+        self.losses.append((self.global_step, loss.item().hex()))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def loader(global_batch_size: int) -> StatefulDataLoader[Tensor]:
+    """Batches of two for each rank, from where a checkpoint was saved."""
+    data: Any = tokens(96)
+    sampler = ResumableSampler(data, global_batch_size=global_batch_size)
+    return StatefulDataLoader(data, batch_size=2, sampler=sampler)
+
+
+def fit(
+    folder: Path,
+    *,
+    every: int | None = 1,
+    dies_at: int | None = None,
+    rescales: bool = False,
+    devices: int = 4,
+    steps: int = STEPS,
+    ckpt_path: str | None = None,
+    saves_at: int | None = None,
+    accumulate: int = 1,
+    **options: Any,
+) -> dict[str, Any]:
+    """What one rank saw of a run: losses by step, the step it began at, weights at the end, warnings and the error."""
+    callbacks = (
+        [ModelCheckpoint(folder, every_n_train_steps=saves_at, save_last=True, save_top_k=-1)] if saves_at else []
+    )
+    model = Mortal(dies_at=dies_at, rescales=rescales)
+    trainer = make_trainer(
+        folder,
+        strategy=mics(in_memory_checkpoint=every, **options),
+        devices=devices,
+        max_steps=steps,
+        callbacks=callbacks,
+        accumulate_grad_batches=accumulate,
+        use_distributed_sampler=False,
+        enable_checkpointing=bool(callbacks),
+    )
+    pl.seed_everything(1, verbose=False)
+    error = ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            trainer.fit(model, loader(2 * devices * accumulate), ckpt_path=ckpt_path)
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+    weights = {} if error else {name: value.cpu() for name, value in full_state_dict(model).items()}  # on rank 0
+    return {
+        "losses": model.losses,
+        "started_at": model.started_at,
+        "weights": weights,
+        "warnings": [str(warning.message) for warning in caught],
+        "error": error,
+    }
+
+
+@pytest.fixture
+def token(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A job of its own, whose keeper is ended afterwards."""
+    token = secrets.token_hex(8)
+    monkeypatch.setenv("MICS_KEEPER_TOKEN", token)
+    return token
+
+
+@pytest.fixture
+def keepers_end(token: str) -> Any:
+    """End the keeper of a job that did not end by itself."""
+    yield
+    with_token = keeper_settings({"MICS_KEEPER_TOKEN": token}, nodes=1)
+    KeeperConnection.local(with_token).ask({"do": "stop"})
+
+
+def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    names = one["weights"].keys() | other["weights"].keys()
+    return bool(names) and all(torch.equal(one["weights"][name], other["weights"][name]) for name in names)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_a_restarted_run_has_the_same_losses_and_weights(token: str, kind: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"state_dict_type": kind}
+    calm = on_ranks(partial(fit, tmp_path, every=None, **options))
+    died = on_ranks(partial(fit, tmp_path, dies_at=5, **options))
+    again = on_ranks(partial(fit, tmp_path, **options))
+    for before, first, second in zip(calm, died, again, strict=True):
+        assert first["error"].startswith("DiesError")
+        assert second["started_at"] in (4, 5)
+        assert dict(first["losses"] + second["losses"]) == dict(before["losses"])
+        assert all(loss in before["losses"] for loss in first["losses"] + second["losses"])
+    assert same_weights(calm[0], again[0])
+    with pytest.raises(ConnectionRefusedError):  # the keeper has ended with the job
+        KeeperConnection.local(keeper_settings({"MICS_KEEPER_TOKEN": token}, nodes=1))
+
+
+@pytest.mark.usefixtures("token")
+def test_weights_that_a_hook_changes_between_steps_are_not_saved_torn(tmp_path: Path) -> None:
+    calm = on_ranks(partial(fit, tmp_path, every=None, rescales=True))
+    died = on_ranks(partial(fit, tmp_path, dies_at=6, rescales=True))
+    again = on_ranks(partial(fit, tmp_path, rescales=True))
+    assert any("a sharded tensor was changed between two steps" in text for text in died[0]["warnings"])
+    assert {found["started_at"] for found in again} <= {4, 5, 6}
+    assert [found["losses"][-1] for found in again] == [found["losses"][-1] for found in calm]
+    assert same_weights(calm[0], again[0])
+
+
+@pytest.mark.usefixtures("token")
+def test_a_step_in_memory_takes_precedence_over_an_older_checkpoint(tmp_path: Path) -> None:
+    on_ranks(partial(fit, tmp_path, dies_at=6, saves_at=2))
+    (given,) = {str(path) for path in tmp_path.glob("*step=4*")}
+    again = on_ranks(partial(fit, tmp_path, ckpt_path=given))
+    assert {found["started_at"] for found in again} <= {5, 6}
+
+
+@pytest.mark.usefixtures("token")
+def test_every_so_many_steps(tmp_path: Path) -> None:
+    on_ranks(partial(fit, tmp_path, every=3, dies_at=5))
+    assert {found["started_at"] for found in on_ranks(partial(fit, tmp_path, every=3))} == {3}
+
+
+@pytest.mark.usefixtures("token")
+def test_a_run_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
+    on_ranks(partial(fit, tmp_path, dies_at=5, every=4))
+    expected = on_ranks(partial(fit, tmp_path, steps=4, every=None))[0]
+    again = on_ranks(partial(fit, tmp_path, steps=4, devices=2, accumulate=2), world_size=2)
+    assert [found["losses"] for found in again] == [[], []]  # all steps were done
+    assert same_weights(expected, again[0])
+
+
+@pytest.mark.usefixtures("keepers_end")
+def test_a_restart_that_finds_nothing_ends_in_an_error_on_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    found = on_ranks(partial(fit, tmp_path))
+    assert all(rank["error"].startswith("NoWholeStepError: the job was started again") for rank in found)
+    assert all(rank["losses"] == [] for rank in found)
+
+
+@pytest.mark.usefixtures("token")
+def test_or_resumes_from_the_newest_checkpoint_on_a_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    on_ranks(partial(fit, tmp_path, every=None, dies_at=5, saves_at=2))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = on_ranks(partial(fit, tmp_path, saves_at=2))
+    assert {found["started_at"] for found in again} == {4}
+    assert any("no step in memory is whole, so the run resumes from" in text for text in again[0]["warnings"])
+
+
+def test_other_intervals_are_rejected() -> None:
+    with pytest.raises(ValueError, match="in_memory_checkpoint=0 must be at least 1"):
+        MiCSStrategy(in_memory_checkpoint=0)
+    with pytest.raises(TypeError, match="in_memory_checkpoint must be an integer or None, got True"):
+        MiCSStrategy(in_memory_checkpoint=True)
+    with pytest.raises(ValueError, match="in_memory_checkpoint is for a Trainer"):
+        MiCSFabricStrategy(in_memory_checkpoint=1)
+
+
+def test_several_nodes_need_a_token_and_an_interface() -> None:
+    with pytest.raises(ValueError, match=r"export MICS_KEEPER_TOKEN=\$\(openssl rand -hex 32\)"):
+        keeper_settings({}, nodes=2)
+    with pytest.raises(ValueError, match="set MICS_KEEPER_INTERFACE to the interface between nodes"):
+        keeper_settings({"MICS_KEEPER_TOKEN": "x", "MASTER_ADDR": "127.0.0.1"}, nodes=2)
+    with pytest.raises(ValueError, match="the interface 'none' has no address"):
+        keeper_settings({"MICS_KEEPER_TOKEN": "x", "MICS_KEEPER_INTERFACE": "none"}, nodes=2)
+    assert keeper_settings({"MICS_KEEPER_TOKEN": "x", "MICS_KEEPER_INTERFACE": "lo"}, nodes=2).host == "127.0.0.1"
+
+
+def test_starts_of_one_job_have_one_keeper_and_jobs_have_their_own() -> None:
+    one = keeper_settings({"MICS_KEEPER_TOKEN": "x"}, nodes=1)
+    assert one.name == keeper_settings({"MICS_KEEPER_TOKEN": "x"}, nodes=1).name
+    assert one.name != keeper_settings({"MICS_KEEPER_TOKEN": "y"}, nodes=1).name
+    assert keeper_settings({}, nodes=1).name == keeper_settings({}, nodes=1).name  # of one launcher
