@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_mics._torch.host_memory import USABLE_SHARE, HostMemoryError, host_memory_bytes
 from lightning_mics.checkpoint.content.entries import ShardedEntries
 from lightning_mics.checkpoint.content.layout import LAYOUT_KEY, Layout
 from lightning_mics.checkpoint.saving import serialized
@@ -31,6 +32,8 @@ from lightning_mics.in_memory.reading import InMemoryCheckpoint, Keepers
 from lightning_mics.in_memory.saver import NOTHING, StepSaver
 from lightning_mics.in_memory.table import joined
 from lightning_mics.topology import Topology
+
+SLOTS = 2  # of each rank
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,9 @@ class InMemoryJob:
             meta: Entries that are not sharded; rank 0's are saved.
             rank_state: Tensors of this rank alone.
             read_protected: See :meth:`StepSaver.save`.
+
+        Raises:
+            HostMemoryError: On all ranks, if the hosts have too little memory; at the first save.
         """
         plan, layout, entries = self.saver.plan, Layout(), ShardedEntries.of(meta)
         states = layout.describe(model_state, optimizer_states)
@@ -155,7 +161,26 @@ class InMemoryJob:
             with entries.as_calls():
                 pickled = serialized({**meta, LAYOUT_KEY: layout.plain()})
             plan.set_blob(joined(_pickled(objects), pickled))
+        if not self.saver.slot_bytes:
+            self._check_memory()
         self.saver.save(step, read_protected=read_protected)
+
+    def _check_memory(self) -> None:
+        """Compare the memory that two steps take on each node with what there is; every rank calls it."""
+        own = {(part.kind, part.rank): part.layout().capacity_bytes for part in self.saver.plan.parts}
+        sent = sum(own[key] for key in [("private", self._rank), *self.saver.plan.forwarded])
+        of_ranks = on_all_ranks(
+            lambda: (sum(own.values()) + (sent if len(self._addresses) > 1 else 0), _usable_bytes())
+        )
+        for first in range(0, self._world_size, self._local_size):
+            of_node = of_ranks[first : first + self._local_size]
+            needed, usable = SLOTS * sum(size for size, _ in of_node), min(size for _, size in of_node)
+            if needed > usable:
+                raise HostMemoryError(
+                    f"in_memory_checkpoint takes {needed / 2**30:.3g} GiB of host memory per node, for two steps of "
+                    f"two nodes, and {usable / 2**30:.3g} GiB may be used ({USABLE_SHARE:.0%} of what the host or its "
+                    "control group has). It is less on more nodes, and half in bfloat16; or leave the option out"
+                )
 
     def save_again(self) -> None:
         """Save the step that was loaded, before the first new one: a new node does not hold its part yet.
@@ -193,6 +218,10 @@ class InMemoryJob:
             self._saver.close()
         else:
             self._connection.close()
+
+
+def _usable_bytes() -> int:
+    return int(USABLE_SHARE * host_memory_bytes())
 
 
 def _pickled(value: Any) -> bytes:

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from lightning_mics.checkpoint.dcp.rows import divide
 from lightning_mics.checkpoint.keys import rank_key
 from lightning_mics.in_memory.keeper.memory import PartLayout
-from lightning_mics.in_memory.table import TensorPlace, encoded, end_of
+from lightning_mics.in_memory.table import StoredRows, encoded, end_of
 from lightning_mics.topology import Topology
 
 BLOB_BYTES = 2**16  # of entries that are not tensors, as long as they fit; then twice as much, and so on
@@ -70,7 +70,7 @@ class Part:
 
     kind: str
     rank: int
-    places: list[TensorPlace]
+    places: list[StoredRows]
     values: list[Tensor]
     blob: bytes = b""
     blob_capacity: int = 0
@@ -185,7 +185,7 @@ def blob_capacity(size_bytes: int) -> int:
 def _add(part: Part, name: str, path: Any, values: Tensor, offsets: Any, unsharded_size: Any) -> None:
     if not values.numel() and prod(unsharded_size):
         return  # a rank without rows
-    place = TensorPlace(
+    place = StoredRows(
         name=name,
         path=tuple(path),
         offsets=tuple(offsets),

@@ -36,7 +36,7 @@ from lightning_mics.in_memory.keeper.client import KeeperConnection
 from lightning_mics.in_memory.keeper.memory import BLOCK_BYTES, CRC_BYTES, Stamp
 from lightning_mics.in_memory.keeper.wire import KeeperError
 from lightning_mics.in_memory.slots import checksums_of
-from lightning_mics.in_memory.table import TensorPlace, decoded, end_of, split
+from lightning_mics.in_memory.table import StoredRows, decoded, end_of, split
 
 MOST_BYTES_AT_ONCE = 2**26
 
@@ -180,7 +180,7 @@ class _DamagedError(Exception):
 @dataclass(frozen=True)
 class _Place:
     part: StoredPart
-    place: TensorPlace
+    place: StoredRows
 
 
 class InMemoryCheckpoint(OpenCheckpoint):
@@ -240,7 +240,7 @@ class InMemoryCheckpoint(OpenCheckpoint):
         return bytes(part.read(start, part.size_bytes - start, "the entries"))
 
     @cached_property
-    def _places(self) -> dict[Key, list[TensorPlace]]:
+    def _places(self) -> dict[Key, list[StoredRows]]:
         try:
             return {key: decoded(table) for key, table in self._tables.items()}
         except ValueError as error:
@@ -304,7 +304,7 @@ class _PartReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read the items of a plan, part by part in the order of bytes."""
-        by_part: dict[StoredPart, list[tuple[TensorPlace, ReadItem]]] = defaultdict(list)
+        by_part: dict[StoredPart, list[tuple[StoredRows, ReadItem]]] = defaultdict(list)
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
                 self._load_object(item, planner)
@@ -328,7 +328,7 @@ class _PartReader(StorageReader):
         planner.load_bytes(item, stream)
 
 
-def _values(part: StoredPart, place: TensorPlace, item: ReadItem) -> torch.Tensor:
+def _values(part: StoredPart, place: StoredRows, item: ReadItem) -> torch.Tensor:
     """The values of an item: [lengths]."""
     what, sizes = place.name, place.sizes
     if sizes and tuple(item.lengths[1:]) == sizes[1:]:  # full rows

@@ -16,12 +16,12 @@ MOST_TABLE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class TensorPlace:
-    """Values of one tensor, all of them or some rows.
+class StoredRows:
+    """Rows of a tensor in a part, or all of it.
 
     Attributes:
         name: Name of the entry in the checkpoint, dotted.
-        path: Its keys in nested dictionaries.
+        path: Keys of the entry in nested dictionaries.
         offsets: Position of the first value in the unsharded tensor, one number per dimension.
         sizes: Size of what is stored, one number per dimension.
         unsharded_size: Size of the unsharded tensor, one number per dimension.
@@ -48,7 +48,7 @@ def aligned(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNED_TO) * ALIGNED_TO
 
 
-def end_of(places: Sequence[TensorPlace]) -> int:
+def end_of(places: Sequence[StoredRows]) -> int:
     """Where the tensors of a part end, and its pickled entries begin."""
     return places[-1].first_byte + aligned(places[-1].size_bytes) if places else 0
 
@@ -69,7 +69,7 @@ def split(content: bytes) -> tuple[bytes, bytes]:
     return content[8:end], content[end:]
 
 
-def encoded(places: Sequence[TensorPlace]) -> bytes:
+def encoded(places: Sequence[StoredRows]) -> bytes:
     """The table as bytes."""
     rows = [
         [p.name, p.path, p.offsets, p.sizes, p.unsharded_size, str(p.dtype).removeprefix("torch."), p.first_byte]
@@ -78,7 +78,7 @@ def encoded(places: Sequence[TensorPlace]) -> bytes:
     return zlib.compress(json.dumps(rows).encode())
 
 
-def decoded(table: bytes) -> list[TensorPlace]:
+def decoded(table: bytes) -> list[StoredRows]:
     """The places in a table.
 
     Raises:
@@ -96,7 +96,7 @@ def decoded(table: bytes) -> list[TensorPlace]:
 
 def _place(
     name: str, path: list[Any], offsets: list[int], sizes: list[int], unsharded: list[int], dtype: str, first_byte: int
-) -> TensorPlace:
+) -> StoredRows:
     kind = getattr(torch, dtype)
     if not isinstance(kind, torch.dtype) or any(not isinstance(key, str | int) for key in path):
         raise ValueError(f"{name!r} has the type {dtype!r} or the path {path!r}")
@@ -104,6 +104,6 @@ def _place(
     if any(number < 0 for number in whole):
         raise ValueError(f"{name!r} has negative sizes")
     count = len(sizes)
-    return TensorPlace(
+    return StoredRows(
         str(name), tuple(path), whole[:count], whole[count : 2 * count], whole[2 * count : -1], kind, whole[-1]
     )

@@ -67,9 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given:
         serve(address())
         return 0
-    try:
-        connection = _connected(address())
-    except OSError:
+    connection = _connected(address())
+    if connection is None:
         start_server()
         _run(given)
         return 0
@@ -102,9 +101,14 @@ def _run(arguments: list[str]) -> None:
 # -- the process that a launcher has started ---------------------------------------------------------------------------
 
 
-def _connected(server: str) -> socket.socket:
+def _connected(server: str) -> socket.socket | None:
+    """A connection to the server; None if there is none, or it still imports."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.connect(server)
+    try:
+        connection.connect(server)
+    except OSError:
+        connection.close()
+        return None
     return connection
 
 

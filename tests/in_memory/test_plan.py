@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_mics.in_memory.plan import Holders, Plan, blob_capacity
-from lightning_mics.in_memory.table import TensorPlace, decoded, encoded, joined, split
+from lightning_mics.in_memory.table import StoredRows, decoded, encoded, joined, split
 from lightning_mics.topology import Topology, partition_sizes
 
 TOPOLOGIES = [
@@ -55,8 +55,8 @@ def test_rows_are_sent_only_where_there_is_one_replica() -> None:
 
 def test_a_table_says_where_each_tensor_is() -> None:
     places = [
-        TensorPlace("model.a", ("model", "a"), (4, 0), (2, 3), (8, 3), torch.bfloat16, 0),
-        TensorPlace("optimizer_0.state.a.step", ("optimizer_0", "state", "a", "step"), (), (), (), torch.float32, 64),
+        StoredRows("model.a", ("model", "a"), (4, 0), (2, 3), (8, 3), torch.bfloat16, 0),
+        StoredRows("optimizer_0.state.a.step", ("optimizer_0", "state", "a", "step"), (), (), (), torch.float32, 64),
     ]
     assert decoded(encoded(places)) == places
     assert [place.size_bytes for place in places] == [12, 4]

@@ -37,12 +37,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     serve = "from lightning_mics.in_memory import warm; warm.IMPORTED = (); warm.serve(warm.address())"
     server = subprocess.Popen([sys.executable, "-c", serve])
     until = time.monotonic() + 20
-    while time.monotonic() < until:
-        try:
-            warm._connected(warm.address()).close()
-            break
-        except OSError:
-            time.sleep(0.02)
+    while (connection := warm._connected(warm.address())) is None and time.monotonic() < until:
+        time.sleep(0.02)
+    assert connection is not None
+    connection.close()
     yield folder
     server.kill()
     server.wait()

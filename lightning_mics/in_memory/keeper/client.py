@@ -85,7 +85,7 @@ class KeeperConnection:
         """Connect to the keeper of another node.
 
         Args:
-            address: Its host and port.
+            address: Host and port of the keeper.
             token: Secret of the job.
             seconds: Longest time to connect.
 

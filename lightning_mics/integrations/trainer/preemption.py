@@ -218,15 +218,17 @@ class StopTogether(Callback):
     # -- comparing requests --------------------------------------------------------------------------------------------
 
     def _begin(self, *, batch_milliseconds: int = 0, saved_step: int = NOTHING) -> Callable[[], Tensor]:
-        note = torch.tensor([self._recorder.request, batch_milliseconds, -saved_step])
-        self._begun = self._begin_max(note, "compares signals")
+        note = [self._recorder.request, batch_milliseconds]
+        if self._beside is not None:
+            note.append(-saved_step)
+        self._begun = self._begin_max(torch.tensor(note), "compares signals")
         return self._begun
 
     def _read(self) -> Request:
         """The largest request of all ranks when the last comparison began; nothing if it was read."""
         if self._begun is None:
             return Request.NOTHING
-        request, batch_milliseconds, _ = self._begun().tolist()
+        request, batch_milliseconds, *_ = self._begun().tolist()
         self._begun = None
         self._batches_apart = max(1, min(MOST_BATCHES, APART // max(1, batch_milliseconds)))
         return Request(request)

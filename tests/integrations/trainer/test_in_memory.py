@@ -16,6 +16,7 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_mics import MiCSFabricStrategy, MiCSStrategy, ResumableSampler, full_state_dict
+from lightning_mics.in_memory import job
 from lightning_mics.in_memory.keeper.client import KeeperConnection
 from lightning_mics.integrations._keeper import keeper_settings
 from tests.support.models import TinyModule, tokens
@@ -203,6 +204,17 @@ def test_or_resumes_from_the_newest_checkpoint_on_a_disk(monkeypatch: pytest.Mon
     again = on_ranks(partial(fit, tmp_path, saves_at=2))
     assert {found["started_at"] for found in again} == {4}
     assert any("no step in memory is whole, so the run resumes from" in text for text in again[0]["warnings"])
+
+
+@pytest.mark.usefixtures("keepers_end")
+def test_a_host_with_too_little_memory_is_an_error_on_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(job, "host_memory_bytes", lambda: 2**16)
+    found = on_ranks(partial(fit, tmp_path))
+    assert all("HostMemoryError: in_memory_checkpoint takes" in rank["error"] for rank in found), found[0]["error"]
+    assert all("GiB may be used (75% of what the host" in rank["error"] for rank in found)
+    assert [len(rank["losses"]) for rank in found] == 4 * [1]
 
 
 def test_other_intervals_are_rejected() -> None:
