@@ -46,7 +46,9 @@ def deaths_of(job: Job, count: int, chance: random.Random) -> Iterator[Death]:
         yield Death(moment, what, rank)
 
 
-def run_job(job: Job, deaths: Sequence[Death], chance: random.Random, folder: Path) -> dict[str, Any]:
+def run_job(
+    job: Job, deaths: Sequence[Death], chance: random.Random, folder: Path, *, cut: bool = False
+) -> dict[str, Any]:
     """Run a job undisturbed and with deaths, and compare.
 
     Args:
@@ -54,6 +56,7 @@ def run_job(job: Job, deaths: Sequence[Death], chance: random.Random, folder: Pa
         deaths: The deaths, in their order.
         chance: Random numbers.
         folder: Folder for its files.
+        cut: Whether the cable of the last node is pulled after the deaths, without a word to connections.
 
     Returns:
         What was found, as plain data.
@@ -78,6 +81,10 @@ def run_job(job: Job, deaths: Sequence[Death], chance: random.Random, folder: Pa
             print(f"{job}: {outcome}", flush=True)
             outcomes.append({**asdict(outcome), "ok": outcome.ok})
             after = outcome.resumed + 2
+        if cut:
+            outcome = run.cut(job.world_size - 1, after=after)
+            print(f"{job}: {outcome}", flush=True)
+            outcomes.append({**asdict(outcome), "ok": outcome.ok})
         found["statuses"] += list(run.finish().values())
         found["keepers_left"] += len(run.keepers())
     expected, seen = calm.diaries.losses(), run.diaries.losses()
@@ -106,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", default=["4x2", "2x4"], help="nodes x ranks per node")
     parser.add_argument("--partition", nargs="+", type=int, default=[2, 4, 8], help="partition sizes")
     parser.add_argument("--kills", type=int, default=100, help="deaths in all (default: 100)")
+    parser.add_argument("--cut", action="store_true", help="also pull the cable of a node, in each job")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
     parser.add_argument("--out", type=Path, help="folder of the page and the numbers; without it nothing is written")
     options = parser.parse_args(typed)
@@ -115,9 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     preload()
     for number, (nodes, ranks, size) in enumerate(jobs):
         count = options.kills * (number + 1) // len(jobs) - options.kills * number // len(jobs)
-        job = Job(nodes, ranks, size, steps=STEPS_PER_DEATH * (count + 1))
+        job = Job(nodes, ranks, size, steps=STEPS_PER_DEATH * (count + 1 + options.cut))
         folder = Path(tempfile.mkdtemp(prefix="kill-node-"))  # stays if it fails
-        results.append(run_job(job, list(deaths_of(job, count, chance)), chance, folder))
+        results.append(run_job(job, list(deaths_of(job, count, chance)), chance, folder, cut=options.cut))
         shutil.rmtree(folder)
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)

@@ -234,13 +234,14 @@ class Run:
         """Processes of keepers on all nodes."""
         return [process for node in range(self._job.nodes + 1) for process in self.nodes.keepers(node)]
 
-    def cut(self, rank: int) -> Outcome:
+    def cut(self, rank: int, *, after: int) -> Outcome:
         """Pull the cable of a rank's node, and have another take its place when its launcher may join; see :meth:`die`.
 
         Args:
             rank: The rank.
+            after: Step that must be done before.
         """
-        self.wait(lambda: min(self.steps_done()) >= 3, "step 3")
+        self.wait(lambda: min(self.steps_done()) >= after, f"step {after}")
         node, cut = int(self._place(rank)["node"].removeprefix("node")), time.time()
         self.network.cut(node)
         self.launch(self._standby)

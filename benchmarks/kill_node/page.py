@@ -101,7 +101,7 @@ def _row(found: dict[str, Any]) -> str:
 
 def _moment(moment: str, outcomes: Sequence[dict[str, Any]]) -> str:
     lines = []
-    for what in ("node", "rank", "keeper"):
+    for what in ("node", "rank", "keeper", "cable"):
         seconds = [
             o["seconds"]["step"] for o in outcomes if (o["death"]["moment"], o["death"]["what"]) == (moment, what)
         ]
