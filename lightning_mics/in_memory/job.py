@@ -97,7 +97,7 @@ class InMemoryJob:
             DamagedCheckpointError: If no node has a part undamaged.
         """
         nodes = self.holdings.nodes[stamp]
-        self._loaded = InMemoryCheckpoint(name, self._keepers, stamp, nodes, weights_only=weights_only)
+        self._loaded = InMemoryCheckpoint.open(name, self._keepers, stamp, nodes, weights_only=weights_only)
         self.resumed = stamp
         return self._loaded
 
@@ -191,7 +191,7 @@ class InMemoryJob:
         stamp, loaded, self._loaded = self.resumed, self._loaded, None
         if loaded is None or stamp is None or stamp.world_size != self._world_size:
             return
-        parts = [loaded.part(key) for key in self.saver.plan.keys]
+        parts = [loaded.parts[key] for key in self.saver.plan.keys]
         on_all_ranks(lambda: self.saver.copy(stamp, parts))
         if self._rank % self._local_size == 0:
             self._connection.ask({"do": "forget", "before": self._generation})

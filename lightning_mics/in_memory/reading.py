@@ -183,31 +183,41 @@ class _Place:
     place: StoredRows
 
 
+@dataclass(frozen=True, kw_only=True)
 class InMemoryCheckpoint(OpenCheckpoint):
-    """A step in memory, opened as a sharded checkpoint is; every rank makes it.
+    """A step in memory, opened as a sharded checkpoint is.
 
-    Args:
-        name: Name, for messages.
-        keepers: The keepers of all nodes.
-        stamp: Step.
-        nodes: Nodes that hold each part.
+    Attributes:
+        parts: Parts by kind and rank.
+        tables: Tables of the parts.
         weights_only: Whether entries other than tensors must be plain data.
     """
 
-    def __init__(
-        self, name: Any, keepers: Keepers, stamp: Stamp, nodes: Mapping[Key, list[int]], *, weights_only: bool
-    ) -> None:
-        super().__init__(path=name, manifest=Manifest.now({}, world_size=stamp.world_size))
-        parts = {key: StoredPart(keepers, stamp, key, found) for key, found in nodes.items()}
-        own = {key: part.table() for key, part in parts.items() if min(nodes[key]) == keepers.own_node}
-        tables = {key: table for of_rank in on_all_ranks(lambda: own) for key, table in of_rank.items()}
-        object.__setattr__(self, "_parts", parts)
-        object.__setattr__(self, "_tables", tables)
-        object.__setattr__(self, "_weights_only", weights_only)
+    parts: Mapping[Key, StoredPart]
+    tables: Mapping[Key, bytes]
+    weights_only: bool
 
-    _parts: dict[Key, StoredPart]
-    _tables: dict[Key, bytes]
-    _weights_only: bool
+    @classmethod
+    def open(
+        cls, name: Any, keepers: Keepers, stamp: Stamp, nodes: Mapping[Key, list[int]], *, weights_only: bool
+    ) -> InMemoryCheckpoint:
+        """Open a step; every rank calls it, and a rank of the first node that holds a part reads its table.
+
+        Args:
+            name: Name, for messages.
+            keepers: The keepers of all nodes.
+            stamp: Step.
+            nodes: Nodes that hold each part.
+            weights_only: Whether entries other than tensors must be plain data.
+        """
+        parts = {key: StoredPart(keepers, stamp, key, found) for key, found in nodes.items()}
+        tables: dict[Key, bytes] = {}
+        for of_rank in on_all_ranks(
+            lambda: {key: part.table() for key, part in parts.items() if min(nodes[key]) == keepers.own_node}
+        ):
+            tables.update(of_rank)
+        manifest = Manifest.now({}, world_size=stamp.world_size)
+        return cls(path=name, manifest=manifest, parts=parts, tables=tables, weights_only=weights_only)
 
     def meta(self, *, weights_only: bool) -> dict[str, Any]:
         """The entries that are neither the model's nor an optimizer's.
@@ -220,29 +230,25 @@ class InMemoryCheckpoint(OpenCheckpoint):
         )
         return meta
 
-    def part(self, key: Key) -> StoredPart:
-        """A part of the step."""
-        return self._parts[key]
-
     @cached_property
     def objects(self) -> dict[str, tuple[Any, Any]]:
         """Path and value of what is neither a tensor nor an entry, by its dotted name."""
         value: dict[str, tuple[Any, Any]] = load_value(
-            io.BytesIO(split(self.pickled)[0]), name=str(self.path), weights_only=self._weights_only
+            io.BytesIO(split(self.pickled)[0]), name=str(self.path), weights_only=self.weights_only
         )
         return value
 
     @cached_property
     def pickled(self) -> bytes:
         """What rank 0 has pickled, as bytes."""
-        part, places = self._parts["private", 0], self._places["private", 0]
+        part, places = self.parts["private", 0], self._places["private", 0]
         start = end_of(places)
         return bytes(part.read(start, part.size_bytes - start, "the entries"))
 
     @cached_property
     def _places(self) -> dict[Key, list[StoredRows]]:
         try:
-            return {key: decoded(table) for key, table in self._tables.items()}
+            return {key: decoded(table) for key, table in self.tables.items()}
         except ValueError as error:
             raise DamagedCheckpointError(f"{self.path} is corrupted: {error}") from None
 
@@ -262,7 +268,7 @@ class InMemoryCheckpoint(OpenCheckpoint):
                 )
                 assert isinstance(described, TensorStorageMetadata)
                 described.chunks.append(ChunkStorageMetadata(torch.Size(place.offsets), torch.Size(place.sizes)))
-                found[MetadataIndex(place.name, torch.Size(place.offsets))] = _Place(self._parts[key], place)
+                found[MetadataIndex(place.name, torch.Size(place.offsets))] = _Place(self.parts[key], place)
                 paths[place.name] = place.path
         for name, (path, _) in self.objects.items():
             tensors[name] = BytesStorageMetadata()

@@ -27,6 +27,7 @@ from lightning_mics.integrations._keeper import keeper_settings
 from lightning_mics.topology import Topology
 
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # more than zero in a job that was started again
+FINISHED = "MICS_FIT_HAS_FINISHED"  # set by this process for itself: what it fits next was not restarted
 
 
 class StepInMemory(str):
@@ -206,6 +207,8 @@ class InMemoryTraining:
         """
         vars(self._trainer._checkpoint_connector).pop("resume_start", None)
         self._job.close(finished=finished)
+        if finished:
+            os.environ[FINISHED] = "1"
 
     def _report(self) -> None:
         on_all_ranks(self._job.saver.wait_until_protected)
@@ -217,7 +220,8 @@ class InMemoryTraining:
 
 
 def _restarts() -> int:
-    return max(int(os.environ.get(name, 0)) for name in RESTARTS)
+    """How often the job was started again since its last fit has begun."""
+    return 0 if FINISHED in os.environ else max(int(os.environ.get(name, 0)) for name in RESTARTS)
 
 
 def _warn_of_launcher(nodes: int) -> None:

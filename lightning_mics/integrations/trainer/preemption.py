@@ -94,6 +94,9 @@ class SavesBeside(Protocol):
     def save(self, read_saved: Callable[[], int]) -> None:
         """Save the step; ``read_saved`` waits for the newest one that all ranks have saved."""
 
+    def confirm(self) -> None:
+        """Called now and then, while nothing that was saved changes."""
+
 
 class StopTogether(Callback):
     """Stops all ranks at the same point after one of them has received a signal.
@@ -155,6 +158,8 @@ class StopTogether(Callback):
 
     @override
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self._beside is not None:
+            self._beside.confirm()
         if self._at_boundary or not _training(trainer):
             self._after_batch(trainer)
 
