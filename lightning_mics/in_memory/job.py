@@ -70,7 +70,11 @@ class InMemoryJob:
         self._generation = self.holdings.next_generation
         self._addresses = [answer.address for answer in of_nodes]
         self._keepers = Keepers(
-            self._addresses, own=self._connection, own_node=self._rank // local_size, token=settings.token
+            self._addresses,
+            own=self._connection,
+            own_node=self._rank // local_size,
+            is_first=self._rank % local_size == 0,
+            token=settings.token,
         )
         self._saver: StepSaver | None = None
         self._loaded: InMemoryCheckpoint | None = None

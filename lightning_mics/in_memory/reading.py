@@ -48,11 +48,15 @@ class Keepers:
         addresses: Host and port of each node's keeper.
         own: Connection to that of this node.
         own_node: This node.
+        is_first: Whether this rank is the first of its node.
         token: Secret of the job.
     """
 
-    def __init__(self, addresses: Sequence[Sequence[Any]], *, own: KeeperConnection, own_node: int, token: str) -> None:
+    def __init__(
+        self, addresses: Sequence[Sequence[Any]], *, own: KeeperConnection, own_node: int, is_first: bool, token: str
+    ) -> None:
         self.own_node = own_node
+        self.is_first = is_first
         self._addresses = addresses
         self._token = token
         self._connections = {own_node: own}
@@ -201,7 +205,7 @@ class InMemoryCheckpoint(OpenCheckpoint):
     def open(
         cls, name: Any, keepers: Keepers, stamp: Stamp, nodes: Mapping[Key, list[int]], *, weights_only: bool
     ) -> InMemoryCheckpoint:
-        """Open a step; every rank calls it, and a rank of the first node that holds a part reads its table.
+        """Open a step; every rank calls it, and one of the first node that holds a part reads its table.
 
         Args:
             name: Name, for messages.
@@ -212,9 +216,8 @@ class InMemoryCheckpoint(OpenCheckpoint):
         """
         parts = {key: StoredPart(keepers, stamp, key, found) for key, found in nodes.items()}
         tables: dict[Key, bytes] = {}
-        for of_rank in on_all_ranks(
-            lambda: {key: part.table() for key, part in parts.items() if min(nodes[key]) == keepers.own_node}
-        ):
+        own = [key for key in parts if keepers.is_first and min(nodes[key]) == keepers.own_node]
+        for of_rank in on_all_ranks(lambda: {key: parts[key].table() for key in own}):
             tables.update(of_rank)
         manifest = Manifest.now({}, world_size=stamp.world_size)
         return cls(path=name, manifest=manifest, parts=parts, tables=tables, weights_only=weights_only)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import warnings
 from functools import partial
@@ -204,6 +205,20 @@ def test_or_resumes_from_the_newest_checkpoint_on_a_disk(monkeypatch: pytest.Mon
     again = on_ranks(partial(fit, tmp_path, saves_at=2))
     assert {found["started_at"] for found in again} == {4}
     assert any("no step in memory is whole, so the run resumes from" in text for text in again[0]["warnings"])
+
+
+def fit_twice(folder: Path) -> list[dict[str, Any]]:
+    """Two fits of a process that was restarted during the first one."""
+    first = fit(folder, steps=2)
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    return [first, fit(folder, steps=2)]
+
+
+@pytest.mark.usefixtures("token")
+def test_a_second_fit_begins_though_the_first_one_was_restarted(tmp_path: Path) -> None:
+    first, second = on_ranks(partial(fit_twice, tmp_path))[0]
+    assert first["error"] == second["error"] == ""
+    assert [step for step, _ in first["losses"]] == [step for step, _ in second["losses"]] == [0, 1]
 
 
 @pytest.mark.usefixtures("keepers_end")
