@@ -39,6 +39,7 @@ campaign: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist=loadfile --campaign -m campaign $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kill_while_saving --kills 100
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.fuzz_checkpoints --mutations 2000
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kill_node --kills 24
 
 # Everything that one GPU can show; ARGS="--part memory" one part, ARGS="--device cpu" all of it small.
 gpu: $(VENV)/.installed-recipes
