@@ -88,7 +88,7 @@ more do nodes send?
 **Method.** The job of `benchmarks.kill_node` without deaths and validations, {job}, width {job.width}, links of
 {job.rate}, with and without in turns. Medians of {job.steps - WARM_UP - 1} steps.
 
-**Result.** A step takes {ratio[0]:.3f} ({ratio[1]:.3f} to {ratio[2]:.3f}, 95 %) of the time without. All nodes together send
+**Result.** A step takes {ratio[0]:.3f} ({ratio[1]:.3f} to {ratio[2]:.3f}, 95 %) of the time without. All nodes send
 {more / 2**10:.0f} KiB more per step, {more / 2**10 / job.world_size:.1f} KiB per rank.
 
 **Date.** {time.strftime("%Y-%m-%d", time.gmtime())}.
