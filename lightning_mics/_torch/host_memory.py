@@ -190,17 +190,18 @@ def _cgroup_limits(cgroups: Path) -> Iterator[int]:
 
 
 def pin(memory: Tensor, device: torch.device) -> None:
-    """Let a device copy to host memory that was not allocated by torch, without waiting.
+    """Let a device copy to host memory that was not allocated by torch, without waiting, if its runtime can do that.
 
     Args:
         memory: Host memory: [bytes].
-        device: Device that copies; with a CPU nothing is done.
+        device: Device that copies.
 
     Raises:
-        RuntimeError: If CUDA refuses; its limit is that of locked memory.
+        RuntimeError: If the runtime refuses; its limit is that of locked memory.
     """
-    if device.type == "cuda":
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))  # type: ignore[no-untyped-call]
+    runtime = _runtime_of(device)
+    if runtime is not None:
+        runtime.check_error(runtime.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
 
 
 def unpin(memory: Tensor, device: torch.device) -> None:
@@ -210,5 +211,12 @@ def unpin(memory: Tensor, device: torch.device) -> None:
         memory: Host memory: [bytes].
         device: Device that copied.
     """
-    if device.type == "cuda":
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))  # type: ignore[no-untyped-call]
+    runtime = _runtime_of(device)
+    if runtime is not None:
+        runtime.check_error(runtime.cudart().cudaHostUnregister(memory.data_ptr()))
+
+
+def _runtime_of(device: torch.device) -> Any:
+    """The module of a device whose runtime registers host memory; None for others, such as a CPU."""
+    module = torch.get_device_module(device) if has_streams(device) else None
+    return module if hasattr(module, "cudart") else None
