@@ -43,7 +43,7 @@ def measured(job: Job, rounds: int) -> list[dict[str, Any]]:
         campaign, of_round = Campaign(job, folder), {}
         ways = {"without": None, "with": 1}
         for name in ways if number % 2 == 0 else reversed(ways):
-            options = {"in_memory_checkpoint": ways[name], "validate_every": 10 * job.steps}
+            options = {"in_memory_checkpoint": ways[name], "validate_every": job.steps}
             with campaign.running(name, options=options) as run:
                 run.finish()
                 seconds = statistics.median(step_seconds(run.diaries))
