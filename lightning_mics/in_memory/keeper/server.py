@@ -152,6 +152,7 @@ class Keeper:
 
     def _gone(self, process: int) -> None:
         with self._lock:
+            self._watching.gone(process)
             if self._ranks.pop(process, None) is not None:
                 self._last_rank = time.monotonic()
 

@@ -53,6 +53,10 @@ class Watching:
         if target is not None:
             threading.Thread(target=self._ping, args=(target, self._epoch), daemon=True).start()
 
+    def gone(self, process: int) -> None:
+        """Do not end a process that has ended by itself: its number may be another's by now."""
+        self._ranks.pop(process, None)
+
     def look(self) -> None:
         """End ranks that have to be ended; called about once a second."""
         now = time.monotonic()
