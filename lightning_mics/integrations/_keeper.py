@@ -42,14 +42,14 @@ def keeper_settings(environment: Mapping[str, str], *, nodes: int) -> KeeperSett
     return KeeperSettings(
         name=hashlib.sha256(f"keeper of {token}".encode()).hexdigest()[:24],
         token=token,
-        host="127.0.0.1" if nodes == 1 else _address(environment),
+        host="" if nodes == 1 else _address(environment),
         idle_seconds=float(environment.get(IDLE, 1800)),
         silence_seconds=float(environment.get(SILENCE, 10)),
     )
 
 
 def _of_this_launch(environment: Mapping[str, str]) -> str:
-    """On one node: what the restarts by one launcher have in common, and no other process knows before it runs."""
+    """On one node: what the restarts by one launcher have in common. It is no secret, and no keeper listens for it."""
     parent = os.getppid()
     with open(f"/proc/{parent}/stat") as status:
         started = status.read().rpartition(")")[2].split()[19]

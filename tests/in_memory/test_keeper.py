@@ -23,7 +23,8 @@ Start = Callable[..., tuple[KeeperConnection, KeeperSettings]]
 
 
 def settings(name: str, **options: Any) -> KeeperSettings:
-    return KeeperSettings(name=f"test-{name}-{secrets.token_hex(4)}", token="secret", host="127.0.0.1", **options)
+    own = {"token": "secret", "host": "127.0.0.1", **options}
+    return KeeperSettings(name=f"test-{name}-{secrets.token_hex(4)}", **own)
 
 
 @pytest.fixture
@@ -128,6 +129,16 @@ def test_over_the_network_nobody_writes_or_ends_it(start: Start, request_: str) 
     remote = KeeperConnection.remote([answer["host"], answer["port"]], token="secret")
     with pytest.raises(KeeperError, match="it does not"):
         remote.ask({"do": request_, "rank": 0}, b"payload")
+
+
+def test_on_a_single_node_it_does_not_listen_to_the_network(start: Start) -> None:
+    connection, _ = start(host="")
+    answer = hello(connection)
+    assert (answer["host"], answer["port"]) == ("", 0)
+    listening = "0A"  # a state in the kernel's list of sockets
+    inodes = {os.readlink(file)[8:-1] for file in Path("/proc", str(answer["process"]), "fd").iterdir()}
+    sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    assert not [entry for entry in sockets if entry[3] == listening and entry[9] in inodes]
 
 
 def test_another_token_is_turned_away_on_both_sockets(start: Start) -> None:

@@ -33,7 +33,7 @@ class KeeperSettings:
     Attributes:
         name: Name of the job and the node, the same in each start of the job.
         token: Secret of the job.
-        host: Address of the interface to listen on.
+        host: Address of the interface to listen on; empty on a single node, where only its ranks connect.
         idle_seconds: Time without a rank after which the keeper ends.
         silence_seconds: Time without an answer after which another node counts as dead.
     """

@@ -12,7 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 from lightning_mics.in_memory.keeper.client import KeeperSettings
@@ -58,6 +58,7 @@ class Keeper:
         self._ranks: dict[int, int] = {}  # rank by process
         self._last_rank = time.monotonic()
         self._ended = threading.Event()
+        self._port = 0  # none
         self._forwarding = Forwarding(settings.token, self._lock)
         self._watching = Watching(settings.token, silence_seconds=settings.silence_seconds)
         self._local_only: dict[str, Callable[[_Request], Answer | None]] = {
@@ -87,13 +88,15 @@ class Keeper:
             OSError: If this job has a keeper on this node already.
         """
         unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        tcp = socket.create_server((self._settings.host, 0), backlog=512)
-        self._port = int(tcp.getsockname()[1])
-        with closing(unix), closing(tcp):
+        with ExitStack() as sockets:
+            sockets.enter_context(closing(unix))
             unix.bind(self._settings.address)
+            if self._settings.host:
+                tcp = sockets.enter_context(socket.create_server((self._settings.host, 0), backlog=512))
+                self._port = int(tcp.getsockname()[1])
+                threading.Thread(target=self._accept, args=(tcp, False), daemon=True).start()
             unix.listen(512)
-            for server, local in ((unix, True), (tcp, False)):
-                threading.Thread(target=self._accept, args=(server, local), daemon=True).start()
+            threading.Thread(target=self._accept, args=(unix, True), daemon=True).start()
             self._forwarding.start()
             while not self._ended.wait(TICK_SECONDS):
                 self._watching.look()
