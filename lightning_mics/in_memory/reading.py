@@ -149,9 +149,8 @@ class StoredPart:
             count = min(MOST_BYTES_AT_ONCE, end - at)
             request = {"do": "read", **self._what, "first": at, "count": count}
             self._keepers.ask(node, request, into=view[at - start : at - start + count])
-        first = start // BLOCK_BYTES * CRC_BYTES
-        expected = checksums[first : first + len(checksums_of(view))]
-        if checksums_of(view) != expected:
+        first, found = start // BLOCK_BYTES * CRC_BYTES, checksums_of(view)
+        if found != checksums[first : first + len(found)]:
             raise _DamagedError(f"node {node} has it altered: its checksum is another")
         return content
 
