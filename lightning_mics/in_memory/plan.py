@@ -136,7 +136,9 @@ class Plan:
         """
         flat, paths = flatten_state_dict(state)
         sharded = {name: value for name, value in flat.items() if isinstance(value, DTensor)}
-        if not self._is_known(sharded):
+        known = [(name, t._local_tensor.data_ptr(), t._local_tensor.shape) for name, t in sharded.items()]
+        if known != self._known:
+            self._known = known
             self._divide(sharded, paths)
         others = {name: value for name, value in flat.items() if name not in sharded}
         first = self._rank == 0
@@ -149,11 +151,7 @@ class Plan:
             _add(self.private, f"{key}.{name}", (key, name), value, (0,) * value.ndim, value.size())
         return {name: (paths[name], value) for name, value in others.items() if not isinstance(value, Tensor)}
 
-    def _is_known(self, sharded: Mapping[str, DTensor]) -> bool:
-        return [(name, t._local_tensor.data_ptr(), t._local_tensor.shape) for name, t in sharded.items()] == self._known
-
     def _divide(self, sharded: Mapping[str, DTensor], paths: Mapping[str, Any]) -> None:
-        self._known = [(name, t._local_tensor.data_ptr(), t._local_tensor.shape) for name, t in sharded.items()]
         self.sharded = list(sharded.values())
         divided = divide(sharded)
         offsets = [0, self._holders.replica_offset] if self._holders.replica_offset else [0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_mics._torch.host_memory import pin, unpin
 from lightning_mics.in_memory.keeper.client import KeeperConnection
-from lightning_mics.in_memory.keeper.memory import BLOCK_BYTES, CRC_BYTES, PAGE_BYTES, PartLayout
+from lightning_mics.in_memory.keeper.memory import BLOCK_BYTES, CRC_BYTES, PAGE_BYTES, PartLayout, offsets_of
 from lightning_mics.in_memory.plan import Part
 
 
@@ -37,11 +37,7 @@ class Slots:
             *(layout.table for layout in layouts),
         )
         self._device = device
-        self._first: list[int] = []
-        start = 0
-        for layout in layouts:
-            self._first.append(start)
-            start += -(-layout.capacity_bytes // PAGE_BYTES) * PAGE_BYTES
+        self._first = offsets_of(layouts)[:-1]
         self._memory: list[Tensor] = []  # each [bytes], uint8
         self._views: list[memoryview] = []
         for descriptor in connection.receive_descriptors(2):

@@ -109,6 +109,14 @@ def layout_digest(parts: Sequence[PartLayout]) -> str:
     return digest.hexdigest()
 
 
+def offsets_of(parts: Sequence[PartLayout]) -> list[int]:
+    """First byte of each part in a slot, and the size of the slot: parts begin at a page."""
+    offsets = [0]
+    for part in parts:
+        offsets.append(offsets[-1] + -(-part.capacity_bytes // PAGE_BYTES) * PAGE_BYTES)
+    return offsets
+
+
 def block_count(size_bytes: int) -> int:
     """Number of blocks of a part of this size."""
     return -(-size_bytes // BLOCK_BYTES)
@@ -192,11 +200,8 @@ class Area:
         self.owner = owner
         self.parts = {part.key: part for part in parts}
         self.local = local
-        self.offsets: dict[tuple[str, int], int] = {}
-        size = 0
-        for part in parts:
-            self.offsets[part.key] = size
-            size += -(-part.capacity_bytes // PAGE_BYTES) * PAGE_BYTES
+        *offsets, size = offsets_of(parts)
+        self.offsets = dict(zip(self.parts, offsets, strict=True))
         if size > MOST_SLOT_BYTES:
             raise ValueError(f"a slot of {size} bytes is too large")
         self.size_bytes = size

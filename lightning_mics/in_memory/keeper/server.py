@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from typing import Any
 
@@ -25,6 +25,7 @@ from lightning_mics.in_memory.keeper.memory import (
     Slot,
     Stamp,
     block_count,
+    layout_digest,
     layouts_of,
 )
 from lightning_mics.in_memory.keeper.watching import Watching
@@ -41,7 +42,7 @@ MOST_TABLES_BYTES = 2**32
 GIVE_UP_SECONDS = 2.0  # of failures, after which the other keeper counts as dead
 TICK_SECONDS = 0.5
 
-Answer = tuple[dict[str, Any], Iterator[memoryview | bytes]]
+Answer = tuple[dict[str, Any], Sequence[memoryview | bytes]]
 
 
 class Keeper:
@@ -72,7 +73,7 @@ class Keeper:
             "stop": self._stop,
         }
         self._for_all: dict[str, Callable[[_Request], Answer | None]] = {
-            "ping": lambda request: ({}, iter(())),
+            "ping": lambda request: ({}, ()),
             "status": self._status,
             "list": self._list,
             "facts": self._facts,
@@ -147,8 +148,7 @@ class Keeper:
             return
         request.drain()
         if answered is not None:
-            header, content = answered
-            parts = list(content)
+            header, parts = answered
             send_header(request.connection, header, payload_bytes=sum(memoryview(part).nbytes for part in parts))
             for part in parts:
                 request.connection.sendall(part)
@@ -164,25 +164,24 @@ class Keeper:
     def _hello(self, request: _Request) -> Answer:
         with self._lock:
             self._ranks[request.process] = int(request.header["rank"])
-        return {"host": self._settings.host, "port": self._port, "process": os.getpid()}, iter(())
+        return {"host": self._settings.host, "port": self._port, "process": os.getpid()}, ()
 
     def _open(self, request: _Request) -> None:
         """Make or find the area of a rank, and send the descriptors of its slots."""
         area = self._area_of(request, local=True)
-        send_header(request.connection, {"slot_bytes": area.size_bytes, "stamps": _stamps(area)})
+        send_header(request.connection, {"slot_bytes": area.size_bytes})
         socket.send_fds(request.connection, [b"\0"], [slot.descriptor for slot in area.slots])
 
     def _area_of(self, request: _Request, *, local: bool) -> Area:
         owner = int(request.header["rank"])
         layouts = layouts_of(request.header["parts"], request.payload(most=MOST_TABLES_BYTES))
-        new = Area(owner, layouts, local=local)
+        layout = layout_digest(layouts)
         with self._lock:
             for area in self._areas:
-                if area.local == local and area.owner == owner and area.layout == new.layout:
-                    new.close()
+                if area.local == local and area.owner == owner and area.layout == layout:
                     return area
-            self._areas.append(new)
-        return new
+            self._areas.append(Area(owner, layouts, local=local))
+            return self._areas[-1]
 
     def _begin(self, request: _Request) -> Answer:
         """Choose the slot to write, and mark it as empty: not the one with the step that all ranks have."""
@@ -191,7 +190,7 @@ class Keeper:
             self._drop_earlier(area, keep, int(request.header["generation"]))
             number = area.next_slot(keep)
             area.slots[number].clear()
-        return {"slot": number}, iter(())
+        return {"slot": number}, ()
 
     def _commit(self, request: _Request) -> Answer:
         """Mark the slot that was written as complete, and forward from it."""
@@ -202,7 +201,7 @@ class Keeper:
             slot.complete(_stamp(header["stamp"]), _sizes(header["sizes"]), checksums)
             parts = [("private", area.owner), *((str(kind), int(rank)) for kind, rank in header["forward"])]
             self._forwarding.add(area, slot, parts, keep=_keep(header["keep"]))
-        return {}, iter(())
+        return {}, ()
 
     def _wait(self, request: _Request) -> Answer:
         """Wait until a step of a rank is protected."""
@@ -216,7 +215,7 @@ class Keeper:
                     why = forwarding.problem or "it is slow"
                     raise ValueError(f"step {wanted.step} is not on another node: {why}")
                 self._lock.wait(timeout=TICK_SECONDS)
-        return {}, iter(())
+        return {}, ()
 
     def _peers(self, request: _Request) -> Answer:
         """Begin a generation: where the next keeper is, and which processes are watched."""
@@ -224,7 +223,7 @@ class Keeper:
         self._forwarding.connect(target)
         with self._lock:
             self._watching.begin(target, dict(self._ranks))
-        return {}, iter(())
+        return {}, ()
 
     def _forget(self, request: _Request) -> Answer:
         """Drop the steps of earlier generations, and areas without any."""
@@ -236,11 +235,11 @@ class Keeper:
                         slot.clear()
             empty = [area for area in self._areas if all(slot.stamp is None for slot in area.slots)]
             self._drop([area for area in empty if not (area.local and area.owner in self._ranks.values())])
-        return {}, iter(())
+        return {}, ()
 
     def _stop(self, request: _Request) -> Answer:
         self._ended.set()
-        return {}, iter(())
+        return {}, ()
 
     def _local_area(self, request: _Request) -> Area:
         """The area that a rank has opened last."""
@@ -276,7 +275,7 @@ class Keeper:
                 for area in self._areas
             ]
             state = {"areas": areas, "ranks": sorted(self._ranks.values()), "problem": self._forwarding.problem}
-        return {**state, "target": self._forwarding.target, "process": os.getpid()}, iter(())
+        return {**state, "target": self._forwarding.target, "process": os.getpid()}, ()
 
     def _list(self, request: _Request) -> Answer:
         with self._lock:
@@ -285,7 +284,7 @@ class Keeper:
                 for area in self._areas
                 for stamp, (kind, rank), slot in area.holdings()
             ]
-        return {"held": held}, iter(())
+        return {"held": held}, ()
 
     def _facts(self, request: _Request) -> Answer:
         """Size, table and checksums of a part."""
@@ -293,7 +292,7 @@ class Keeper:
             area, slot, key = self._held(request)
             table, checksums = area.parts[key].table, slot.checksums[key]
             size = slot.sizes[key]
-        return {"bytes": size, "table_bytes": len(table)}, iter((table, checksums))
+        return {"bytes": size, "table_bytes": len(table)}, (table, checksums)
 
     def _read(self, request: _Request) -> Answer:
         """Bytes of a part."""
@@ -303,7 +302,7 @@ class Keeper:
             if not 0 <= first <= first + count <= slot.sizes[key]:
                 raise ValueError(f"bytes {first} to {first + count} of {slot.sizes[key]}")
             content = area.view(slot, key, slot.sizes[key])[first : first + count]
-        return {}, iter((content,))
+        return {}, (content,)
 
     def _held(self, request: _Request) -> tuple[Area, Slot, tuple[str, int]]:
         wanted, key = _stamp(request.header["stamp"]), (str(request.header["kind"]), int(request.header["rank"]))
@@ -316,7 +315,7 @@ class Keeper:
     def _keep(self, request: _Request) -> Answer:
         """Make or find an area for what another keeper sends."""
         area = self._area_of(request, local=False)
-        return {"layout": area.layout}, iter(())
+        return {"layout": area.layout}, ()
 
     def _put(self, request: _Request) -> Answer:
         """Receive a step of another node's rank."""
@@ -336,7 +335,7 @@ class Keeper:
             request.fill(target)
         with self._lock:
             slot.complete(stamp, sizes, checksums)
-        return {}, iter(())
+        return {}, ()
 
 
 class _Request:
