@@ -135,7 +135,7 @@ def test_on_a_single_node_it_does_not_listen_to_the_network(start: Start) -> Non
     connection, _ = start(host="")
     answer = hello(connection)
     assert (answer["host"], answer["port"]) == ("", 0)
-    listening = "0A"  # a state in the kernel's list of sockets
+    listening = "0A"  # state in the list of sockets
     inodes = {os.readlink(file)[8:-1] for file in Path("/proc", str(answer["process"]), "fd").iterdir()}
     sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     assert not [entry for entry in sockets if entry[3] == listening and entry[9] in inodes]

@@ -18,7 +18,6 @@ from typing import Any
 from lightning_mics.in_memory.keeper.client import KeeperSettings
 from lightning_mics.in_memory.keeper.forwarding import Forwarding
 from lightning_mics.in_memory.keeper.memory import (
-    BLOCK_BYTES,
     CRC_BYTES,
     Area,
     Keep,
@@ -28,12 +27,11 @@ from lightning_mics.in_memory.keeper.memory import (
     layout_digest,
     layouts_of,
 )
+from lightning_mics.in_memory.keeper.request import Request
 from lightning_mics.in_memory.keeper.watching import Watching
 from lightning_mics.in_memory.keeper.wire import (
     prove_as_keeper,
-    receive,
     receive_header,
-    receive_into,
     send_header,
 )
 
@@ -62,7 +60,7 @@ class Keeper:
         self._port = 0  # none
         self._forwarding = Forwarding(settings.token, self._lock)
         self._watching = Watching(settings.token, silence_seconds=settings.silence_seconds)
-        self._local_only: dict[str, Callable[[_Request], Answer | None]] = {
+        self._local_only: dict[str, Callable[[Request], Answer | None]] = {
             "hello": self._hello,
             "open": self._open,
             "begin": self._begin,
@@ -72,7 +70,7 @@ class Keeper:
             "forget": self._forget,
             "stop": self._stop,
         }
-        self._for_all: dict[str, Callable[[_Request], Answer | None]] = {
+        self._for_all: dict[str, Callable[[Request], Answer | None]] = {
             "ping": lambda request: ({}, ()),
             "status": self._status,
             "list": self._list,
@@ -129,11 +127,11 @@ class Keeper:
             try:
                 while True:
                     header, size = receive_header(connection)
-                    self._answer(_Request(connection, header, size, process), local=local)
+                    self._answer(Request(connection, header, size, process), local=local)
             finally:
                 self._gone(process)
 
-    def _answer(self, request: _Request, *, local: bool) -> None:
+    def _answer(self, request: Request, *, local: bool) -> None:
         what = str(request.header.get("do"))
         allowed = {**self._for_all, **self._local_only} if local else self._for_all
         try:
@@ -161,18 +159,18 @@ class Keeper:
 
     # -- for the ranks of this node ----------------------------------------------------------------------------------
 
-    def _hello(self, request: _Request) -> Answer:
+    def _hello(self, request: Request) -> Answer:
         with self._lock:
             self._ranks[request.process] = int(request.header["rank"])
         return {"host": self._settings.host, "port": self._port, "process": os.getpid()}, ()
 
-    def _open(self, request: _Request) -> None:
+    def _open(self, request: Request) -> None:
         """Make or find the area of a rank, and send the descriptors of its slots."""
         area = self._area_of(request, local=True)
         send_header(request.connection, {"slot_bytes": area.size_bytes})
         socket.send_fds(request.connection, [b"\0"], [slot.descriptor for slot in area.slots])
 
-    def _area_of(self, request: _Request, *, local: bool) -> Area:
+    def _area_of(self, request: Request, *, local: bool) -> Area:
         owner = int(request.header["rank"])
         layouts = layouts_of(request.header["parts"], request.payload(most=MOST_TABLES_BYTES))
         layout = layout_digest(layouts)
@@ -183,7 +181,7 @@ class Keeper:
             self._areas.append(Area(owner, layouts, local=local))
             return self._areas[-1]
 
-    def _begin(self, request: _Request) -> Answer:
+    def _begin(self, request: Request) -> Answer:
         """Choose the slot to write, and mark it as empty: not the one with the step that all ranks have."""
         with self._lock:
             area, keep = self._local_area(request), _keep(request.header["keep"])
@@ -192,7 +190,7 @@ class Keeper:
             area.slots[number].clear()
         return {"slot": number}, ()
 
-    def _commit(self, request: _Request) -> Answer:
+    def _commit(self, request: Request) -> Answer:
         """Mark the slot that was written as complete, and forward from it."""
         header, checksums = request.header, request.payload(most=MOST_TABLES_BYTES)
         with self._lock:
@@ -203,7 +201,7 @@ class Keeper:
             self._forwarding.add(area, slot, parts, keep=_keep(header["keep"]))
         return {}, ()
 
-    def _wait(self, request: _Request) -> Answer:
+    def _wait(self, request: Request) -> Answer:
         """Wait until a step of a rank is protected."""
         wanted, seconds = _stamp(request.header["stamp"]), float(request.header["seconds"])
         until, forwarding = time.monotonic() + seconds, self._forwarding
@@ -217,7 +215,7 @@ class Keeper:
                 self._lock.wait(timeout=TICK_SECONDS)
         return {}, ()
 
-    def _peers(self, request: _Request) -> Answer:
+    def _peers(self, request: Request) -> Answer:
         """Begin a generation: where the next keeper is, and which processes are watched."""
         target = request.header["target"]
         self._forwarding.connect(target)
@@ -225,7 +223,7 @@ class Keeper:
             self._watching.begin(target, dict(self._ranks))
         return {}, ()
 
-    def _forget(self, request: _Request) -> Answer:
+    def _forget(self, request: Request) -> Answer:
         """Drop the steps of earlier generations, and areas without any."""
         first = int(request.header["before"])
         with self._lock:
@@ -237,11 +235,11 @@ class Keeper:
             self._drop([area for area in empty if not (area.local and area.owner in self._ranks.values())])
         return {}, ()
 
-    def _stop(self, request: _Request) -> Answer:
+    def _stop(self, request: Request) -> Answer:
         self._ended.set()
         return {}, ()
 
-    def _local_area(self, request: _Request) -> Area:
+    def _local_area(self, request: Request) -> Area:
         """The area that a rank has opened last."""
         owner = int(request.header["rank"])
         found = [area for area in self._areas if area.local and area.owner == owner]
@@ -262,7 +260,7 @@ class Keeper:
 
     # -- for everybody who knows the token ----------------------------------------------------------------------------
 
-    def _status(self, request: _Request) -> Answer:
+    def _status(self, request: Request) -> Answer:
         with self._lock:
             areas = [
                 {
@@ -277,7 +275,7 @@ class Keeper:
             state = {"areas": areas, "ranks": sorted(self._ranks.values()), "problem": self._forwarding.problem}
         return {**state, "target": self._forwarding.target, "process": os.getpid()}, ()
 
-    def _list(self, request: _Request) -> Answer:
+    def _list(self, request: Request) -> Answer:
         with self._lock:
             held = [
                 {"kind": kind, "rank": rank, "stamp": _plain(stamp), "bytes": slot.sizes[kind, rank]}
@@ -286,7 +284,7 @@ class Keeper:
             ]
         return {"held": held}, ()
 
-    def _facts(self, request: _Request) -> Answer:
+    def _facts(self, request: Request) -> Answer:
         """Size, table and checksums of a part."""
         with self._lock:
             area, slot, key = self._held(request)
@@ -294,7 +292,7 @@ class Keeper:
             size = slot.sizes[key]
         return {"bytes": size, "table_bytes": len(table)}, (table, checksums)
 
-    def _read(self, request: _Request) -> Answer:
+    def _read(self, request: Request) -> Answer:
         """Bytes of a part."""
         first, count = int(request.header["first"]), int(request.header["count"])
         with self._lock:
@@ -304,7 +302,7 @@ class Keeper:
             content = area.view(slot, key, slot.sizes[key])[first : first + count]
         return {}, (content,)
 
-    def _held(self, request: _Request) -> tuple[Area, Slot, tuple[str, int]]:
+    def _held(self, request: Request) -> tuple[Area, Slot, tuple[str, int]]:
         wanted, key = _stamp(request.header["stamp"]), (str(request.header["kind"]), int(request.header["rank"]))
         for area in self._areas:
             for stamp, part, slot in area.holdings():
@@ -312,12 +310,12 @@ class Keeper:
                     return area, slot, part
         raise ValueError(f"it has no {key[0]} part of rank {key[1]} of step {wanted.step}")
 
-    def _keep(self, request: _Request) -> Answer:
+    def _keep(self, request: Request) -> Answer:
         """Make or find an area for what another keeper sends."""
         area = self._area_of(request, local=False)
         return {"layout": area.layout}, ()
 
-    def _put(self, request: _Request) -> Answer:
+    def _put(self, request: Request) -> Answer:
         """Receive a step of another node's rank."""
         header = request.header
         sizes, stamp = _sizes(header["sizes"]), _stamp(header["stamp"])
@@ -336,38 +334,6 @@ class Keeper:
         with self._lock:
             slot.complete(stamp, sizes, checksums)
         return {}, ()
-
-
-class _Request:
-    """A request whose payload has not been received yet."""
-
-    def __init__(self, connection: socket.socket, header: dict[str, Any], payload_bytes: int, process: int) -> None:
-        self.connection = connection
-        self.header = header
-        self.process = process
-        self._left = payload_bytes
-
-    def payload(self, *, most: int) -> bytes:
-        if self._left > most:
-            raise ConnectionError(f"{self._left} bytes were announced")
-        return self.part_of_payload(self._left)
-
-    def part_of_payload(self, count: int) -> bytes:
-        if count > self._left:
-            raise ConnectionError(f"{self._left} bytes were announced instead of {count}")
-        self._left -= count
-        return receive(self.connection, count)
-
-    def fill(self, target: memoryview) -> None:
-        if target.nbytes > self._left:
-            raise ConnectionError(f"{self._left} bytes were announced instead of {target.nbytes}")
-        self._left -= target.nbytes
-        receive_into(self.connection, target)
-
-    def drain(self) -> None:
-        """Receive what nobody wants, so that the next request is where it should be."""
-        while self._left:
-            self.part_of_payload(min(self._left, BLOCK_BYTES))
 
 
 def _peer(connection: socket.socket) -> tuple[int, int]:
