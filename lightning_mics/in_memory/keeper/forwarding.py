@@ -73,7 +73,8 @@ class Forwarding:
                 self._lock.wait_for(lambda: bool(self._queue))
                 sending, target = self._queue[0], self.target
             try:
-                if sending.slot.stamp == sending.stamp and target is not None:
+                is_held = sending.slot.stamp == sending.stamp
+                if is_held and target is not None:
                     self._send(target, sending)
                 self.problem, self.failing_since = None, None
             except (KeeperError, OSError) as error:
@@ -85,7 +86,8 @@ class Forwarding:
             with self._lock:
                 if self._queue and self._queue[0] is sending:
                     self._queue.popleft()
-                    sending.area.protected = sending.stamp
+                    if is_held:  # not if a rank that has started again writes over it
+                        sending.area.protected = sending.stamp
                     self._lock.notify_all()
 
     def _send(self, target: list[Any], sending: _Sending) -> None:
