@@ -20,6 +20,7 @@ from lightning_mics.checkpoint.dcp.unpickling import load_value, plain_errors
 from lightning_mics.checkpoint.errors import DamagedCheckpointError
 from lightning_mics.checkpoint.foreign.folders import described, problems_of_sizes
 from lightning_mics.checkpoint.foreign.translation import Translated
+from lightning_mics.checkpoint.storage.blocks import CheckedFile
 from lightning_mics.checkpoint.storage.folder import META_FILE
 from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, Manifest, raise_if_corrupted
 from lightning_mics.checkpoint.storage.path import StoragePath, exists
@@ -61,7 +62,9 @@ class OpenCheckpoint:
         return [] if self.manifest is None else self.manifest.problems(self.path, names)
 
     def check(self) -> None:
-        """Compare all files with the manifest, by this process alone; without a manifest, warn.
+        """Compare files with the manifest before they are loaded, by this process alone; without a manifest, warn.
+
+        Files of tensors are measured; their bytes are checked as they are read.
 
         Raises:
             DamagedCheckpointError: If files are missing, cut short or altered; the message names them.
@@ -69,10 +72,11 @@ class OpenCheckpoint:
         if self.manifest is None:
             self._warn_of_no_manifest()
             raise_if_corrupted(self.path, problems_of_sizes(self.content, self.described.metadata))
-        raise_if_corrupted(self.path, self.problems())
+        else:
+            raise_if_corrupted(self.path, self.manifest.problems(self.path, before_loading=True))
 
     def check_on_all_ranks(self) -> None:
-        """The same, with each file read by one of the ranks; every rank calls it, and every rank raises."""
+        """The same, with each file looked at by one of the ranks; every rank calls it, and every rank raises."""
         manifest = self.manifest
         if manifest is None:
             if dist.get_rank() == 0:
@@ -83,9 +87,9 @@ class OpenCheckpoint:
             return
         names = sorted(manifest.files)
         own = [name for number, name in enumerate(names) if _checking_rank(name, number) == dist.get_rank()]
-        own_bytes = sum(manifest.files[name].size_bytes for name in own)
+        own_bytes = sum(manifest.files[name].size_bytes for name in own if not manifest.is_checked_as_read(name))
         with progress_bar(f"checking {self.path.name}", total_bytes=own_bytes, enabled=self.show_progress) as advance:
-            found = on_all_ranks(lambda: manifest.problems(self.path, own, advance=advance))
+            found = on_all_ranks(lambda: manifest.problems(self.path, own, before_loading=True, advance=advance))
         raise_if_corrupted(self.path, sorted(chain(*found)))
 
     def meta(self, *, weights_only: bool) -> dict[str, Any]:
@@ -126,7 +130,12 @@ class OpenCheckpoint:
     @cached_property
     def reader(self) -> SafeReader:
         """Reader of the tensors and their metadata."""
-        return SafeReader(self.content, show_progress=self.show_progress, describe=lambda: self.described.metadata)
+        return SafeReader(
+            self.content,
+            show_progress=self.show_progress,
+            describe=lambda: self.described.metadata,
+            checked=self._checked,
+        )
 
     def read_into(self, state: dict[str, Any], *, weights_only: bool, alone: bool = False) -> None:
         """Fill ``state`` from the checkpoint, in place; entries that the checkpoint lacks keep their values.
@@ -146,6 +155,13 @@ class OpenCheckpoint:
             group = None if alone else control_plane().group
             load_shards(state, storage_reader=self.reader, planner=planner, no_dist=alone, process_group=group)
         planner.exchange()
+
+    def _checked(self, stream: Any, name: str) -> Any:
+        """A file that checks what is read from it, if there are checksums of its blocks."""
+        facts = self.manifest.files.get(name) if self.manifest is not None else None
+        if facts is None or facts.blocks is None:
+            return stream
+        return CheckedFile(stream, checkpoint=self.path, name=name, size_bytes=facts.size_bytes, checksums=facts.blocks)
 
     def _describe(self) -> None:
         _ = self.described  # cached

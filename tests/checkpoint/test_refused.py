@@ -200,7 +200,10 @@ def test_damage_is_refused_on_all_ranks_by_the_name_of_the_file(damages: Any, na
     expected = {"missing": "is missing", "cut": "bytes", "altered": "was altered: its checksum is another"}[damage]
     for facts in damages:
         assert facts["intact"] == SHARDS
-        assert facts[name, damage, "untouched"]
+        if damage == "altered" and name.endswith(".distcp"):  # it is found as tensors are read
+            assert "load another checkpoint before you go on" in facts[name, damage]
+        else:
+            assert facts[name, damage, "untouched"]
         assert facts[name, damage].startswith("DamagedCheckpointError: ")
         assert f"{name} " in facts[name, damage] and expected in facts[name, damage]
 

@@ -214,7 +214,7 @@ def test_a_rank_fetches_the_shards_it_needs_once(in_one_job: Any) -> None:
     facts = in_one_job["requests"]
     assert all(0 < each["fetched"] <= each["stored"] for each in facts)
     assert sum(each["fetched"] for each in facts) == facts[0]["stored"]
-    assert all(each["requests"] == 4 for each in facts)  # two weights and two biases
+    assert all(each["requests"] == 1 for each in facts)  # two weights and two biases in one block
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import torch
@@ -35,6 +36,7 @@ class SafeReader(FileSystemReader):
         folder: Folder of the shards.
         show_progress: Whether this process displays a progress bar while it reads.
         describe: Function that returns the metadata, which may have other names than are stored; None reads them.
+        checked: Function that wraps an open file, given its name, in one that checks what is read; None checks nothing.
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class SafeReader(FileSystemReader):
         *,
         show_progress: bool = False,
         describe: Callable[[], Metadata] | None = None,
+        checked: Callable[[Any, str], Any] | None = None,
     ) -> None:
         super().__init__(str(folder))
         self._describe = describe
+        self._checked = checked or (lambda stream, _: stream)
         self._show_progress = show_progress
         self.fs: Any = ShardFiles()
         self.path: Any = folder
@@ -100,13 +104,22 @@ class SafeReader(FileSystemReader):
             f"loading {self.path.name}", total_bytes=sum(map(self._bytes_of, plan.items)), enabled=self._show_progress
         ) as advance:
             for name, items in by_file.items():
-                with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as file:
+                with self._opened(name) as file:
                     for item in sorted(items, key=lambda item: self.storage_data[item.storage_index].offset):
                         self._read_item(item, self._slice_file(file, self.storage_data[item.storage_index]), planner)
                         advance(self._bytes_of(item))
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as stream:
+            file = self._checked(stream, name)
+            try:
+                yield file
+            except Exception as error:  # torch.load has errors of its own, which say less
+                raise getattr(file, "failure", None) or error from None
 
     def _bytes_of(self, item: ReadItem) -> int:
         described = self._described[item.storage_index.fqn]

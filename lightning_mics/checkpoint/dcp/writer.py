@@ -1,6 +1,6 @@
 """The files that ``torch.distributed.checkpoint`` writes and reads, on a file system or a store.
 
-A file's checksum is computed while it is written, so that it is not read again for that. A rank fetches from a store
+A file's checksums are computed while it is written, so that it is not read again for that. A rank fetches from a store
 the bytes of one tensor after the other, and no others.
 """
 
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from lightning_mics.checkpoint.dcp.second_names import add_second_names
 from lightning_mics.checkpoint.errors import os_error
+from lightning_mics.checkpoint.storage.blocks import BlockChecksums
 from lightning_mics.checkpoint.storage.manifest import FileFacts
 from lightning_mics.checkpoint.storage.path import StoragePath, has_folders, is_local, size_and_etag, storage_path
 from lightning_mics.checkpoint.storage.progress import no_progress
@@ -170,7 +171,7 @@ class ShardFiles(FileSystemBase):
 
 
 class HashedStream:
-    """A file that is written from its beginning to its end, and its checksum.
+    """A file that is written from its beginning to its end, and its checksums.
 
     Args:
         file: Stream to write to.
@@ -185,6 +186,7 @@ class HashedStream:
         self._advance = advance
         self.failure: Exception | None = None
         self._digest = hashlib.sha256()
+        self._blocks = BlockChecksums()
         self._size_bytes = 0
 
     def write(self, content: Any) -> int:
@@ -195,6 +197,7 @@ class HashedStream:
             self.failure = failure  # torch.save then raises an error of its own that says less
             raise
         self._digest.update(content)
+        self._blocks.update(content)
         count = memoryview(content).nbytes
         self._size_bytes += count
         self._advance(count)
@@ -236,7 +239,7 @@ class HashedStream:
         size_bytes, etag = size_and_etag(path)
         if size_bytes != self._size_bytes:
             raise OSError(f"{size_bytes} of {self._size_bytes} bytes have arrived")
-        return FileFacts(size_bytes=size_bytes, sha256=self._digest.hexdigest(), etag=etag)
+        return FileFacts(size_bytes=size_bytes, sha256=self._digest.hexdigest(), blocks=self._blocks.text(), etag=etag)
 
 
 def _opened_to_read(path: Any, mode: str) -> AbstractContextManager[Any]:

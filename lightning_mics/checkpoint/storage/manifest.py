@@ -2,7 +2,8 @@
 
 It is the last file that is written: see [Note: How a checkpoint becomes visible]. A checkpoint is corrupted if a file
 of the list is missing, shorter or altered, and the error names the file. A file in a store whose ETag is unchanged is
-not read again; a copy elsewhere, which has another ETag, is.
+not read again; a copy elsewhere, which has another ETag, is. Files of tensors need not be read for that: they are
+checked block by block as they are loaded (:mod:`~lightning_mics.checkpoint.storage.blocks`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightning_mics.checkpoint.errors import DamagedCheckpointError
+from lightning_mics.checkpoint.storage.blocks import are_checksums
 from lightning_mics.checkpoint.storage.path import StoragePath, size_and_etag
 from lightning_mics.checkpoint.storage.progress import no_progress
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+FORMATS = (1, 2)  # 2 has checksums of blocks
+SHARDS = ".distcp"  # how the names of files end that are read in parts
 
 _CHUNK_BYTES = 2**20
 
@@ -32,16 +35,18 @@ class FileFacts:
     Attributes:
         size_bytes: Length of the file.
         sha256: Checksum of the file, as ``sha256sum`` prints it.
+        blocks: Checksums of its blocks; None in a manifest of an earlier version.
         etag: ETag of the file in an object store, or None.
     """
 
     size_bytes: int
     sha256: str
+    blocks: str | None = None
     etag: str | None = None
 
     @classmethod
     def of(cls, file: StoragePath, *, advance: Callable[[int], object] = no_progress) -> FileFacts:
-        """Read the facts of a file, without its ETag.
+        """Read the facts of a file, without its ETag and the checksums of its blocks.
 
         Args:
             file: Path or URL of the file.
@@ -57,7 +62,9 @@ class FileFacts:
     def are_facts(self) -> bool:
         """Whether the types are right: a manifest may come from anywhere."""
         strings = isinstance(self.sha256, str) and isinstance(self.etag, str | None)
-        return isinstance(self.size_bytes, int) and strings
+        if not strings or not isinstance(self.size_bytes, int):
+            return False
+        return self.blocks is None or are_checksums(self.blocks, size_bytes=self.size_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +119,24 @@ class Manifest:
         """The folder that holds the files of the checkpoint at ``path``."""
         return path / self.folder if self.folder else path
 
+    def is_checked_as_read(self, name: str) -> bool:
+        """Whether whoever loads a part of the file ``name`` checks it at the same time."""
+        return name.endswith(SHARDS) and self.files[name].blocks is not None
+
     def problems(
-        self, path: StoragePath, names: Iterable[str] | None = None, *, advance: Callable[[int], object] = no_progress
+        self,
+        path: StoragePath,
+        names: Iterable[str] | None = None,
+        *,
+        before_loading: bool = False,
+        advance: Callable[[int], object] = no_progress,
     ) -> list[str]:
         """Compare files with the manifest.
 
         Args:
             path: Directory of the checkpoint.
             names: Names of the files; None for all.
+            before_loading: Whether files that are checked as they are read are only measured.
             advance: Function to call with the number of bytes of each read.
 
         Returns:
@@ -128,13 +145,22 @@ class Manifest:
         return [
             f"{name} {problem}"
             for name in (self.files if names is None else names)
-            if (problem := _problem(self.content(path) / name, self.files[name], advance)) is not None
+            if (
+                problem := _problem(
+                    self.content(path) / name,
+                    self.files[name],
+                    advance,
+                    measured=before_loading and self.is_checked_as_read(name),
+                )
+            )
+            is not None
         ]
 
     def text(self) -> str:
         """The content of the manifest's file."""
         files = {name: _without_none(asdict(facts)) for name, facts in self.files.items()}
-        content = {"format": FORMAT, "saved": self.saved, "world_size": self.world_size, "files": files}
+        with_blocks = any(facts.blocks is not None for facts in self.files.values())
+        content = {"format": FORMATS[with_blocks], "saved": self.saved, "world_size": self.world_size, "files": files}
         if self.folder:
             content["folder"] = self.folder
         checksum = hashlib.sha256(json.dumps(content).encode()).hexdigest()  # of the manifest itself
@@ -142,8 +168,8 @@ class Manifest:
 
     @classmethod
     def _parse(cls, content: Any) -> Manifest:
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']!r} is not supported; this version reads format {FORMAT}")
+        if content["format"] not in FORMATS:
+            raise ValueError(f"format {content['format']!r} is not supported; this version reads formats {FORMATS}")
         files = {name: FileFacts(**facts) for name, facts in content["files"].items()}
         for name, facts in files.items():
             if not (_is_plain(name) and facts.are_facts()):
@@ -170,12 +196,12 @@ def raise_if_corrupted(path: StoragePath, problems: Sequence[str]) -> None:
         raise DamagedCheckpointError(f"checkpoint {path} is corrupted: {', '.join(problems[:3])}{more}")
 
 
-def _problem(file: StoragePath, written: FileFacts, advance: Callable[[int], object]) -> str | None:
+def _problem(file: StoragePath, written: FileFacts, advance: Callable[[int], object], *, measured: bool) -> str | None:
     try:
         size_bytes, etag = size_and_etag(file)
         if size_bytes != written.size_bytes:
             return f"has {size_bytes} of {written.size_bytes} bytes"
-        if etag is not None and etag == written.etag:
+        if measured or (etag is not None and etag == written.etag):
             return None
         same = FileFacts.of(file, advance=advance).sha256 == written.sha256
         return None if same else "was altered: its checksum is another"
