@@ -3,8 +3,8 @@
 python -m benchmarks.saving_time --rounds 3 --out benchmarks/results/saving
 
 Four processes of this machine train a model whose states (fp32 weights and AdamW's) weigh ``--gigabytes``, and save it
-several times under each system in turns: this package with ``async_save``, without it, and Lightning's own
-``ModelParallelStrategy`` with FSDP2 over all ranks. Training stands still for as long as ``trainer.save_checkpoint``
+several times under each system in turns: this package with ``async_save``, without it, with one replica, and Lightning's
+own ``ModelParallelStrategy`` with FSDP2 over all ranks, which is one replica as well. Training stands still for as long as ``trainer.save_checkpoint``
 takes on the slowest rank; the steps after it show what writing beside them costs. The folder gets a page and all
 numbers as JSON.
 """
@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mics import MiCSStrategy
 
 RANKS, WIDTH, STATES_PER_PARAMETER = 4, 1024, 3  # a weight, and AdamW's two moments
-SYSTEMS = ("mics, async_save", "mics", "lightning-model-parallel")
+SYSTEMS = ("mics, async_save", "mics", "mics, one replica", "lightning-model-parallel")
 SAVES, STEPS_BETWEEN = 3, 2  # of one fit; the first save also has to find memory and is told apart
 
 
@@ -109,7 +109,8 @@ def strategy_of(system: str) -> Any:
     if system == "lightning-model-parallel":
         return ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1, process_group_backend="gloo")
     return MiCSStrategy(
-        partition_size=RANKS // 2, ranks_per_node=RANKS // 2, async_save=system.endswith("async"),
+        partition_size=RANKS if system.endswith("one replica") else RANKS // 2, ranks_per_node=RANKS // 2,
+        async_save=system.endswith("async_save"),
         cache_parameters="never", accumulate_gradients="shard",
     )  # fmt: skip
 
@@ -230,7 +231,7 @@ does training stand still, and how much does each rank write, and read when it r
 
 **Machine.** {os.cpu_count()} cores, {platform.system()} {platform.release()}, one local disk; {versions}.
 
-**Constants.** {RANKS} CPU processes with one thread each, partition groups of {RANKS // 2}; width {WIDTH}; {rounds}
+**Constants.** {RANKS} CPU processes with one thread each, partition groups of {RANKS // 2} (one replica: of {RANKS}); width {WIDTH}; {rounds}
 rounds in turns, each with {SAVES} saves, {STEPS_BETWEEN} steps apart. All figures are *measured*: median (least -
 greatest), seconds on the slowest rank.
 
@@ -245,7 +246,8 @@ python -m benchmarks.saving_time {" ".join(arguments)}
 {chr(10).join(rows)}
 
 Until the first step begins, from ``fit`` on: afresh, resumed from the last checkpoint, and the difference, which is
-loading.
+loading. With one replica each rank loads as much as under Lightning's strategy; with two, twice as much, half of it from
+the other replica.
 
 | system | afresh | resumed | loading | of Lightning's |
 |---|---|---|---|---|

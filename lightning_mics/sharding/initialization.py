@@ -22,7 +22,8 @@ from lightning_mics.sharding.blocks import group_modules
 from lightning_mics.sharding.modules.initializers import init_weights_of, initialize
 from lightning_mics.techniques.partition_groups import PartitionGroups
 
-CHECKSUM_CHUNK = 2**22  # elements at a time: the 64-bit integers take several times the parameter's memory
+SUMMED_AT_ONCE = 2**22  # elements, as 64-bit integers, which take several times the parameter's memory
+SUMMED_AT_ONCE_ON_CPU = 2**15  # what stays in a cache
 
 
 @contextmanager
@@ -168,8 +169,10 @@ def checksum(tensor: Tensor) -> Tensor:
     """
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
     bits = tensor.detach().contiguous().flatten().view(integer)
+    at_once = SUMMED_AT_ONCE_ON_CPU if bits.device.type == "cpu" else SUMMED_AT_ONCE
+    positions = torch.arange(1, min(at_once, bits.numel()) + 1, device=bits.device)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for start in range(0, bits.numel(), CHECKSUM_CHUNK):
-        part = bits[start : start + CHECKSUM_CHUNK].long()
-        total += (part * torch.arange(start + 1, start + 1 + part.numel(), device=bits.device)).sum()
+    for start in range(0, bits.numel(), at_once):
+        part = bits[start : start + at_once]
+        total += (part * positions[: part.numel()]).sum() + start * part.sum()
     return total

@@ -81,5 +81,6 @@ class SafePlanner(DefaultLoadPlanner):
 
     def exchange(self) -> None:
         """After reading, communicate the rows between replicas; every rank calls it."""
-        for shard in self._shards.values():
-            shard.exchange()
+        begun = [work for shard in self._shards.values() for work in shard.begin_exchange()]
+        for work in begun:
+            work.wait()

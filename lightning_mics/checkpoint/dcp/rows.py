@@ -63,16 +63,19 @@ class DividedShard:
         """The rows that this rank writes and reads."""
         return (rows for rows in self.rows if rows.replica == self.replica)
 
-    def exchange(self) -> None:
-        """Send this rank's rows to the other replicas and receive theirs; every rank of the replication group calls."""
+    def begin_exchange(self) -> list[dist.Work]:
+        """Begin to send this rank's rows to the other replicas and to receive theirs, in place; wait for what it returns.
+
+        Every rank of the replication group calls it. Broadcasts need no copy, and many may be in flight: over gloo they
+        take half the time of gathers.
+        """
         if self.replication is None:
-            return
-        equal = self.rows[: self.replication.size()] if len(self.rows) >= self.replication.size() else ()
-        if equal:
-            own = equal[self.replica].values.clone()  # a copy, since the collective writes to the rows
-            dist.all_gather([rows.values for rows in equal], own, group=self.replication)
-        for rows in self.rows[len(equal) :]:
-            dist.broadcast(rows.values, group=self.replication, group_src=rows.replica)
+            return []
+        begun = (
+            dist.broadcast(rows.values, group=self.replication, group_src=rows.replica, async_op=True)
+            for rows in self.rows
+        )
+        return [work for work in begun if work is not None]
 
 
 @dataclass(frozen=True)
