@@ -3,15 +3,16 @@
 python -m benchmarks.saving_time --rounds 3 --out benchmarks/results/saving
 
 Four processes of this machine train a model whose states (fp32 weights and AdamW's) weigh ``--gigabytes``, and save it
-several times under each system in turns: this package with ``async_save``, without it, with one replica, and Lightning's
-own ``ModelParallelStrategy`` with FSDP2 over all ranks, which is one replica as well. Training stands still for as long as ``trainer.save_checkpoint``
-takes on the slowest rank; the steps after it show what writing beside them costs. The folder gets a page and all
-numbers as JSON.
+several times under each system in turns: this package with ``async_save``, without it, with one replica, and
+Lightning's own ``ModelParallelStrategy`` with FSDP2 over all ranks, which is one replica as well. Training stands still
+for as long as ``trainer.save_checkpoint`` takes on the slowest rank; the steps after it show what writing beside them
+costs. The folder gets a page and all numbers as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -125,7 +126,7 @@ def work(rounds: int, blocks: int, out: Path) -> None:
         for number in range(rounds):
             for system in SYSTEMS[number % len(SYSTEMS) :] + SYSTEMS[: number % len(SYSTEMS)]:
                 measured.append({"round": number, "system": system, **measure(system, blocks, Path(scratch))})
-                gc.collect()  # models are in cycles
+                _free_memory()
     if dist.get_rank() == 0:
         (out / "results.json").write_text(json.dumps(measured, indent=1))
     dist.barrier()
@@ -163,12 +164,18 @@ def measure(system: str, blocks: int, scratch: Path) -> dict[str, Any]:
 
 def _started(system: str, blocks: int, *, max_steps: int, ckpt_path: Path | None = None) -> float:
     """Seconds until a fit begins its first step, afresh or resumed."""
-    gc.collect()  # models are in cycles
+    _free_memory()
     model, data = Model(blocks), _data()
     timer = StartTime()
     trainer = _trainer(system, callbacks=[timer], max_steps=max_steps)
     trainer.fit(model, data, ckpt_path=ckpt_path)
     return timer.seconds
+
+
+def _free_memory() -> None:
+    """Give the memory of earlier fits back to the system: models are in cycles, and the allocator keeps what it has."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _trainer(system: str, **options: Any) -> pl.Trainer:
@@ -231,8 +238,8 @@ does training stand still, and how much does each rank write, and read when it r
 
 **Machine.** {os.cpu_count()} cores, {platform.system()} {platform.release()}, one local disk; {versions}.
 
-**Constants.** {RANKS} CPU processes with one thread each, partition groups of {RANKS // 2} (one replica: of {RANKS}); width {WIDTH}; {rounds}
-rounds in turns, each with {SAVES} saves, {STEPS_BETWEEN} steps apart. All figures are *measured*: median (least -
+**Constants.** {RANKS} CPU processes with one thread each, partition groups of {RANKS // 2} (one replica: of {RANKS});
+width {WIDTH}; {rounds} rounds in turns, each with {SAVES} saves, {STEPS_BETWEEN} steps apart. All figures are *measured*: median (least -
 greatest), seconds on the slowest rank.
 
 **Commit.** {commit}, {time.strftime("%Y-%m-%d", time.gmtime())}.
@@ -246,8 +253,8 @@ python -m benchmarks.saving_time {" ".join(arguments)}
 {chr(10).join(rows)}
 
 Until the first step begins, from ``fit`` on: afresh, resumed from the last checkpoint, and the difference, which is
-loading. With one replica each rank loads as much as under Lightning's strategy; with two, twice as much, half of it from
-the other replica.
+loading. With one replica each rank loads as much as under Lightning's strategy; with two, twice as much, half of it
+from the other replica.
 
 | system | afresh | resumed | loading | of Lightning's |
 |---|---|---|---|---|
