@@ -64,10 +64,9 @@ class DividedShard:
         return (rows for rows in self.rows if rows.replica == self.replica)
 
     def begin_exchange(self) -> list[dist.Work]:
-        """Begin to send this rank's rows to the other replicas and to receive theirs, in place; wait for what it returns.
+        """Begin to send this rank's rows to the other replicas and to receive theirs; wait for what it returns.
 
-        Every rank of the replication group calls it. Broadcasts need no copy, and many may be in flight: over gloo they
-        take half the time of gathers.
+        Every rank of the replication group calls it. Broadcasts need no copy, and many may be in flight.
         """
         if self.replication is None:
             return []
