@@ -210,9 +210,9 @@ def write_page(out: Path, arguments: Sequence[str], gigabytes: float, rounds: in
     by_system = {name: [entry for entry in measured if entry["system"] == name] for name in SYSTEMS}
     later = {name: [s for entry in of for s in entry["save_seconds"][1:]] for name, of in by_system.items()}
     baseline = statistics.median(later["lightning-model-parallel"])
-    loading = {
-        name: [entry["resume_seconds"] - entry["start_seconds"] for entry in of] for name, of in by_system.items()
-    }
+    starts_of = {name: [s for entry in of for s in entry["start_seconds"]] for name, of in by_system.items()}
+    resumed = {name: [s for entry in of for s in entry["resume_seconds"]] for name, of in by_system.items()}
+    loading = {name: [s - statistics.median(starts_of[name]) for s in resumed[name]] for name in SYSTEMS}
     unchecked = statistics.median(loading["lightning-model-parallel"])
     rows, starts = [], []
     for name, of in by_system.items():
@@ -254,9 +254,9 @@ python -m benchmarks.saving_time {" ".join(arguments)}
 |---|---|---|---|---|
 {chr(10).join(rows)}
 
-Until the first step begins, from ``fit`` on: afresh, resumed from the last checkpoint, and the difference to the
-median afresh, which is loading. With one replica each rank loads as much as under Lightning's strategy; with two, twice as much, half of it
-from the other replica.
+Until the first step begins, from ``fit`` on: afresh, resumed from the last checkpoint, and the difference to the median
+afresh, which is loading. With one replica each rank loads as much as under Lightning's strategy; with two, twice as
+much, half of it from the other replica.
 
 | system | afresh | resumed | loading | of Lightning's |
 |---|---|---|---|---|

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -24,17 +23,14 @@ from torch.optim import Optimizer
 from lightning_mics._torch.state_dict import named_shards
 from lightning_mics.checkpoint.compare import check_model, check_optimizer_count
 from lightning_mics.checkpoint.content.containers import leaves, mapped, nested
-from lightning_mics.checkpoint.content.entries import LoadedEntries
 from lightning_mics.checkpoint.content.layout import FullNames
 from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
 from lightning_mics.checkpoint.content.stored_tensor import StoredTensor, StoredValue, untouched
-from lightning_mics.checkpoint.errors import DamagedCheckpointError
 from lightning_mics.checkpoint.foreign.folders import holds_shards, open_files, why_not
-from lightning_mics.checkpoint.foreign.states import entries_of, regrouped, settled_states
-from lightning_mics.checkpoint.foreign.translation import OTHER
+from lightning_mics.checkpoint.foreign.states import regrouped
 from lightning_mics.checkpoint.full_file import open_full
 from lightning_mics.checkpoint.keys import MODEL_KEY, rank_key_to_load
-from lightning_mics.checkpoint.opening import OpenCheckpoint, open_checkpoint, open_on_all_ranks
+from lightning_mics.checkpoint.opening import OpenCheckpoint, open_checkpoint, open_on_all_ranks, open_sharded
 from lightning_mics.checkpoint.optimizer_states import StoredState, load_optimizer, names_in_groups, numbered_as_named
 from lightning_mics.checkpoint.storage.location import checkpoint_location
 from lightning_mics.checkpoint.storage.path import StoragePath, exists, forget_listings
@@ -82,6 +78,41 @@ def load(
     opened = open_to_load(
         path, mesh=lambda: mesh_of(model), weights_only=weights_only, names=names, show_progress=show_progress
     )
+    return load_opened(
+        opened,
+        path=path,
+        model=model,
+        optimizers=optimizers,
+        strict=strict,
+        rank_state=rank_state,
+        names=names,
+        needed=needed,
+    )
+
+
+def load_opened(
+    opened: OpenedCheckpoint,
+    *,
+    path: Any,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    strict: bool,
+    rank_state: dict[str, Tensor] | None = None,
+    names: FullNames | None = None,
+    needed: Collection[str] = (),
+) -> dict[str, Any]:
+    """Load all of an opened checkpoint; every rank calls it. For the other arguments and the errors see :func:`load`.
+
+    Args:
+        opened: The checkpoint.
+        path: Its path or name, in errors.
+        model: The sharded model.
+        optimizers: The model's optimizers.
+        strict: Whether the checkpoint's parameters must be those of the model.
+        rank_state: Tensors to fill with those that this rank has saved.
+        names: Keys of the model and the optimizers.
+        needed: Keys of other entries that the checkpoint must have.
+    """
     states = _states_by_key(opened, names, optimizers, strict=strict, path=path)
     missing = sorted(set(needed) - opened.entries.keys())
     if missing:
@@ -290,79 +321,6 @@ def load_rank_state(opened: OpenedCheckpoint, rank_state: dict[str, Tensor]) -> 
         stored.fill({path: rank_state[path[0]] for path in shared})
 
 
-# -- sharded checkpoints -----------------------------------------------------------------------------------------------
-
-
-def open_sharded(checkpoint: OpenCheckpoint, *, mesh: Callable[[], DeviceMesh], weights_only: bool) -> OpenedCheckpoint:
-    """Read the entries of a sharded checkpoint that is open; every rank calls it.
-
-    Args:
-        checkpoint: The checkpoint, whose files were checked.
-        mesh: Function that returns the mesh of the job; called if an entry is sharded.
-        weights_only: Whether entries other than tensors must be plain data.
-    """
-    inside = LoadedEntries(mesh)
-    with inside.unpickled():
-        meta = checkpoint.meta(weights_only=weights_only)
-    layout = checkpoint.layout_in(meta)
-    metadata = checkpoint.reader.read_metadata()
-
-    def read(targets: Mapping[str, Tensor | None]) -> Mapping[str, Any]:
-        filled = dict(targets)
-        if filled:
-            checkpoint.read_into(filled, weights_only=weights_only)
-        return filled
-
-    def fetch(name: str) -> Tensor:
-        described = metadata.state_dict_metadata[name]
-        assert isinstance(described, TensorStorageMetadata)
-        found = {name: torch.empty(described.size, dtype=described.properties.dtype)}
-        checkpoint.read_into(found, weights_only=True, alone=True)
-        return found[name]
-
-    trees: dict[str, dict[tuple[Any, ...], Any]] = defaultdict(dict)
-    paths = metadata.planner_data or {}
-    for name, entry in metadata.state_dict_metadata.items():
-        path = tuple(paths.get(name, name.split(".", 1)))
-        trees[str(path[0])][path[1:]] = _stored(name, entry, fetch)
-    read(inside.tensors())
-    meta.update(entries_of(trees.pop(OTHER, {}), read))
-    described = checkpoint.described
-    optimizers = sorted((key for key in trees if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
-    return OpenedCheckpoint(
-        model=nested(trees.get(MODEL_KEY, {})) if trees.get(MODEL_KEY) else {},
-        optimizers=[
-            _with_groups(settled_states(nested(trees[key]), described.groups.get(key, []), read), checkpoint.path, key)
-            for key in optimizers
-        ],
-        entries=meta,
-        rank_states={key: nested(tree) for key, tree in trees.items() if key.startswith("rank_")},
-        names=layout.names if layout else described.names,
-        record=layout.record if layout else None,
-        read=read,
-    )
-
-
-def _with_groups(state: dict[str, Any], path: StoragePath, key: str) -> dict[str, Any]:
-    """The state of an optimizer, whose groups are dictionaries.
-
-    Raises:
-        DamagedCheckpointError: If they are not.
-    """
-    groups = state.get("param_groups", [])
-    if not isinstance(groups, list | tuple) or not all(isinstance(group, Mapping) for group in groups):
-        raise DamagedCheckpointError(f"checkpoint {path} is corrupted: the parameter groups of {key} are no groups")
-    return state
-
-
-def _stored(name: str, entry: Any, fetch: Callable[[str], Tensor]) -> StoredTensor | StoredValue:
-    if not isinstance(entry, TensorStorageMetadata):
-        return StoredValue(name)
-    first = next((chunk for chunk in entry.chunks if any(chunk.offsets)), None)
-    split = None if first is None else next(dim for dim, offset in enumerate(first.offsets) if offset)
-    return StoredTensor(name, size=entry.size, dtype=entry.properties.dtype, fetch=fetch, split_dim=split)
-
-
 # -- keys of the user --------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +330,7 @@ def _states_by_key(
     optimizers: Sequence[Optimizer],
     *,
     strict: bool,
-    path: StoragePath,
+    path: Any,
 ) -> list[tuple[Optimizer, dict[str, Any]]]:
     """Each optimizer with its state in the checkpoint: by its key if both have keys, else by position."""
     if names is not None and strict and optimizers and not opened.optimizers:
@@ -387,7 +345,7 @@ def _states_by_key(
     return [(own, saved[name]) for name, own in zip(names.optimizers, optimizers, strict=True) if name in saved]
 
 
-def _lacks(path: StoragePath, key: str) -> str:
+def _lacks(path: Any, key: str) -> str:
     return (
         f"{path} has no {key!r}: the requested state contains a key that does not exist in the checkpoint; load with "
         "strict=False to leave it unchanged"

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_mics.checkpoint.content.containers import nested
+from lightning_mics.checkpoint.content.entries import LoadedEntries
 from lightning_mics.checkpoint.content.layout import FullNames, Layout
+from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
+from lightning_mics.checkpoint.content.stored_tensor import StoredTensor, StoredValue
 from lightning_mics.checkpoint.dcp.load_planner import SafePlanner
 from lightning_mics.checkpoint.dcp.reader import SafeReader
 from lightning_mics.checkpoint.dcp.unpickling import load_value, plain_errors
 from lightning_mics.checkpoint.errors import DamagedCheckpointError
 from lightning_mics.checkpoint.foreign.folders import described, problems_of_sizes
-from lightning_mics.checkpoint.foreign.translation import Translated
+from lightning_mics.checkpoint.foreign.states import entries_of, settled_states
+from lightning_mics.checkpoint.foreign.translation import OTHER, Translated
+from lightning_mics.checkpoint.keys import MODEL_KEY
 from lightning_mics.checkpoint.storage.blocks import CheckedFile
 from lightning_mics.checkpoint.storage.folder import META_FILE
 from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, Manifest, raise_if_corrupted
@@ -202,3 +213,73 @@ def _checking_rank(name: str, number: int) -> int:
     """
     writer = re.match(r"__(\d+)_", name)
     return (int(writer[1]) if writer else number) % dist.get_world_size()
+
+
+def open_sharded(checkpoint: OpenCheckpoint, *, mesh: Callable[[], DeviceMesh], weights_only: bool) -> OpenedCheckpoint:
+    """Read the entries of a sharded checkpoint that is open; every rank calls it.
+
+    Args:
+        checkpoint: The checkpoint, whose files were checked.
+        mesh: Function that returns the mesh of the job; called if an entry is sharded.
+        weights_only: Whether entries other than tensors must be plain data.
+    """
+    inside = LoadedEntries(mesh)
+    with inside.unpickled():
+        meta = checkpoint.meta(weights_only=weights_only)
+    layout = checkpoint.layout_in(meta)
+    metadata = checkpoint.reader.read_metadata()
+
+    def read(targets: Mapping[str, Tensor | None]) -> Mapping[str, Any]:
+        filled = dict(targets)
+        if filled:
+            checkpoint.read_into(filled, weights_only=weights_only)
+        return filled
+
+    def fetch(name: str) -> Tensor:
+        described = metadata.state_dict_metadata[name]
+        assert isinstance(described, TensorStorageMetadata)
+        found = {name: torch.empty(described.size, dtype=described.properties.dtype)}
+        checkpoint.read_into(found, weights_only=True, alone=True)
+        return found[name]
+
+    trees: dict[str, dict[tuple[Any, ...], Any]] = defaultdict(dict)
+    paths = metadata.planner_data or {}
+    for name, entry in metadata.state_dict_metadata.items():
+        path = tuple(paths.get(name, name.split(".", 1)))
+        trees[str(path[0])][path[1:]] = _stored(name, entry, fetch)
+    read(inside.tensors())
+    meta.update(entries_of(trees.pop(OTHER, {}), read))
+    described = checkpoint.described
+    optimizers = sorted((key for key in trees if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
+    return OpenedCheckpoint(
+        model=nested(trees.get(MODEL_KEY, {})) if trees.get(MODEL_KEY) else {},
+        optimizers=[
+            _with_groups(settled_states(nested(trees[key]), described.groups.get(key, []), read), checkpoint.path, key)
+            for key in optimizers
+        ],
+        entries=meta,
+        rank_states={key: nested(tree) for key, tree in trees.items() if key.startswith("rank_")},
+        names=layout.names if layout else described.names,
+        record=layout.record if layout else None,
+        read=read,
+    )
+
+
+def _with_groups(state: dict[str, Any], path: StoragePath, key: str) -> dict[str, Any]:
+    """The state of an optimizer, whose groups are dictionaries.
+
+    Raises:
+        DamagedCheckpointError: If they are not.
+    """
+    groups = state.get("param_groups", [])
+    if not isinstance(groups, list | tuple) or not all(isinstance(group, Mapping) for group in groups):
+        raise DamagedCheckpointError(f"checkpoint {path} is corrupted: the parameter groups of {key} are no groups")
+    return state
+
+
+def _stored(name: str, entry: Any, fetch: Callable[[str], Tensor]) -> StoredTensor | StoredValue:
+    if not isinstance(entry, TensorStorageMetadata):
+        return StoredValue(name)
+    first = next((chunk for chunk in entry.chunks if any(chunk.offsets)), None)
+    split = None if first is None else next(dim for dim, offset in enumerate(first.offsets) if offset)
+    return StoredTensor(name, size=entry.size, dtype=entry.properties.dtype, fetch=fetch, split_dim=split)

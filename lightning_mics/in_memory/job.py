@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_mics._torch.host_memory import USABLE_SHARE, HostMemoryError, host_memory_bytes
 from lightning_mics.checkpoint.content.entries import ShardedEntries
-from lightning_mics.checkpoint.content.layout import LAYOUT_KEY, Layout
+from lightning_mics.checkpoint.content.layout import LAYOUT_KEY, FullNames, Layout
 from lightning_mics.checkpoint.saving import serialized
 from lightning_mics.collectives.agreement import on_all_ranks
 from lightning_mics.in_memory.holdings import Holdings
@@ -143,6 +143,7 @@ class InMemoryJob:
         meta: dict[str, Any],
         rank_state: Mapping[str, Tensor],
         read_protected: Callable[[], int],
+        names: FullNames | None = None,
     ) -> None:
         """Save a step beside what follows; every rank calls it.
 
@@ -154,11 +155,12 @@ class InMemoryJob:
             meta: Entries that are not sharded; rank 0's are saved.
             rank_state: Tensors of this rank alone.
             read_protected: See :meth:`StepSaver.save`.
+            names: The user's keys of the model and the optimizers, if they have any.
 
         Raises:
             HostMemoryError: On all ranks, if the hosts have too little memory; at the first save.
         """
-        plan, layout, entries = self.saver.plan, Layout(), ShardedEntries.of(meta)
+        plan, layout, entries = self.saver.plan, Layout(names=names), ShardedEntries.of(meta)
         states = layout.describe(model_state, optimizer_states)
         objects = plan.update({**states, **entries.tensors()}, private=rank_state)
         if self._rank == 0:

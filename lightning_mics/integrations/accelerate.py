@@ -15,56 +15,43 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import wraps
-from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
 
 import accelerate
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate import accelerator as accelerate_accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DDPCommunicationHookType,
     convert_outputs_to_fp32,
-    get_int_from_env,
     get_mixed_precision_context_manager,
     parse_flag_from_env,
 )
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
-from lightning_mics import checkpoint
 from lightning_mics._torch.dtensors.numbers import taking_whole_values
 from lightning_mics._torch.fsdp import use_as_default_mesh
 from lightning_mics._torch.process_groups import let_gloo_finish
-from lightning_mics.checkpoint.errors import all_ranks_answer
-from lightning_mics.checkpoint.optimizer_states import optimizer_state
-from lightning_mics.checkpoint.origin import origin
-from lightning_mics.checkpoint.storage.path import storage_path
+from lightning_mics.integrations._accelerate_checkpoints import PluginCheckpoints, optimizers_of, ranks_on_this_host
 from lightning_mics.integrations._accelerate_folders import checked_first, unscaled
 from lightning_mics.integrations._registered_objects import gather_shards_of
 from lightning_mics.integrations._transformers import save_sharded_models
 from lightning_mics.policy.options import PolicyOptions, check_names, documented
 from lightning_mics.policy.policy import Policy
 from lightning_mics.sharding.evaluation import allow_evaluation
-from lightning_mics.sharding.initialization import verify_replicas
-from lightning_mics.sharding.optimizers.overflow import SCALER_KEY, check_optimizer, scale_with_all_ranks
+from lightning_mics.sharding.optimizers.overflow import check_optimizer, scale_with_all_ranks
 from lightning_mics.sharding.schedule import AccumulationSchedule
-from lightning_mics.sharding.sharded import Sharded, sharded
+from lightning_mics.sharding.sharded import Sharded
 
 OLDEST = (1, 15)  # oldest supported version of Accelerate, whose internals are used here
-
-
-LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 
 
 PRECISIONS = {"no": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -78,7 +65,7 @@ if tuple(int(part) for part in accelerate.__version__.split(".")[:2]) < OLDEST:
 
 
 @documented
-class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
+class MiCSPlugin(PluginCheckpoints, FullyShardedDataParallelPlugin):  # type: ignore[misc]
     """MiCS for Accelerate: sharded training whose constant traffic stays inside partition groups.
 
     Args:
@@ -109,6 +96,7 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
         policy.setdefault("activation_checkpointing", bool(parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")))
         self.policy = Policy(timeout=timeout, **policy)
         self._timeout = timeout
+        self._in_memory = None
         super().__init__(
             fsdp_version=2,
             state_dict_type=f"{state_dict_type}_state_dict".upper() if state_dict_type else None,
@@ -122,88 +110,6 @@ class MiCSPlugin(FullyShardedDataParallelPlugin):  # type: ignore[misc]
     @override
     def set_auto_wrap_policy(self, model: nn.Module) -> None:
         """Do nothing: the policy finds the blocks."""
-
-    def save_checkpoint(self, accelerator: Accelerator, path: str | Path, **state: Any) -> None:
-        """Save the model and optimizers as the Trainer and Fabric do; every rank calls it.
-
-        Args:
-            accelerator: The Accelerator that has prepared the model and its optimizers.
-            path: A directory, or a URL that fsspec has a driver for; the same on all ranks.
-            state: Plain data and tensors to save with them; :meth:`load_checkpoint` returns them.
-
-        Raises:
-            OSError: On all ranks, if storage fails on one; an earlier checkpoint at ``path`` is unchanged.
-            SilentRankError: If a rank does not take part within the timeout.
-            ValueError: If no model was prepared with a :class:`MiCSPlugin`.
-        """
-        model = _prepared_model(accelerator)
-        handle = sharded(model)
-        handle.prepare_to_save()
-        with all_ranks_answer(f"saving {path}", timeout=self._timeout):
-            checkpoint.save_sharded(
-                storage_path(path),
-                model_state=get_model_state_dict(model),
-                optimizer_states=[optimizer_state(model, each, sharded=True) for each in _optimizers(accelerator)],
-                meta={
-                    **_scaler_state(accelerator),
-                    **state,
-                    **origin(model, handle.groups.topology, handle.chosen),
-                },
-            )
-
-    def load_checkpoint(
-        self, accelerator: Accelerator, path: str | Path, *, weights_only: bool = True
-    ) -> Mapping[str, Any]:
-        """Load a checkpoint of :meth:`save_checkpoint`, the Trainer or Fabric, in place; every rank calls it.
-
-        It may have been saved by any number of ranks with any partition size.
-
-        Args:
-            accelerator: The Accelerator that has prepared the model and its optimizers.
-            path: The directory or full file of the checkpoint, or its URL; the same on all ranks.
-            weights_only: Whether to read plain data and tensors only. False unpickles any object, which may run code.
-
-        Returns:
-            The content that is neither model nor optimizer.
-
-        Raises:
-            ValueError: If no model was prepared with a :class:`MiCSPlugin`, or ``path`` is no checkpoint.
-            RuntimeError: If the checkpoint is of another model or other optimizers.
-        """
-        model = _prepared_model(accelerator)
-        sharded(model).schedule.window.abandon()
-        with all_ranks_answer(f"loading {path}", timeout=self._timeout):
-            rest = checkpoint.load(
-                storage_path(path),
-                model=model,
-                optimizers=_optimizers(accelerator),
-                strict=True,
-                weights_only=weights_only,
-            )
-        verify_replicas(model, sharded(model).groups)
-        if accelerator.scaler is None or SCALER_KEY not in rest:
-            return rest
-        accelerator.scaler.load_state_dict(rest[SCALER_KEY])
-        return {key: value for key, value in rest.items() if key != SCALER_KEY}
-
-
-def _prepared_model(accelerator: Accelerator) -> nn.Module:
-    models = [model for model in accelerator._models if "_mics" in vars(model)]
-    if len(models) != 1:
-        raise ValueError(
-            f"the Accelerator has prepared {len(models)} models with a MiCSPlugin, and a checkpoint holds exactly one: "
-            "call `model, optimizer = accelerator.prepare(model, optimizer)` first, for one model"
-        )
-    model: nn.Module = models[0]
-    return model
-
-
-def _scaler_state(accelerator: Accelerator) -> dict[str, Any]:
-    return {} if accelerator.scaler is None else {SCALER_KEY: accelerator.scaler.state_dict()}
-
-
-def _optimizers(accelerator: Accelerator) -> list[Optimizer]:
-    return [wrapped.optimizer for wrapped in accelerator._optimizers]
 
 
 # -- preparing ---------------------------------------------------------------------------------------------------------
@@ -225,7 +131,7 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
         model,
         precision=precision,
         device=accelerator.device,
-        local_size=get_int_from_env(LOCAL_SIZE, dist.get_world_size()),
+        local_size=ranks_on_this_host(),
         micro_steps=accelerator.gradient_accumulation_steps,
     )
     vars(model)["_mics"] = handle
@@ -233,7 +139,7 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     allow_evaluation(model)  # see [Note: Hooks on the root, in order]
     handle.schedule.optimizer_hooks.follow_steps()
     use_as_default_mesh(handle.groups.mesh, model=model)
-    for optimizer in _optimizers(accelerator):
+    for optimizer in optimizers_of(accelerator):
         check_optimizer(optimizer, precision)
         handle.schedule.optimizer_hooks.adopt(optimizer)
         handle.schedule.optimizer_hooks.follow_zero_grad(optimizer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,25 +13,14 @@ from lightning.fabric.connector import _Connector
 from lightning.fabric.plugins.precision import MixedPrecision, Precision
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
-from lightning.fabric.utilities.load import _move_state_into
-from lightning.fabric.utilities.types import _Stateful
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mics import checkpoint
-from lightning_mics._torch.fsdp import is_in_iteration
 from lightning_mics._torch.units.use_errors import described_errors
-from lightning_mics.checkpoint.errors import all_ranks_answer
-from lightning_mics.checkpoint.foreign.folders import holds_shards
-from lightning_mics.checkpoint.optimizer_states import optimizer_state
-from lightning_mics.checkpoint.origin import ORIGIN_KEYS, origin
-from lightning_mics.checkpoint.storage.path import StoragePath
-from lightning_mics.integrations._fabric_parts import Filter, Parts, filtered
+from lightning_mics.integrations._fabric_checkpoints import FabricCheckpoints
 from lightning_mics.integrations._lightning import LightningStrategy, reduce_in_place
 from lightning_mics.integrations._marked_methods import run_marked_methods_as_forwards
 from lightning_mics.integrations._precision import (
@@ -43,8 +31,7 @@ from lightning_mics.integrations._precision import (
 )
 from lightning_mics.policy.out_of_memory import explain_out_of_memory
 from lightning_mics.sharding.evaluation import allow_evaluation
-from lightning_mics.sharding.initialization import verify_replicas
-from lightning_mics.sharding.optimizers.overflow import SCALER_KEY, check_optimizer, skipped_steps
+from lightning_mics.sharding.optimizers.overflow import check_optimizer, skipped_steps
 from lightning_mics.sharding.sharded import sharded
 
 
@@ -55,7 +42,7 @@ class _ModelParallel(ModelParallelStrategy):
         super().__init__(parallelize_fn=_not_called, **options)
 
 
-class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
+class MiCSFabricStrategy(LightningStrategy, FabricCheckpoints, _ModelParallel):
     """MiCS for Fabric: sharded training whose constant traffic stays inside partition groups.
 
     ``fabric.setup`` takes an ordinary module and shards it block by block. Its optimizers are set up in the same call
@@ -70,8 +57,9 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
     def _initialize(self) -> None:
         if self._in_memory_checkpoint is not None:
             raise ValueError(
-                "in_memory_checkpoint is for a Trainer, which knows when a step ends and what to resume; with Fabric "
-                "save checkpoints with fabric.save"
+                "in_memory_checkpoint is for a Trainer, which knows when a step ends; in a loop of Fabric call "
+                "fabric.strategy.load_from_memory(state) before it, and fabric.strategy.save_in_memory(state) after "
+                "each optimizer step"
             )
         self._backward_sync_control = _TwoHop()
         self._models: list[nn.Module] = []  # set up so far
@@ -189,128 +177,6 @@ class MiCSFabricStrategy(LightningStrategy, _ModelParallel):
         with self._together("reduces a value over all ranks") if of_all else nullcontext():
             return reduce_in_place(tensor, group=group, op=reduce_op)
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-
-    @override
-    def save_checkpoint(
-        self, path: str | Path, state: dict[str, Any], storage_options: Any = None, filter: Filter | None = None
-    ) -> None:
-        """Save the model, its optimizers and everything else in ``state``; every rank calls it.
-
-        Without a model, as with ``model.state_dict()`` as the state, one file with unsharded tensors is written.
-
-        Raises:
-            TypeError: If ``storage_options`` are given, which are for a ``CheckpointIO``.
-        """
-        if storage_options is not None:
-            raise TypeError("strategy 'mics' takes no storage_options: pass a URL that fsspec has a driver for")
-        models = [value for value in state.values() if isinstance(value, nn.Module) and "_mics" in vars(value)]
-        with all_ranks_answer(f"saving {path}", timeout=self._timeout), self._together("saves a checkpoint"):
-            if models:
-                with_scaler = {**self._scaler(), **state}
-                self._save(self._shared_path(path), Parts.of(with_scaler, doing="save"), filter or {})
-            else:
-                self._save_plain(self._shared_path(path), state, filter or {})
-
-    def _save_plain(self, path: StoragePath, state: dict[str, Any], filter: Filter) -> None:
-        """Save one file of whatever is in ``state``, such as a ``state_dict()``, with unsharded tensors."""
-        contents = {key: value.state_dict() if isinstance(value, _Stateful) else value for key, value in state.items()}
-        kept = {key: filtered(value, filter.get(key)) for key, value in contents.items()}
-        checkpoint.save_whole(path, kept, write=torch.save, places=False)
-
-    def _save(self, path: StoragePath, parts: Parts, filter: Filter) -> None:
-        full = not self._save_distributed_checkpoint
-        for model in parts.models.values():
-            sharded(model).prepare_to_save()
-        options = StateDictOptions(full_state_dict=full, cpu_offload=full)
-        model_state = get_model_state_dict(parts.model, options=options)
-        optimizers = {
-            key: optimizer_state(parts.model, optimizer, sharded=not full)
-            for key, optimizer in parts.optimizers.items()
-        }
-        rest = {key: value.state_dict() if isinstance(value, _Stateful) else value for key, value in parts.rest.items()}
-        contents = {**parts.divided(model_state), **optimizers, **rest}
-        contents = {key: filtered(value, filter.get(key)) for key, value in contents.items()}
-        if full:
-            checkpoint.save_whole(path, contents, write=torch.save)
-            return
-        self._saving.save(
-            path,
-            model_state=parts.joined(contents),
-            optimizer_states=[contents[key] for key in optimizers],
-            meta={
-                **{key: contents[key] for key in rest},
-                **origin(parts.model, parts.first.groups.topology, parts.first.chosen),
-            },
-            names=parts.names,
-        )
-
-    @override
-    def load_checkpoint(
-        self,
-        path: str | Path,
-        state: nn.Module | Optimizer | dict[str, Any] | None = None,
-        strict: bool = True,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        """Load a checkpoint of Fabric or the Trainer into the objects in ``state``, in place; every rank calls it.
-
-        Returns:
-            Entries of the checkpoint that ``state`` has no key for.
-
-        Raises:
-            KeyError: If ``strict`` and the checkpoint lacks a key of ``state``.
-            NotImplementedError: If ``state`` is an optimizer alone.
-            ValueError: If ``state`` holds no model that was set up.
-        """
-        if isinstance(state, Optimizer):
-            raise NotImplementedError(
-                "an optimizer is loaded with its model: fabric.load(path, {'model': model, 'optimizer': optimizer})"
-            )
-        self.wait_for_checkpoints()
-        shared_path = self._shared_path(path)
-        if isinstance(state, nn.Module):
-            self._load_raw(shared_path, state, strict=strict, weights_only=weights_only)
-            return {}
-        parts = Parts.of(state or {}, doing="load")
-        assert state is not None
-        remainder = self._load(shared_path, parts, strict, weights_only)
-        for key, scaler in self._scaler().items():
-            if key in remainder and key not in state:
-                scaler.load_state_dict(remainder.pop(key))
-        _move_state_into(source=remainder, destination=state, keys=parts.rest.keys() & remainder.keys())
-        return remainder
-
-    def _scaler(self) -> dict[str, Any]:
-        """The gradient scaler by its key in checkpoints, if there is one."""
-        scaler = getattr(self.precision, "scaler", None)
-        return {} if scaler is None else {SCALER_KEY: scaler}
-
-    def _load(self, path: StoragePath, parts: Parts, strict: bool, weights_only: bool | None) -> dict[str, Any]:
-        answered = all_ranks_answer(f"loading {path}", timeout=self._timeout)
-        with torch.inference_mode(False), answered, self._together("loads a checkpoint"):
-            remainder = checkpoint.load(
-                path,
-                model=parts.model,
-                optimizers=list(parts.optimizers.values()),
-                strict=strict,
-                weights_only=self._reads_weights_only(weights_only),
-                names=parts.names,
-                needed=parts.rest if strict else (),
-            )
-            for model in parts.models.values():
-                _reset_after_load(model)
-        return {key: value for key, value in remainder.items() if key not in ORIGIN_KEYS}
-
-    def _load_raw(self, path: StoragePath, model: nn.Module, *, strict: bool, weights_only: bool | None) -> None:
-        """Load the model of a sharded checkpoint, or a file with a ``state_dict`` of FQNs and tensors."""
-        if holds_shards(path):
-            self._load(path, Parts.of({"model": model}, doing="load_raw"), strict, weights_only)
-            return
-        checkpoint.load_raw(path, model, strict=strict, weights_only=self._reads_weights_only(weights_only))
-        if "_mics" in vars(model):
-            _reset_after_load(model)
-
 
 class _TwoHop(_BackwardSyncControl):
     @override
@@ -322,17 +188,6 @@ class _TwoHop(_BackwardSyncControl):
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _explain_forward(module: nn.Module, _inputs: Any, _output: Any) -> None:
     explain_out_of_memory(sys.exc_info()[1], sharded(module).memory_advice)
-
-
-def _reset_after_load(model: nn.Module) -> None:
-    """Reshard, verify replicas, and keep the gradients of an open window, unless an error has broken it off."""
-    assert isinstance(model, FSDPModule)
-    model.reshard()
-    schedule = sharded(model).schedule
-    if is_in_iteration(model):
-        schedule.window.abandon()
-    schedule.cache.invalidate()
-    verify_replicas(model, sharded(model).groups)
 
 
 def _names_in_groups(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[list[str]]]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from lightning_mics import Topology, create_partition_groups, shard_model
-from lightning_mics.checkpoint.loading import load_model, load_optimizers, load_rank_state, mesh_of, open_sharded
+from lightning_mics.checkpoint.loading import load_model, load_optimizers, load_rank_state, mesh_of
+from lightning_mics.checkpoint.opening import open_sharded
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.in_memory.job import InMemoryJob
 from lightning_mics.in_memory.keeper.client import KeeperConnection, KeeperSettings

@@ -42,20 +42,21 @@ from lightning_mics.checkpoint.loading import (
     load_model,
     load_optimizers,
     load_rank_state,
-    open_sharded,
     open_to_load,
     read_entries,
     shown_to_hooks,
 )
+from lightning_mics.checkpoint.opening import open_sharded
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin
 from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
 from lightning_mics.checkpoint.storage.store import CheckpointStore
 from lightning_mics.in_memory.reading import InMemoryCheckpoint
+from lightning_mics.integrations._in_memory import StepInMemory
 from lightning_mics.integrations.trainer import resuming
 from lightning_mics.integrations.trainer.boundary import note_what_follows
 from lightning_mics.integrations.trainer.exceptions import WithoutOtherRanks
-from lightning_mics.integrations.trainer.in_memory import InMemoryTraining, StepInMemory
+from lightning_mics.integrations.trainer.in_memory import InMemoryTraining
 from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.sharded import Sharded
 

@@ -7,7 +7,6 @@ there is none, it ends in an error on all ranks: it never begins anew without a 
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,38 +18,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_mics.collectives.agreement import on_all_ranks, on_rank_0
-from lightning_mics.in_memory.job import InMemoryJob
-from lightning_mics.in_memory.keeper.memory import Stamp
+from lightning_mics.collectives.agreement import on_rank_0
 from lightning_mics.in_memory.reading import InMemoryCheckpoint
-from lightning_mics.integrations._keeper import keeper_settings
+from lightning_mics.integrations._in_memory import NoWholeStepError, StartedJob, StepInMemory
 from lightning_mics.topology import Topology
-
-RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # more than zero in a job that was started again
-FINISHED = "MICS_FIT_HAS_FINISHED"  # set by this process for itself: what it fits next was not restarted
-
-
-class StepInMemory(str):
-    """The name of a step in memory, where Lightning has the path of a checkpoint.
-
-    Attributes:
-        stamp: The step.
-    """
-
-    stamp: Stamp
-
-    @classmethod
-    def of(cls, stamp: Stamp) -> StepInMemory:
-        """The name of a step."""
-        name = cls(f"step {stamp.step} in the memory of the nodes")
-        name.stamp = stamp
-        return name
-
-
-class NoWholeStepError(RuntimeError):
-    """A restarted job finds no step from which all ranks can resume."""
-
-    raised_by_all_ranks = True
 
 
 class InMemoryTraining:
@@ -73,18 +44,13 @@ class InMemoryTraining:
     ) -> None:
         self._trainer = trainer
         self._every = every
-        self._local_size = local_size
         self._collect = collect
-        nodes = trainer.world_size // local_size
-        settings = on_all_ranks(lambda: keeper_settings(os.environ, nodes=nodes))
-        own = settings[0 if nodes == 1 else trainer.global_rank]  # a single node's name is that of rank 0's launcher
-        self._job = InMemoryJob(own, local_size=local_size)
-        self._restarts = max(on_all_ranks(_restarts))
+        self._started = StartedJob(local_size=local_size)
+        self._job = self._started.job
         self._resume_start: Callable[..., None] = trainer._checkpoint_connector.resume_start
         vars(trainer._checkpoint_connector)["resume_start"] = self._start
         self._lost_from: int | None = None  # newest step of which a part is left, where no step is whole
         self._is_ready = False
-        _warn_of_launcher(nodes)
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
@@ -103,27 +69,16 @@ class InMemoryTraining:
             if given:
                 rank_zero_info(f"Resuming from {StepInMemory.of(whole)}, which takes precedence over {given}")
             return StepInMemory.of(whole)
-        nothing_is_lost = seen is None and not (self._job.all_keepers_are_new and self._restarts)
-        if nothing_is_lost:
+        if not self._started.has_lost_steps:
             return given
         self._lost_from = 0 if seen is None else seen.step
         on_disk = given or on_rank_0(lambda: _last_on_disk(self._trainer))
         if on_disk is None:
-            raise NoWholeStepError(self._why(seen))
+            raise NoWholeStepError(
+                f"{self._started.why()}, and there is no checkpoint on a disk: add a ModelCheckpoint with "
+                "save_last=True, or pass ckpt_path. To begin anew, start the job with another MICS_KEEPER_TOKEN"
+            )
         return on_disk
-
-    def _why(self, seen: Stamp | None) -> str:
-        if seen is None:
-            found = "its nodes' memory holds nothing"
-        else:
-            missing = [f"the {kind} part of rank {rank}" for kind, rank in self._job.holdings.missing(seen)]
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            found = f"of step {seen.step}, the newest of which anything is left, {', '.join(missing[:3])}{more} is lost"
-        return (
-            f"the job was started again, and no step can be resumed from: {found}. Nodes that held the same bytes have "
-            "died together, and there is no checkpoint on a disk: add a ModelCheckpoint with save_last=True, or pass "
-            "ckpt_path. To begin anew, start the job with another MICS_KEEPER_TOKEN"
-        )
 
     def _tell_of_lost_steps(self, chosen: Any) -> None:
         if self._lost_from is None:
@@ -150,12 +105,7 @@ class InMemoryTraining:
             topology: Positions of all ranks, as they were sharded.
             device: Device of this rank.
         """
-        hosts = Topology(
-            world_size=topology.world_size,
-            ranks_per_node=self._local_size,
-            partition_size=topology.partition_size,
-        )
-        self._job.begin(hosts, device=device)
+        self._started.begin(topology, device=device)
         self._is_ready = True
 
     def save_again(self) -> None:
@@ -187,7 +137,7 @@ class InMemoryTraining:
             read_protected=read_saved,
         )
         if first:
-            self._report()
+            self._started.report("every optimizer step" if self._every == 1 else f"every {self._every} optimizer steps")
 
     def confirm(self) -> None:
         """See :meth:`~lightning_mics.in_memory.saver.StepSaver.confirm`."""
@@ -206,34 +156,7 @@ class InMemoryTraining:
             finished: Whether it has ended by itself.
         """
         vars(self._trainer._checkpoint_connector).pop("resume_start", None)
-        self._job.close(finished=finished)
-        if finished:
-            os.environ[FINISHED] = "1"
-
-    def _report(self) -> None:
-        on_all_ranks(self._job.saver.wait_until_protected)
-        per_node = max(on_all_ranks(self._job.node_bytes))
-        every = "every optimizer step" if self._every == 1 else f"every {self._every} optimizer steps"
-        several = self._trainer.world_size > self._local_size
-        where = "on two nodes" if several else "on this node only: it survives the death of ranks, not of the node"
-        rank_zero_info(f"in-memory checkpoint: {every}, {where}; {per_node / 2**30:.3g} GiB of host memory per node")
-
-
-def _restarts() -> int:
-    """How often the job was started again since its last fit has begun."""
-    return 0 if FINISHED in os.environ else max(int(os.environ.get(name, 0)) for name in RESTARTS)
-
-
-def _warn_of_launcher(nodes: int) -> None:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and nodes > 1:
-        rank_zero_warn(
-            "torchrun shares its store with the ranks, and neither a restart nor a new node works then (torch 2.13): "
-            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the launch script"
-        )
-    if "TORCHELASTIC_RUN_ID" not in os.environ and "SLURM_JOB_ID" not in os.environ:
-        rank_zero_warn(
-            "in-memory checkpoints: nothing starts ranks again under this launcher; use torchrun with --max-restarts"
-        )
+        self._started.close(finished=finished)
 
 
 def _last_on_disk(trainer: pl.Trainer) -> str | None:
