@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -94,10 +95,8 @@ def token(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     token = secrets.token_hex(8)
     monkeypatch.setenv("MICS_KEEPER_TOKEN", token)
     yield token
-    try:
+    with suppress(OSError):
         KeeperConnection.local(keeper_settings({"MICS_KEEPER_TOKEN": token}, nodes=1)).ask({"do": "stop"})
-    except OSError:
-        pass
 
 
 @pytest.fixture(scope="module", params=LOOPS)
@@ -148,7 +147,7 @@ def test_a_job_that_has_lost_its_memory_is_told(
     token: str, run: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(Exception, match="NoWholeStepError.*load the newest checkpoint of a disk instead"):
+    with pytest.raises(Exception, match=r"NoWholeStepError.*load the newest checkpoint of a disk instead"):
         on_ranks(partial(run, dies_at=2))
     found = on_ranks(partial(told_and_went_on, run))
     assert all(seen["losses"].keys() == set(range(STEPS)) for seen in found)
