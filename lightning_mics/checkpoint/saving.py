@@ -170,10 +170,17 @@ def _with_meta(writer: ShardWriter, meta: bytes) -> dict[str, FileFacts]:
     return writer.written
 
 
-def serialized(meta: dict[str, Any]) -> bytes:
-    """The entries that are not sharded, pickled; warns now if loading will need ``weights_only=False``."""
+def serialized(meta: dict[str, Any], *, warns: bool = True) -> bytes:
+    """The entries that are not sharded, pickled.
+
+    Args:
+        meta: The entries.
+        warns: Whether to warn now if loading will need ``weights_only=False``.
+    """
     stream = io.BytesIO()
     torch.save(meta, stream)
+    if not warns:
+        return stream.getvalue()
     stream.seek(0)
     try:
         load_value(stream, name=f"this checkpoint's {META_FILE}", weights_only=True)

@@ -163,11 +163,12 @@ class InMemoryJob:
         plan, layout, entries = self.saver.plan, Layout(names=names), ShardedEntries.of(meta)
         states = layout.describe(model_state, optimizer_states)
         objects = plan.update({**states, **entries.tensors()}, private=rank_state)
+        first = not self.saver.slot_bytes
         if self._rank == 0:
             with entries.as_calls():
-                pickled = serialized({**meta, LAYOUT_KEY: layout.plain()})
+                pickled = serialized({**meta, LAYOUT_KEY: layout.plain()}, warns=first)
             plan.set_blob(joined(_pickled(objects), pickled))
-        if not self.saver.slot_bytes:
+        if first:
             self._check_memory()
         self.saver.save(step, read_protected=read_protected)
 

@@ -99,7 +99,7 @@ class PluginCheckpoints:
             ValueError: If no model was prepared with a :class:`MiCSPlugin`.
         """
         loop = self._loop_of(accelerator)
-        loop.save(**_states(accelerator, state), optimizers=optimizers_of(accelerator))
+        loop.save(**_states(accelerator, state, beside=True), optimizers=optimizers_of(accelerator))
 
     def load_from_memory(self, accelerator: Accelerator, *, weights_only: bool = True) -> Mapping[str, Any] | None:
         """Resume from the newest step in the nodes' memory, if the job was started again; every rank calls it, once.
@@ -152,11 +152,11 @@ def ranks_on_this_host() -> int:
     return local_size
 
 
-def _states(accelerator: Accelerator, state: dict[str, Any]) -> dict[str, Any]:
-    """What is saved of the model, the optimizers and ``state``; every rank calls it."""
+def _states(accelerator: Accelerator, state: dict[str, Any], *, beside: bool = False) -> dict[str, Any]:
+    """What is saved of the model, the optimizers and ``state``, perhaps beside the training; every rank calls it."""
     model = _prepared_model(accelerator)
     handle = sharded(model)
-    handle.prepare_to_save()
+    handle.prepare_to_save(beside=beside)
     return {
         "model_state": get_model_state_dict(model),
         "optimizer_states": [optimizer_state(model, each, sharded=True) for each in optimizers_of(accelerator)],

@@ -95,7 +95,7 @@ class FabricCheckpoints:
             ValueError: If no model in it was set up.
         """
         parts = Parts.of({**self._scaler(), **_unwrap_objects(state)}, doing="strategy.save_in_memory")
-        model_state, optimizers, rest = _contents(parts, full=False)
+        model_state, optimizers, rest = _contents(parts, full=False, beside=True)
         self._loop_of(parts).save(
             model_state=model_state,
             optimizer_states=list(optimizers.values()),
@@ -226,10 +226,12 @@ class FabricCheckpoints:
             _reset_after_load(model)
 
 
-def _contents(parts: Parts, *, full: bool) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def _contents(
+    parts: Parts, *, full: bool, beside: bool = False
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The states to save of the model, of optimizers by key, and of all else by key; every rank calls it."""
     for model in parts.models.values():
-        sharded(model).prepare_to_save()
+        sharded(model).prepare_to_save(beside=beside)
     options = StateDictOptions(full_state_dict=full, cpu_offload=full)
     model_state = get_model_state_dict(parts.model, options=options)
     optimizers = {

@@ -32,14 +32,21 @@ class Sharded:
     memory_advice: str = ""
     chosen: Mapping[str, Any] = field(default_factory=dict)
 
-    def prepare_to_save(self) -> None:
+    def prepare_to_save(self, *, beside: bool = False) -> None:
         """Check cached weights and give all ranks rank 0's buffers before a checkpoint is saved; every rank calls it.
+
+        Args:
+            beside: Whether it is saved beside the training, at a boundary. Then no rank waits for others: rank 0's
+                buffers are saved, and all ranks have them when the next forward begins.
 
         Raises:
             RuntimeError: If weights changed in a way that torch does not record while they were cached.
         """
         self.schedule.cache.check_arrived(wait=True)
-        self.schedule.buffers.make_equal()
+        if beside:
+            self.schedule.buffers.compare_beside()
+        else:
+            self.schedule.buffers.make_equal()
 
 
 def sharded(model: nn.Module) -> Sharded:

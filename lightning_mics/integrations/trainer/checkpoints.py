@@ -87,6 +87,8 @@ class SavesAndLoads:
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
+    _saves_beside = False  # an in-memory checkpoint is being collected
+
     def optimizer_state(self: Any, optimizer: Optimizer) -> dict[str, Any]:
         """The state by FQN, sharded; for a full checkpoint unsharded and by number, on rank 0 only."""
         assert self.model is not None
@@ -99,7 +101,7 @@ class SavesAndLoads:
         """The state by FQN, sharded; for a full checkpoint unsharded, on rank 0 only."""
         sharded = self._shard_now()
         with WithoutOtherRanks(self._control), self._together("prepares the model's state"):
-            sharded.prepare_to_save()
+            sharded.prepare_to_save(beside=self._saves_beside)
             if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
                 return get_model_state_dict(self._root())
             return super().lightning_module_state_dict()  # type: ignore[misc, no-any-return]
@@ -155,20 +157,20 @@ class SavesAndLoads:
 
     def _collect(self: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The content of a sharded checkpoint, and this rank's own tensors; every rank calls it."""
-        with self._collecting_shards():
+        with self._collecting_beside():
             state = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         random_state = self._complete(state)
         state.update(origin(self._root(), self.topology, self._state().chosen))
         return state, random_state
 
     @contextmanager
-    def _collecting_shards(self: Any) -> Iterator[None]:
-        """Inside, states are sharded, whatever the kind of checkpoints on a disk."""
-        kind, self._save_distributed_checkpoint = self._save_distributed_checkpoint, True
+    def _collecting_beside(self: Any) -> Iterator[None]:
+        """Inside, states are sharded, whatever the kind of checkpoints on a disk, and no rank waits for others."""
+        kind, self._save_distributed_checkpoint, self._saves_beside = self._save_distributed_checkpoint, True, True
         try:
             yield
         finally:
-            self._save_distributed_checkpoint = kind
+            self._save_distributed_checkpoint, self._saves_beside = kind, False
 
     def _in_fit(self: Any) -> bool:
         """Whether the end of a fit will wait for a save; after the fit users expect a synchronous one."""

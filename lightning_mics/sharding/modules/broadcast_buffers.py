@@ -7,8 +7,9 @@ saved all are made equal as well, so that what is evaluated is what is saved, an
 Most buffers never differ: masks, frequencies, power iterations. Only those that did are broadcast in a window. Which
 they are is found where ranks compare checksums of all buffers: before an evaluation, before a checkpoint, and after the
 last forward of windows 1, 3, 5, 9, 17 and so on. All ranks do so, whether or not their own buffers have changed. The
-comparisons after window 1 take two more windows, so that the host waits neither for the device nor for other ranks. A
-model without buffers has no part in this.
+comparisons after window 1 take two more windows, so that the host waits neither for the device nor for other ranks.
+Where steps are saved in memory, they go on at each save as well, beside the training. A model without buffers has no
+part in this.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class BufferBroadcast:
             root.register_forward_pre_hook(self._before_forward)
             root.register_forward_hook(self._after_forward, always_call=True)
 
+    _DONE = object()
+
     def make_equal(self) -> None:
         """Give all ranks the buffers of rank 0 if a forward has run since the last time; every rank calls it."""
         if self._may_differ:
@@ -66,6 +69,15 @@ class BufferBroadcast:
             self._finish_comparison()
             self._broadcast()
             self._may_differ = self._trained = self._begins_window = False
+
+    def compare_beside(self) -> None:
+        """Go on with a comparison of all ranks' buffers, without waiting for it; every rank calls it at a boundary.
+
+        The next forward begins with rank 0's values of those that are known to differ.
+        """
+        if self._may_differ and next(self._comparison, self._DONE) is self._DONE:
+            self._comparison = self._compare()
+            next(self._comparison, None)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, _module: nn.Module, _inputs: Any) -> None:
