@@ -51,6 +51,7 @@ class InMemoryJob:
     Args:
         settings: Settings of this node's keeper.
         local_size: Number of ranks on each node.
+        starts_keepers: Whether each node's first rank starts its keeper if there is none; else ranks wait for it.
 
     Attributes:
         holdings: What all keepers hold.
@@ -60,8 +61,9 @@ class InMemoryJob:
         KeeperError: On all ranks, if a keeper cannot be started or reached.
     """
 
-    def __init__(self, settings: KeeperSettings, *, local_size: int) -> None:
+    def __init__(self, settings: KeeperSettings, *, local_size: int, starts_keepers: bool = True) -> None:
         self._settings = settings
+        self._starts_keepers = starts_keepers
         self._rank, self._world_size, self._local_size = dist.get_rank(), dist.get_world_size(), local_size
         answers: list[_Answer | None] = on_all_ranks(self._meet)
         of_nodes = [answer for answer in answers if answer is not None]
@@ -82,12 +84,12 @@ class InMemoryJob:
 
     def _meet(self) -> _Answer | None:
         first = self._rank % self._local_size == 0
-        self._connection, is_new = connect_or_start(self._settings, starts=first)
+        self._connection = connect_or_start(self._settings, starts=first and self._starts_keepers)
         answer, _ = self._connection.ask({"do": "hello", "rank": self._rank})
         if not first:
             return None
         held, _ = self._connection.ask({"do": "list"})
-        return _Answer((str(answer["host"]), int(answer["port"])), held["held"], is_new)
+        return _Answer((str(answer["host"]), int(answer["port"])), held["held"], bool(answer["is_new"]))
 
     def open(self, stamp: Stamp, *, name: Any, weights_only: bool) -> InMemoryCheckpoint:
         """Open a step; every rank calls it.

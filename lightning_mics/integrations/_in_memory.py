@@ -21,7 +21,7 @@ from lightning_mics.collectives.agreement import on_all_ranks
 from lightning_mics.in_memory.job import InMemoryJob
 from lightning_mics.in_memory.keeper.memory import Stamp
 from lightning_mics.in_memory.reading import InMemoryCheckpoint
-from lightning_mics.integrations._keeper import keeper_settings
+from lightning_mics.integrations._keeper import STARTED, keeper_settings
 from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.topology import Topology
 
@@ -68,7 +68,7 @@ class StartedJob:
         settings = on_all_ranks(lambda: keeper_settings(os.environ, nodes=nodes))
         own = settings[0 if nodes == 1 else dist.get_rank()]  # a single node's name is that of rank 0's launcher
         self.local_size = local_size
-        self.job = InMemoryJob(own, local_size=local_size)
+        self.job = InMemoryJob(own, local_size=local_size, starts_keepers=STARTED not in os.environ)
         self._restarts = max(on_all_ranks(_restarts))
         _warn_of_launcher(nodes)
 

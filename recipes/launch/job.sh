@@ -19,10 +19,19 @@ preempted() {
 time_is_up=0
 # By #SBATCH --signal. The ranks receive SIGTERM, upon which all save and leave together. It goes to the steps of the
 # job, not to this script (scancel's manual) and not to srun, which would kill its tasks at once.
-trap 'time_is_up=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap 'time_is_up=1; [[ -z "${keepers:-}" ]] || kill -USR1 "$job"; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 # SLURM_RESTART_COUNT is there once the job has been queued again.
-srun python train.py "$@" ${SLURM_RESTART_COUNT:+resume=auto} &
+arguments=("$@" ${SLURM_RESTART_COUNT:+resume=auto})
+if [[ " $* " == *" strategy.in_memory_checkpoint="[0-9]* ]]; then
+    # shellcheck source=recipes/launch/in_memory.sh
+    source "${SLURM_SUBMIT_DIR:-.}/recipes/launch/in_memory.sh"
+    keep &
+    keepers=$!
+    train_on "${arguments[@]}" &
+else
+    srun python train.py "${arguments[@]}" &
+fi
 job=$!
 wait "$job"
 status=$?
@@ -30,6 +39,7 @@ if ((time_is_up)); then # the trap has ended the first wait
     wait "$job"
     status=$?
 fi
+[[ -z "${keepers:-}" ]] || kill "$keepers" 2>/dev/null
 if ((time_is_up && status == 0)) || preempted; then # a job that fails would be queued again for ever
     exec scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -34,8 +34,7 @@ def start() -> Iterator[Start]:
 
     def start(name: str = "node", **options: Any) -> tuple[KeeperConnection, KeeperSettings]:
         own = settings(name, **options)
-        connection, is_new = connect_or_start(own, starts=True)
-        assert is_new
+        connection = connect_or_start(own, starts=True)
         started.append(own)
         return connection, own
 
@@ -99,10 +98,17 @@ def test_it_outlives_its_ranks_and_the_next_start_finds_it(start: Start) -> None
     connection, own = start()
     commit(connection, open_area(connection), b"x" * 50)
     connection.close()
-    again, is_new = connect_or_start(own, starts=True)
-    assert not is_new
+    again = connect_or_start(own, starts=True)
     held = again.ask({"do": "list"})[0]["held"]
     assert held == [{"kind": kind, "rank": 0, "stamp": STAMP, "bytes": 50} for kind in ("private", "rows")]
+
+
+def test_it_knows_whether_it_has_met_a_rank_before(start: Start) -> None:
+    connection, own = start()
+    assert hello(connection)["is_new"] and hello(connection, rank=1)["is_new"]
+    connection.close()
+    again = connect_or_start(own, starts=False)
+    assert not hello(again, rank=1)["is_new"] and hello(again, rank=2)["is_new"]
 
 
 def test_a_part_is_read_over_the_network_as_it_was_written(start: Start) -> None:
@@ -192,7 +198,7 @@ def test_a_step_is_not_protected_while_the_other_keeper_is_dead(start: Start) ->
 def test_earlier_generations_are_forgotten_when_asked(start: Start) -> None:
     connection, own = start()
     commit(connection, open_area(connection), b"x")
-    again, _ = connect_or_start(own, starts=False)
+    again = connect_or_start(own, starts=False)
     connection.close()
     again.ask({"do": "forget", "before": 1})
     assert len(again.ask({"do": "list"})[0]["held"]) == 2

@@ -30,8 +30,25 @@ if [[ "$*" == *wait=true* ]]; then
 fi
 exit 7
 """
+SURVIVING_SRUN = """#!/usr/bin/env bash
+cd "$(dirname "$0")"
+kept="MASTER_ADDR=$MASTER_ADDR SLURM_RESTART_COUNT=${SLURM_RESTART_COUNT:-} MICS_KEEPER_STARTED=$MICS_KEEPER_STARTED"
+echo "$kept token=${#MICS_KEEPER_TOKEN} bad_exit=$SLURM_KILL_BAD_EXIT srun $*" >>calls
+if [[ "$*" == *keeper ]]; then
+    exec sleep 60
+fi
+next="$(head -n 1 deaths)" # status of this start, and the node that dies in it
+sed -i 1d deaths
+[[ "$next" == *" "* ]] && echo "${next#* }" >>dead
+exit "${next% *}"
+"""
+SINFO = """#!/usr/bin/env bash
+cat "$(dirname "$0")/dead"
+"""
 SCONTROL = """#!/usr/bin/env bash
-if [[ "$1" == show ]]; then
+if [[ "$2" == hostnames ]]; then
+    tr , "\n" <<<"$3"
+elif [[ "$1" == show ]]; then
     echo "JobId=$3 PreemptEligibleTime=2026-11-25T07:00:00 PreemptTime=$PREEMPTED"
 else
     echo "scontrol $*"
@@ -46,7 +63,7 @@ fi
 
 def fake_programs(tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL}.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
@@ -136,6 +153,64 @@ def test_a_job_that_was_preempted_is_queued_again(tmp_path: Path) -> None:
     run = start(tmp_path, SCRIPTS[0], "model=gpt2", PREEMPTED="2026-11-25T07:10:00")
     output, _ = run.communicate(timeout=30)
     assert output == "srun python train.py model=gpt2\nscontrol requeue 42\n"
+
+
+def surviving(tmp_path: Path, *deaths: str, **environment: str) -> tuple[int, list[str]]:
+    """Exit status and calls of srun of a job of two nodes and a spare one, whose starts end so."""
+    run = "strategy.in_memory_checkpoint=1"
+    folder = tmp_path / "bin"
+    nodes = {"SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "n1,n2,n3", "SLURM_NTASKS_PER_NODE": "8", "SPARES": "1"}
+    folder.mkdir()
+    for name, text in {"srun": SURVIVING_SRUN, "sinfo": SINFO}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "deaths").write_text("".join(f"{death}\n" for death in deaths))
+    (folder / "dead").touch()
+    more = tmp_path / "more"
+    more.mkdir()
+    variables = {"PATH": f"{folder}:{fake_programs(more)}:{os.environ['PATH']}", **nodes, **environment}
+    status = start(tmp_path / "unused", SCRIPTS[0], "model=gpt2", run, **variables).wait(timeout=30)
+    return status, (folder / "calls").read_text().splitlines()
+
+
+KEEPERS = (
+    "srun --overlap --no-kill --kill-on-bad-exit=0 --ntasks=3 --ntasks-per-node=1 --cpus-per-task=1 "
+    "--gpus-per-node=0 python -m lightning_mics keeper"
+)
+
+
+def trained(nodes: str, attempt: int, more: str = "") -> str:
+    return (
+        f"MASTER_ADDR={nodes[:2]} SLURM_RESTART_COUNT={attempt} MICS_KEEPER_STARTED=1 token=64 bad_exit=1 srun "
+        f"--overlap --no-kill --nodes=2 --nodelist={nodes} --ntasks=16 env SLURM_NNODES=2 python train.py model=gpt2 "
+        f"strategy.in_memory_checkpoint=1{more}"
+    )
+
+
+def test_a_spare_node_takes_the_place_of_a_dead_one(tmp_path: Path) -> None:
+    status, calls = surviving(tmp_path, "1 n1", "0")
+    assert status == 0
+    keepers = [call for call in calls if call.endswith("keeper")]
+    assert keepers == [f"MASTER_ADDR=n1 SLURM_RESTART_COUNT= MICS_KEEPER_STARTED=1 token=64 bad_exit=0 {KEEPERS}"]
+    assert [call for call in calls if call not in keepers] == [trained("n1,n2", 0), trained("n2,n3", 1)]
+
+
+def test_ranks_that_die_are_started_again_on_their_nodes(tmp_path: Path) -> None:
+    status, calls = surviving(tmp_path, "9", "9", "0", SLURM_RESTART_COUNT="2")
+    assert status == 0
+    starts = [trained("n1,n2", attempt, " resume=auto") for attempt in (2, 3, 4)]
+    assert [call for call in calls if not call.endswith("keeper")] == starts
+
+
+@pytest.mark.parametrize(
+    ("deaths", "restarts"), [(("5", "6", "7"), "2"), (("5 n1", "7 n2"), "20")], ids=["too many", "too few nodes"]
+)
+def test_a_job_that_cannot_go_on_ends_with_the_status_of_its_last_start(
+    tmp_path: Path, deaths: tuple[str, ...], restarts: str
+) -> None:
+    status, calls = surviving(tmp_path, *deaths, RESTARTS=restarts)
+    assert status == 7
+    assert len([call for call in calls if not call.endswith("keeper")]) == len(deaths)
 
 
 def test_jobs_of_a_sweep_ask_slurm_for_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

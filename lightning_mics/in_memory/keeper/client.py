@@ -152,8 +152,8 @@ class KeeperConnection:
         self._connection.close()
 
 
-def connect_or_start(settings: KeeperSettings, *, starts: bool) -> tuple[KeeperConnection, bool]:
-    """Connect to the keeper of this node, and start it if there is none; returns also whether this process did.
+def connect_or_start(settings: KeeperSettings, *, starts: bool) -> KeeperConnection:
+    """Connect to the keeper of this node, and start it if there is none.
 
     Args:
         settings: Settings of the keeper.
@@ -166,7 +166,7 @@ def connect_or_start(settings: KeeperSettings, *, starts: bool) -> tuple[KeeperC
     until = time.monotonic() + CONNECT_SECONDS
     while True:
         try:
-            return KeeperConnection.local(settings), process is not None
+            return KeeperConnection.local(settings)
         except (OSError, KeeperLostError) as error:
             if starts and process is None:
                 process = start_keeper(settings)

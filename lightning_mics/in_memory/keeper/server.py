@@ -55,6 +55,7 @@ class Keeper:
         self._lock = threading.Condition()
         self._areas: list[Area] = []
         self._ranks: dict[int, int] = {}  # rank by process
+        self._met: set[int] = set()  # ranks of all starts of the job
         self._last_rank = time.monotonic()
         self._ended = threading.Event()
         self._port = 0  # none
@@ -160,9 +161,12 @@ class Keeper:
     # -- for the ranks of this node ----------------------------------------------------------------------------------
 
     def _hello(self, request: Request) -> Answer:
+        rank = int(request.header["rank"])
         with self._lock:
-            self._ranks[request.process] = int(request.header["rank"])
-        return {"host": self._settings.host, "port": self._port, "process": os.getpid()}, ()
+            is_new = rank not in self._met
+            self._ranks[request.process] = rank
+            self._met.add(rank)
+        return {"host": self._settings.host, "port": self._port, "process": os.getpid(), "is_new": is_new}, ()
 
     def _open(self, request: Request) -> None:
         """Make or find the area of a rank, and send the descriptors of its slots."""
