@@ -18,15 +18,16 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kill_node.campaign import MOMENTS, Campaign, Death, Job
+from benchmarks.kill_node.campaign import MOMENTS, MOMENTS_WITH_DISK, Campaign, Death, Job
 from benchmarks.kill_node.nodes import preload
 from benchmarks.kill_node.page import write_page
 
 STEPS_PER_DEATH = 4
+STEPS_BETWEEN_SAVES = 2  # on a disk
 
 
 def deaths_of(job: Job, count: int, chance: random.Random) -> Iterator[Death]:
@@ -37,12 +38,13 @@ def deaths_of(job: Job, count: int, chance: random.Random) -> Iterator[Death]:
         count: Number of deaths.
         chance: Random numbers.
     """
-    moments = [*MOMENTS, "any", "any"]
+    moments = list(MOMENTS_WITH_DISK) if job.save_every else [*MOMENTS, "any", "any"]
     for number in range(count):
         moment, rank = moments[number % len(moments)], chance.randrange(job.world_size)
         if number % len(moments) == 0 and number:  # a certain node: the first one
             rank = 0
-        what = {len(MOMENTS): "rank", len(MOMENTS) + 1: "keeper"}.get(number % len(moments), "node")
+        others = {} if job.save_every else {len(MOMENTS): "rank", len(MOMENTS) + 1: "keeper"}
+        what = others.get(number % len(moments), "node")
         yield Death(moment, what, rank)
 
 
@@ -70,9 +72,10 @@ def run_job(
             "keepers_left": len(calm.keepers()),
         }
         found["statuses"] = list(statuses.values())
-    with campaign.running("without", options={"in_memory_checkpoint": None}) as without:
-        without.finish()
-        found["sent_bytes_without"] = without.sent_bytes()
+    if not job.save_every:
+        with campaign.running("without", options={"in_memory_checkpoint": None}) as without:
+            without.finish()
+            found["sent_bytes_without"] = without.sent_bytes()
     outcomes = []
     with campaign.running("disturbed") as run:
         after = 2
@@ -113,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", default=["4x2", "2x4"], help="nodes x ranks per node")
     parser.add_argument("--partition", nargs="+", type=int, default=[2, 4, 8], help="partition sizes")
     parser.add_argument("--kills", type=int, default=100, help="deaths in all (default: 100)")
+    parser.add_argument("--disk", action="store_true", help="resume from a ModelCheckpoint instead; nodes die only")
     parser.add_argument("--cut", action="store_true", help="also pull the cable of a node, in each job")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
     parser.add_argument("--out", type=Path, help="folder of the page and the numbers; without it nothing is written")
@@ -124,6 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number, (nodes, ranks, size) in enumerate(jobs):
         count = options.kills * (number + 1) // len(jobs) - options.kills * number // len(jobs)
         job = Job(nodes, ranks, size, steps=STEPS_PER_DEATH * (count + 1 + options.cut))
+        if options.disk:
+            job = replace(job, in_memory_checkpoint=None, save_every=STEPS_BETWEEN_SAVES)
         folder = Path(tempfile.mkdtemp(prefix="kill-node-"))  # stays if it fails
         results.append(run_job(job, list(deaths_of(job, count, chance)), chance, folder, cut=options.cut))
         shutil.rmtree(folder)

@@ -21,6 +21,7 @@ from benchmarks.emulated_cluster.network import Network
 from benchmarks.kill_node.nodes import Nodes
 
 MOMENTS = ("any", "copy", "unprotected", "optimizer", "validation", "window", "fetch", "first step", "recovery")
+MOMENTS_WITH_DISK = ("any", "save", "optimizer", "validation", "window", "fetch", "first step")
 AFTER_A_DEATH = ("first step", "recovery")  # moments that come after another death
 MOST_SECONDS = 90.0  # until a death or a recovery that should have come
 POLL_SECONDS = 0.01
@@ -39,6 +40,7 @@ class Job:
         width: Width of the model.
         validate_every: Optimizer steps between validations.
         in_memory_checkpoint: Option of the strategy.
+        save_every: Optimizer steps between checkpoints on a disk that all nodes share; None is none.
         rate: Rate of each link, such as ``"200mbit"``; None is unshaped.
     """
 
@@ -50,12 +52,18 @@ class Job:
     width: int = 64
     validate_every: int = 5
     in_memory_checkpoint: int | None = 1
+    save_every: int | None = None
     rate: str | None = None
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def most_lost(self) -> int:
+        """Steps, done by all ranks, that a death may cost: the checkpoint that it interrupts is not there."""
+        return 2 * self.save_every if self.save_every else 1
 
     def __str__(self) -> str:
         return f"{self.nodes}x{self.ranks_per_node}, partition size {self.partition_size}"
@@ -85,6 +93,7 @@ class Outcome:
         moment_step: Optimizer steps done when it came.
         done: Optimizer steps that all ranks had done.
         resumed: Step that the job resumed from.
+        most_lost: Steps that may be lost.
         seconds: Time until each part of going on: ``noticed`` (first rank), ``started`` (last process), ``loaded``,
             ``protected``, ``step`` (a new step is done on all ranks).
     """
@@ -93,12 +102,13 @@ class Outcome:
     moment_step: int
     done: int
     resumed: int
+    most_lost: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
-        """Whether at most one step was lost."""
-        return self.resumed >= self.done - 1
+        """Whether no more steps were lost than may be."""
+        return self.resumed >= self.done - self.most_lost
 
 
 class Diaries:
@@ -277,7 +287,7 @@ class Run:
             self._order(death)
             self._wait_for_order(death)
         killed = self._kill(death)
-        outcome = Outcome(death, max(self.steps_done()), min(self.steps_done()), -1)
+        outcome = Outcome(death, max(self.steps_done()), min(self.steps_done()), -1, self._job.most_lost)
         self._wait_for_recovery(outcome, killed)
         return outcome
 
@@ -326,7 +336,7 @@ class Run:
         for event, name in (
             ("start", "started"),
             ("agreed", "agreed"),
-            ("protected again", "protected"),
+            *([] if self._job.save_every else [("protected again", "protected")]),
             ("loaded", "loaded"),
             ("done", "step"),
         ):

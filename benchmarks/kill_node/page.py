@@ -40,16 +40,19 @@ def write_page(out: Path, arguments: Sequence[str], results: Sequence[dict[str, 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     lost = [outcome["done"] - outcome["resumed"] for outcome in outcomes]
     table = "\n".join(_row(found) for found in results)
+    save_every = results[0]["job"].get("save_every")
+    where = f"a ModelCheckpoint every {save_every} steps, on a disk," if save_every else "`in_memory_checkpoint=1`"
+    disk = "a disk that all nodes share" if save_every else "no checkpoint on a disk"
     moments = "\n".join(_moment(moment, outcomes) for moment in sorted({o["death"]["moment"] for o in outcomes}))
     (out / "README.md").write_text(
         f"""# Nodes that die, and a job that goes on
 
-**Question.** Does a job with `in_memory_checkpoint=1` go on with the same bits when nodes, ranks or keepers die at any
-moment, and how soon?
+**Question.** Does a job with {where} go on with the same bits when nodes, ranks or keepers die at any moment, and how
+soon?
 
 **Method.** Nodes are network namespaces joined by links on one machine, with torchrun on each and its store on a node
 that does not die. The job trains with dropout, a validation that draws random numbers, accumulation of two micro-steps,
-a loader with a worker, and no checkpoint on a disk. At an ordered moment the victim says that it has begun and waits
+a loader with a worker, and {disk}. At an ordered moment the victim says that it has begun and waits
 for SIGKILL; a dead node is replaced by one that stands by with everything imported. Losses are compared with those of
 the same job undisturbed, as exact numbers, of all ranks and micro-steps, also where computed twice.
 
@@ -95,8 +98,13 @@ def _row(found: dict[str, Any]) -> str:
     return (
         f"| {job['nodes']}x{job['ranks_per_node']}, {job['partition_size']} | {len(outcomes)} "
         f"| {found['different_losses']} of {found['losses']} | {_spread(whole)} | {_spread(rest)} "
-        f"| {found['sent_bytes'] / found['sent_bytes_without']:.3f} |"
+        f"| {_ratio(found)} |"
     )
+
+
+def _ratio(found: dict[str, Any]) -> str:
+    """Bytes sent with in-memory checkpoints over those without."""
+    return f"{found['sent_bytes'] / found['sent_bytes_without']:.3f}" if "sent_bytes_without" in found else "-"
 
 
 def _moment(moment: str, outcomes: Sequence[dict[str, Any]]) -> str:
@@ -117,7 +125,7 @@ def _spread(values: Sequence[float]) -> str:
 def _draw(file: Path, outcomes: Sequence[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
     start = 0.0
-    for part in PARTS:
+    for part in (part for part in PARTS if all(part in outcome["seconds"] for outcome in outcomes)):
         end = statistics.median(outcome["seconds"][part] for outcome in outcomes)
         axes.barh(0, max(0.0, end - start), left=start, label=f"{WORDS[part]}: {end:.1f} s")
         start = max(start, end)

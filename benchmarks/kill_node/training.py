@@ -19,11 +19,13 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_mics import MiCSStrategy, ResumableSampler
+from lightning_mics.checkpoint.dcp.writer import ShardWriter
 from lightning_mics.in_memory.keeper.client import KeeperConnection
 from lightning_mics.in_memory.saver import StepSaver
 
@@ -143,8 +145,8 @@ class Model(L.LightningModule):
 
 
 def stop_where_ordered(diary: Diary) -> None:
-    """Let a rank die while a step is copied, between its completion and its protection, or while it recovers."""
-    copy, again, ask = StepSaver._copy, StepSaver.copy, KeeperConnection.ask
+    """Let a rank die while a step is copied or written, before it is on two nodes, or while the rank recovers."""
+    copy, again, ask, write = StepSaver._copy, StepSaver.copy, KeeperConnection.ask, ShardWriter.write_data
 
     def copied(self: StepSaver, slots: Any, slot: int, saving: Any) -> None:
         diary.reach("copy")
@@ -160,10 +162,16 @@ def stop_where_ordered(diary: Diary) -> None:
             diary.reach("unprotected")
         return ask(self, request, *payload, **options)
 
+    def written(self: ShardWriter, *arguments: Any) -> Any:
+        result = write(self, *arguments)  # this rank's file is there, the checkpoint is not
+        diary.reach("save")
+        return result
+
     patched: list[tuple[Any, str, Callable[..., Any]]] = [
         (StepSaver, "_copy", copied),
         (StepSaver, "copy", copied_again),
         (KeeperConnection, "ask", asked),
+        (ShardWriter, "write_data", written),
     ]
     for kind, name, function in patched:
         setattr(kind, name, function)
@@ -190,6 +198,14 @@ def _bytes_of(tensors: list[Any]) -> list[bytes]:
 
 def _digest(content: list[bytes]) -> str:
     return hashlib.sha256(b"".join(content)).hexdigest()
+
+
+def callbacks_of(options: dict[str, Any]) -> list[L.Callback]:
+    """A callback that saves on a disk that all nodes share, if steps are to be saved there."""
+    if not options["save_every"]:
+        return []
+    folder = Path(options["folder"], "checkpoints")
+    return [ModelCheckpoint(folder, every_n_train_steps=options["save_every"], save_last=True)]
 
 
 def main() -> None:
@@ -224,12 +240,13 @@ def main() -> None:
         limit_val_batches=2,
         num_sanity_val_steps=0,
         logger=False,
-        enable_checkpointing=False,
+        callbacks=callbacks_of(options),
+        enable_checkpointing=bool(options["save_every"]),
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(model)
+    trainer.fit(model, ckpt_path="last" if options["save_every"] else None)
     written = Path("/proc/self/io").read_text().partition("\nwrite_bytes: ")[2].split("\n")[0]
     diary.write("end", digests=digests_of(trainer, model), disk_bytes=int(written))
 
