@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_mics.checkpoint import random_states
@@ -92,6 +93,7 @@ def resume(trainer: pl.Trainer, saved: ResumeState) -> None:
         RuntimeError: If it was not a boundary of the saved run, and the number of ranks or the batch size differs.
     """
     now, loop = EpochGeometry.of(trainer), trainer.fit_loop
+    _note_saved_step(trainer)
     if saved.geometry.world_size == now.world_size:
         random_states.restore(saved.random_state)
     else:
@@ -131,6 +133,17 @@ def position_in_epoch(micro_steps: int, *, now: EpochGeometry, saved: EpochGeome
             f"{now.micro_steps}; {_remedy(now, saved)}"
         )
     return position
+
+
+def _note_saved_step(trainer: pl.Trainer) -> None:
+    """Tell callbacks that save by optimizer steps that the step of now is saved.
+
+    Lightning does not restore that. They would save it once more after each batch until the next step is done: without
+    the gradients of the open window, and with buffers that are made equal in its middle.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps >= 1:
+            callback._last_global_step_saved = trainer.global_step
 
 
 # -- position in the epoch ---------------------------------------------------------------------------------------------
