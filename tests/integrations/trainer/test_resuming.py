@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
+from lightning_mics import ResumableSampler
 from lightning_mics.integrations.trainer.resuming import EpochGeometry, position_in_epoch
 from tests.support.fits import refusal
 from tests.support.models import TinyModule, tokens
@@ -134,3 +139,58 @@ def test_missing_gradients_are_rejected_on_other_ranks_and_warned_of_on_the_same
     assert error == "nothing was refused"
     assert "saved after 1 of 2 micro-steps of an optimizer step; their gradients are not in it" in told
     assert "gradients are not in it" not in heard["same ranks"][1]
+
+
+class Averaging(TinyModule):
+    """Keeps a mean of its own samples in a buffer, and every loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.losses: dict[int, str] = {}
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            self.mean.mul_(0.5).add_(batch.float().mean())
+        loss = super().training_step(batch, batch_idx) * (1 + self.mean / 100)
+        self.losses[batch_idx] = loss.item().hex()
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("value", float(self.global_step))
+
+
+def _resumed_in_a_window(folder: Path) -> dict[str, Any]:
+    """Losses of a run and of one that resumes after its second step, and the files that the latter has written."""
+    facts: dict[str, Any] = {}
+    for name, ckpt_path in (("whole", None), ("resumed", folder / "whole" / "steps" / "epoch=0-step=2.ckpt")):
+        module = Averaging()
+        monitoring = ModelCheckpoint(folder / name / "monitored", monitor="value", save_top_k=-1, filename="{step}")
+        trainer = make_trainer(
+            folder,
+            strategy=mics(ranks_per_node=1),
+            devices=dist.get_world_size(),
+            accumulate_grad_batches=2,
+            use_distributed_sampler=False,
+            callbacks=[ModelCheckpoint(folder / name / "steps", every_n_train_steps=2, save_top_k=-1), monitoring],
+            enable_checkpointing=True,
+            max_steps=4,
+            val_check_interval=4,
+            limit_val_batches=1,
+        )
+        data: Any = tokens(34)
+        loader = StatefulDataLoader(data, batch_size=2, sampler=ResumableSampler(data, global_batch_size=8))
+        trainer.fit(module, loader, val_dataloaders=DataLoader(tokens(4), batch_size=2), ckpt_path=ckpt_path)
+        facts[name] = module.losses
+        facts[f"{name} steps"], facts[f"{name} monitored"] = (
+            sorted(path.name for path in (folder / name / kind).iterdir()) for kind in ("steps", "monitored")
+        )
+    return facts
+
+
+def test_a_resumed_run_does_not_save_its_step_again_in_the_next_window(tmp_path: Path) -> None:
+    for facts in on_ranks(_resumed_in_a_window, tmp_path, world_size=2):
+        assert facts["whole steps"] == ["epoch=0-step=2.ckpt", "epoch=0-step=4.ckpt"]
+        assert facts["resumed steps"] == ["epoch=0-step=4.ckpt"]
+        assert facts["resumed"] == {number: facts["whole"][number] for number in range(4, 8)}
+        assert facts["resumed monitored"] == facts["whole monitored"] == ["step=2.ckpt", "step=4.ckpt"]
