@@ -103,6 +103,11 @@ def _device_types(group: Any) -> set[str]:
     return {device.type for device in group._device_types}
 
 
+def has_timed_out(error: BaseException) -> bool:
+    """Whether a collective over gloo has failed because a rank did not come in time."""
+    return "Timed out waiting" in str(error)
+
+
 def was_cut_off(error: BaseException) -> bool:
     """Whether a collective has failed because other ranks closed its connections, or did not come."""
     words = str(error)

@@ -9,7 +9,7 @@ from datetime import timedelta
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_mics._torch.process_groups import was_left_waiting
-from lightning_mics.collectives.control_plane import RanksDifferError
+from lightning_mics.collectives.control_plane import MissingRanksError, RanksDifferError
 
 
 class DamagedCheckpointError(RuntimeError):
@@ -47,11 +47,12 @@ def all_ranks_answer(what: str, *, timeout: timedelta | None) -> Generator[None]
     except RuntimeError as error:
         if not was_left_waiting(error):
             raise
+        known = f" ({error.found})" if isinstance(error, MissingRanksError) else ""
         limit = "torch's default timeout" if timeout is None else f"timeout={timeout.total_seconds():g} s"
         raise SilentRankError(
             f"{what} failed: at least one rank did not answer within {limit}; it hangs or has died, so look for the "
-            "rank that does not report this error. Checkpoints that were complete before are unchanged. If ranks need "
-            "longer than that, give the strategy a larger timeout"
+            f"rank that does not report this error{known}. Checkpoints that were complete before are unchanged. If ranks "
+            "need longer than that, give the strategy a larger timeout"
         ) from error
 
 

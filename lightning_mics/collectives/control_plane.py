@@ -47,7 +47,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_mics._torch.control import exchange, gloo_group, group_of_all, is_rehearsed, job_store, was_cut_off
+from lightning_mics._torch.control import (
+    exchange,
+    gloo_group,
+    group_of_all,
+    has_timed_out,
+    is_rehearsed,
+    job_store,
+    was_cut_off,
+)
 from lightning_mics.collectives import watcher
 from lightning_mics.collectives.watcher import RAISES, Waiting, Watcher, difference, kind
 
@@ -59,6 +67,19 @@ class RanksDifferError(RuntimeError):
     """Ranks called different units, or the same ones in another order or number; or one of them has raised."""
 
     raised_by_all_ranks = True
+
+
+class MissingRanksError(RuntimeError):
+    """A collective has timed out; the message names the ranks that did not come.
+
+    Args:
+        found: Which ranks they are, in words.
+        error: Error of the collective.
+    """
+
+    def __init__(self, found: str, error: BaseException) -> None:
+        super().__init__(f"{found}. {error}")
+        self.found = found
 
 
 class Stream:
@@ -103,6 +124,7 @@ class Stream:
     def add(self, entry: str) -> int:
         """Add ``entry`` without agreement; returns its position."""
         self._entries.append((entry, self._plane.micro_step))
+        self._plane.last_entry = entry
         self._last = entry
         self._count += 1
         return self._count - 1
@@ -142,6 +164,7 @@ class ControlPlane:
         verdict: Error of the job in words; None while there is none.
         micro_step: Micro-step that this rank is in, counted from 1 since the first model was sharded.
         has_raised: Whether this rank has raised an exception, which matters more than its verdict.
+        last_entry: What this rank has begun last, in words, in any stream.
         has_lost_ranks: Whether a connection to another rank was lost, and nobody said why: it has probably died.
     """
 
@@ -150,6 +173,7 @@ class ControlPlane:
         self.micro_step = 1
         self.has_raised = False
         self.has_lost_ranks = False
+        self.last_entry = "the start"
         self._timeout = timeout
         self._streams: dict[tuple[int, ...], Stream] = {}
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
@@ -164,6 +188,12 @@ class ControlPlane:
     def group(self) -> dist.ProcessGroup | None:
         """The gloo group of all ranks, also where there is one; None, the default group, in a rehearsal."""
         return self._group
+
+    @property
+    def doing(self) -> str:
+        """What this rank does now, in words."""
+        waiting = [stream.waiting.entry for stream in list(self._streams.values()) if stream.waiting is not None]
+        return f"{(waiting or [self.last_entry])[0]!r} (micro-step {self.micro_step})"
 
     def stream(self, ranks: Sequence[int]) -> Stream | None:
         """The stream of ``ranks``, all of which call; None where nobody could differ."""
@@ -271,11 +301,18 @@ class ControlPlane:
     def explained(self, error: BaseException) -> BaseException:
         """The job's error in place of ``error``, if that one is its effect; waits a moment until it is known.
 
+        Where a collective has timed out, all ranks are asked what they do: some may not answer.
+
         A rank that has raised an exception has said so before it ended. One that has died has not, and nobody waits:
         the others lose their connections one after the other, and each would wait anew.
         """
-        if self._watcher is None or not was_cut_off(error):
+        if self._watcher is None or not was_cut_off(error) or isinstance(error, MissingRanksError):
             return error
+        if has_timed_out(error) and self.verdict is None and not self.has_lost_ranks:
+            self.has_lost_ranks = True
+            found = watcher.missing(self._watcher.call_roll(), rank=self._rank, doing=self.doing)
+            if self.verdict is None:
+                return MissingRanksError(found, error)
         until = time.monotonic() + (0.0 if self.has_lost_ranks else watcher.ANSWER)
         while self.verdict is None and self._watcher.has_news() and time.monotonic() < until:
             time.sleep(watcher.TICK / 5)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -49,6 +49,21 @@ class Waiting:
     told: bool = False
 
 
+@dataclass
+class RollCall:
+    """A question to all ranks what they do.
+
+    Attributes:
+        ranks: The other ranks.
+        number: Number of the question in the store; None before it is there.
+        answers: What each rank that has answered does, in words.
+    """
+
+    ranks: list[int]
+    number: int | None = None
+    answers: dict[int, str] = field(default_factory=dict)
+
+
 class Watcher:
     """The thread of one rank that looks for entries of others that differ from its own, and for the verdict.
 
@@ -66,6 +81,7 @@ class Watcher:
         self._rank = dist.get_rank()
         self._asked = 0  # questions of others that were read
         self._open: list[dict[str, Any]] = []  # those that this rank cannot answer yet
+        self._roll: RollCall | None = None
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="mics control plane", daemon=True)
@@ -88,6 +104,26 @@ class Watcher:
         with self._lock:
             number = self._store.add("asked", 1)
             self._store.set(f"question/{number}", json.dumps(question))
+
+    def call_roll(self) -> RollCall:
+        """Ask all ranks what they do, and wait a moment for their answers."""
+        roll = self._roll = RollCall([rank for rank in range(dist.get_world_size()) if rank != self._rank])
+        until = time.monotonic() + ANSWER
+        while len(roll.answers) < len(roll.ranks) and time.monotonic() < until:
+            time.sleep(TICK / 5)
+        self._roll = None
+        return roll
+
+    def _go_on_with_roll(self, roll: RollCall) -> None:
+        if roll.number is None:
+            with self._lock:
+                number = self._store.add("asked", 1)
+                self._store.set(f"question/{number}", json.dumps({"rank": self._rank, "roll": number}))
+            roll.number = number
+        for rank in roll.ranks:
+            key = f"roll/{roll.number}/{rank}"
+            if rank not in roll.answers and self._store.check([key]):
+                roll.answers[rank] = self._store.get(key).decode()
 
     def _watch(self) -> None:
         plane = self._plane
@@ -117,12 +153,18 @@ class Watcher:
                 self._open += [json.loads(self._store.get(key)) for key in keys]
                 self._asked = asked
         self._open = [question for question in self._open if not self._answer(plane, question)]
+        if (roll := self._roll) is not None:
+            self._go_on_with_roll(roll)
         with self._lock:
             if plane.verdict is None and self._store.check(["verdict"]):
                 plane.verdict = self._store.get("verdict").decode()
 
     def _answer(self, plane: ControlPlane, question: dict[str, Any]) -> bool:
         """Compare an entry of another rank with this rank's; returns whether that is done."""
+        if "roll" in question:
+            if question["rank"] != self._rank:
+                self._store.set(f"roll/{question['roll']}/{self._rank}", plane.doing)
+            return True
         stream = self._streams.get(tuple(question["ranks"]))
         if stream is None or question["rank"] == self._rank:
             return True
@@ -190,6 +232,31 @@ def difference(words: dict[int, str]) -> str:
         f"ranks take different ways: {does}. All ranks must call the same units, in the same order and as often; if "
         "it depends on a rank's own data which of them are used in training, pass allow_unused=True"
     )
+
+
+def missing(roll: RollCall, *, rank: int, doing: str) -> str:
+    """Which ranks do not answer, or are elsewhere, in one sentence.
+
+    Args:
+        roll: The answers.
+        rank: Rank that has asked.
+        doing: What it does itself.
+    """
+    if roll.number is None:
+        return "the job's store does not answer: the node that holds it has died, or the network to it is cut"
+    silent = [other for other in roll.ranks if other not in roll.answers]
+    if silent:
+        verb, whose = ("does", "it has died, is stopped, or its node") if len(silent) == 1 else (
+            "do", "they have died, are stopped, or their node"
+        )  # fmt: skip
+        return f"{_named(silent)} {verb} not answer: {whose} cannot be reached"
+    places: dict[str, list[int]] = {}
+    for other, place in roll.answers.items():
+        places.setdefault(place, []).append(other)
+    elsewhere = [f"{_named(of)} is at {place}" for place, of in places.items() if place != doing]
+    if elsewhere:
+        return f"{', '.join(elsewhere[:3])}, while rank {rank} is at {doing}"
+    return "all ranks answer, and are at the same place: the network between them is cut, or too slow"
 
 
 def _named(ranks: list[int]) -> str:

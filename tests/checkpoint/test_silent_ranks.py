@@ -90,8 +90,9 @@ def test_a_rank_that_hangs_while_saving_is_an_error_and_the_checkpoint_before_st
         assert kind == "SilentRankError"
         assert message == (
             f"saving {tmp_path / 'first.ckpt'} failed: at least one rank did not answer within timeout=3 s; it hangs "
-            "or has died, so look for the rank that does not report this error. Checkpoints that were complete before "
-            "are unchanged. If ranks need longer than that, give the strategy a larger timeout"
+            f"or has died, so look for the rank that does not report this error (rank {silent} does not answer: it has "
+            "died, is stopped, or its node cannot be reached). Checkpoints that were complete before are unchanged. If "
+            "ranks need longer than that, give the strategy a larger timeout"
         )
     assert inspect.main([str(tmp_path / "first.ckpt")]) == 0
 
