@@ -51,8 +51,8 @@ def all_ranks_answer(what: str, *, timeout: timedelta | None) -> Generator[None]
         limit = "torch's default timeout" if timeout is None else f"timeout={timeout.total_seconds():g} s"
         raise SilentRankError(
             f"{what} failed: at least one rank did not answer within {limit}; it hangs or has died, so look for the "
-            f"rank that does not report this error{known}. Checkpoints that were complete before are unchanged. If ranks "
-            "need longer than that, give the strategy a larger timeout"
+            f"rank that does not report this error{known}. Checkpoints that were complete before are unchanged. If "
+            "ranks need longer than that, give the strategy a larger timeout"
         ) from error
 
 

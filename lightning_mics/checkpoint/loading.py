@@ -105,7 +105,7 @@ def load_opened(
 
     Args:
         opened: The checkpoint.
-        path: Its path or name, in errors.
+        path: Path or name of the checkpoint, in errors.
         model: The sharded model.
         optimizers: The model's optimizers.
         strict: Whether the checkpoint's parameters must be those of the model.

@@ -42,6 +42,12 @@ class FabricCheckpoints:
 
         Without a model, as with ``model.state_dict()`` as the state, one file with unsharded tensors is written.
 
+        Args:
+            path: Path or URL of the checkpoint.
+            state: Models, optimizers, and all else, by their keys.
+            storage_options: Not supported.
+            filter: Functions of key and entry by the state's keys; they return whether an entry is saved.
+
         Raises:
             TypeError: If ``storage_options`` are given, which are for a ``CheckpointIO``.
         """
@@ -168,6 +174,12 @@ class FabricCheckpoints:
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Load a checkpoint of Fabric or the Trainer into the objects in ``state``, in place; every rank calls it.
+
+        Args:
+            path: Path or URL of the checkpoint.
+            state: Models, optimizers, and all else, by their keys; or a model alone.
+            strict: Whether the checkpoint must have all keys of ``state``.
+            weights_only: Whether plain data and tensors only are read; None takes the strategy's option.
 
         Returns:
             Entries of the checkpoint that ``state`` has no key for.

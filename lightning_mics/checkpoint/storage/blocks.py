@@ -95,7 +95,12 @@ class CheckedFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a position, in bytes from the beginning, the position or the end; returns it."""
+        """Go to a position; returns it.
+
+        Args:
+            offset: Distance in bytes.
+            whence: Where it begins: ``io.SEEK_SET``, ``io.SEEK_CUR`` or ``io.SEEK_END``.
+        """
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
         return self._position
 
