@@ -117,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--partition", nargs="+", type=int, default=[2, 4, 8], help="partition sizes")
     parser.add_argument("--kills", type=int, default=100, help="deaths in all (default: 100)")
     parser.add_argument("--disk", action="store_true", help="resume from a ModelCheckpoint instead; nodes die only")
+    parser.add_argument("--imports", action="store_true", help="ranks import everything when they start")
     parser.add_argument("--cut", action="store_true", help="also pull the cable of a node, in each job")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
     parser.add_argument("--out", type=Path, help="folder of the page and the numbers; without it nothing is written")
@@ -128,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number, (nodes, ranks, size) in enumerate(jobs):
         count = options.kills * (number + 1) // len(jobs) - options.kills * number // len(jobs)
         job = Job(nodes, ranks, size, steps=STEPS_PER_DEATH * (count + 1 + options.cut))
+        job = replace(job, imports=options.imports)
         if options.disk:
             job = replace(job, in_memory_checkpoint=None, save_every=STEPS_BETWEEN_SAVES)
         folder = Path(tempfile.mkdtemp(prefix="kill-node-"))  # stays if it fails

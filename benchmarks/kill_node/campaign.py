@@ -41,6 +41,7 @@ class Job:
         validate_every: Optimizer steps between validations.
         in_memory_checkpoint: Option of the strategy.
         save_every: Optimizer steps between checkpoints on a disk that all nodes share; None is none.
+        imports: Whether ranks that start import everything; else they are forked from a process that has.
         rate: Rate of each link, such as ``"200mbit"``; None is unshaped.
     """
 
@@ -53,6 +54,7 @@ class Job:
     validate_every: int = 5
     in_memory_checkpoint: int | None = 1
     save_every: int | None = None
+    imports: bool = False
     rate: str | None = None
 
     @property
@@ -174,7 +176,7 @@ class Campaign:
             nodes = Nodes(cluster, logs=folder, environment=environment)
             run = Run(self._job, nodes, folder, self._numbers, cluster.network)
             nodes.start_store()
-            for node in range(self._job.nodes + 1):
+            for node in range(self._job.nodes + 1 if not self._job.imports else 0):
                 nodes.stand_by(node)
             try:
                 for node in range(self._job.nodes):
@@ -207,8 +209,10 @@ class Run:
             node,
             [
                 *("--nnodes", str(job.nodes), "--nproc-per-node", str(job.ranks_per_node), "--max-restarts", "1000"),
-                *("-m", "lightning_mics", "warm", "-m", "benchmarks.kill_node.training"),
+                *([] if job.imports else ["-m", "lightning_mics", "warm"]),
+                *("-m", "benchmarks.kill_node.training"),
             ],
+            imports=job.imports,
         )
 
     def wait(self, ready: Callable[[], Any], what: str, *, seconds: float = MOST_SECONDS) -> Any:
@@ -319,7 +323,8 @@ class Run:
         if death.what == "node":
             self.nodes.kill(node)
             self.launch(self._standby)
-            self.nodes.stand_by(node)
+            if not self._job.imports:
+                self.nodes.stand_by(node)
             self._standby_before, self._standby = self._standby, node
         elif death.what == "rank":
             os.kill(place["process"], signal.SIGKILL)

@@ -56,12 +56,13 @@ class Nodes:
         """Have a node ready, with everything imported."""
         self._fork(node, lambda: warm.serve(warm.address()))
 
-    def launch(self, node: int, arguments: Sequence[str]) -> None:
+    def launch(self, node: int, arguments: Sequence[str], *, imports: bool = False) -> None:
         """Start torchrun on a node.
 
         Args:
             node: Number of the node.
             arguments: Arguments of torchrun after those of the rendezvous.
+            imports: Whether in an interpreter of its own, which imports everything, as ranks then do.
         """
         rendezvous = [
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self._network.address(self.head)}:{STORE_PORT}"),
@@ -70,6 +71,8 @@ class Nodes:
         ]
 
         def run() -> None:
+            if imports:
+                os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *rendezvous, *arguments])
             sys.argv = ["torchrun", *rendezvous, *arguments]
             runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
 

@@ -42,6 +42,7 @@ def write_page(out: Path, arguments: Sequence[str], results: Sequence[dict[str, 
     table = "\n".join(_row(found) for found in results)
     save_every = results[0]["job"].get("save_every")
     where = f"a ModelCheckpoint every {save_every} steps, on a disk," if save_every else "`in_memory_checkpoint=1`"
+    stands_by = "has imported nothing, as ranks that start" if results[0]["job"].get("imports") else "has all imported"
     disk = "a disk that all nodes share" if save_every else "no checkpoint on a disk"
     moments = "\n".join(_moment(moment, outcomes) for moment in sorted({o["death"]["moment"] for o in outcomes}))
     (out / "README.md").write_text(
@@ -53,7 +54,7 @@ soon?
 **Method.** Nodes are network namespaces joined by links on one machine, with torchrun on each and its store on a node
 that does not die. The job trains with dropout, a validation that draws random numbers, accumulation of two micro-steps,
 a loader with a worker, and {disk}. At an ordered moment the victim says that it has begun and waits
-for SIGKILL; a dead node is replaced by one that stands by with everything imported. Losses are compared with those of
+for SIGKILL; a dead node is replaced by one that {stands_by}. Losses are compared with those of
 the same job undisturbed, as exact numbers, of all ranks and micro-steps, also where computed twice.
 
 **Machine.** {os.cpu_count()} cores, {platform.system()} {platform.release()}; Python {platform.python_version()}, torch
