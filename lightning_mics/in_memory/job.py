@@ -27,13 +27,14 @@ from lightning_mics.collectives.agreement import on_all_ranks
 from lightning_mics.in_memory.holdings import Holdings
 from lightning_mics.in_memory.keeper.client import KeeperSettings, connect_or_start
 from lightning_mics.in_memory.keeper.memory import Stamp
-from lightning_mics.in_memory.plan import Holders, Plan
+from lightning_mics.in_memory.plan import BLOB_BYTES, Holders, Plan
 from lightning_mics.in_memory.reading import InMemoryCheckpoint, Keepers
 from lightning_mics.in_memory.saver import NOTHING, StepSaver
 from lightning_mics.in_memory.table import joined
 from lightning_mics.topology import Topology
 
 SLOTS = 2  # of each rank
+PRIVATE_BYTES = 2**15  # about the states of a rank's random number generators
 
 
 @dataclass(frozen=True)
@@ -171,25 +172,46 @@ class InMemoryJob:
                 pickled = serialized({**meta, LAYOUT_KEY: layout.plain()}, warns=first)
             plan.set_blob(joined(_pickled(objects), pickled))
         if first:
-            self._check_memory()
+            self._check_memory(self._slot_bytes())
         self.saver.save(step, read_protected=read_protected)
 
-    def _check_memory(self) -> None:
-        """Compare the memory that two steps take on each node with what there is; every rank calls it."""
+    def expect(self, shard_bytes: int, topology: Topology) -> int:
+        """Compare what steps will take with the hosts' memory, before there is one; every rank calls it.
+
+        Args:
+            shard_bytes: Bytes of this rank's weights and optimizer states.
+            topology: Positions of all ranks, with the hosts as nodes.
+
+        Returns:
+            The most bytes of a node.
+
+        Raises:
+            HostMemoryError: On all ranks, if the hosts have too little memory.
+        """
+        private = PRIVATE_BYTES + (0 if self._rank else BLOB_BYTES)
+        return self._check_memory(Holders.of(topology).copies * (shard_bytes // topology.replicas + private))
+
+    def _slot_bytes(self) -> int:
+        """Bytes of this rank's parts, and of those that it sends, in one slot."""
         own = {(part.kind, part.rank): part.layout().capacity_bytes for part in self.saver.plan.parts}
         sent = sum(own[key] for key in [("private", self._rank), *self.saver.plan.forwarded])
-        of_ranks = on_all_ranks(
-            lambda: (sum(own.values()) + (sent if len(self._addresses) > 1 else 0), _usable_bytes())
-        )
+        return sum(own.values()) + (sent if len(self._addresses) > 1 else 0)
+
+    def _check_memory(self, slot_bytes: int) -> int:
+        """Compare the memory that two steps take on each node with what there is; every rank calls it."""
+        of_ranks = on_all_ranks(lambda: (slot_bytes, _usable_bytes()))
+        most = 0
         for first in range(0, self._world_size, self._local_size):
             of_node = of_ranks[first : first + self._local_size]
             needed, usable = SLOTS * sum(size for size, _ in of_node), min(size for _, size in of_node)
+            most = max(most, needed)
             if needed > usable:
                 raise HostMemoryError(
                     f"in_memory_checkpoint takes {needed / 2**30:.3g} GiB of host memory per node, for two steps of "
                     f"two nodes, and {usable / 2**30:.3g} GiB may be used ({USABLE_SHARE:.0%} of what the host or its "
                     "control group has). It is less on more nodes, and half in bfloat16; or leave the option out"
                 )
+        return most
 
     def save_again(self) -> None:
         """Save the step that was loaded, before the first new one: a new node does not hold its part yet.

@@ -44,6 +44,11 @@ class Holders:
     replica_offset: int
     node_offset: int
 
+    @property
+    def copies(self) -> int:
+        """Number of nodes that have each byte."""
+        return 2 if self.node_offset else 1
+
     @classmethod
     def of(cls, topology: Topology) -> Holders:
         """The holders in a job."""

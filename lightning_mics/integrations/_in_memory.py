@@ -20,6 +20,7 @@ from lightning_mics.checkpoint import FullNames, random_states
 from lightning_mics.collectives.agreement import on_all_ranks
 from lightning_mics.in_memory.job import InMemoryJob
 from lightning_mics.in_memory.keeper.memory import Stamp
+from lightning_mics.in_memory.orphans import end_workers_with_this_rank
 from lightning_mics.in_memory.reading import InMemoryCheckpoint
 from lightning_mics.integrations._keeper import STARTED, keeper_settings
 from lightning_mics.sharding.sharded import Sharded
@@ -64,6 +65,7 @@ class StartedJob:
     """
 
     def __init__(self, *, local_size: int) -> None:
+        end_workers_with_this_rank()
         nodes = dist.get_world_size() // local_size
         settings = on_all_ranks(lambda: keeper_settings(os.environ, nodes=nodes))
         own = settings[0 if nodes == 1 else dist.get_rank()]  # a single node's name is that of rank 0's launcher
@@ -80,6 +82,15 @@ class StartedJob:
             return False
         return holdings.newest_in_part is not None or bool(self.job.all_keepers_are_new and self._restarts)
 
+    def tell_of_other_ranks(self) -> None:
+        """Warn if the newest whole step is one of another number of ranks."""
+        whole, now = self.job.holdings.newest, dist.get_world_size()
+        if whole is not None and whole.world_size != now:
+            rank_zero_warn(
+                f"the job goes on with {now} ranks after {whole.world_size}: from the same states, but with sums in "
+                "another order and other random numbers, so not with the same bits"
+            )
+
     def why(self) -> str:
         """Why there is nothing to resume from, in words, if steps were lost."""
         seen = self.job.holdings.newest_in_part
@@ -94,26 +105,38 @@ class StartedJob:
             "died together"
         )
 
-    def begin(self, topology: Topology, *, device: torch.device) -> None:
+    def begin(self, topology: Topology, *, device: torch.device) -> Topology:
         """Prepare to save, when the model is sharded; every rank calls it.
 
         Args:
             topology: Positions of all ranks, as they were sharded.
             device: Device of this rank.
+
+        Returns:
+            The positions with the hosts as nodes.
         """
         hosts = Topology(
             world_size=topology.world_size, ranks_per_node=self.local_size, partition_size=topology.partition_size
         )
         self.job.begin(hosts, device=device)
+        return hosts
 
-    def report(self, every: str) -> None:
+    def report_saved(self, every: str) -> None:
         """Say once what saving takes; every rank calls it, after the first save.
 
         Args:
             every: When a step is saved, in words.
         """
         on_all_ranks(self.job.saver.wait_until_protected)
-        per_node = max(on_all_ranks(self.job.node_bytes))
+        self.report(every, max(on_all_ranks(self.job.node_bytes)))
+
+    def report(self, every: str, per_node: int) -> None:
+        """Say what saving takes.
+
+        Args:
+            every: When a step is saved, in words.
+            per_node: Bytes of host memory.
+        """
         several = dist.get_world_size() > self.local_size
         where = "on two nodes" if several else "on this node only: it survives the death of ranks, not of the node"
         rank_zero_info(f"in-memory checkpoint: {every}, {where}; {per_node / 2**30:.3g} GiB of host memory per node")
@@ -177,6 +200,7 @@ class InMemoryLoop:
             if self._started.has_lost_steps:
                 raise NoWholeStepError(f"{self._started.why()}: load the newest checkpoint of a disk instead")
             return None
+        self._started.tell_of_other_ranks()
         name = StepInMemory.of(whole)
         own = random_states.capture()
         rest = fill(job.open(whole, name=name, weights_only=weights_only), own)
@@ -238,7 +262,7 @@ class InMemoryLoop:
             read_protected=lambda: -int(protected().item()),
         )
         if first:
-            self._started.report("where the loop saves")
+            self._started.report_saved("where the loop saves")
 
     def end(self) -> None:
         """End the keepers, when training is done; every rank calls it."""

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics._torch.accelerator import device_in_use
@@ -52,6 +53,35 @@ def state_after_a_trial_step(
     except Exception:  # an optimizer may raise anything
         return {}
     return {name: dict(trial.state[stand_in]) for name, stand_in in stand_ins.items()}
+
+
+def trained_bytes(model: nn.Module, optimizers: Sequence[Optimizer]) -> int | None:
+    """Bytes of this rank's parameters and of the states that their optimizers will keep. Every rank calls it.
+
+    Args:
+        model: The sharded model.
+        optimizers: The model's optimizers.
+
+    Returns:
+        The bytes, without counters and what else is not of a parameter's shape; None if an optimizer cannot be tried.
+    """
+    count = sum(_local(parameter).nbytes for parameter in model.parameters())
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if not group["params"]:
+                continue
+            smallest = min(group["params"], key=torch.numel)
+            tried = state_after_a_trial_step(optimizer, [{**group, "params": ["one"]}], {"one": smallest})
+            if not tried:
+                return None
+            kept = [v for v in tried["one"].values() if isinstance(v, Tensor) and v.shape == smallest.shape]
+            of_value = sum(tensor.element_size() for tensor in kept)
+            count += of_value * sum(_local(parameter).numel() for parameter in group["params"])
+    return count
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _zeros(parameter: nn.Parameter) -> nn.Parameter:

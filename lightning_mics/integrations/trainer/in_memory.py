@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_mics.checkpoint.content.trial_step import trained_bytes
 from lightning_mics.collectives.agreement import on_rank_0
 from lightning_mics.in_memory.reading import InMemoryCheckpoint
 from lightning_mics.integrations._in_memory import NoWholeStepError, StartedJob, StepInMemory
@@ -50,7 +51,7 @@ class InMemoryTraining:
         self._resume_start: Callable[..., None] = trainer._checkpoint_connector.resume_start
         vars(trainer._checkpoint_connector)["resume_start"] = self._start
         self._lost_from: int | None = None  # newest step of which a part is left, where no step is whole
-        self._is_ready = False
+        self._is_ready = self._is_reported = False
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
@@ -66,6 +67,7 @@ class InMemoryTraining:
     def _chosen(self, given: Any) -> Any:
         whole, seen = self._job.holdings.newest, self._job.holdings.newest_in_part
         if whole is not None:
+            self._started.tell_of_other_ranks()
             if given:
                 rank_zero_info(f"Resuming from {StepInMemory.of(whole)}, which takes precedence over {given}")
             return StepInMemory.of(whole)
@@ -99,13 +101,21 @@ class InMemoryTraining:
     # -- saving --------------------------------------------------------------------------------------------------------
 
     def begin(self, topology: Topology, *, device: torch.device) -> None:
-        """Prepare to save, when the model is sharded; every rank calls it.
+        """Prepare to save, and say what that takes, when the model is sharded; every rank calls it.
 
         Args:
             topology: Positions of all ranks, as they were sharded.
             device: Device of this rank.
+
+        Raises:
+            HostMemoryError: On all ranks, if the hosts have too little memory.
         """
-        self._started.begin(topology, device=device)
+        hosts, strategy = self._started.begin(topology, device=device), self._trainer.strategy
+        assert strategy.model is not None
+        shard_bytes = trained_bytes(strategy.model, strategy.optimizers)
+        if shard_bytes is not None:
+            self._started.report(self._when(), self._job.expect(shard_bytes, hosts))
+            self._is_reported = True
         self._is_ready = True
 
     def save_again(self) -> None:
@@ -136,8 +146,11 @@ class InMemoryTraining:
             rank_state=random_state,
             read_protected=read_saved,
         )
-        if first:
-            self._started.report("every optimizer step" if self._every == 1 else f"every {self._every} optimizer steps")
+        if first and not self._is_reported:
+            self._started.report_saved(self._when())
+
+    def _when(self) -> str:
+        return "every optimizer step" if self._every == 1 else f"every {self._every} optimizer steps"
 
     def confirm(self) -> None:
         """See :meth:`~lightning_mics.in_memory.saver.StepSaver.confirm`."""
