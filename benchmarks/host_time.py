@@ -32,7 +32,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
 RANKS, LAYERS, VOCABULARY, BATCH, SEQUENCE = 2, 8, 64, 4, 16
-STEPS, WARM_UP, COUNTED = 24, 4, 2
+WARM_UP, COUNTED = 4, 2
 SYSTEMS = {  # options of CommunicationOptions by system; None is plain FSDP2
     "fsdp2": None,
     "mics, as in the paper": {"cache_parameters": "never", "accumulate_gradients": "shard"},
@@ -121,7 +121,7 @@ def calls_of(step: Callable[[], None]) -> float:
     return calls / COUNTED
 
 
-def measure(rank: int, system: str, width: int, folder: str) -> None:
+def measure(rank: int, system: str, width: int, steps: int, folder: str) -> None:
     """What each rank runs; rank 0 writes seconds of the clock and of the processor, and calls, per step."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
@@ -129,7 +129,7 @@ def measure(rank: int, system: str, width: int, folder: str) -> None:
     for _ in range(WARM_UP):
         step()
     wall, processor = [], []
-    for _ in range(STEPS):
+    for _ in range(steps):
         begun, worked = time.perf_counter(), time.process_time()
         step()
         wall.append(time.perf_counter() - begun)
@@ -142,17 +142,18 @@ def measure(rank: int, system: str, width: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def measured_in(checkout: Path, system: str, width: int) -> dict[str, float]:
+def measured_in(checkout: Path, system: str, width: int, steps: int) -> dict[str, float]:
     """Measure a system with the package of a checkout, in processes of its own."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--measure", system, "--width", str(width), "--out", folder]
+        sizes = ["--width", str(width), "--steps", str(steps)]
+        command = [sys.executable, __file__, "--measure", system, *sizes, "--out", folder]
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
         found: dict[str, float] = json.loads(Path(folder, "found.json").read_text())
         return found
 
 
-def compare(against: Path | None, width: int, turns: int) -> Iterator[list[dict[str, Any]]]:
+def compare(against: Path | None, width: int, turns: int, steps: int) -> Iterator[list[dict[str, Any]]]:
     """Measure all systems in turns: after each, all measurements so far with their turn, system and checkout."""
     here = Path(__file__).resolve().parents[1]
     runs = [(here, "now", system) for system in SYSTEMS]
@@ -161,7 +162,9 @@ def compare(against: Path | None, width: int, turns: int) -> Iterator[list[dict[
     measured: list[dict[str, Any]] = []
     for turn in range(turns):
         for checkout, age, system in runs if turn % 2 == 0 else runs[::-1]:
-            measured.append({"turn": turn, "system": system, "checkout": age, **measured_in(checkout, system, width)})
+            measured.append(
+                {"turn": turn, "system": system, "checkout": age, **measured_in(checkout, system, width, steps)}
+            )
         yield measured
 
 
@@ -195,7 +198,7 @@ def geometric_mean_with_interval(ratios: Sequence[float]) -> list[float]:
     return [math.exp(mean), math.exp(mean - reach), math.exp(mean + reach)]
 
 
-def write_page(out: Path, arguments: Sequence[str], measured: Sequence[dict[str, Any]], width: int) -> None:
+def write_page(out: Path, arguments: Sequence[str], measured: Sequence[dict[str, Any]], width: int, steps: int) -> None:
     """The page of results from the measurements."""
     turns = 1 + max(entry["turn"] for entry in measured)
     rows = []
@@ -229,7 +232,7 @@ def write_page(out: Path, arguments: Sequence[str], measured: Sequence[dict[str,
 {torch.__version__}.
 
 **Constants.** {RANKS} CPU processes with one thread each, one partition group; {LAYERS} blocks of width {width}, two
-micro-steps and a step of AdamW; {turns} turns. Medians of {STEPS} steps; ratios are geometric means over turns of
+micro-steps and a step of AdamW; {turns} turns. Medians of {steps} steps; ratios are geometric means over turns of
 figures of the same turn, with their 95 % interval.
 
 **Commit.** {commit}, {time.strftime("%Y-%m-%d", time.gmtime())}.
@@ -251,17 +254,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host_time", description=__doc__.partition("\n")[0])
     parser.add_argument("--turns", type=int, default=20, help="of all systems (default: 20)")
     parser.add_argument("--width", type=int, default=32, help="of the model (default: 32)")
+    parser.add_argument("--steps", type=int, default=24, help="of each measurement (default: 24)")
     parser.add_argument("--against", type=Path, help="root of another checkout, such as a git worktree")
     parser.add_argument("--measure", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, required=True, help="folder of the page and the numbers")
     options = parser.parse_args(typed)
     if options.measure:
-        mp.start_processes(measure, (options.measure, options.width, str(options.out)), RANKS, start_method="fork")
+        mp.start_processes(
+            measure, (options.measure, options.width, options.steps, str(options.out)), RANKS, start_method="fork"
+        )
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    for measured in compare(options.against, options.width, options.turns):  # what there is stays if it is ended
+    for measured in compare(
+        options.against, options.width, options.turns, options.steps
+    ):  # what there is stays if it is ended
         (options.out / "results.json").write_text(json.dumps(measured, indent=1))
-        write_page(options.out, typed, measured, options.width)
+        write_page(options.out, typed, measured, options.width, options.steps)
     return 0
 
 
