@@ -26,7 +26,7 @@ def test_ratios_are_of_the_same_turn_and_the_page_shows_them(tmp_path: Path) -> 
     mean, low, high = ratio(measured, (PAPER, "now"), ("fsdp2", "now"), "wall")
     assert mean == pytest.approx((1.1 * 1.2) ** 0.5)
     assert low < mean < high < 2  # the machine's five times longer turn is in no ratio
-    write_page(tmp_path, ["--turns", "2"], measured, 32)
+    write_page(tmp_path, ["--turns", "2"], measured, 32, 24)
     page = (tmp_path / "README.md").read_text()
     assert f"| {PAPER} | plain FSDP2 | 3550.0 | 1000 | {mean:.3f} ({low:.3f} - {high:.3f}) |" in page
     assert f"| {PAPER} | the other checkout |" in page
