@@ -20,7 +20,7 @@ PAGES = (
     "docs/behaviors/*.md",
     "recipes/README.md",
     "benchmarks/README.md",
-    "benchmarks/results/*/README.md",
+    "benchmarks/results/**/README.md",
     "lightning_mics/*/README.md",
 )
 _LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()#\s]+)(#[^()\s]*)?\)")
