@@ -8,16 +8,19 @@ import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.optim import Adam, AdamW
 
 from lightning_mics import checkpoint
 from lightning_mics.checkpoint.dcp.unpickling import read_metadata
+from lightning_mics.checkpoint.errors import UnsafeCheckpointError
 from lightning_mics.checkpoint.storage.manifest import MANIFEST_FILE, FileFacts, Manifest
 from tests.support.checkpoints import (
     SHARDS,
@@ -375,3 +378,35 @@ def _killed_between_renames(folder: Path) -> Any:
         (folder / ".ckpt.unfinished").mkdir()
     dist.barrier()
     return load_into(path, sharded_model(seed=1))["meta"]
+
+
+class _WithGetattr(pickle.Pickler):
+    """Pickles members of enumerations as Python 3.11.0 to 3.11.3 do, and the class of metadata as ``hostile`` says."""
+
+    hostile = False
+
+    def reducer_override(self, value: Any) -> Any:
+        if self.hostile and isinstance(value, torch.Size):
+            return getattr, (Metadata, "__init__")
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+@pytest.mark.parametrize("hostile", [False, True], ids=["an enumeration", "anything else"])
+def test_members_of_enumerations_are_read_as_early_pythons_write_them(tmp_path: Path, hostile: bool) -> None:
+    run_ranks(2, _saved, tmp_path / "ckpt")
+    file = tmp_path / "ckpt" / ".metadata"
+    metadata, stream = read_metadata(file), io.BytesIO()
+    pickler = _WithGetattr(stream, protocol=pickle.HIGHEST_PROTOCOL)
+    pickler.hostile = hostile
+    pickler.dump(metadata)
+    assert b"getattr" in stream.getvalue()
+    file.write_bytes(stream.getvalue())
+    if hostile:
+        with pytest.raises(UnsafeCheckpointError, match=r"names builtins\.getattr"):
+            read_metadata(file)
+    else:
+        assert read_metadata(file) == metadata
+
+
+def _saved(path: Path) -> None:
+    save_shards(path, sharded_model())

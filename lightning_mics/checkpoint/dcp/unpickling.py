@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
@@ -139,7 +140,16 @@ class _Descriptions(pickle.Unpickler):
         found = getattr(torch, name, None) if module == "torch" else None
         if isinstance(found, torch.dtype) or name in _DESCRIPTIONS.get(module, ()):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3 pickle a member of an enumeration
+            return _member
         raise UnsafeCheckpointError(f"names {module}.{name}, which describes no tensor: loading it could run code")
+
+
+def _member(enumeration: Any, name: Any) -> Any:
+    """A member of an enumeration, and nothing else that ``getattr`` would return."""
+    if not (isinstance(enumeration, type) and issubclass(enumeration, Enum)):
+        raise UnsafeCheckpointError("names builtins.getattr, which describes no tensor: loading it could run code")
+    return enumeration[name]
 
 
 @contextmanager
