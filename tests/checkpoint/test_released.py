@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import tarfile
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """The losses that were recorded, and those after loading; on other ranks where ranks draw no random numbers."""
     folder = tmp_path_factory.mktemp(request.param)
     for name in FORMATS:
-        with tarfile.open(FOLDER / request.param / f"{name}.tar.gz") as archive:
-            archive.extractall(folder, filter="data")
+        shutil.unpack_archive(FOLDER / request.param / f"{name}.tar.gz", folder)
     of_trainer = [name for name in FORMATS if name.startswith("trainer")]  # noise of each rank is in the losses
     others = [name for name in FORMATS if name not in of_trainer]
     return {
