@@ -48,7 +48,6 @@ class PluginCheckpoints:
             SilentRankError: If a rank does not take part within the timeout.
             ValueError: If no model was prepared with a :class:`MiCSPlugin`.
         """
-        _prepared_model(accelerator)
         with all_ranks_answer(f"saving {path}", timeout=self._timeout):
             checkpoint.save_sharded(storage_path(path), **_states(accelerator, state))
 
