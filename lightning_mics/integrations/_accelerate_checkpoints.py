@@ -120,7 +120,7 @@ class PluginCheckpoints:
         def fill(stored: InMemoryCheckpoint, own: dict[str, Tensor]) -> Mapping[str, Any]:
             sharded(model).schedule.window.abandon()
             opened = open_sharded(stored, mesh=lambda: sharded(model).groups.mesh, weights_only=weights_only)
-            return checkpoint.load_opened(
+            loaded = checkpoint.load_opened(
                 opened,
                 path=stored.path,
                 model=model,
@@ -128,6 +128,8 @@ class PluginCheckpoints:
                 strict=True,
                 rank_state=own,
             )
+            verify_replicas(model, sharded(model).groups)
+            return loaded
 
         rest = self._loop_of(accelerator).load(fill, weights_only=weights_only)
         return None if rest is None else _without_scaler(accelerator, rest)
