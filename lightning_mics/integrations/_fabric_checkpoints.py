@@ -125,9 +125,10 @@ class FabricCheckpoints:
         """
         parts = Parts.of({**self._scaler(), **_unwrap_objects(state)}, doing="strategy.load_from_memory")
 
+        plain = self._reads_weights_only(None)
+
         def fill(stored: InMemoryCheckpoint, own: dict[str, Tensor]) -> dict[str, Any]:
             with torch.inference_mode(False):
-                plain = self._reads_weights_only(None)
                 opened = open_sharded(stored, mesh=lambda: parts.first.groups.mesh, weights_only=plain)
                 loaded = checkpoint.load_opened(
                     opened,
@@ -143,7 +144,7 @@ class FabricCheckpoints:
                     _reset_after_load(model)
             return {key: value for key, value in loaded.items() if key not in ORIGIN_KEYS}
 
-        remainder: dict[str, Any] | None = self._loop_of(parts).load(fill, weights_only=self._reads_weights_only(None))
+        remainder: dict[str, Any] | None = self._loop_of(parts).load(fill, weights_only=plain)
         if remainder is None:
             return None
         for key, scaler in self._scaler().items():
