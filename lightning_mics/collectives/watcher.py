@@ -115,15 +115,15 @@ class Watcher:
         return roll
 
     def _go_on_with_roll(self, roll: RollCall) -> None:
-        if roll.number is None:
-            with self._lock:
+        with self._lock:
+            if roll.number is None:
                 number = self._store.add("asked", 1)
                 self._store.set(f"question/{number}", json.dumps({"rank": self._rank, "roll": number}))
-            roll.number = number
-        for rank in roll.ranks:
-            key = f"roll/{roll.number}/{rank}"
-            if rank not in roll.answers and self._store.check([key]):
-                roll.answers[rank] = self._store.get(key).decode()
+                roll.number = number
+            for rank in roll.ranks:
+                key = f"roll/{roll.number}/{rank}"
+                if rank not in roll.answers and self._store.check([key]):
+                    roll.answers[rank] = self._store.get(key).decode()
 
     def _watch(self) -> None:
         plane = self._plane
@@ -163,7 +163,8 @@ class Watcher:
         """Compare an entry of another rank with this rank's; returns whether that is done."""
         if "roll" in question:
             if question["rank"] != self._rank:
-                self._store.set(f"roll/{question['roll']}/{self._rank}", plane.doing)
+                with self._lock:
+                    self._store.set(f"roll/{question['roll']}/{self._rank}", plane.doing)
             return True
         stream = self._streams.get(tuple(question["ranks"]))
         if stream is None or question["rank"] == self._rank:
