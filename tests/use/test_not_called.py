@@ -127,14 +127,14 @@ OF_TWO: dict[str, Any] = {f"{use}, in a loop": (use, in_a_loop, STEPS_OF.get(use
 
 OF_FOUR: dict[str, Any] = {
     "encode, a window": ("encode", in_a_loop, {"window": 2}),
-    "penalty, one group": ("penalty", in_a_loop, {"window": 2, "p": 4}),
-    "encode, cached on each node": ("encode", in_a_loop, {"window": 2, "p": 4, **NODE}),
     "penalty, cached on each node": ("penalty", in_a_loop, {"window": 2, "p": 4, **NODE}),
     "by loss, in a Trainer's window": ("by loss", in_trainer, {"window": 2, **RANK}),
     "called, in Fabric": ("called", in_fabric, {"window": 2}),
 }
 
 IN_CAMPAIGN: dict[str, Any] = {
+    "encode, cached on each node": ("encode", in_a_loop, {"window": 2, "p": 4, **NODE}),
+    "penalty, one group": ("penalty", in_a_loop, {"window": 2, "p": 4}),
     "encode, one group": ("encode", in_a_loop, {"window": 2, "p": 4}),
     "encode, cached on each rank": ("encode", in_a_loop, {"window": 2, **RANK}),
     "penalty, a window": ("penalty", in_a_loop, {"window": 2}),
