@@ -22,8 +22,8 @@ from lightning_mics.checkpoint.origin import origin
 from lightning_mics.checkpoint.storage.path import storage_path
 from lightning_mics.in_memory.reading import InMemoryCheckpoint
 from lightning_mics.integrations._in_memory import InMemoryLoop
-from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.optimizers.overflow import SCALER_KEY
+from lightning_mics.sharding.ranks.replicas import verify_replicas
 from lightning_mics.sharding.sharded import sharded
 
 LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")

@@ -25,8 +25,8 @@ from lightning_mics.checkpoint.storage.path import StoragePath
 from lightning_mics.in_memory.reading import InMemoryCheckpoint
 from lightning_mics.integrations._fabric_parts import Filter, Parts, filtered
 from lightning_mics.integrations._in_memory import InMemoryLoop
-from lightning_mics.sharding.initialization import verify_replicas
 from lightning_mics.sharding.optimizers.overflow import SCALER_KEY
+from lightning_mics.sharding.ranks.replicas import verify_replicas
 from lightning_mics.sharding.sharded import sharded
 
 

@@ -58,6 +58,9 @@ class PolicyOptions(TypedDict, total=False):
             ``find_unused_parameters=True``, and takes the bytes of all parameters and all gradients on each rank.
         rail_max_ctas: Largest number of blocks of threads that NCCL runs for collectives between nodes; None, the
             default, is NCCL's own. A few are enough for a network, and leave the device to what runs beside them.
+        certify_every_n_steps: Number of optimizer steps between two comparisons of the replicas, bit for bit, by a
+            small all-reduce that is read one step later; a difference stops all ranks. None, the default, compares them
+            at start and after loading only.
     """
 
     partition_size: int | Literal["auto"]
@@ -75,6 +78,7 @@ class PolicyOptions(TypedDict, total=False):
     two_hop: bool
     allow_unused: bool
     rail_max_ctas: int | None
+    certify_every_n_steps: int | None
 
 
 Documented = TypeVar("Documented", bound=Callable[..., object])

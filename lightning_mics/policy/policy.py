@@ -31,6 +31,7 @@ from lightning_mics.sharding.activation_checkpointing import find_recomputed
 from lightning_mics.sharding.blocks import find_blocks
 from lightning_mics.sharding.modules.initializers import describe_initializers
 from lightning_mics.sharding.options import CommunicationOptions, floating_dtype
+from lightning_mics.sharding.ranks.replicas import checked_every
 from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
 from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.techniques.partition_groups import create_partition_groups
@@ -45,6 +46,9 @@ class Policy:
             with gloo, over which ranks agree and save.
         policy: Options of sharding, as in :class:`~lightning_mics.policy.options.PolicyOptions`.
 
+    Attributes:
+        given: Options as they were given.
+
     Raises:
         TypeError: If an option does not exist.
         ValueError: If the value of an option is invalid.
@@ -52,6 +56,7 @@ class Policy:
 
     def __init__(self, *, timeout: timedelta | None = None, **policy: Unpack[PolicyOptions]) -> None:
         check_names(type(self), policy)
+        self.given = policy
         partition_size = policy.get("partition_size", "auto")
         if isinstance(partition_size, str) and partition_size != "auto":
             raise ValueError(f'partition_size={partition_size!r} is neither "auto" nor a number of ranks')
@@ -71,6 +76,7 @@ class Policy:
         self._activation_checkpointing = policy.get("activation_checkpointing", False)
         self._activation_offload = policy.get("activation_offload", False)
         self._broadcast_buffers = policy.get("broadcast_buffers", True)
+        self._certify_every_n_steps = checked_every(policy.get("certify_every_n_steps"))
         self._rail_max_ctas = policy.get("rail_max_ctas")
         self._timeout = timeout
 
@@ -177,6 +183,7 @@ class Policy:
             activation_offload=self._activation_offload,
             mixed_precision=mixed_precision,
             broadcast_buffers=self._broadcast_buffers,
+            certify_every_n_steps=self._certify_every_n_steps,
         )
         report = start_report(choice, reduce_dtype=reduce_dtype, initializers=initializers)
         advice = memory_advice(choice, recomputes=bool(recomputed), offloads=self._activation_offload)

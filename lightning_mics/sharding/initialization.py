@@ -14,16 +14,11 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_mics._torch.parameter_hooks import carry_over
 from lightning_mics.collectives.control_plane import control_plane
 from lightning_mics.sharding.blocks import group_modules
 from lightning_mics.sharding.modules.initializers import init_weights_of, initialize
-from lightning_mics.techniques.partition_groups import PartitionGroups
-
-SUMMED_AT_ONCE = 2**22  # elements, as 64-bit integers, which take several times the parameter's memory
-SUMMED_AT_ONCE_ON_CPU = 2**15  # what stays in a cache
 
 
 @contextmanager
@@ -89,35 +84,6 @@ class InitialWeights:
         return made
 
 
-@torch.no_grad()
-def verify_replicas(model: nn.Module, groups: PartitionGroups) -> None:
-    """Check that all replicas hold the same parameters, bit for bit; every rank calls it.
-
-    Compares a checksum per parameter over the replication group.
-
-    Args:
-        model: The sharded model.
-        groups: Process groups of this rank.
-
-    Raises:
-        RuntimeError: If they differ; the message names the first parameters that do.
-    """
-    if groups.topology.replicas == 1 or next(model.parameters(), None) is None:
-        return
-    names, shards = zip(*((name, _local(parameter)) for name, parameter in model.named_parameters()), strict=True)
-    checksums = torch.stack([checksum(shard) for shard in shards])  # [parameters]
-    of_replicas = [torch.empty_like(checksums) for _ in range(groups.topology.replicas)]
-    dist.all_gather(of_replicas, checksums, group=groups.replication)
-    same = (torch.stack(of_replicas) == checksums).all(dim=0)  # [parameters]
-    # a rank whose own part agrees must raise with the others
-    if groups.control.largest((~same.all()).int().cpu(), "compares replicas"):
-        differing = [name for name, ok in zip(names, same.tolist(), strict=True) if not ok]
-        raise RuntimeError(
-            f"the replicas of the model differ in {len(differing)} of {len(names)} parameters that rank "
-            f"{dist.get_rank()} holds a part of, for instance {differing[:3]}; they must be equal at all times"
-        )
-
-
 def _empty(meta: Tensor, device: torch.device) -> Tensor:
     empty = torch.empty_like(meta, device=device, memory_format=torch.contiguous_format)
     if empty.is_floating_point():
@@ -155,24 +121,3 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
         *module.named_parameters(recurse=False, remove_duplicate=False),
         *module.named_buffers(recurse=False, remove_duplicate=False),
     ]
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def checksum(tensor: Tensor) -> Tensor:
-    """The sum of all bit patterns, each weighted by its position: integers, so exact in any order of addition: [].
-
-    Args:
-        tensor: Tensor of any dtype: [any].
-    """
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
-    bits = tensor.detach().contiguous().flatten().view(integer)
-    at_once = SUMMED_AT_ONCE_ON_CPU if bits.device.type == "cpu" else SUMMED_AT_ONCE
-    positions = torch.arange(1, min(at_once, bits.numel()) + 1, device=bits.device)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for start in range(0, bits.numel(), at_once):
-        part = bits[start : start + at_once]
-        total += (part * positions[: part.numel()]).sum() + start * part.sum()
-    return total

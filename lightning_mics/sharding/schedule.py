@@ -46,6 +46,7 @@ from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from lightning_mics.sharding.modules.broadcast_buffers import BufferBroadcast
 from lightning_mics.sharding.optimizer_hooks import OptimizerHooks
+from lightning_mics.sharding.ranks.replicas import ReplicaCheck
 from lightning_mics.sharding.weight_cache import WeightCache
 from lightning_mics.techniques.once_per_step import ParameterCache
 from lightning_mics.techniques.pending_gradients import PendingGradients
@@ -78,6 +79,7 @@ class AccumulationSchedule:
         cache: Weight cache, for integrations.
         optimizer_hooks: Hooks on optimizers, for integrations.
         buffers: Broadcast of buffers that ranks change from their own samples, for integrations.
+        replicas: Comparison of the replicas while training; None if there is none.
         units: Parameter groups left unsharded for another backward, for integrations; set when all else is.
     """
 
@@ -95,6 +97,7 @@ class AccumulationSchedule:
         all_ranks: CountedGroup | None = None,
     ) -> None:
         self.units: UnitHooks
+        self.replicas: ReplicaCheck | None = None
         self.traffic = traffic
         self.cache = WeightCache(caches)
         self.window = AccumulationWindow(

@@ -30,13 +30,14 @@ from lightning_mics.sharding.activation_checkpointing import find_recomputed, in
 from lightning_mics.sharding.blocks import ModuleClasses, aliased_parameters, find_blocks
 from lightning_mics.sharding.communication import Communication
 from lightning_mics.sharding.full_state_dict import reject_saving_of_shards
-from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0, verify_replicas
+from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0
 from lightning_mics.sharding.modules.changes import keep_changes
 from lightning_mics.sharding.modules.copying import reject_copies
 from lightning_mics.sharding.modules.dense_gradients import make_gradients_dense
 from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.pretrained import load_sources
+from lightning_mics.sharding.ranks.replicas import ReplicaCheck, checked_every, verify_replicas
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.partition_groups import PartitionGroups
 
@@ -51,6 +52,7 @@ def shard_model(
     activation_offload: bool = False,
     mixed_precision: MixedPrecisionPolicy | None = None,
     broadcast_buffers: bool = True,
+    certify_every_n_steps: int | None = None,
 ) -> AccumulationSchedule:
     """Shard ``model`` in place over this rank's partition group, one block at a time; every rank calls it.
 
@@ -72,6 +74,8 @@ def shard_model(
         mixed_precision: FSDP2's policy: dtypes of unsharded parameters and of gradient reductions.
         broadcast_buffers: Whether all ranks get the buffers of rank 0 where they differ and are used or saved: see
             :mod:`~lightning_mics.sharding.modules.broadcast_buffers`.
+        certify_every_n_steps: Number of optimizer steps between two comparisons of the replicas; None compares them at
+            start and after loading only. See :mod:`~lightning_mics.sharding.ranks.replicas`.
 
     Returns:
         The accumulation schedule: which collectives run in each micro-step, and which at the boundary.
@@ -80,7 +84,7 @@ def shard_model(
         TypeError: If the model cannot be sharded: already wrapped, no blocks, tensors that nothing initializes.
         ValueError: If an option does not fit the model or the groups.
     """
-    communication = communication.fitted_to(groups)
+    communication, every = communication.fitted_to(groups), checked_every(certify_every_n_steps)
     blocks = find_blocks(model, block_classes, may_be_empty=True)
     recomputed = find_recomputed(model, blocks, activation_checkpointing)
     on_host = None
@@ -110,6 +114,9 @@ def shard_model(
     schedule = Communication(groups, communication, broadcast_buffers=broadcast_buffers).install(model)
     keep_changes(model, groups.mesh, schedule.window)
     schedule.optimizer_hooks.unsharded = unsharded
+    if every is not None:
+        trains_with = schedule.optimizer_hooks.trains_with
+        schedule.replicas = ReplicaCheck(model, groups, every=every, trains_with=trains_with)
     reject_copies(model)
     return schedule
 

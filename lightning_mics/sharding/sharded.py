@@ -40,9 +40,12 @@ class Sharded:
                 buffers are saved, and all ranks have them when the next forward begins.
 
         Raises:
-            RuntimeError: If weights changed in a way that torch does not record while they were cached.
+            RuntimeError: If weights changed in a way that torch does not record while they were cached, or replicas
+                differ that are compared while training.
         """
         self.schedule.cache.check_arrived(wait=True)
+        if self.schedule.replicas is not None and not beside:
+            self.schedule.replicas.before_save()
         if beside:
             self.schedule.buffers.compare_beside()
         else:

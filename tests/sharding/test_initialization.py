@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_mics import Topology, create_partition_groups, shard_model
-from lightning_mics.sharding.initialization import verify_replicas
+from lightning_mics.sharding.ranks.replicas import verify_replicas
 from tests.support.models import TinyLM, tokens
 
 TWO_REPLICAS = Topology(world_size=4, ranks_per_node=2, partition_size=2)

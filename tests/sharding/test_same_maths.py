@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
-from lightning_mics.sharding.initialization import verify_replicas
+from lightning_mics.sharding.ranks.replicas import verify_replicas
 from lightning_mics.techniques.partition_groups import PartitionGroups
 from tests.support.campaign import campaign
 from tests.support.forked import run_cases, run_ranks

@@ -57,7 +57,7 @@ from lightning_mics.integrations.trainer import resuming
 from lightning_mics.integrations.trainer.boundary import note_what_follows
 from lightning_mics.integrations.trainer.exceptions import WithoutOtherRanks
 from lightning_mics.integrations.trainer.in_memory import InMemoryTraining
-from lightning_mics.sharding.initialization import verify_replicas
+from lightning_mics.sharding.ranks.replicas import verify_replicas
 from lightning_mics.sharding.sharded import Sharded
 
 VERSION = "pytorch-lightning_version"  # in checkpoints of a Trainer; from others it loads model and optimizers

@@ -234,7 +234,10 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
 
     @override
     def on_train_end(self) -> None:
-        self._state().schedule.cache.check_arrived(wait=True)
+        schedule = self._state().schedule
+        schedule.cache.check_arrived(wait=True)
+        if schedule.replicas is not None:
+            schedule.replicas.read()
         self._state().groups.control.agree("ends training")
         if self.skipped_steps:
             rank_zero_info(f"{self.skipped_steps} optimizer steps were skipped, as gradients overflowed in float16")

@@ -25,7 +25,7 @@ from lightning_mics._torch.fsdp import is_fake
 from lightning_mics._torch.streams import HostCopy
 from lightning_mics.collectives.control_plane import ControlPlane
 from lightning_mics.collectives.counted_group import CountedGroup
-from lightning_mics.sharding.initialization import checksum
+from lightning_mics.sharding.ranks.replicas import checksum
 
 TECHNIQUE = "broadcast of buffers"
 
