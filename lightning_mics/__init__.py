@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lightning_mics.integrations._registration import register
 
 if TYPE_CHECKING:
+    from lightning_mics.certification.certify import certify
+    from lightning_mics.certification.report import CertifyReport
     from lightning_mics.collectives.control_plane import RanksDifferError
     from lightning_mics.integrations.accelerate import MiCSPlugin as MiCSPlugin
     from lightning_mics.integrations.fabric import MiCSFabricStrategy
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccumulationSchedule",
+    "CertifyReport",
     "CommunicationOptions",
     "LossScaleMonitor",
     "MiCSFabricStrategy",
@@ -40,6 +43,7 @@ __all__ = [
     "ResumableSampler",
     "Topology",
     "TrafficMonitor",
+    "certify",
     "create_partition_groups",
     "full_state_dict",
     "load_pretrained",
@@ -49,6 +53,7 @@ __all__ = [
 
 _MODULES = {
     "AccumulationSchedule": "sharding.schedule",
+    "CertifyReport": "certification.report",
     "CommunicationOptions": "sharding.options",
     "LossScaleMonitor": "integrations.trainer.loss_scale_monitor",
     "MiCSFabricStrategy": "integrations.fabric",
@@ -59,6 +64,7 @@ _MODULES = {
     "ResumableSampler": "sampler",
     "Topology": "topology",
     "TrafficMonitor": "integrations.trainer.traffic_monitor",
+    "certify": "certification.certify",
     "create_partition_groups": "techniques.partition_groups",
     "full_state_dict": "sharding.full_state_dict",
     "load_pretrained": "sharding.pretrained",

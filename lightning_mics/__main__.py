@@ -1,4 +1,4 @@
-"""``python -m lightning_mics run | inspect | export | keeper | warm``."""
+"""``python -m lightning_mics run | inspect | export | certify | keeper | warm``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def _export(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def _certify(arguments: Sequence[str]) -> int:
+    from lightning_mics.certification.command import main
+
+    return main(arguments)
+
+
 def _keeper(arguments: Sequence[str]) -> int:
     from lightning_mics.integrations._keeper import main
 
@@ -45,6 +51,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "run": (_run, "start a Fabric script on several processes: run --strategy=mics --devices=4 SCRIPT"),
     "inspect": (_inspect, "show what is in a sharded checkpoint, and whether it is complete"),
     "export": (_export, "write the model in a sharded checkpoint as a folder for transformers' from_pretrained"),
+    "certify": (_certify, "train a module on a few ranks of this machine, and compare it with one process"),
     "keeper": (_keeper, "hold this node's part of in-memory checkpoints; or its status, or stop"),
     "warm": (_warm, "run SCRIPT as a rank that a process of this node forks, with everything imported"),
 }
