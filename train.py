@@ -24,6 +24,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_mics.certification.report import CannotCertifyError
 from lightning_mics.checkpoint.errors import DamagedCheckpointError
 from lightning_mics.planning import find_instance
 from recipes.data.vocabulary import vocabulary_of
@@ -33,6 +34,7 @@ from recipes.job.machine import check_machine
 from recipes.job.resume import SavedRun, find_saved_runs, steps_to_reach
 from recipes.job.sweep import one_job
 from recipes.models.language_model import LanguageModel
+from recipes.plan.certify import certify_job
 from recipes.plan.dry_run import dry_run
 from recipes.report.conclusion import conclude
 
@@ -49,6 +51,8 @@ def main(config: DictConfig) -> None:
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # likewise torchdata 0.11
 
     overrides = HydraConfig.get().overrides.task
+    if config.certify:
+        sys.exit(certify(config))
     if config.dry_run:
         rehearse_job(config, overrides)
         return
@@ -85,6 +89,17 @@ def rehearse_job(config: DictConfig, overrides: Sequence[str]) -> None:
     """Plan and rehearse the job without its machines; exit with the reason if the job is invalid."""
     try:
         dry_run(config, make_model(config), command=["python", "train.py", *overrides])
+    except ValueError as error:
+        sys.exit(f"This job cannot be: {error}")
+
+
+def certify(config: DictConfig) -> int:
+    """Compare training under the job's options with one process; returns the exit status."""
+    try:
+        return 0 if certify_job(config, make_model).ok else 1
+    except CannotCertifyError as error:
+        say(f"{error.trace}\nThis job cannot be certified: {error}")
+        return 2
     except ValueError as error:
         sys.exit(f"This job cannot be: {error}")
 
