@@ -28,6 +28,7 @@ from benchmarks.kill_node.page import write_page
 
 STEPS_PER_DEATH = 4
 STEPS_BETWEEN_SAVES = 2  # on a disk
+SLOW_SECONDS = 15.0  # from a death to the next step, after which logs are kept
 
 
 def deaths_of(job: Job, count: int, chance: random.Random) -> Iterator[Death]:
@@ -134,7 +135,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             job = replace(job, in_memory_checkpoint=None, save_every=STEPS_BETWEEN_SAVES)
         folder = Path(tempfile.mkdtemp(prefix="kill-node-"))  # stays if it fails
         results.append(run_job(job, list(deaths_of(job, count, chance)), chance, folder, cut=options.cut))
-        shutil.rmtree(folder)
+        slow = [outcome["seconds"]["step"] for outcome in results[-1]["outcomes"]]
+        if max(slow, default=0.0) <= SLOW_SECONDS:
+            shutil.rmtree(folder)
+        else:
+            print(f"a recovery took {max(slow):.1f} s: logs are in {folder}", flush=True)
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
             (options.out / "results.json").write_text(json.dumps(results, indent=1))

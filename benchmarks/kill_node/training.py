@@ -6,10 +6,12 @@ and what it does now, it says so in that file and stops there, until it is kille
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -129,6 +131,7 @@ class Model(L.LightningModule):
         self.diary.write("agreed", step=checkpoint["global_step"])
 
     def on_train_start(self) -> None:
+        faulthandler.register(signal.SIGTERM, chain=True)  # says in the log what a rank waits for that is to end
         self.diary.write("loaded", step=self.global_step)
         self.diary.is_first = self.global_step > 0
 
