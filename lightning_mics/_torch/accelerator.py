@@ -14,3 +14,13 @@ def device_in_use() -> torch.device | None:
     if device is None or not torch.get_device_module(device).is_initialized():
         return None
     return torch.device(device.type, torch.accelerator.current_device_index())
+
+
+def use_no_accelerator() -> None:
+    """Tell torch that this forked process has no accelerator: each seed would be kept for it, with a stack."""
+    for kind in ("cuda", "mtia", "xpu"):
+        torch.get_device_module(kind)._is_in_bad_fork = _is_true
+
+
+def _is_true() -> bool:
+    return True

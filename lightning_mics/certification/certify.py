@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from lightning_mics.certification.comparing import Comparison, Found, Reference, compared_loads, rows_of
+from lightning_mics.certification.differences import TIMES_ORDER, AsByOrder, AsRounded, Most
 from lightning_mics.certification.modules import Preparation
 from lightning_mics.certification.ranks import Answer, on_ranks
 from lightning_mics.certification.reasons import reasons_for
@@ -38,6 +39,7 @@ def certify(
     job_shape: tuple[int, int] | None = None,
     accumulate: int = 2,
     resume_ranks: int | None = None,
+    precision: str | None = None,
     clip_algorithm: str = "norm",
     shrink: bool = True,
     seconds: float = 300.0,
@@ -65,6 +67,8 @@ def certify(
         job_shape: Nodes and ranks per node of the job; None takes nodes of 8 ranks, and two replicas.
         accumulate: Micro-steps in an optimizer step.
         resume_ranks: Number of ranks that resume the checkpoint of the others; None takes half as many.
+        precision: Precision of the job by Lightning's name, such as ``"bf16-mixed"``, in which it is compared as well,
+            with one rank; None compares in float64 alone.
         clip_algorithm: How gradients are clipped: by ``"norm"`` or by ``"value"``.
         shrink: Whether the module is made small by itself; see :mod:`~lightning_mics.certification.shrinking`.
         seconds: Longest duration of each training.
@@ -91,7 +95,7 @@ def certify(
             clip_algorithm=clip_algorithm,
             seconds=seconds,
         )
-        report = bench.compare_all(resume_ranks)
+        report = bench.compare_all(resume_ranks, None if precision in ("32-true", "64-true") else precision)
     return replace(report, seconds=time.monotonic() - began)
 
 
@@ -152,11 +156,12 @@ class Bench:
 
     # -- all of it -----------------------------------------------------------------------------------------------------
 
-    def compare_all(self, resume_ranks: int | None) -> CertifyReport:
+    def compare_all(self, resume_ranks: int | None, precision: str | None = None) -> CertifyReport:
         """Run the reference and all trainings, and compare.
 
         Args:
             resume_ranks: Number of ranks that resume the checkpoint of the others; None takes half as many.
+            precision: Lightning's name of the precision to compare in as well; None compares in none.
         """
         ranks = self._base.world_size
         others = resume_ranks or max(1, ranks // 2)
@@ -180,6 +185,8 @@ class Bench:
             self._resume(f"{control.name}, one file, resumed as the job", job, full, plain)
         self._note_differences_of_setting()
         changing = self._of_reference[0].changing_buffers
+        if precision is not None and automatic:
+            self._compare_in(precision, job)
         return CertifyReport(
             module=self.name,
             reference=reference,
@@ -271,10 +278,14 @@ class Bench:
             save=save,
             resume=resume,
         )
-        dtype = torch.float64 if training.precision == "64-true" else torch.float32
+        most = AsRounded(torch.float64 if training.precision == "64-true" else torch.float32)
+        return self._compare(name, job, training, most)
+
+    def _compare(self, name: str, job: ScaledJob, training: Training, most: Most) -> list[Seen] | None:
+        ranks = training.world_size
 
         def compared() -> tuple[Seen, Comparison]:
-            comparison = Comparison(self._reference, dtype)
+            comparison = Comparison(self._reference, most)
             return training.run(comparison.take), comparison
 
         answers: list[Answer[tuple[Seen, Comparison]]] = on_ranks(ranks, compared, seconds=self._seconds)
@@ -292,9 +303,43 @@ class Bench:
             self._of_reference,
             topology=job.topology,
             window=self.window,
-            first_step=SAVED_AFTER if resume else 0,
+            first_step=SAVED_AFTER if training.resume else 0,
         )
         return seen
+
+    def _compare_in(self, precision: str, job: ScaledJob) -> None:
+        """Compare the job in its precision with one rank, up to what another order of summation makes there."""
+        folder = self._folder / precision
+        folder.mkdir()
+        options = {**job.options, "ranks_per_node": 1, "partition_size": 1, "hierarchical": "auto"}
+        alone = replace(
+            self._base,
+            world_size=1,
+            micro_steps=self.window,
+            make_strategy=partial(self._kind, **options),
+            precision=precision,
+        )
+        self._reference = Reference(folder)
+        self._of_reference = self._asked(1, partial(alone.run, self._reference.put))
+
+        def backwards() -> tuple[Seen, Comparison]:
+            comparison = Comparison(self._reference, AsByOrder({}))
+            return replace(alone, backwards=True).run(comparison.take), comparison
+
+        ((seen, comparison),) = self._asked(1, backwards)
+        one = replace(job.topology, world_size=1, ranks_per_node=1, partition_size=1)
+        spread = rows_of("", comparison, [seen], self._of_reference, topology=one, window=self.window, first_step=0)
+        most = AsByOrder({row.what: row.worst.relative for row in spread if row.worst.relative < 1})
+        ranks = job.topology.world_size
+        make: Callable[[], Strategy] = partial(self._kind, **job.options)
+        training = replace(
+            self._base, world_size=ranks, micro_steps=self.window // ranks, make_strategy=make, precision=precision
+        )
+        self._compare(f"{job.name}, {precision}", job, training, most)
+        self.notes.append(
+            f"in {precision} it was compared with one rank of the strategy: {TIMES_ORDER} times what the opposite "
+            "order of micro-batches makes there is allowed"
+        )
 
     def _resume(self, name: str, job: ScaledJob, path: Path, saved: list[Seen]) -> None:
         """Resume a checkpoint, and compare it with what was saved, and the training with the reference."""

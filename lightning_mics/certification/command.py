@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             job_shape=options.job_shape,
             accumulate=options.accumulate,
             resume_ranks=options.resume_ranks,
+            precision=options.precision,
             shrink=not options.no_shrink,
         )
     except (CannotCertifyError, TypeError, ValueError, ImportError, AttributeError) as error:
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--job-shape", type=_shape, help="nodes x ranks per node of the job, such as 64x8")
     parser.add_argument("--accumulate", type=int, default=2, help="micro-steps in an optimizer step (default: 2)")
     parser.add_argument("--resume-ranks", type=int, help="ranks that resume (default: half as many)")
+    parser.add_argument("--precision", help="precision of the job, such as bf16-mixed, to compare in as well")
     parser.add_argument("--no-shrink", action="store_true", help="take the module as it is")
     parser.add_argument("--json", type=Path, help="file for the report as JSON")
     return parser

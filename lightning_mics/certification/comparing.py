@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_mics.certification.differences import Difference, allowed, difference, factor, scales
+from lightning_mics.certification.differences import Difference, Most, difference, factor, scales
 from lightning_mics.certification.recorder import SAVED, Seen
 from lightning_mics.certification.rows import Row
 from lightning_mics.topology import Topology
@@ -91,13 +91,13 @@ class Comparison:
 
     Attributes:
         reference: Moments of the reference.
-        dtype: Dtype whose rounding is allowed.
+        most: Function from a kind and the optimizer steps before to the largest difference that is allowed.
         found: Findings by kind.
         moments: Moments that have come.
     """
 
     reference: Reference
-    dtype: torch.dtype
+    most: Most
     found: dict[str, Found] = field(default_factory=dict)
     moments: list[tuple[str, int]] = field(default_factory=list)
 
@@ -112,9 +112,8 @@ class Comparison:
         expected = self.reference.get(kind, steps)
         self.moments.append((kind, steps))
         moment = moment_in_words(kind, steps)
-        most = allowed(self.dtype, after_steps=steps)
-        if kind == "weights" and not steps:
-            kind, most = "initial weights", 0.0
+        kind = "initial weights" if kind == "weights" and not steps else kind
+        most = self.most(kind, steps)
         found = self.found.setdefault(kind, Found())
         if expected is None:
             found.add(Difference(torch.inf, most, "a step that the reference does not make", moment, steps))
@@ -166,16 +165,16 @@ def rows_of(
         window: Micro-steps of all ranks in a window of accumulation.
         first_step: Number of windows that were trained before.
     """
-    losses = compared_losses(ranks, reference, comparison.dtype, window=window, first_step=first_step)
+    losses = compared_losses(ranks, reference, comparison.most, window=window, first_step=first_step)
     found = {"losses": losses, **comparison.found}
-    found["evaluation"] = compared_evaluations(ranks, reference, comparison.dtype, window=window)
+    found["evaluation"] = compared_evaluations(ranks, reference, comparison.most, window=window)
     found["optimizer steps"] = _compared_steps(ranks, reference, comparison)
     found["replicas"] = compared_replicas(ranks, topology)
     return [Row(run, what, each.compared, each.worst, each.first) for what, each in found.items() if each.worst]
 
 
 def compared_losses(
-    ranks: Sequence[Seen], reference: Sequence[Seen], dtype: torch.dtype, *, window: int, first_step: int
+    ranks: Sequence[Seen], reference: Sequence[Seen], allowed: Most, *, window: int, first_step: int
 ) -> Found:
     """Compare the losses of all micro-steps; see :func:`rows_of`."""
     expected = {number: loss for seen in reference for number, loss in seen.losses.items()}
@@ -185,7 +184,7 @@ def compared_losses(
         if number < first_step * window:
             continue
         step, micro_step = divmod(number, window)
-        most = allowed(dtype, after_steps=step)
+        most = allowed("losses", step)
         where = f"micro-batch {micro_step + 1} of {window} in step {step + 1}"
         if number not in expected or number not in ours:
             found.add(Difference(torch.inf, most, where, _before(step), step))
@@ -199,13 +198,13 @@ def compared_losses(
     return found
 
 
-def compared_evaluations(ranks: Sequence[Seen], reference: Sequence[Seen], dtype: torch.dtype, *, window: int) -> Found:
+def compared_evaluations(ranks: Sequence[Seen], reference: Sequence[Seen], allowed: Most, *, window: int) -> Found:
     """Compare the outputs of evaluations; see :func:`rows_of`."""
     expected = {key: outputs for seen in reference for key, outputs in seen.evaluations.items()}
     found = Found()
     for key, outputs in sorted((key, outputs) for seen in ranks for key, outputs in seen.evaluations.items()):
         trained, number = key
-        most = allowed(dtype, after_steps=trained // window)
+        most = allowed("evaluation", trained // window)
         moment = f"after {trained % window} of {window} micro-batches of step {trained // window + 1}"
         theirs = expected.get(key)
         if theirs is None or len(theirs) != len(outputs):

@@ -16,12 +16,15 @@ loaded from a file        as above                                    0 if nothi
 
 ``eps`` is that of the dtype: 2.2e-16 in float64, 1.2e-7 in float32. A sum of many terms in another order differs by
 some eps of its largest terms, and each optimizer step carries differences on.
+
+In a precision that mixes dtypes nothing can be said beforehand: there, :class:`AsByOrder` allows some times what one
+process differs by from itself if the micro-batches of each step come in the opposite order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +33,7 @@ from torch import Tensor
 BEFORE_STEPS = 256  # eps: nothing was updated yet
 AFTER_STEPS = 4096  # eps: updates have carried differences on
 OF_LARGEST = 0.01  # share of the model's largest gradient below which a parameter's gradient counts as that
+TIMES_ORDER = 8  # largest difference by ranks, in those by order: ranks add in yet other orders
 LEAST_WEIGHT = 1e-3  # weights below it are compared as if they were so large
 
 
@@ -65,6 +69,43 @@ class Difference:
     def ok(self) -> bool:
         """Whether rounding explains it."""
         return self.ratio <= 1
+
+
+Most = Callable[[str, int], float]  # from a kind and the optimizer steps before to the largest allowed difference
+
+
+@dataclass(frozen=True)
+class AsRounded:
+    """Allows what rounding explains.
+
+    Attributes:
+        dtype: Dtype of the trainings.
+    """
+
+    dtype: torch.dtype
+
+    def __call__(self, kind: str, steps: int) -> float:
+        """The largest allowed difference of a kind after some optimizer steps."""
+        return 0.0 if kind == "initial weights" else allowed(self.dtype, after_steps=steps)
+
+
+@dataclass(frozen=True)
+class AsByOrder:
+    """Allows some times what another order of summation makes.
+
+    Attributes:
+        largest: Largest differences that the other order has made, by kind; 1 for all kinds if it is empty.
+    """
+
+    largest: Mapping[str, float]
+
+    def __call__(self, kind: str, steps: int) -> float:
+        """The largest allowed difference of a kind after some optimizer steps."""
+        if not self.largest:
+            return 1.0
+        if kind == "initial weights":
+            return 0.0
+        return max(TIMES_ORDER * self.largest.get(kind, 0.0), allowed(torch.float32, after_steps=steps))
 
 
 def allowed(dtype: torch.dtype, *, after_steps: int) -> float:

@@ -25,6 +25,8 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 
+from lightning_mics._torch.accelerator import use_no_accelerator
+
 GRACE = 10.0  # seconds for the other ranks to fail by themselves, after the first has
 T = TypeVar("T")
 
@@ -130,6 +132,7 @@ def _prepare(rank: int, world_size: int, folder: Path) -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    use_no_accelerator()
     gc.freeze()  # or each collection would visit, and so copy, what the rank shares with the others
     dist.init_process_group(
         "gloo",

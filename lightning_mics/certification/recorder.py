@@ -68,13 +68,21 @@ class Recorder(Callback):
             rank 0.
         clip: Norm to which gradients are clipped; None clips to half of the first one.
         trained: Micro-steps of all ranks before.
+        number: Function from the place of a micro-step of all ranks to the number of its batch; None takes the place.
         save: What to save, and after how many micro-steps of this rank; None saves nothing.
     """
 
     def __init__(
-        self, take: Take, *, clip: float | None, trained: int = 0, save: tuple[int, str] | None = None
+        self,
+        take: Take,
+        *,
+        clip: float | None,
+        trained: int = 0,
+        number: Callable[[int], int] | None = None,
+        save: tuple[int, str] | None = None,
     ) -> None:
         self._take = take
+        self._number = number or int
         self._save = save
         self._names: dict[nn.Parameter, str] = {}
         self._first_buffers: dict[str, Tensor] = {}
@@ -105,7 +113,7 @@ class Recorder(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.seen.generators[batch_idx] = _checksum(torch.get_rng_state())
-        seed_all(batch_idx * trainer.world_size + trainer.global_rank)
+        seed_all(self._number(batch_idx * trainer.world_size + trainer.global_rank))
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
@@ -142,7 +150,7 @@ class Recorder(Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
             normalized = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            number = batch_idx * trainer.world_size + trainer.global_rank
+            number = self._number(batch_idx * trainer.world_size + trainer.global_rank)
             self.seen.losses[number] = float(_whole(loss)) * normalized
         self._trained = (batch_idx + 1) * trainer.world_size
         if trainer.global_step != self._steps:

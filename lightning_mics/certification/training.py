@@ -52,6 +52,7 @@ class Training:
         clip_algorithm: ``"norm"`` or ``"value"``.
         save: Path of a checkpoint to save in the middle; None saves none.
         resume: Path of a checkpoint to resume from; None begins anew.
+        backwards: Whether the micro-batches of each window come in the opposite order.
     """
 
     world_size: int
@@ -66,6 +67,12 @@ class Training:
     clip_algorithm: str = "norm"
     save: Path | None = None
     resume: Path | None = None
+    backwards: bool = False
+
+    def _number(self, place: int) -> int:
+        """The number of the batch at a place among the micro-steps of all ranks."""
+        step, micro_step = divmod(place, window := self.world_size * self.micro_steps)
+        return step * window + (window - 1 - micro_step if self.backwards else micro_step)
 
     def run(self, take: Take) -> Seen:
         """Train on this rank.
@@ -78,7 +85,7 @@ class Training:
         module = self.make_module()
         first = SAVED_AFTER * self.micro_steps if self.resume else 0
         save = None if self.save is None else (SAVED_AFTER * self.micro_steps, str(self.save))
-        recorder = Recorder(take, clip=self.clip, trained=first * self.world_size, save=save)
+        recorder = Recorder(take, clip=self.clip, trained=first * self.world_size, number=self._number, save=save)
         evaluates = is_overridden("validation_step", module, pl.LightningModule)
         every = self.micro_steps + self.ranks // self.world_size  # in each window at another micro-step
         trainer = pl.Trainer(
@@ -103,8 +110,8 @@ class Training:
         )
         trainer.fit(
             module,
-            train_dataloaders=DataLoader(Stream(self.batches, first=first), batch_size=None),
-            val_dataloaders=DataLoader(Stream(self.batches), batch_size=None) if evaluates else None,
+            train_dataloaders=DataLoader(Stream(self.batches, self._number, first=first), batch_size=None),
+            val_dataloaders=DataLoader(Stream(self.batches, int), batch_size=None) if evaluates else None,
             ckpt_path=None if self.resume is None else str(self.resume),
         )
         return recorder.seen
@@ -115,17 +122,19 @@ class Stream(IterableDataset[Any]):
 
     Args:
         batches: Micro-batches, taken in turn.
+        number: Function from the place of a micro-step of all ranks to the number of its batch.
         first: Number of micro-steps of this rank that were done before.
     """
 
-    def __init__(self, batches: Sequence[Any], *, first: int = 0) -> None:
+    def __init__(self, batches: Sequence[Any], number: Callable[[int], int], *, first: int = 0) -> None:
         self._batches = batches
+        self._number = number
         self._first = first
 
     def __iter__(self) -> Iterator[Any]:
         rank, size = dist.get_rank(), dist.get_world_size()
         for step in count(self._first):
-            yield self._batches[(step * size + rank) % len(self._batches)]
+            yield self._batches[self._number(step * size + rank) % len(self._batches)]
 
 
 class OneProcess(SingleDeviceStrategy):

@@ -47,6 +47,7 @@ def certify_job(config: DictConfig, make_model: Callable[[DictConfig], LanguageM
         strategy=instantiate(chosen.strategy),
         job_shape=(cluster.num_nodes, cluster.ranks_per_node or cluster.devices),
         accumulate=min(MOST_MICRO_STEPS, chosen.trainer.accumulate_grad_batches),
+        precision=cluster.precision,
     )
     print(report)
     folder = Path(config.run_dir)

@@ -33,15 +33,17 @@ RIGHT = {
 }
 RIGHT_IN_CAMPAIGN = {
     "an ordinary module, in nodes": (programs.Regression, IN_NODES, "one process"),
-    "a plain module": (programs.ForwardReturnsLoss, OVER_NODES, "one process"),
+    "a plain module, in mixed precision": (programs.ForwardReturnsLoss, OVER_NODES, "one process"),
 }
 
 
 @pytest.mark.parametrize("case", [*RIGHT, *map(campaign, RIGHT_IN_CAMPAIGN)])
 def test_right_modules_are_certified_and_everything_is_compared(case: str, tmp_path: Path) -> None:
     module, options, reference = (RIGHT | RIGHT_IN_CAMPAIGN)[case]
-    report = certified(module, options)
+    mixed = {"precision": "bf16-mixed"} if "mixed" in case else {}
+    report = certified(module, options, **mixed)
     report.raise_if_wrong()
+    assert ("the job, bf16-mixed" in {row.run for row in report.rows}) == bool(mixed)
     assert report.reference.startswith(reference)
     compared = {row.what for row in report.rows}
     expected = {"initial weights", "losses", "gradients", "weights", "optimizer states", "hyperparameters"}

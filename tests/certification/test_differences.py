@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from lightning_mics.certification.comparing import Comparison, Found, Reference
-from lightning_mics.certification.differences import Difference, allowed, difference, factor, scales
+from lightning_mics.certification.differences import (
+    TIMES_ORDER,
+    AsByOrder,
+    AsRounded,
+    Difference,
+    allowed,
+    difference,
+    factor,
+    scales,
+)
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -18,11 +27,19 @@ def test_allowed_differences_are_some_eps_and_more_after_steps() -> None:
     assert allowed(torch.float64, after_steps=3) == 4096 * EPS < 1e-12
 
 
+def test_in_mixed_precision_some_times_the_effect_of_another_order_is_allowed() -> None:
+    allows = AsByOrder({"gradients": 0.01})
+    assert allows("gradients", 0) == TIMES_ORDER * 0.01
+    assert allows("weights", 2) == allowed(torch.float32, after_steps=2)
+    assert allows("initial weights", 0) == 0.0
+    assert AsByOrder({})("gradients", 0) == 1.0
+
+
 def test_a_relative_change_of_1e_9_in_one_gradient_is_found(tmp_path) -> None:
     reference = Reference(tmp_path)
     gradients = {name: torch.randn(3, 4, dtype=torch.float64) for name in ("a", "b")}
     reference.put("gradients", 0, gradients)
-    comparison = Comparison(reference, torch.float64)
+    comparison = Comparison(reference, AsRounded(torch.float64))
     comparison.take("gradients", 0, gradients)
     assert comparison.found["gradients"].first is None
     comparison.take("gradients", 0, {"a": gradients["a"], "b": gradients["b"] * (1 + 1e-9)})
@@ -68,12 +85,12 @@ def test_no_gradient_is_one_of_zeros(missing: str, tmp_path) -> None:
     reference = Reference(tmp_path)
     value = torch.zeros(2) if missing == "a gradient of zeros" else torch.ones(2)
     reference.put("gradients", 0, {"a": torch.ones(2), "b": value})
-    comparison = Comparison(reference, torch.float64)
+    comparison = Comparison(reference, AsRounded(torch.float64))
     comparison.take("gradients", 0, {"a": torch.ones(2)})
     assert (comparison.found["gradients"].first is None) == (missing == "a gradient of zeros")
 
 
 def test_a_moment_that_the_reference_does_not_have_is_a_difference(tmp_path) -> None:
-    comparison = Comparison(Reference(tmp_path), torch.float64)
+    comparison = Comparison(Reference(tmp_path), AsRounded(torch.float64))
     comparison.take("weights", 7, {})
     assert comparison.found["weights"].first.where == "a step that the reference does not make"

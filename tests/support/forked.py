@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_mics._torch.accelerator import use_no_accelerator
 from lightning_mics._torch.units.direct_use import combining_operations
 
 combining_operations()  # here, for all ranks that are forked
@@ -221,12 +222,7 @@ def _prepare(env: dict[str, str]) -> None:
     os.environ.update(env)
     torch.set_num_threads(1)
     gc.freeze()  # or each collection would visit, and so copy, what the rank shares with the process that forked it
-    for device in (torch.cuda, torch.mtia, torch.xpu):  # no rank uses them: or each seed is kept, with a stack
-        device._is_in_bad_fork = _no_rank_can
-
-
-def _no_rank_can() -> bool:
-    return True
+    use_no_accelerator()
 
 
 def _join(rank: int, world_size: int, store: Path) -> None:
