@@ -82,15 +82,15 @@ def certify(
     given = batches() if callable(batches) else batches
     if not isinstance(given, Sequence) or not given:
         raise TypeError(f"batches must be a list of micro-batches, or a function that returns one; got {given!r:.100}")
-    options = (strategy or MiCSStrategy())._policy.given
-    jobs = scaled_jobs(options, job_shape=job_shape, shape=shape)
+    strategy = strategy or MiCSStrategy()
+    jobs = scaled_jobs(strategy._policy.given, job_shape=job_shape, shape=shape)
     with tempfile.TemporaryDirectory(prefix="certify-") as folder:
         bench = Bench(
             jobs,
             Preparation(module, shrink=shrink, blocks=BLOCKS),
             given,
             Path(folder),
-            kind=type(strategy or MiCSStrategy()),
+            make_strategy=partial(type(strategy), weights_only=strategy._weights_only),
             accumulate=accumulate,
             clip_algorithm=clip_algorithm,
             seconds=seconds,
@@ -107,7 +107,7 @@ class Bench:
         preparation: How the module is made.
         batches: Micro-batches.
         folder: Folder for files of the trainings.
-        kind: Class of the strategy.
+        make_strategy: Function from options to a strategy.
         accumulate: Micro-steps of a rank in an optimizer step.
         clip_algorithm: How gradients are clipped.
         seconds: Longest duration of each training.
@@ -120,14 +120,14 @@ class Bench:
         batches: Sequence[Any],
         folder: Path,
         *,
-        kind: type[MiCSStrategy],
+        make_strategy: Callable[..., MiCSStrategy],
         accumulate: int,
         clip_algorithm: str,
         seconds: float,
     ) -> None:
         self._jobs = jobs
         self._preparation = preparation
-        self._kind = kind
+        self._make_strategy = make_strategy
         self._folder = folder
         self._seconds = seconds
         self._reference = Reference(folder)
@@ -185,8 +185,10 @@ class Bench:
             self._resume(f"{control.name}, one file, resumed as the job", job, full, plain)
         self._note_differences_of_setting()
         changing = self._of_reference[0].changing_buffers
-        if precision is not None and automatic:
+        if precision is not None and self._is_alone:
             self._compare_in(precision, job)
+        elif precision is not None:
+            self.notes.append(f"in {precision} it was not compared: one rank is no reference for it")
         return CertifyReport(
             module=self.name,
             reference=reference,
@@ -269,7 +271,7 @@ class Bench:
     ) -> list[Seen] | None:
         """Train, and compare with the reference; returns what ranks have seen, None if one has failed."""
         ranks = job.topology.world_size
-        make: Callable[[], Strategy] = partial(self._kind, **job.options, **saving)
+        make: Callable[[], Strategy] = partial(self._make_strategy, **job.options, **saving)
         training = replace(
             self._base,
             world_size=ranks,
@@ -316,7 +318,7 @@ class Bench:
             self._base,
             world_size=1,
             micro_steps=self.window,
-            make_strategy=partial(self._kind, **options),
+            make_strategy=partial(self._make_strategy, **options),
             precision=precision,
         )
         self._reference = Reference(folder)
@@ -331,7 +333,7 @@ class Bench:
         spread = rows_of("", comparison, [seen], self._of_reference, topology=one, window=self.window, first_step=0)
         most = AsByOrder({row.what: row.worst.relative for row in spread if row.worst.relative < 1})
         ranks = job.topology.world_size
-        make: Callable[[], Strategy] = partial(self._kind, **job.options)
+        make: Callable[[], Strategy] = partial(self._make_strategy, **job.options)
         training = replace(
             self._base, world_size=ranks, micro_steps=self.window // ranks, make_strategy=make, precision=precision
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -44,7 +45,7 @@ class Seen:
         evaluations: Sampled outputs of evaluations by (micro-steps of all ranks before, global number of the batch).
         shards: Checksums of this rank's own tensors by (kind, optimizer steps).
         unsharded: Checksums of unsharded tensors by (kind, optimizer steps); of rank 0.
-        generators: Checksum of torch's generator before a micro-step, by its number on this rank.
+        generators: Checksum of torch's, Python's and NumPy's generators before a micro-step, by its place on this rank.
         steps: Optimizer steps at the end.
         clip: Norm to which gradients were clipped; None if they were not.
         changing_buffers: Names of the buffers that training has changed.
@@ -112,7 +113,7 @@ class Recorder(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.seen.generators[batch_idx] = _checksum(torch.get_rng_state())
+        self.seen.generators[batch_idx] = _generators()
         seed_all(self._number(batch_idx * trainer.world_size + trainer.global_rank))
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
@@ -239,11 +240,10 @@ def seed_all(seed: int) -> None:
     """
     torch.manual_seed(seed)
     random.seed(seed)
-    try:
+    with suppress(ImportError):
         import numpy as np
-    except ImportError:
-        return
-    np.random.seed(seed)
+
+        np.random.seed(seed)
 
 
 def _hyperparameters(trainer: pl.Trainer) -> Iterator[tuple[str, Tensor]]:
@@ -272,6 +272,16 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 def _checksum(tensor: Tensor) -> int:
     bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return zlib.crc32(bits.numpy().tobytes()) if bits.numel() else 0
+
+
+def _generators() -> int:
+    """Checksum of the states of all generators that :func:`seed_all` seeds."""
+    states: list[Any] = [_checksum(torch.get_rng_state()), random.getstate()]
+    with suppress(ImportError):
+        import numpy as np
+
+        states.append([part.tolist() if hasattr(part, "tolist") else part for part in np.random.get_state()])
+    return zlib.crc32(repr(states).encode())
 
 
 def _whole(tensor: Tensor) -> Tensor:
