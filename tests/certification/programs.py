@@ -155,6 +155,28 @@ class LooksAtShards(Regression):
         return NormOfShards(self.parameters(), lr=0.01)
 
 
+class Product(torch.autograd.Function):
+    """A product of a vector and a weight, without gradients of its own operations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # [dim], [dim] -> [dim]
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return gradients[0] * weight, gradients[0] * x
+
+
+class MultipliesSamples(Regression):
+    """A module that multiplies single samples by a bias of their shape, outside of the block that has it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        samples = [Product.apply(sample, self.blocks[1].down.bias) for sample in self.first(batch[0])]
+        return super().training_step(batch, batch_idx) + torch.stack(samples).mean()
+
+
 class ForgetsWhenLoading(Regression):
     """A module whose hook changes what is loaded."""
 

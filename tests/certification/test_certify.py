@@ -65,6 +65,7 @@ WRONG_IN_CAMPAIGN = {
     programs.DrawsByRank: ("losses", "seeded by rank"),
     programs.StartsByRank: ("initial weights", "depend on the rank"),
     programs.ScalesGradients: ("losses", "the forward itself differs"),
+    programs.MultipliesSamples: ("losses", "the forward itself differs"),  # the limit in docs/what-works.md
 }
 
 
