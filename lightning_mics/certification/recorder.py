@@ -173,9 +173,7 @@ class Recorder(Callback):
         self._show("weights", steps, module.named_parameters())
         self._show("optimizer states", steps, self._states(trainer.optimizers))
         self._show("hyperparameters", steps, _hyperparameters(trainer))
-        persistent = trainer.strategy.lightning_module_state_dict()
-        buffers = [(name, buffer) for name, buffer in module.named_buffers() if name in persistent]
-        self._show("buffers", steps, buffers)
+        self._show("buffers", steps, _saved_buffers(module))
 
     def _states(self, optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, Tensor]]:
         for optimizer in optimizers:
@@ -244,6 +242,14 @@ def seed_all(seed: int) -> None:
         import numpy as np
 
         np.random.seed(seed)
+
+
+def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that checkpoints hold, as they are: asking for a state dict would make them equal on all ranks."""
+    for prefix, inner in module.named_modules():
+        for name, buffer in inner.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in inner._non_persistent_buffers_set:
+                yield name, buffer
 
 
 def _hyperparameters(trainer: pl.Trainer) -> Iterator[tuple[str, Tensor]]:

@@ -167,9 +167,12 @@ def _checksums(model: nn.Module) -> tuple[list[str], Tensor]:
 
 
 def _message(differing: list[str], parameters: int) -> str:
+    rank = dist.get_rank()
+    if not differing:
+        return f"the replicas of the model differ in rows that rank {rank} does not hold; they must be equal at all times"
     return (
-        f"the replicas of the model differ in {len(differing)} of {parameters} parameters that rank "
-        f"{dist.get_rank()} holds a part of, for instance {differing[:3]}; they must be equal at all times"
+        f"the replicas of the model differ in {len(differing)} of {parameters} parameters that rank {rank} holds a part "
+        f"of, for instance {differing[:3]}; they must be equal at all times"
     )
 
 
