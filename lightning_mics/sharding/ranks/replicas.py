@@ -169,11 +169,10 @@ def _checksums(model: nn.Module) -> tuple[list[str], Tensor]:
 def _message(differing: list[str], parameters: int) -> str:
     rank = dist.get_rank()
     if not differing:
-        return f"the replicas of the model differ in rows that rank {rank} does not hold; they must be equal at all times"
-    return (
-        f"the replicas of the model differ in {len(differing)} of {parameters} parameters that rank {rank} holds a part "
-        f"of, for instance {differing[:3]}; they must be equal at all times"
-    )
+        what = f"rows that rank {rank} does not hold"
+    else:
+        what = f"{len(differing)} of {parameters} parameters that rank {rank} holds a part of, as in {differing[:3]}"
+    return f"the replicas of the model differ in {what}; they must be equal at all times"
 
 
 def _local(parameter: Tensor) -> Tensor:
