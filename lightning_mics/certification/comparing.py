@@ -165,15 +165,15 @@ def rows_of(
         window: Micro-steps of all ranks in a window of accumulation.
         first_step: Number of windows that were trained before.
     """
-    losses = compared_losses(ranks, reference, comparison.most, window=window, first_step=first_step)
+    losses = _compared_losses(ranks, reference, comparison.most, window=window, first_step=first_step)
     found = {"losses": losses, **comparison.found}
-    found["evaluation"] = compared_evaluations(ranks, reference, comparison.most, window=window)
+    found["evaluation"] = _compared_evaluations(ranks, reference, comparison.most, window=window)
     found["optimizer steps"] = _compared_steps(ranks, reference, comparison)
     found["replicas"] = compared_replicas(ranks, topology)
     return [Row(run, what, each.compared, each.worst, each.first) for what, each in found.items() if each.worst]
 
 
-def compared_losses(
+def _compared_losses(
     ranks: Sequence[Seen], reference: Sequence[Seen], allowed: Most, *, window: int, first_step: int
 ) -> Found:
     """Compare the losses of all micro-steps; see :func:`rows_of`."""
@@ -198,7 +198,7 @@ def compared_losses(
     return found
 
 
-def compared_evaluations(ranks: Sequence[Seen], reference: Sequence[Seen], allowed: Most, *, window: int) -> Found:
+def _compared_evaluations(ranks: Sequence[Seen], reference: Sequence[Seen], allowed: Most, *, window: int) -> Found:
     """Compare the outputs of evaluations; see :func:`rows_of`."""
     expected = {key: outputs for seen in reference for key, outputs in seen.evaluations.items()}
     found = Found()

@@ -26,6 +26,7 @@ NARROWEST, MULTIPLE = 32, 8  # of widths; kernels of experts take multiples only
 
 
 def is_configuration(value: Any) -> bool:
+    """Whether a value is a configuration of ``transformers``; none exists before that package is imported."""
     kind = getattr(sys.modules.get("transformers.configuration_utils"), "PreTrainedConfig", None)
     return kind is not None and isinstance(value, kind)  # none exists if the module was not imported
 
@@ -48,7 +49,12 @@ def layers_of(config: Any) -> int:
 
 
 def with_fewer_layers(config: Any, least: int) -> Iterator[Any]:
-    """Copies of a configuration with ``least`` layers or more, those with fewer layers first."""
+    """Copies of a configuration with fewer layers, those with the fewest first.
+
+    Args:
+        config: The configuration.
+        least: Number of layers to begin with.
+    """
     for layers in range(least, layers_of(config)):
         for of_each_kind in (True, False) if layers == least else (False,):
             candidate = copy.deepcopy(config)
@@ -81,7 +87,12 @@ def _keep_layers(config: Any, layers: int, *, of_each_kind: bool) -> None:
 
 
 def narrowed(config: Any, divisor: int) -> Any:
-    """A copy of a configuration with a fraction of the heads and widths; heads are narrower only where one is left."""
+    """A copy of a configuration with a fraction of the heads and widths; heads are narrower only where one is left.
+
+    Args:
+        config: The configuration.
+        divisor: Number by which heads and widths are divided.
+    """
     narrow = copy.deepcopy(config)
     for part in {id(part): part for part in _parts(narrow)}.values():
         fields: Any = vars(part)
@@ -107,7 +118,13 @@ def _narrow_width(width: int, heads: int, divisor: int) -> int:
 
 
 def changes(before: Any, after: Any, prefix: str = "") -> Iterator[str]:
-    """The numbers that differ between a configuration and a smaller one."""
+    """The numbers that differ between a configuration and a smaller one, in words.
+
+    Args:
+        before: The configuration.
+        after: The smaller one.
+        prefix: Name of the part of a larger configuration that both are, with a dot.
+    """
     for name, value in vars(before).items():
         smaller = vars(after)[name]
         if is_configuration(value):

@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 LEAST_EPS = 1e-3  # of optimizers: with less, gradients of nearly zero become signs, which rounding decides
 LEAST_RATE = 1e-3  # of learning: with less, updates would hide what depends on them
@@ -95,6 +96,7 @@ class Recorder(Callback):
 
     # -- training ------------------------------------------------------------------------------------------------------
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._names = {parameter: name for name, parameter in pl_module.named_parameters()}
         self._first_buffers = {name: _whole(buffer).clone() for name, buffer in pl_module.named_buffers()}
@@ -110,6 +112,7 @@ class Recorder(Callback):
         else:
             self._show("weights", 0, pl_module.named_parameters())
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -122,6 +125,7 @@ class Recorder(Callback):
                 else:
                     group["lr"] = max(group["lr"], LEAST_RATE)
 
+    @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -145,6 +149,7 @@ class Recorder(Callback):
                 if parameter.grad is not None:
                     yield self._names.get(parameter, "a parameter that is not the module's"), parameter.grad
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -160,6 +165,7 @@ class Recorder(Callback):
         if self._save is not None and batch_idx + 1 == self._save[0]:
             trainer.save_checkpoint(self._save[1])
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seen.steps = trainer.global_step
         self.seen.changing_buffers = [
@@ -201,18 +207,21 @@ class Recorder(Callback):
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for child in pl_module.children():
             self._hooks.append(
                 child.register_forward_hook(lambda _, __, output: self._outputs.extend(_sampled(output)))
             )
 
+    @override
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._outputs.clear()
         seed_all(EVALUATION_SEED + batch_idx * trainer.world_size + trainer.global_rank)
 
+    @override
     def on_validation_batch_end(
         self,
         trainer: pl.Trainer,
@@ -225,6 +234,7 @@ class Recorder(Callback):
         number = batch_idx * trainer.world_size + trainer.global_rank
         self.seen.evaluations[self._trained, number] = [*_sampled(outputs), *self._outputs]
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         while self._hooks:
             self._hooks.pop().remove()
