@@ -47,6 +47,13 @@ ARGUMENTS: dict[str, str] = {
     "statement dropped [1693]": (
         "the reference to what was all-reduced last: it keeps memory from other streams, which the CPU has not"
     ),
+    "lightning_mics/sharding/modules/broadcast_buffers.py:140 BufferBroadcast._compare: number + 1 [424]": (
+        "a checksum is compared with its own complement, so all buffers count as differing and are broadcast: rank 0's "
+        "either way, and only more is sent"
+    ),
+    "lightning_mics/sharding/modules/broadcast_buffers.py:113 BufferBroadcast._end_window: number + 1 [283]": (
+        "comparisons after the first come at other windows; the buffers that differ are known from the first"
+    ),
     "lightning_mics/sharding/accumulation_window.py:242 AccumulationWindow._set_boundary: statement dropped [579]": (
         "nothing is deferred, and each micro-step reduces along rails: the sums are those of the same terms, and only "
         "the traffic is another"
