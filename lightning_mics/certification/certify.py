@@ -25,6 +25,7 @@ from lightning_mics.certification.report import CannotCertifyError, CertifyRepor
 from lightning_mics.certification.rows import Row
 from lightning_mics.certification.scaling import ScaledJob, scaled_jobs
 from lightning_mics.certification.training import SAVED_AFTER, OneProcess, PlainReplicas, Training
+from lightning_mics.integrations._precision import PRECISIONS
 from lightning_mics.integrations.trainer.strategy import MiCSStrategy
 
 BLOCKS = 2  # equal blocks that are kept: with the root's own parameters, all that schedules distinguish
@@ -82,6 +83,10 @@ def certify(
     given = batches() if callable(batches) else batches
     if not isinstance(given, Sequence) or not given:
         raise TypeError(f"batches must be a list of micro-batches, or a function that returns one; got {given!r:.100}")
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate} must be at least 1: micro-steps in an optimizer step")
+    if precision is not None and precision not in (*PRECISIONS, "64-true"):
+        raise ValueError(f"precision={precision!r} is not one of {', '.join(map(repr, PRECISIONS))}")
     strategy = strategy or MiCSStrategy()
     jobs = scaled_jobs(strategy._policy.given, job_shape=job_shape, shape=shape)
     with tempfile.TemporaryDirectory(prefix="certify-") as folder:
@@ -136,6 +141,7 @@ class Bench:
         self._failures: dict[str, str] = {}
         self._is_alone = False  # whether the reference is one process
         self._traces: dict[str, str] = {}
+        self._unused: set[str] = set()  # parameters that no loss uses
         self.notes: list[str] = []
         ranks = jobs[0].topology.world_size
         self._base = Training(
@@ -175,6 +181,13 @@ class Bench:
         job, control = self._jobs
         saved = self._folder / "sharded.ckpt"
         first = self._run(job.name, job, save=saved)
+        if self._is_alone and first is not None and not all(row.ok for row in self._rows):
+            reference = self._run_replicas("one process trains otherwise")
+            first = self._run(job.name, job, save=saved)
+            self.notes.append(
+                "one process trains otherwise: something depends on the rank, or on how many micro-batches or steps a "
+                "process has seen, as under DistributedDataParallel"
+            )
         if first is not None:
             self._resume(f"{job.name}, resumed", job, saved, first)
             if self._is_alone:
@@ -197,7 +210,7 @@ class Bench:
             failures=self._failures,
             traces=self._traces,
             notes=self.notes,
-            reasons=reasons_for(self._rows, self._failures, changing_buffers=changing),
+            reasons=reasons_for(self._rows, self._failures, changing_buffers=changing, unused=self._unused),
         )
 
     # -- the module and the reference ----------------------------------------------------------------------------------
@@ -244,14 +257,21 @@ class Bench:
             if not seen[0].changing_buffers:
                 self._is_alone = True
                 return self._is_reference(seen, "one process")
+        return self._run_replicas("its buffers depend on what a rank sees" if automatic else "it is optimized by hand")
+
+    def _run_replicas(self, why: str) -> str:
+        """Train the reference as replicas, in place of one process; returns what it is, in words."""
+        self._is_alone, self._rows = False, []
+        block_classes = self._jobs[0].options.get("block_classes")
         replicas = replace(self._base, make_strategy=partial(PlainReplicas, block_classes))
         seen = self._asked(replicas.world_size, partial(replicas.run, self._reference.put))
-        why = "its buffers depend on what a rank sees" if automatic else "it is optimized by hand"
         return self._is_reference(seen, f"DistributedDataParallel on {replicas.world_size} ranks, as {why}")
 
     def _is_reference(self, seen: list[Seen], described: str) -> str:
         self._of_reference = seen
         self._base = replace(self._base, clip=seen[0].clip)
+        if not any(self._reference.get(kind, steps) for kind, steps in self._reference.moments() if kind == "gradients"):
+            raise CannotCertifyError(f"nothing is trained: no optimizer of {self.name} makes a step")
         if any(loss != loss for each in seen for loss in each.losses.values()):
             raise CannotCertifyError(f"{self.name} has a loss that is not a number, by itself in one process")
         return described
@@ -298,6 +318,7 @@ class Bench:
             return None
         values = [answer.value for answer in answers if answer.value is not None]
         seen, comparison = [value[0] for value in values], values[0][1]
+        self._unused |= comparison.unused
         self._rows += rows_of(
             name,
             comparison,

@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     sys.path.insert(0, str(Path.cwd()))
     try:
+        if options.json is not None and not options.json.absolute().parent.is_dir():
+            raise ValueError(f"--json {options.json}: there is no such folder")
         strategy = MiCSStrategy(**dict(map(_option, options.option)))
         report = certify(
             _found(options.module),
@@ -65,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="option of MiCSStrategy, such as partition_size=16; as often as needed",
     )
-    parser.add_argument("--shape", type=_shape, help="nodes x ranks per node to run on, such as 2x2")
-    parser.add_argument("--job-shape", type=_shape, help="nodes x ranks per node of the job, such as 64x8")
+    parser.add_argument("--shape", type=_shape, help="nodes x ranks per node to run on (default: as many as needed)")
+    parser.add_argument("--job-shape", type=_shape, help="nodes x ranks per node of the job (default: nodes of 8)")
     parser.add_argument("--accumulate", type=int, default=2, help="micro-steps in an optimizer step (default: 2)")
     parser.add_argument("--resume-ranks", type=int, help="ranks that resume (default: half as many)")
     parser.add_argument("--precision", help="precision of the job, such as bf16-mixed, to compare in as well")

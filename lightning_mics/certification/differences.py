@@ -34,6 +34,7 @@ BEFORE_STEPS = 256  # eps: nothing was updated yet
 AFTER_STEPS = 4096  # eps: updates have carried differences on
 OF_LARGEST = 0.01  # share of the model's largest gradient below which a parameter's gradient counts as that
 TIMES_ORDER = 8  # largest difference by ranks, in those by order: ranks add in yet other orders
+TIMES_ROUNDED = 4  # largest difference by weights that are rounded otherwise, in eps of half precision
 LEAST_WEIGHT = 1e-3  # weights below it are compared as if they were so large
 
 
@@ -93,11 +94,16 @@ class AsRounded:
 class AsByOrder:
     """Allows some times what another order of summation makes.
 
+    After the first step, weights that differ in their last bits may be rounded to other numbers of half precision, by
+    chance, so that gradients differ by its eps.
+
     Attributes:
         largest: Largest differences that the other order has made, by kind; 1 for all kinds if it is empty.
+        half: Dtype that arithmetic is rounded to.
     """
 
     largest: Mapping[str, float]
+    half: torch.dtype = torch.bfloat16
 
     def __call__(self, kind: str, steps: int) -> float:
         """The largest allowed difference of a kind after some optimizer steps."""
@@ -105,7 +111,8 @@ class AsByOrder:
             return 1.0
         if kind == "initial weights":
             return 0.0
-        return max(TIMES_ORDER * self.largest.get(kind, 0.0), allowed(torch.float32, after_steps=steps))
+        least = TIMES_ROUNDED * torch.finfo(self.half).eps if steps else allowed(torch.float32, after_steps=0)
+        return max(TIMES_ORDER * self.largest.get(kind, 0.0), least)
 
 
 def allowed(dtype: torch.dtype, *, after_steps: int) -> float:

@@ -69,7 +69,11 @@ class CertifyReport:
             NotCertifiedError: If something differs.
         """
         if not self.ok:
-            raise NotCertifiedError(str(self))
+            differing = [
+                f"{row.run}, {row.what}: {_described(row.first)}" for row in self.rows if row.first is not None
+            ]
+            said = [f"{run} did not finish: {error}" for run, error in self.failures.items()] + differing
+            raise NotCertifiedError("\n".join([f"{self.module} is NOT certified: {said[0]}", *self.reasons]))
 
     def to_json(self) -> str:
         """All of it as JSON; infinite numbers are strings."""
@@ -98,7 +102,8 @@ class CertifyReport:
 
 
 def _described(first: Difference) -> str:
-    factor = "" if first.factor is None else f": {first.factor:.6g} times the right value"
+    told = first.factor is not None and f"{first.factor:.6g}" != "1"
+    factor = f": {first.factor:.6g} times the right value" if told else ""
     return f"differs first at {first.where}, {first.moment}, by {_number(first.relative)}{factor}"
 
 

@@ -58,7 +58,12 @@ def scaled_jobs(
         inside = _job("the job, inside nodes", options, shape or (2, 2), size="node")
         return [across, inside]
     nodes, per_node = job_shape or _smallest(size, options.get("ranks_per_node") or 8)
-    of_job = Topology(world_size=nodes * per_node, ranks_per_node=per_node, partition_size=size)
+    try:
+        of_job = Topology(world_size=nodes * per_node, ranks_per_node=per_node, partition_size=size)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; the job is taken to be {nodes} nodes of {per_node}, unless job_shape says"
+        ) from None
     scaled = _scaled(of_job, shape)
     own = _job("the job", options, (scaled.nodes, scaled.ranks_per_node), size=scaled.partition_size)
     plain = {name: options[name] for name in ("block_classes", "broadcast_buffers", "allow_unused") if name in options}

@@ -155,6 +155,28 @@ class LooksAtShards(Regression):
         return NormOfShards(self.parameters(), lr=0.01)
 
 
+class CountsBatches(Regression):
+    """A module whose loss depends on the number of the micro-batch, which ranks count each for itself."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (2 if batch_idx % 2 else 1)
+
+
+class NeverUses(Regression):
+    """A module with a layer that no loss uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(3, 3)
+
+
+class TrainsNothing(Regression):
+    """A module without an optimizer."""
+
+    def configure_optimizers(self) -> Any:
+        return None
+
+
 class Product(torch.autograd.Function):
     """A product of a vector and a weight, without gradients of its own operations."""
 

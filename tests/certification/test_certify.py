@@ -62,9 +62,8 @@ WRONG = {  # module, what is wrong first, and a word of the likely reason
     programs.ForgetsWhenLoading: ("loaded bits", "a hook that changes what is saved or loaded"),
 }
 WRONG_IN_CAMPAIGN = {
-    programs.DrawsByRank: ("losses", "seeded by rank"),
     programs.StartsByRank: ("initial weights", "depend on the rank"),
-    programs.ScalesGradients: ("losses", "the forward itself differs"),
+    programs.NeverUses: ("weights", "no loss uses 'unused."),
     programs.MultipliesSamples: ("losses", "the forward itself differs"),  # the limit in docs/what-works.md
 }
 
@@ -78,6 +77,16 @@ def test_modules_whose_training_changes_are_found_with_the_reason(module: Any) -
     assert any(reason in each for each in report.reasons), report.reasons
     with pytest.raises(NotCertifiedError, match="is NOT certified"):
         report.raise_if_wrong()
+
+
+@pytest.mark.parametrize(
+    "module", [programs.CountsBatches, *map(campaign, (programs.DrawsByRank, programs.ScalesGradients))]
+)
+def test_what_depends_on_the_rank_by_itself_is_compared_with_replicas_and_said(module: Any) -> None:
+    report = certified(module)
+    report.raise_if_wrong()
+    assert report.reference == "DistributedDataParallel on 4 ranks, as one process trains otherwise"
+    assert any("depends on the rank, or on how many micro-batches" in note for note in report.notes)
 
 
 def test_ranks_that_differ_are_an_error_of_the_report_with_its_reason() -> None:
@@ -98,6 +107,23 @@ def test_a_module_that_fails_by_itself_is_no_fault_of_the_schedule() -> None:
 def test_a_number_of_ranks_to_resume_that_does_not_divide_a_step_is_rejected() -> None:
     with pytest.raises(ValueError, match="resume_ranks=3 does not divide the 8 micro-batches of a step"):
         certified(programs.Regression, resume_ranks=3)
+
+
+def test_a_module_that_trains_nothing_cannot_be_certified() -> None:
+    with pytest.raises(CannotCertifyError, match="nothing is trained: no optimizer of TrainsNothing makes a step"):
+        certified(programs.TrainsNothing)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"accumulate": 0}, "accumulate=0 must be at least 1"),
+        ({"precision": "fp7"}, "precision='fp7' is not one of '32-true'"),
+    ],
+)
+def test_values_that_no_training_has_are_rejected_at_once(more: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        certified(programs.Regression, **more)
 
 
 @pytest.mark.parametrize("batches", [[], 3, list])
