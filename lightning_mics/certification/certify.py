@@ -270,7 +270,8 @@ class Bench:
     def _is_reference(self, seen: list[Seen], described: str) -> str:
         self._of_reference = seen
         self._base = replace(self._base, clip=seen[0].clip)
-        if not any(self._reference.get(kind, steps) for kind, steps in self._reference.moments() if kind == "gradients"):
+        gradients = [self._reference.get(*moment) for moment in self._reference.moments() if moment[0] == "gradients"]
+        if not any(gradients):
             raise CannotCertifyError(f"nothing is trained: no optimizer of {self.name} makes a step")
         if any(loss != loss for each in seen for loss in each.losses.values()):
             raise CannotCertifyError(f"{self.name} has a loss that is not a number, by itself in one process")

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_mics._torch.accelerator import use_no_accelerator
+from lightning_mics.in_memory.orphans import end_with
 
 GRACE = 10.0  # seconds for the other ranks to fail by themselves, after the first has
 T = TypeVar("T")
@@ -63,7 +64,7 @@ def on_ranks(world_size: int, function: Callable[[], T], *, seconds: float) -> l
         processes = []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            target = (rank, world_size, Path(folder), sender, function)
+            target = (rank, world_size, Path(folder), sender, function, os.getpid())
             processes.append(context.Process(target=_run_rank, args=target, daemon=True))
             processes[-1].start()
             sender.close()
@@ -97,7 +98,10 @@ def _collect(ends: dict[Connection, int], seconds: float) -> dict[int, Answer[An
     return found
 
 
-def _run_rank(rank: int, world_size: int, folder: Path, sender: Connection, function: Callable[[], Any]) -> None:
+def _run_rank(
+    rank: int, world_size: int, folder: Path, sender: Connection, function: Callable[[], Any], parent: int
+) -> None:
+    end_with(parent)
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

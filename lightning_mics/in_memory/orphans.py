@@ -23,10 +23,6 @@ def end_workers_with_this_rank() -> None:
     Linux means the thread that has forked, so workers of other threads are left alone: a thread may end before them. So
     are programs that are started, as keepers are.
     """
-    try:
-        prctl = ctypes.CDLL(None).prctl
-    except (AttributeError, OSError):  # another system
-        return
     own = os.getpid()
     of_main_thread = False
 
@@ -36,8 +32,21 @@ def end_workers_with_this_rank() -> None:
 
     def follow_rank() -> None:
         if of_main_thread:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != own:  # it has died meanwhile
-                os._exit(1)
+            end_with(own)
 
     os.register_at_fork(before=note_thread, after_in_child=follow_rank)
+
+
+def end_with(parent: int) -> None:
+    """Let this process, which was forked just now, be killed when the thread dies that has forked it; on Linux only.
+
+    Args:
+        parent: Process that has forked this one.
+    """
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except (AttributeError, OSError):  # another system
+        return
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has died meanwhile
+        os._exit(1)
