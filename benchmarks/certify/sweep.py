@@ -68,6 +68,7 @@ def write_page(out: Path, arguments: Sequence[str], found: dict[str, dict[str, A
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     rows = "\n".join(_row(name, entry) for name, entry in found.items())
     right = sum(entry.get("ok", False) for entry in found.values())
+    unused = sum(any("no loss uses" in reason for reason in entry.get("reasons", ())) for entry in found.values())
     doubles = sum(entry.get("ok", False) and not entry["float32"] for entry in found.values())
     (out / "README.md").write_text(
         f"""# Architectures that certify leaves in peace
@@ -80,7 +81,8 @@ with all traffic between nodes once per step, and the plain schedule; {BATCHES} 
 **Machine.** {os.cpu_count()} cores, {platform.system()} {platform.release()}; Python {platform.python_version()}, torch
 {torch.__version__}, gloo.
 
-**Result.** {right} of {len(found)} architectures are certified, {doubles} of them in float64, the others in float32.
+**Result.** {right} of {len(found)} architectures are certified, {doubles} of them in float64, the others in float32. {unused}
+have parameters that no loss uses, which weight decay changes under sharding and not in one process: rightly not.
 
 **Commit.** {commit}, {time.strftime("%Y-%m-%d", time.gmtime())}.
 
