@@ -81,8 +81,9 @@ with all traffic between nodes once per step, and the plain schedule; {BATCHES} 
 **Machine.** {os.cpu_count()} cores, {platform.system()} {platform.release()}; Python {platform.python_version()}, torch
 {torch.__version__}, gloo.
 
-**Result.** {right} of {len(found)} architectures are certified, {doubles} of them in float64, the others in float32. {unused}
-have parameters that no loss uses, which weight decay changes under sharding and not in one process: rightly not.
+**Result.** {right} of {len(found)} architectures are certified, {doubles} of them in float64, the others in float32.
+{unused} have parameters that no loss uses, which weight decay changes under sharding and not in one process: rightly
+not.
 
 **Commit.** {commit}, {time.strftime("%Y-%m-%d", time.gmtime())}.
 
