@@ -120,10 +120,11 @@ class Recorder(Callback):
         seed_all(self._number(batch_idx * trainer.world_size + trainer.global_rank))
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].clamp_(min=LEAST_RATE)
-                else:
-                    group["lr"] = max(group["lr"], LEAST_RATE)
+                rate = group.get("lr")
+                if isinstance(rate, Tensor):
+                    rate.clamp_(min=LEAST_RATE)
+                elif isinstance(rate, int | float):
+                    group["lr"] = max(rate, LEAST_RATE)
 
     @override
     def on_before_optimizer_step(
