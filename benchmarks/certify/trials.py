@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.certify.model import MICRO_STEPS, RANKS, Case, batches
 from lightning_mics import MiCSStrategy
-from lightning_mics.certification.certify import Bench, _on_ranks
+from lightning_mics.certification.bench import Bench, with_ranks
 from lightning_mics.certification.modules import Preparation
 from lightning_mics.certification.recorder import Seen
 from lightning_mics.certification.rows import Row
@@ -96,7 +96,7 @@ class Trials(Bench):
         job, control = self._jobs
         if name in RESUMES:
             path, seen = saved.get(RESUMES[name]) or self._saved[RESUMES[name]]
-            resuming = _on_ranks(job, RANKS // 2) if name == "on 2 ranks" else job
+            resuming = with_ranks(job, RANKS // 2) if name == "on 2 ranks" else job
             self._resume(name, resuming, path, seen)
         else:
             path = place / f"{name}.ckpt"

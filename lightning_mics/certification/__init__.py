@@ -3,6 +3,7 @@
 ::
 
     certify        module, batches, options of the job
+      bench          its trainings, one after the other
       scaling        the job's groups on a few ranks            shrinking    a module that a laptop can train
       ranks          forked processes                           training     what each of them runs
       recorder       what is compared, and when                 differences  how much may differ
