@@ -154,6 +154,7 @@ def _follow_compiled(folder: str, options: dict[str, Any] | None) -> dict[str, T
     return weights(fit(_CompiledTeacher(), folder, options, accumulate_grad_batches=2))
 
 
+@pytest.mark.campaign
 def test_weights_of_compiled_modules_change_too(tmp_path: Path, on_shared_ranks: Callable[..., list[Any]]) -> None:
     expected = _follow_compiled(str(tmp_path), None)
     for of_rank in on_shared_ranks(_follow_compiled, str(tmp_path), CACHES["cached by nodes"]):
