@@ -233,6 +233,9 @@ class Bench:
             return training.run(comparison.take), comparison
 
         answers: list[Answer[tuple[Seen, Comparison]]] = on_ranks(ranks, compared, seconds=self._seconds)
+        if any(answer.died for answer in answers):  # as in gloo once in some hundred trainings (torch 2.13)
+            self.notes.append(f"{name}: a process died, so it was run again")
+            answers = on_ranks(ranks, compared, seconds=self._seconds)
         failed = [answer for answer in answers if answer.error]
         if failed:
             telling = _most_telling(failed)
@@ -325,5 +328,6 @@ def with_ranks(job: ScaledJob, ranks: int) -> ScaledJob:
 def _most_telling(failed: Sequence[Answer[Any]]) -> Answer[Any]:
     """The error that says most: not that another rank has gone."""
     for_other = ("no answer within", "Connection", "peer")
-    own = [answer for answer in failed if not any(word in answer.error for word in for_other)]
+    dead = [answer for answer in failed if answer.died]
+    own = dead or [answer for answer in failed if not any(word in answer.error for word in for_other)]
     return (own or list(failed))[0]

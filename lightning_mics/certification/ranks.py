@@ -40,11 +40,13 @@ class Answer(Generic[T]):
         value: Result of the function; None if it raised.
         error: Class and message of the exception; empty if it returned.
         trace: Traceback of the exception, and the last output of the rank.
+        died: Whether the process has ended by itself without an answer.
     """
 
     value: T | None = None
     error: str = ""
     trace: str = ""
+    died: bool = False
 
 
 def on_ranks(world_size: int, function: Callable[[], T], *, seconds: float) -> list[Answer[T]]:
@@ -74,7 +76,7 @@ def on_ranks(world_size: int, function: Callable[[], T], *, seconds: float) -> l
             if len(found) < world_size or any(answer.error for answer in found.values()):
                 process.kill()
             process.join()
-        silent = f"no answer within {seconds:g} s, or the process has died"
+        silent = f"no answer within {seconds:g} s"
         return [
             found.get(rank) or Answer(error=silent, trace=_output_of(Path(folder), rank)) for rank in range(world_size)
         ]
@@ -90,7 +92,8 @@ def _collect(ends: dict[Connection, int], seconds: float) -> dict[int, Answer[An
             waiting.discard(end)
             try:
                 found[ends[end]] = pickle.loads(end.recv_bytes())
-            except EOFError:  # it has died
+            except EOFError:
+                found[ends[end]] = Answer(error=f"the process of rank {ends[end]} has died", died=True)
                 deadline = min(deadline, time.monotonic() + GRACE)
                 continue
             if found[ends[end]].error:

@@ -177,6 +177,15 @@ class TrainsNothing(Regression):
         return None
 
 
+class Dies(Regression):
+    """A module whose rank 1 ends its process."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if _rank() == 1:
+            os._exit(3)
+        return super().training_step(batch, batch_idx)
+
+
 class Product(torch.autograd.Function):
     """A product of a vector and a weight, without gradients of its own operations."""
 

@@ -96,6 +96,12 @@ def test_ranks_that_differ_are_an_error_of_the_report_with_its_reason() -> None:
     assert "RanksDifferError" in report.traces["the job"]
 
 
+def test_a_rank_whose_process_dies_is_named_after_a_second_try() -> None:
+    report = certified(programs.Dies)
+    assert report.failures["the job"] == "the process of rank 1 has died"
+    assert any("a process died, so it was run again" in note for note in report.notes)
+
+
 # -- what cannot be certified ------------------------------------------------------------------------------------------
 
 
