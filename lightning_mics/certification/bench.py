@@ -29,7 +29,7 @@ class Bench:
     """The trainings of one certification, one after the other.
 
     Args:
-        jobs: The job and its control, on the same number of ranks.
+        jobs: The job and its control, whose number of ranks divides the job's.
         preparation: How the module is made.
         batches: Micro-batches.
         folder: Folder for files of the trainings.

@@ -68,7 +68,8 @@ def scaled_jobs(
     own = _job("the job", options, (scaled.nodes, scaled.ranks_per_node), size=scaled.partition_size)
     plain = {name: options[name] for name in ("block_classes", "broadcast_buffers", "allow_unused") if name in options}
     plain |= {"cache_parameters": "never", "accumulate_gradients": "shard"}
-    control_shape = (2, 2) if shape is None else shape
+    fits = shape is None and scaled.world_size % 4 == 0  # a window of the job must divide among the control's ranks
+    control_shape = (2, 2) if fits else (scaled.nodes, scaled.ranks_per_node)
     control = _job("the plain schedule", plain, control_shape, size="node")
     return [own, control]
 
