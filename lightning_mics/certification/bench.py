@@ -105,10 +105,11 @@ class Bench:
         if self._is_alone and first is not None and not all(row.ok for row in self._rows):
             reference = self._run_replicas("one process trains otherwise")
             first = self._run(job.name, job, save=saved)
-            self.notes.append(
-                "one process trains otherwise: something depends on the rank, or on how many micro-batches or steps a "
-                "process has seen, as under DistributedDataParallel"
-            )
+            if all(row.ok for row in self._rows):  # else it is no matter of ranks alone
+                self.notes.append(
+                    "one process trains otherwise: something depends on the rank, or on how many micro-batches or "
+                    "steps a process has seen, as under DistributedDataParallel"
+                )
         if first is not None:
             self._resume(f"{job.name}, resumed", job, saved, first)
             if self._is_alone:
