@@ -22,7 +22,8 @@ from lightning_mics.sharding import initialization
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from lightning_mics.sharding.initialization import InitialWeights
 from lightning_mics.sharding.weight_cache import WeightCache
-from lightning_mics.techniques.once_per_step import NodeCache, ParameterCache, RankCache
+from lightning_mics.techniques.once_per_step import NodeCache, RankCache
+from lightning_mics.techniques.parameter_cache import ParameterCache
 
 # -- first weights -----------------------------------------------------------------------------------------------------
 

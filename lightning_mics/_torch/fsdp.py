@@ -91,8 +91,8 @@ def sharded_parameters(module: FSDPModule) -> list[nn.Parameter]:
     return [p.sharded_param for group in _param_groups(module) for p in group.fsdp_params]
 
 
-def weights_version(module: FSDPModule) -> Hashable:
-    """The version of the sharded parameters of ``module`` itself; it changes with every update that torch records.
+def weights_version(module: FSDPModule) -> tuple[Hashable, ...]:
+    """The versions of the sharded parameters of ``module`` itself; each changes with every update that torch records.
 
     torch does not record changes in raw memory. See [Note: When cached weights are dropped].
     """

@@ -62,7 +62,6 @@ class Bench:
         self._failures: dict[str, str] = {}
         self._is_alone = False  # whether the reference is one process
         self._traces: dict[str, str] = {}
-        self._unused: set[str] = set()  # parameters that no loss uses
         self.notes: list[str] = []
         ranks = jobs[0].topology.world_size
         self._base = Training(
@@ -132,7 +131,7 @@ class Bench:
             failures=self._failures,
             traces=self._traces,
             notes=self.notes,
-            reasons=reasons_for(self._rows, self._failures, changing_buffers=changing, unused=self._unused),
+            reasons=reasons_for(self._rows, self._failures, changing_buffers=changing),
         )
 
     # -- the module and the reference ----------------------------------------------------------------------------------
@@ -244,7 +243,6 @@ class Bench:
             return None
         values = [answer.value for answer in answers if answer.value is not None]
         seen, comparison = [value[0] for value in values], values[0][1]
-        self._unused |= comparison.unused
         self._rows += rows_of(
             name,
             comparison,

@@ -94,14 +94,12 @@ class Comparison:
         most: Function from a kind and the optimizer steps before to the largest difference that is allowed.
         found: Findings by kind.
         moments: Moments that have come.
-        unused: Names of the parameters that have a gradient of zeros here, and none in the reference.
     """
 
     reference: Reference
     most: Most
     found: dict[str, Found] = field(default_factory=dict)
     moments: list[tuple[str, int]] = field(default_factory=list)
-    unused: set[str] = field(default_factory=set)
 
     def take(self, kind: str, steps: int, tensors: Mapping[str, Tensor]) -> None:
         """Compare a moment.
@@ -127,8 +125,6 @@ class Comparison:
                 present = theirs if ours is None else ours
                 assert present is not None
                 missing = "gradient" in kind and not present.any()
-                if missing and theirs is None:
-                    self.unused.add(name)
                 found.add(Difference(0.0 if missing else torch.inf, most, name, moment, steps))
                 continue
             apart = difference(ours, theirs, scale=scale[name])

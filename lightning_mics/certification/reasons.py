@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from lightning_mics.certification.rows import Row
 
@@ -28,7 +28,6 @@ def reasons_for(
     failures: Mapping[str, str],
     *,
     changing_buffers: Sequence[str] = (),
-    unused: Collection[str] = (),
 ) -> list[str]:
     """What differences point to, where a reason is known.
 
@@ -36,7 +35,6 @@ def reasons_for(
         rows: The comparisons.
         failures: Errors by training.
         changing_buffers: Names of the buffers that training changes.
-        unused: Names of the parameters that no loss uses.
     """
     found = [reason for words, reason in OF_ERRORS.items() if any(words in error for error in failures.values())]
     wrong = [row for row in rows if row.first is not None]
@@ -45,15 +43,9 @@ def reasons_for(
         return found
     of_first = [row for row in wrong if row.run == runs[0]]
     earliest = min(of_first, key=lambda row: (_steps(row), IN_ORDER.index(row.what)))
-    if earliest.first is not None and (name := earliest.first.where.partition("/")[0]) in unused:
-        return [*found, UNUSED.format(name=name)]
     return [*found, _reason(earliest, resumed="resumed" in runs[0], changing_buffers=changing_buffers)]
 
 
-UNUSED = (
-    "no loss uses {name!r}: in one process it has no gradient, and the optimizer leaves it alone; here its gradient is "
-    "zeros, so weight decay and moments act on it. Freeze it by requires_grad_(False), or pass allow_unused=True"
-)
 OF_ERRORS = {
     "ranks take different ways": "ranks call blocks in another order, or not equally often: layer drop, early exit or "
     f"experts by rank need allow_unused=True; see {DOCS}#ranks-that-take-different-ways",

@@ -254,6 +254,23 @@ class ControlPlane:
         """
         return self.begin_largest(values, entry)()
 
+    def any_of(self, bits: Sequence[bool], entry: str) -> list[bool]:
+        """Which of the ``bits`` are set on any rank, by a meeting; every rank calls it.
+
+        Args:
+            bits: Bits of this rank, as many on every rank.
+            entry: What is done, in words.
+
+        Raises:
+            RanksDifferError: If other ranks do something else.
+        """
+        self.agree(entry)
+        if self._group is None or self._size == 1:
+            return list(bits)
+        with self._explaining():
+            records = exchange(self._group, bytes(bits))
+        return [any(of_bit) for of_bit in zip(*records, strict=True)]
+
     def begin_largest(self, values: torch.Tensor, entry: str) -> Callable[[], torch.Tensor]:
         """Begin :meth:`largest` and return a function that waits for its result; every rank calls both.
 

@@ -32,6 +32,7 @@ from lightning_mics._torch.fsdp import (
 )
 from lightning_mics._torch.parameter_hooks import ParameterHooks
 from lightning_mics.sharding.direct_gradients import DirectGradients
+from lightning_mics.sharding.ranks.never_used import NeverUsed
 from lightning_mics.sharding.weight_cache import WeightCache
 from lightning_mics.techniques.pending_gradients import PendingGradients
 
@@ -42,8 +43,8 @@ class AccumulationWindow:
     Without a call of :meth:`micro_step` every backward is a boundary, as in FSDP2 itself.
 
     A parameter group with pending gradients is reduced at the boundary even if the boundary's own forward did not use
-    it; its parameters without a gradient count as zero: see [Note: Zero gradients before the boundary]. Those that no
-    forward of the window used keep ``grad=None``. The parameter groups used may differ from micro-step to micro-step,
+    it; its parameters without a gradient count as zero: see [Note: Zero gradients before the boundary]. Those that
+    nothing in the window used keep ``grad=None``. The parameter groups used may differ from micro-step to micro-step,
     but not from rank to rank.
 
     Args:
@@ -54,6 +55,9 @@ class AccumulationWindow:
         replicas: Number of replicas; with one there is no hop 2.
         unsharded_gradients: Whether FSDP2 accumulates unsharded gradients until the boundary, and runs hop 1 there.
         two_hop: Whether hop 2 runs at the boundary only; False runs it in every micro-step, as hybrid sharding does.
+
+    Attributes:
+        never_used: Removes zero gradients of parameters that nothing used; None where there are none, or others do.
     """
 
     def __init__(
@@ -75,6 +79,8 @@ class AccumulationWindow:
         self._defers = two_hop and (replicas > 1 or bool(self._pending_gradients) or unsharded_gradients)
         self._at_boundary = True
         self._is_open = False
+        self._adds_zeros = False  # to gradients of the window
+        self.never_used: NeverUsed | None = None
         self._when_abandoned: list[Callable[[], None]] = []
         self.direct_gradients = DirectGradients(root, lambda: self._at_boundary)
         self._ever_trainable = {name: trainable(module) for name, module in self._modules.items()}
@@ -117,6 +123,9 @@ class AccumulationWindow:
             module.set_requires_gradient_sync(False, recurse=False)
         else:
             reduce_unused_parameters(module, True)
+            if not self._adds_zeros and self.never_used is not None:
+                self.never_used.begin()
+            self._adds_zeros = True
 
     def before_backward(self) -> None:
         """Do not defer reductions of parameter groups in which some parameters are frozen for this backward only.
@@ -143,6 +152,11 @@ class AccumulationWindow:
             module.set_requires_all_reduce(True, recurse=False)
             if name in self._pending_gradients:
                 self._pending_gradients[name].at_boundary = True
+
+    def after_reductions(self) -> None:
+        """Remove zero gradients that a reduction at the boundary has left; runs where FSDP2 ends a backward."""
+        if self._at_boundary and self._adds_zeros and self.never_used is not None:
+            self.never_used.remove_zeros(self.direct_gradients.parameters)
 
     def after_backward(self) -> None:
         """Close the window if the backward that has just run was its boundary.
@@ -221,12 +235,14 @@ class AccumulationWindow:
 
     def _open(self) -> None:
         if not self._is_open:
-            self._cache.invalidate()
+            self._cache.drop_trained()
         self._is_open = True
 
     def _close(self) -> None:
-        self._is_open = False
-        self._cache.invalidate()
+        self._is_open = self._adds_zeros = False
+        if self.never_used is not None:
+            self.never_used.end()
+        self._cache.drop_trained()
         for name, module in self._modules.items():
             if not self._pending(name):  # a frozen parameter group may have a window of its own, still open
                 reduce_unused_parameters(module, False)

@@ -23,17 +23,20 @@ from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, r
 from lightning_mics._torch.streams import SideStream
 from lightning_mics._torch.units.direct_use import serve_direct_use
 from lightning_mics._torch.units.own_collectives import reject_options, serve_options
+from lightning_mics._torch.units.param_groups import around_end_of_backward
 from lightning_mics._torch.units.unit_hooks import UnitHooks
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Kind, Traffic
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.ranks.agreement import RankAgreement
+from lightning_mics.sharding.ranks.never_used import NeverUsed
 from lightning_mics.sharding.ranks.unused import UnusedUnits
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.flat import FlatAllGather, FlatReduceScatter
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.techniques.inter_node_prefetch import InterNodePrefetch
-from lightning_mics.techniques.once_per_step import NodeCache, NodeReduceScatter, ParameterCache, RankCache
+from lightning_mics.techniques.once_per_step import NodeCache, NodeReduceScatter, RankCache
+from lightning_mics.techniques.parameter_cache import ParameterCache
 from lightning_mics.techniques.partition_groups import PartitionGroups
 from lightning_mics.techniques.pending_gradients import PendingGradients
 from lightning_mics.techniques.two_hop import SecondHop
@@ -46,10 +49,16 @@ class Communication:
         groups: Process groups of this rank.
         options: Options of communication, with ``hierarchical`` as the groups were made.
         broadcast_buffers: Whether all ranks get the buffers of rank 0 where they are used or saved.
+        traffic: Counter of the collectives, which copies of a model share with it; None makes a new one.
     """
 
     def __init__(
-        self, groups: PartitionGroups, options: CommunicationOptions, *, broadcast_buffers: bool = True
+        self,
+        groups: PartitionGroups,
+        options: CommunicationOptions,
+        *,
+        broadcast_buffers: bool = True,
+        traffic: Traffic | None = None,
     ) -> None:
         self._broadcast_buffers = broadcast_buffers
         self._topology = groups.topology
@@ -57,7 +66,7 @@ class Communication:
         self._options = options
         self._options_of: dict[str, CommunicationOptions] = {}  # by name of the unit, without shares
         self._backend = groups.backend
-        self._traffic = Traffic()
+        self._traffic = traffic or Traffic()
         self._partition = self._counted(groups.partition)
         self._replication = self._counted(groups.replication) if groups.replication else None
         self._rail = self._counted(groups.rail) if groups.rail else None
@@ -108,7 +117,10 @@ class Communication:
         if self._prefetch is not None:
             schedule.cache.when_invalidated(self._prefetch.drop_all)
             schedule.window.when_abandoned(self._prefetch.abandon)
-        if self._options.allow_unused:
+        if not self._options.allow_unused:
+            schedule.window.never_used = NeverUsed(root, self._control)
+            around_end_of_backward(root, after=schedule.window.after_reductions)
+        else:
             dropped = [] if self._options.cache_parameters == "rank" else list(self._on_rank.values())
             unused = UnusedUnits(
                 root,

@@ -7,7 +7,7 @@ boundary. So they are accumulated here, as shards, and added at the end of the b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import torch
 from torch import nn
@@ -38,6 +38,11 @@ class DirectGradients:
         for parameter, gradient in self._sums.items():
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._sums = {}
+
+    @property
+    def parameters(self) -> Set[nn.Parameter]:
+        """The parameters that have an accumulated gradient, sharded: each [any]."""
+        return self._sums.keys()
 
     def drop(self) -> None:
         """Drop the accumulated gradients."""

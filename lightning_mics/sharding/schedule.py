@@ -48,7 +48,7 @@ from lightning_mics.sharding.modules.broadcast_buffers import BufferBroadcast
 from lightning_mics.sharding.optimizer_hooks import OptimizerHooks
 from lightning_mics.sharding.ranks.replicas import ReplicaCheck
 from lightning_mics.sharding.weight_cache import WeightCache
-from lightning_mics.techniques.once_per_step import ParameterCache
+from lightning_mics.techniques.parameter_cache import ParameterCache
 from lightning_mics.techniques.pending_gradients import PendingGradients
 
 
@@ -145,8 +145,8 @@ class AccumulationSchedule:
     def invalidate_cache(self) -> None:
         """Drop cached parameters after weights were changed in a way that torch does not record; every rank calls it.
 
-        Needed inside an accumulation window or :meth:`cached_weights` only, after changes in raw memory. See
-        [Note: When cached weights are dropped].
+        Needed inside an accumulation window or :meth:`cached_weights`, and for frozen weights, after changes in raw
+        memory. See [Note: When cached weights are dropped].
         """
         self.cache.invalidate()
 
@@ -162,7 +162,7 @@ class AccumulationSchedule:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _drop_cached_weights(self, _module: nn.Module, _inputs: Any) -> None:
         if not (self.window.is_open or self.cache.shared_by_forwards):
-            self.cache.invalidate()
+            self.cache.drop_trained()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _defer_reductions(self, module: nn.Module, _inputs: Any) -> None:

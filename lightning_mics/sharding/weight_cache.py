@@ -6,18 +6,21 @@ Parameters are cached by the all-gather that first needs them, and valid for as 
 weights. All ranks must come to the same decision, or their collectives would not match. So what drops a cache is an
 event that every rank sees::
 
-    event                                               dropped by
-    an accumulation window begins, ends, is abandoned   AccumulationWindow
-    `cached_weights()` begins or ends                   WeightCache
-    a forward begins outside of both                    AccumulationSchedule, by a hook on the root
-    an optimizer of this model has stepped              OptimizerHooks
-    an in-place update that torch records               ParameterCache.usable, by the weights' version
-    `invalidate_cache()`                                the user
+    event                                               dropped by                              what
+    an accumulation window begins or ends               AccumulationWindow                      what trains
+    `cached_weights()` begins or ends                   WeightCache                             what trains
+    a forward begins outside of both                    AccumulationSchedule, a hook on root    what trains
+    an optimizer of this model has stepped              OptimizerHooks                          what trains
+    an in-place update that torch records               ParameterCache, by the weights' version the changed weight
+    a window is abandoned, a checkpoint loaded          AccumulationWindow, Fabric              all
+    `invalidate_cache()`                                the user                                all
 
-Between windows weights may therefore change by any means. Inside, changes in raw memory are not recorded: those of a
-NumPy array, or by ``torch.distributed.checkpoint.load``. Against those every use in a forward compares this rank's part
-of the cache with its shard, without waiting for the device, and the end of the window or of ``cached_weights()`` raises
-if one was outdated. Only ``invalidate_cache()`` makes such a change legal there.
+Weights that require gradients may therefore change by any means between windows. Frozen ones are cached for the whole
+job, so that they cross nodes once. Changes in raw memory are not recorded: those of a NumPy array, or by
+``torch.distributed.checkpoint.load``. Against those, of frozen weights at any time and of others inside of a window,
+every use in a forward compares this rank's part of the cache with its shard, without waiting for the device, and the
+end of the window or of ``cached_weights()`` raises if one was outdated. Only ``invalidate_cache()`` makes such a change
+legal there.
 
 The end of a window does not wait for the device either: it begins to copy the result to the host, and raises for the
 results that have arrived. On a GPU these are of earlier windows, so the error names the step. Before a checkpoint is
@@ -34,7 +37,7 @@ import torch
 from torch import Tensor
 
 from lightning_mics._torch.streams import HostCopy
-from lightning_mics.techniques.once_per_step import ParameterCache
+from lightning_mics.techniques.parameter_cache import ParameterCache
 
 
 class WeightCache:
@@ -71,7 +74,7 @@ class WeightCache:
         Raises:
             RuntimeError: At the end, if weights did change in a way that torch does not record.
         """
-        self.invalidate()
+        self.drop_trained()
         before, self._shared_by_forwards = self._shared_by_forwards, True
         try:
             yield
@@ -79,7 +82,14 @@ class WeightCache:
             self.check_arrived(wait=wait)
         finally:
             self._shared_by_forwards = before
-            self.invalidate()
+            self.drop_trained()
+
+    def drop_trained(self) -> None:
+        """Drop the cached parameters that require gradients; every rank calls it. Frozen ones stay cached."""
+        for cache in self._caches:
+            cache.drop_trained()
+        for action in self._when_invalidated:
+            action()
 
     def invalidate(self) -> None:
         """Drop all cached parameters; every rank calls it. The next use gathers them again."""
@@ -89,7 +99,7 @@ class WeightCache:
             action()
 
     def when_invalidated(self, action: Callable[[], None]) -> None:
-        """Run ``action`` whenever all cached parameters are dropped, or would be if there were any."""
+        """Run ``action`` whenever cached parameters are dropped, or would be if there were any."""
         self._when_invalidated.append(action)
 
     def free(self) -> None:
@@ -98,9 +108,9 @@ class WeightCache:
             cache.free()
 
     def follow_step(self) -> None:
-        """Drop all cached parameters after an optimizer of this model has stepped."""
+        """Drop what trains after an optimizer of this model has stepped."""
         self._steps += 1
-        self.invalidate()
+        self.drop_trained()
 
     def check_unchanged(self, where: str | None = None) -> None:
         """Begin to check every comparison of a cache with its shard since the last call, and check what has arrived.
@@ -136,7 +146,7 @@ class WeightCache:
                     "weights changed, in a way that torch does not record (in raw memory, as through NumPy or "
                     f"`torch.distributed.checkpoint.load`), while they were cached, {where} (counted since the model "
                     "was sharded); call `invalidate_cache()` after such a change, on all ranks, or make it between "
-                    "optimizer steps"
+                    "optimizer steps, if the weights are not frozen"
                 )
 
     def forget_comparisons(self) -> None:

@@ -36,8 +36,8 @@ shards are shown.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -45,81 +45,14 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
-from lightning_mics._torch.fsdp import ReusedUnshard, weights_version
-from lightning_mics._torch.streams import SideStream, current_stream, has_streams, keep_for_current_stream
+from lightning_mics._torch.fsdp import ReusedUnshard, trainable, weights_version
+from lightning_mics._torch.streams import SideStream, current_stream, keep_for_current_stream
+from lightning_mics._torch.units.gather_inputs import gathered_segments
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.techniques.inter_node_prefetch import FetchedSlice, UnitPrefetch
+from lightning_mics.techniques.parameter_cache import ParameterCache
 from lightning_mics.techniques.pending_gradients import PendingGradients
-
-
-class ParameterCache:
-    """The cached parameters of one parameter group: a block, or the root's own parameters.
-
-    All ranks must come to the same decision, or their collectives would not match: see
-    [Note: When cached weights are dropped].
-
-    Args:
-        version: Returns the version of the group's weights; it changes with every update that torch records.
-    """
-
-    def __init__(self, version: Callable[[], Hashable]) -> None:
-        self._version = version
-        self._cached_version: Hashable = None
-        self._differs: Tensor | None = None  # [], bool: whether a shard differed from its part of the cache
-        self._compared: Any = None  # event after it was computed
-
-    @property
-    def usable(self) -> bool:
-        """Whether parameters are cached, and torch has recorded no change of the weights since."""
-        return self._cached_version is not None and self._cached_version == self._version()
-
-    def mark_valid(self) -> None:
-        """Mark the cache as valid for the current version of the weights."""
-        self._cached_version = self._version()
-
-    def drop(self) -> None:
-        """Drop the cached parameters: the next use gathers them, into the same memory where there is some."""
-        self._cached_version = None
-
-    def free(self) -> None:
-        """Drop the cached parameters, and free their memory."""
-        self.drop()
-
-    def tensors(self) -> list[Tensor]:
-        """Memory that the cache has now, each [any]."""
-        raise NotImplementedError
-
-    def compare(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Record whether this rank's part of the cache still equals its shards; does not wait for a device.
-
-        Comparisons on any stream add to the same flag, one after the other.
-
-        Args:
-            parts: This rank's part of each cached tensor, [shard], and the shard now, [shard].
-        """
-        device = parts[0][0].device
-        if not has_streams(device):
-            if not all(torch.equal(*pair) for pair in parts) and _bits_differ(parts):  # NaN is unequal to itself
-                self._differs = torch.tensor(True)
-            return
-        differs, here = _bits_differ(parts), current_stream(device)
-        if self._differs is not None:  # not in place: the first one may be of an evaluation in inference mode
-            here.wait_event(self._compared)
-            keep_for_current_stream(self._differs)
-            differs = self._differs | differs
-        self._differs, self._compared = differs, here.record_event()
-
-    def take_differs(self) -> Tensor | None:
-        """Return whether the cache was used after its shard had changed, [], and reset it; None if it never was.
-
-        The flag is ready on the current stream.
-        """
-        differs, self._differs = self._differs, None
-        if differs is not None and has_streams(differs.device):
-            current_stream(differs.device).wait_event(self._compared)
-            keep_for_current_stream(differs)  # it is dropped once it has been read there
-        return differs
 
 
 class NodeCache(ParameterCache, HierarchicalAllGather):
@@ -144,18 +77,23 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         first_stage: SideStream | None = None,
         prefetch: UnitPrefetch | None = None,
     ) -> None:
-        ParameterCache.__init__(self, lambda: weights_version(module))
+        ParameterCache.__init__(self, lambda: weights_version(module), lambda: trainable(module))
         HierarchicalAllGather.__init__(self, rail=rail, node=node, first_stage=first_stage, prefetch=prefetch)
         if prefetch is not None:
-            prefetch.cached, prefetch.memory = lambda: self.is_cached, self._memory_to_fetch
+            prefetch.cached, prefetch.memory = lambda: self.gathered != "all", self._memory_to_fetch
+        self._module = module
         self._rail_slice: Tensor | None = None  # [nodes * shard]
         self._gathered: Any = None  # event after the stage along the rail
         self._spread_out: Any = None  # event after the last use
 
     @property
-    def is_cached(self) -> bool:
-        """Whether the next call runs inside the node only."""
-        return self._rail_slice is not None and self.usable
+    def gathered(self) -> Literal["all", "some", "none"]:
+        """How many of the parameters the next call gathers along the rail, before all are gathered in the node."""
+        if self._rail_slice is None or self._cached_version is None:
+            return "all"
+        if self.usable:
+            return "none"
+        return "some" if len(self.stale()) < len(self._cached_version) else "all"
 
     def __call__(
         self,
@@ -167,20 +105,22 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         """Gather every shard into ``output_tensor``, in the order of ``group`` (rail by rail)."""
         device, cached = output_tensor.device, self._rail_slice
         fetched = None if self.prefetch is None else self.prefetch.take()
-        if cached is not None and self.usable:
-            current_stream(device).wait_event(self._gathered)  # it may have been another one's that waited for it
-            self.compare([(cached.chunk(self.rail.size)[self.rail.rank], input_tensor)])
+        stale = self._stale_parts(input_tensor)
+        if cached is not None and len(stale) == 0:
+            self._compare(cached, input_tensor, [(0, input_tensor.numel())])
             self._fetch_next(output_tensor)
             work = self._spread(cached, output_tensor, async_op=async_op)
         else:
+            if cached is not None and fetched is None:
+                self._compare(cached, input_tensor, _between(stale, input_tensor.numel()))
             with self.first_stage.after(self.filled_on(output_tensor), device):
-                if fetched is None:
-                    rail_slice = self.rail_slice(output_tensor, group)
-                    cached = self._memory(rail_slice.numel(), rail_slice.dtype, device)
-                    self.rail.all_gather(cached, input_tensor, technique="gather along rails")
-                else:
+                if fetched is not None:
                     fetched.wait()
                     cached = fetched.values
+                else:
+                    rail_slice = self.rail_slice(output_tensor, group)
+                    cached = self._memory(rail_slice.numel(), rail_slice.dtype, device)
+                    self._gather_along_rail(cached, input_tensor, stale)
                 self._rail_slice, self._gathered = cached, self.first_stage.record()
                 self.mark_valid()
                 if async_op:
@@ -192,6 +132,40 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         keep_for_current_stream(cached)  # freed, its memory goes back to the stream of the rail
         self._spread_out = current_stream(device).record_event()
         return work
+
+    def _stale_parts(self, shard: Tensor) -> list[tuple[int, int]]:
+        """Where in ``shard``, [shard], the parameters are that must be gathered along the rail: begins and ends."""
+        if self.gathered == "none":
+            return []
+        cached = self._rail_slice
+        whole = [(0, shard.numel())]
+        if self.gathered == "all" or cached is None or cached.numel() != self.rail.size * shard.numel():
+            return whole
+        if cached.dtype != shard.dtype:
+            return whole
+        segments = gathered_segments(self._module, shard)
+        return whole if segments is None else _joined([segments[index] for index in self.stale()])
+
+    def _compare(self, cached: Tensor, shard: Tensor, parts: Sequence[tuple[int, int]]) -> None:
+        """Compare this rank's part of the cache with its shard, where the cache is used as it is."""
+        own = cached.chunk(self.rail.size)[self.rail.rank]
+        kept = [(own[begin:end], shard[begin:end]) for begin, end in parts if begin < end]
+        if kept:
+            current_stream(shard.device).wait_event(self._gathered)  # it may have been another one's that waited for it
+            self.compare(kept)
+
+    def _gather_along_rail(self, cached: Tensor, shard: Tensor, parts: Sequence[tuple[int, int]]) -> None:
+        """Gather parts of the shards, [shard], along the rail into the rail's slice: [nodes * shard]."""
+        if list(parts) == [(0, shard.numel())]:
+            self.rail.all_gather(cached, shard, technique="gather along rails")
+            return
+        own = torch.cat([shard[begin:end] for begin, end in parts])
+        gathered = own.new_empty(self.rail.size * own.numel())
+        self.rail.all_gather(gathered, own, technique="gather along rails")
+        rows, at = cached.view(self.rail.size, -1), 0
+        for begin, end in parts:
+            rows[:, begin:end].copy_(gathered.view(self.rail.size, -1)[:, at : at + end - begin])
+            at += end - begin
 
     def _memory(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for the rail's slice, [nodes * shard]: what an earlier gather has filled, after its last use."""
@@ -284,7 +258,7 @@ class RankCache(ParameterCache):
     """
 
     def __init__(self, module: FSDPModule) -> None:
-        super().__init__(lambda: weights_version(module))
+        super().__init__(lambda: weights_version(module), lambda: trainable(module))
         self._unsharded = ReusedUnshard(module, reuse=self._reuse, unsharded=self.mark_valid)
 
     @override
@@ -298,6 +272,13 @@ class RankCache(ParameterCache):
         super().drop()
         self._unsharded.free()
 
+    @override
+    def drop_trained(self) -> None:
+        """Drop all parameters, unless the whole group is frozen and as it was."""
+        super().drop_trained()
+        if not self.usable:
+            self.drop()
+
     def _reuse(self, *, in_forward: bool) -> bool:
         if not self.usable:
             return False
@@ -306,24 +287,18 @@ class RankCache(ParameterCache):
         return True
 
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size of an element in bytes
+def _joined(segments: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same segments, in order, with neighbors as one; empty ones are left out."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in segments:
+        if joined and joined[-1][1] == begin:
+            joined[-1] = (joined[-1][0], end)
+        elif begin < end:
+            joined.append((begin, end))
+    return joined
 
 
-@torch.no_grad()
-def _bits_differ(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Whether the tensors of any pair differ in any bit: [], bool. NaN equals itself.
-
-    The number of operations does not grow with the number of pairs.
-
-    Args:
-        pairs: Flat tensors, each two of the same size and dtype: [any].
-    """
-    bits = BITS.get(min(one.element_size() for one, _ in pairs), torch.int64)
-    ones, others = zip(*((one.view(bits), other.view(bits)) for one, other in pairs), strict=True)
-    one, other = ones[0], others[0]
-    if len(pairs) > 1:
-        sizes = [each.numel() for each in ones]
-        one, other = one.new_empty(2, sum(sizes))
-        torch._foreach_copy_([*one.split(sizes), *other.split(sizes)], [*ones, *others])
-    differs: Tensor = (one != other).any()
-    return differs
+def _between(segments: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """What is between segments of a tensor of ``size`` elements."""
+    begins, ends = [0, *(end for _, end in segments)], [*(begin for begin, _ in segments), size]
+    return list(zip(begins, ends, strict=True))

@@ -32,6 +32,7 @@ RIGHT = {
     "two optimizers by hand, in nodes": (programs.TwoOptimizers, IN_NODES, "DistributedDataParallel on 4 ranks"),
 }
 RIGHT_IN_CAMPAIGN = {
+    "a layer that no loss uses": (programs.NeverUses, OVER_NODES, "one process"),
     "an ordinary module, in nodes": (programs.Regression, IN_NODES, "one process"),
     "a plain module, in mixed precision": (programs.ForwardReturnsLoss, OVER_NODES, "one process"),
 }
@@ -63,7 +64,6 @@ WRONG = {  # module, what is wrong first, and a word of the likely reason
 }
 WRONG_IN_CAMPAIGN = {
     programs.StartsByRank: ("initial weights", "depend on the rank"),
-    programs.NeverUses: ("weights", "no loss uses 'unused."),
     programs.MultipliesSamples: ("losses", "the forward itself differs"),  # the limit in docs/what-works.md
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mics.sharding.weight_cache import WeightCache
-from lightning_mics.techniques.once_per_step import ParameterCache
+from lightning_mics.techniques.parameter_cache import ParameterCache
 
 
 class Event:
@@ -35,7 +35,7 @@ class Compared(ParameterCache):
     """A cache whose comparisons have the given results, one per window."""
 
     def __init__(self, *results: bool | None) -> None:
-        super().__init__(lambda: 0)
+        super().__init__(tuple)
         self._results = iter(results)
 
     def take_differs(self) -> Tensor | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_mics._torch.fsdp import fsdp_modules, partial_sums
-from lightning_mics.techniques.once_per_step import _bits_differ
+from lightning_mics.techniques.parameter_cache import _bits_differ
 from tests.support.stream_order.jobs import Job, simulated_job
 
 ON_NODES = ["node cache and sums", "one rank a node, node cache and sums", "node cache and sums, wire dtype"]

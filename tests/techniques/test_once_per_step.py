@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from lightning_mics import AccumulationSchedule, CommunicationOptions, Topology, create_partition_groups, shard_model
 from lightning_mics._torch import streams
 from lightning_mics._torch.fsdp import _param_groups, own_grad
-from lightning_mics.techniques.once_per_step import ParameterCache
+from lightning_mics.techniques.parameter_cache import ParameterCache
 from tests.support.campaign import campaign
 from tests.support.forked import run_cases
 from tests.support.models import DIM, LAYERS, MODEL_BYTES, Stack
@@ -396,7 +396,7 @@ def test_comparisons_inside_and_outside_of_inference_mode_are_one_result(monkeyp
     kept: list[Tensor] = []
     monkeypatch.setattr(streams, "WITHOUT_STREAMS", frozenset())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append(tensor))
-    cache, own = ParameterCache(lambda: 0), torch.ones(4)
+    cache, own = ParameterCache(tuple), torch.ones(4)
     with torch.inference_mode():
         cache.compare([(own, torch.zeros(4))])
     cache.compare([(own, own)])

@@ -89,7 +89,8 @@ def waited_for(monkeypatch) -> dict[str, set[str]]:
     monkeypatch.setattr(torch.cpu, "Stream", RecordedStream)
     monkeypatch.setattr(torch.cpu, "current_stream", lambda device=None: current[-1])
     monkeypatch.setattr(torch.cpu, "stream", inside)
-    monkeypatch.setattr(once_per_step, "weights_version", lambda module: 0)
+    monkeypatch.setattr(once_per_step, "weights_version", lambda module: (0,))
+    monkeypatch.setattr(once_per_step, "trainable", lambda module: [True])
     return {}
 
 

@@ -140,7 +140,7 @@ DIFFERENT: dict[str, tuple[Callable[..., Any], str]] = {
     "another boundary": (partial(_steps, _boundary_on_one_rank), "over the replicas"),
     "weights cached by nodes changed": (
         partial(_steps, _weights_changed_on_one_rank, size=4, cache="node"),
-        "rank 1 gathers 'layers.1' for a forward (",
+        "rank 1 gathers 'layers.1' for a forward inside the node, with what is not cached (",
     ),
 }
 IN_CAMPAIGN: dict[str, tuple[Callable[..., Any], str]] = {

@@ -59,3 +59,25 @@ def gather_inputs(module: FSDPModule) -> GatherInputs | None:
     if len(dtypes) != 1 or not as_they_are:
         return None
     return GatherInputs(tuple(parameter._sharded_param_data for parameter in parameters), dtypes.pop())
+
+
+def gathered_segments(module: FSDPModule, shard: Tensor) -> list[tuple[int, int]] | None:
+    """Where each parameter of ``module`` itself is in what FSDP2 gathers: begins and ends.
+
+    Args:
+        module: FSDP module.
+        shard: The shards of all parameters, side by side, in one dtype or as bytes: [shard].
+
+    Returns:
+        Positions in ``shard``, in the order of the parameters; None if they are not side by side there.
+    """
+    groups = list(_param_groups(module))
+    if len(groups) != 1 or any(hasattr(p._sharded_local_tensor, "fsdp_pre_all_gather") for p in groups[0].fsdp_params):
+        return None
+    segments, at = [], 0
+    for parameter in groups[0].fsdp_params:
+        dtype = parameter.param_dtype or parameter._sharded_param_data.dtype
+        size_bytes = parameter._sharded_param_data.numel() * dtype.itemsize
+        segments.append((at, at + size_bytes // shard.element_size()))
+        at = segments[-1][1]
+    return segments if at == shard.numel() else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -157,6 +157,47 @@ def gather_and_keep(module: FSDPModule) -> None:
             group._to_sharded()  # type: ignore[no-untyped-call]
 
 
+class NotedUse:
+    """Which parameters of one module itself have had a gradient in any backward since the beginning.
+
+    Args:
+        module: FSDP module.
+
+    Attributes:
+        used: Whether each parameter had one: [parameters].
+    """
+
+    def __init__(self, module: FSDPModule) -> None:
+        self._groups = list(_param_groups(module))
+        self._noting = False
+        self.used = [False] * sum(len(group.fsdp_params) for group in self._groups)
+        for group in self._groups:
+
+            def post_backward(*_: Any, reduce: Any = group.post_backward) -> None:
+                if self._noting:
+                    self.used = [a or b for a, b in zip(self.used, _unreduced(self._groups), strict=True)]
+                reduce()
+
+            group.post_backward = post_backward  # type: ignore[method-assign]
+
+    def begin(self) -> None:
+        """Begin to note them."""
+        self._noting = True
+
+    def end(self) -> None:
+        """Forget them, and note no more."""
+        self._noting, self.used = False, [False] * len(self.used)
+
+
+def _unreduced(groups: Iterable[FSDPParamGroup]) -> list[bool]:
+    return [
+        hasattr(parameter, "_unsharded_param")
+        and (parameter.unsharded_accumulated_grad is not None or parameter.unsharded_param.grad is not None)
+        for group in groups
+        for parameter in group.fsdp_params
+    ]
+
+
 class DeferredReductions:
     """The reductions of one module itself, which wait until they are asked for.
 
@@ -181,12 +222,7 @@ class DeferredReductions:
 
     def used(self) -> list[bool]:
         """Whether each parameter has a gradient that is not reduced yet: [parameters]."""
-        return [
-            hasattr(parameter, "_unsharded_param")
-            and (parameter.unsharded_accumulated_grad is not None or parameter.unsharded_param.grad is not None)
-            for group in self._groups
-            for parameter in group.fsdp_params
-        ]
+        return _unreduced(self._groups)
 
     def defer(self) -> None:
         """Accumulate where FSDP2 would reduce."""

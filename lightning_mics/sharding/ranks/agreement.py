@@ -35,6 +35,9 @@ from lightning_mics.techniques.hierarchical import HierarchicalAllGather
 from lightning_mics.techniques.once_per_step import NodeCache
 from lightning_mics.techniques.partition_groups import PartitionGroups
 
+# by how many parameters are gathered between nodes
+WHERE = {"all": "", "some": " inside the node, with what is not cached", "none": " inside the node"}
+
 
 class RankAgreement:
     """Makes the ranks of one model agree before each of its collectives.
@@ -61,18 +64,17 @@ class RankAgreement:
         if stream is None:
             return gather
         words = {
-            (backward, cached): f"gathers {name or 'the root'!r} for a {'backward' if backward else 'forward'}"
-            + (" inside the node" if cached else "")
+            (backward, gathered): f"gathers {name or 'the root'!r} for a {'backward' if backward else 'forward'}{where}"
             for backward in (False, True)
-            for cached in (False, True)
+            for gathered, where in WHERE.items()
         }
 
         prefetch = gather.prefetch if isinstance(gather, HierarchicalAllGather) else None
 
         def agree() -> None:
-            cached = isinstance(gather, NodeCache) and gather.is_cached
+            gathered = gather.gathered if isinstance(gather, NodeCache) else "all"
             ahead = prefetch.announce() if prefetch is not None else ""
-            stream.agree(words[in_backward(module), cached] + ahead)
+            stream.agree(words[in_backward(module), gathered] + ahead)
 
         return NotedAllGather(gather, before=agree, explained=self._control.explained)
 
