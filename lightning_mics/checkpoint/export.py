@@ -31,7 +31,6 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_mics.checkpoint.errors import DamagedCheckpointError, UnsafeCheckpointError
 from lightning_mics.checkpoint.foreign.folders import holds_shards
@@ -39,7 +38,7 @@ from lightning_mics.checkpoint.opening import OpenCheckpoint, open_checkpoint
 from lightning_mics.checkpoint.origin import saved_network
 from lightning_mics.checkpoint.storage.folder import META_FILE
 from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
-from lightning_mics.checkpoint.whole_model import model_tensors, read_tensors
+from lightning_mics.checkpoint.whole_model import read_tensors, stored_current_model, stored_model
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -72,8 +71,11 @@ def export(
     config: Path | None = None,
     prefix: str | None = None,
     tokenizer: Path | None = None,
+    current: bool = False,
 ) -> Path | None:
     """Write the network in a sharded checkpoint to the folder ``out``, which appears when it is complete.
+
+    If the checkpoint holds an average of weights, as with Lightning's ``EMAWeightAveraging``, that is its model.
 
     Args:
         checkpoint: Directory of a sharded checkpoint.
@@ -83,6 +85,7 @@ def export(
         config: A ``config.json``, or a folder with one, in place of the checkpoint's configuration.
         prefix: Prefix of the network's FQNs in the checkpoint, if the checkpoint does not record it.
         tokenizer: Folder with the tokenizer's files; None takes the folder that the checkpoint names, if it exists.
+        current: Whether to write the weights that were trained in place of their average.
 
     Returns:
         The folder that the tokenizer's files were copied from, if any.
@@ -97,15 +100,15 @@ def export(
     _check_options(checkpoint, out, dtype)
     opened = open_checkpoint(checkpoint)
     opened.check()
-    stored = model_tensors(opened)
-    network = _network(opened, sorted(stored), config=config, prefix=prefix, tokenizer=tokenizer)
-    weights = _weights(stored, network, dtype)
+    stored = stored_current_model(opened) if current else stored_model(opened)
+    network = _network(opened, sorted(stored.shapes), config=config, prefix=prefix, tokenizer=tokenizer)
+    weights = _weights(stored.shapes, network, dtype)
     split = split_torch_state_dict_into_shards(
         weights, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size
     )
     with _complete_or_removed(out) as folder:
         for file, names in split.filename_to_tensors.items():
-            read = read_tensors(opened, {network.prefix + name: stored[network.prefix + name] for name in names})
+            read = read_tensors(opened, stored, [network.prefix + name for name in names])
             converted = {name: read.pop(network.prefix + name).to(weights[name].dtype) for name in names}
             save_file(converted, folder / file, metadata={"format": "pt"})
         if split.is_sharded:
@@ -133,15 +136,14 @@ class _Network:
     tokenizer: Path | None
 
 
-def _weights(stored: Mapping[str, TensorStorageMetadata], network: _Network, dtype: str | None) -> dict[str, Tensor]:
+def _weights(stored: Mapping[str, Tensor], network: _Network, dtype: str | None) -> dict[str, Tensor]:
     """The tensors to write, by the network's own FQNs, with shapes and dtypes in the file but on the meta device."""
     weights = {}
     for name, entry in stored.items():
         own = name.removeprefix(network.prefix)
         if name.startswith(network.prefix) and own not in network.left_out:
-            of_entry = entry.properties.dtype
-            target = getattr(torch, dtype) if dtype and of_entry.is_floating_point else of_entry
-            weights[own] = torch.empty(entry.size, dtype=target, device="meta")
+            target = getattr(torch, dtype) if dtype and entry.dtype.is_floating_point else entry.dtype
+            weights[own] = torch.empty(entry.shape, dtype=target, device="meta")
     return weights
 
 
@@ -269,6 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="a config.json or its folder, in place of the checkpoint's own")
     parser.add_argument("--prefix", help="what the network's names begin with, where the checkpoint does not say")
     parser.add_argument("--tokenizer", type=Path, help="the folder of the tokenizer's files")
+    parser.add_argument(
+        "--current", action="store_true", help="the weights that were trained, where the model is an average of them"
+    )
     options = vars(parser.parse_args(arguments))
     try:
         tokenizer = export(**{**options, "checkpoint": storage_path(options["checkpoint"])})

@@ -19,11 +19,13 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_mics.checkpoint.errors import DamagedCheckpointError, UnsafeCheckpointError
+from lightning_mics.checkpoint.keys import MODEL_KEY
 from lightning_mics.checkpoint.opening import OpenCheckpoint, open_checkpoint
 from lightning_mics.checkpoint.origin import saved_topology
 from lightning_mics.checkpoint.storage.folder import META_FILE, is_sharded
 from lightning_mics.checkpoint.storage.manifest import Manifest
 from lightning_mics.checkpoint.storage.path import StoragePath, is_local, storage_path
+from lightning_mics.checkpoint.whole_model import stored_current_model
 from lightning_mics.topology import Topology
 
 
@@ -78,13 +80,26 @@ class Part:
 
 
 def parts(checkpoint: OpenCheckpoint) -> dict[str, Part]:
-    """Count the tensors of the model, of each optimizer and of the states of single ranks, by name of the part."""
+    """Count the tensors of the model, of each optimizer and of the states of single ranks, by name of the part.
+
+    Where the model is an average of weights, the weights that were trained are a part of their own.
+    """
     found: dict[str, Part] = {}
+    current = _current(checkpoint)
     for name, entry in sorted(checkpoint.reader.read_metadata().state_dict_metadata.items()):
         if isinstance(entry, TensorStorageMetadata):
-            part = name.partition(".")[0]
+            part = "current model" if name in current else name.partition(".")[0]
+            part = "model (average)" if current and part == MODEL_KEY else part
             found.setdefault("rank states" if part.startswith("rank_") else part, Part()).add(entry)
     return found
+
+
+def _current(checkpoint: OpenCheckpoint) -> set[str]:
+    """The names of the trained weights among the shards, where the model is an average of them."""
+    try:
+        return set(stored_current_model(checkpoint).names.values())
+    except (ValueError, UnsafeCheckpointError):  # there is no average, or the entries are not read
+        return set()
 
 
 def _topology(topology: Topology | None) -> list[tuple[str, str]]:

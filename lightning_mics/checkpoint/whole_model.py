@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,30 +17,70 @@ from lightning_mics.checkpoint.keys import MODEL_KEY
 from lightning_mics.checkpoint.opening import OpenCheckpoint, open_checkpoint
 from lightning_mics.checkpoint.storage.path import StoragePath
 
+CURRENT_MODEL_KEY = "current_model_state"  # Lightning's: what is trained, where the model is an average of it
+
 _OF_MODEL = f"{MODEL_KEY}."
 
 
-def model_tensors(checkpoint: OpenCheckpoint) -> dict[str, TensorStorageMetadata]:
-    """The shapes and dtypes of the model's tensors, by FQN.
+@dataclass(frozen=True)
+class StoredModel:
+    """The tensors of one model in a checkpoint; their values are read later.
+
+    Attributes:
+        names: Their names in the shards, by FQN.
+        shapes: Their shapes and dtypes, on the meta device, by FQN: each [any].
+        values: Those that are not in the shards, with their values, by FQN: each [any].
+    """
+
+    names: dict[str, str]
+    shapes: dict[str, Tensor]
+    values: dict[str, Tensor]
+
+
+def stored_model(checkpoint: OpenCheckpoint) -> StoredModel:
+    """The model's tensors.
 
     Raises:
         DamagedCheckpointError: If the file that lists them cannot be read.
         UnsafeCheckpointError: If reading it would run code.
     """
     stored = checkpoint.reader.read_metadata().state_dict_metadata
-    return {
-        name.removeprefix(_OF_MODEL): entry
+    shapes = {
+        name.removeprefix(_OF_MODEL): _empty(entry, device="meta")
         for name, entry in stored.items()
         if name.startswith(_OF_MODEL) and isinstance(entry, TensorStorageMetadata)
     }
+    return StoredModel({name: _OF_MODEL + name for name in shapes}, shapes, {})
 
 
-def read_tensors(checkpoint: OpenCheckpoint, wanted: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
-    """Read some of the model's tensors, unsharded, and no others.
+def stored_current_model(checkpoint: OpenCheckpoint) -> StoredModel:
+    """The weights that were trained, where the model in the checkpoint is an average of them.
+
+    Raises:
+        ValueError: If it holds no average.
+        DamagedCheckpointError: If its entries cannot be read.
+        UnsafeCheckpointError: If reading them would run code.
+    """
+    inside = LoadedEntries(None)
+    with inside.unpickled(), torch.device("meta"):
+        state = checkpoint.meta(weights_only=True).get(CURRENT_MODEL_KEY)
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"{checkpoint.path} holds no average of weights: it was saved without a callback such as "
+            "EMAWeightAveraging, so that its model is what was trained"
+        )
+    names = {name: stored for name, value in state.items() if (stored := inside.name_of(value)) is not None}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return StoredModel(names, tensors, {name: value for name, value in tensors.items() if name not in names})
+
+
+def read_tensors(checkpoint: OpenCheckpoint, model: StoredModel, wanted: Iterable[str]) -> dict[str, Tensor]:
+    """Read some tensors of a model, unsharded, and no others.
 
     Args:
         checkpoint: The checkpoint, whose files have been checked.
-        wanted: Some entries of :func:`model_tensors`.
+        model: The model's tensors.
+        wanted: FQNs of some of them.
 
     Returns:
         The tensors on the CPU, by FQN.
@@ -47,9 +88,10 @@ def read_tensors(checkpoint: OpenCheckpoint, wanted: Mapping[str, TensorStorageM
     Raises:
         DamagedCheckpointError: If files cannot be read.
     """
-    tensors: dict[str, Any] = {_OF_MODEL + name: _empty(entry) for name, entry in wanted.items()}
+    read = {name: torch.empty_like(model.shapes[name], device="cpu") for name in wanted if name in model.names}
+    tensors: dict[str, Any] = {model.names[name]: tensor for name, tensor in read.items()}
     checkpoint.read_into(tensors, weights_only=True, alone=True)
-    return {name: tensors[_OF_MODEL + name] for name in wanted}
+    return {name: model.values[name] if name in model.values else tensors[model.names[name]] for name in wanted}
 
 
 def read_whole(path: StoragePath, *, weights_only: bool = True, map_location: Any = None) -> dict[str, Any]:
@@ -87,8 +129,8 @@ def read_whole(path: StoragePath, *, weights_only: bool = True, map_location: An
     return {**meta, "state_dict": model}
 
 
-def _empty(entry: TensorStorageMetadata) -> Tensor:
-    return torch.empty(entry.size, dtype=entry.properties.dtype)
+def _empty(entry: TensorStorageMetadata, *, device: str = "cpu") -> Tensor:
+    return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
 
 
 def _placed(value: Any, map_location: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -77,6 +78,14 @@ class LightningStrategy:
 
     def _initialize(self) -> None:
         """Create the attributes of a subclass, which inherits the constructor so that options are declared once."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy before the job runs; then the strategy itself, as copies of models are of the same job."""
+        if self._control is not None:
+            return self
+        made = memo[id(self)] = type(self).__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
 
     @property
     def distributed_sampler_kwargs(self: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
-from functools import wraps
+from functools import partial, wraps
 from types import MethodType
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ from lightning_mics.integrations._transformers import save_sharded_models
 from lightning_mics.policy.options import PolicyOptions, check_names, documented
 from lightning_mics.policy.policy import Policy
 from lightning_mics.sharding.evaluation import allow_evaluation
+from lightning_mics.sharding.modules.copying import prepare_copies
 from lightning_mics.sharding.optimizers.overflow import check_optimizer, scale_with_all_ranks
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.sharding.sharded import Sharded
@@ -148,8 +149,11 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     )
     _prepare_for_states(accelerator, handle)
     vars(model)["set_requires_gradient_sync"] = _GradientSync(model, handle.schedule)
+    prepare_copies(model, allow_evaluation, without=["set_requires_gradient_sync"])
     if precision.endswith("-mixed"):
         _compute_under_autocast(accelerator, model)
+        under_autocast = partial(_compute_under_autocast, accelerator)
+        prepare_copies(model, under_autocast, without=["forward", "_original_forward"])
     if accelerator.scaler is not None:
         scale_with_all_ranks(accelerator.scaler)
     if accelerator.is_main_process:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from lightning_mics.integrations._precision import (
 )
 from lightning_mics.policy.out_of_memory import explain_out_of_memory
 from lightning_mics.sharding.evaluation import allow_evaluation
+from lightning_mics.sharding.modules.copying import prepare_copies
 from lightning_mics.sharding.optimizers.overflow import check_optimizer, skipped_steps
 from lightning_mics.sharding.sharded import sharded
 
@@ -104,11 +106,25 @@ class MiCSFabricStrategy(LightningStrategy, FabricCheckpoints, _ModelParallel):
         sharded(module).schedule.window.abandon()
         if not any(module is known for known in self._models):
             allow_evaluation(module)
+            prepare_copies(module, self._prepare_copy, without=["forward"])
             sharded(module).schedule.optimizer_hooks.follow_steps()
             module.register_forward_pre_hook(self._note_forward)
             module.register_forward_hook(_explain_forward, always_call=True)  # also where a forward raises
             self._models.append(module)
         return module
+
+    def _prepare_copy(self, module: nn.Module) -> None:
+        """Let a copy, which has no wrapper of Fabric, run in the precision that Fabric runs the model in."""
+        allow_evaluation(module)
+        forward, precision = module.forward, self.precision
+
+        @wraps(forward)
+        def forward_in_precision(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = precision.convert_input((args, kwargs))
+            with precision.forward_context():
+                return precision.convert_output(forward(*args, **kwargs))
+
+        vars(module)["forward"] = forward_in_precision
 
     @override
     def setup_module_and_optimizers(

@@ -123,6 +123,7 @@ def _recomputing(
         with on_host.saving(values):
             return checkpoint(_by_position(forward, list(kwargs)), *values, use_reentrant=False, **contexts)
 
+    vars(recomputed_forward)["__wrapped__"] = forward  # for copies of the module
     return recomputed_forward
 
 

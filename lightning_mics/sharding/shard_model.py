@@ -16,23 +16,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lightning_mics._torch.dtensors.numbers import read_whole_numbers
 from lightning_mics._torch.dtensors.random import draw_as_unsharded
+from lightning_mics._torch.host_memory import SavedOnHost
 from lightning_mics._torch.module_classes import prepare_class
 from lightning_mics._torch.parameter_hooks import carrying_over
 from lightning_mics._torch.pickling import refuse_shards
 from lightning_mics._torch.state_dict import accept_whole_tensors, keep_unsharded_in_steps
+from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, inputs_on_host, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, aliased_parameters, find_blocks
 from lightning_mics.sharding.communication import Communication
 from lightning_mics.sharding.full_state_dict import reject_saving_of_shards
 from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0
 from lightning_mics.sharding.modules.changes import keep_changes
-from lightning_mics.sharding.modules.copying import reject_copies
+from lightning_mics.sharding.modules.copying import allow_copies
 from lightning_mics.sharding.modules.dense_gradients import make_gradients_dense
 from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
 from lightning_mics.sharding.options import CommunicationOptions
@@ -87,38 +92,94 @@ def shard_model(
     communication, every = communication.fitted_to(groups), checked_every(certify_every_n_steps)
     blocks = find_blocks(model, block_classes, may_be_empty=True)
     recomputed = find_recomputed(model, blocks, activation_checkpointing)
-    on_host = None
-    if activation_offload:
-        on_host = inputs_on_host(recomputed, processes=groups.topology.ranks_per_node)
+    sharding = _Sharding(
+        groups=groups,
+        communication=communication,
+        blocks=list(blocks),
+        recomputed=[name for name, module in model.named_modules() if module in set(recomputed)],
+        on_host=inputs_on_host(recomputed, processes=groups.topology.ranks_per_node) if activation_offload else None,
+        mixed_precision=mixed_precision or MixedPrecisionPolicy(),
+        broadcast_buffers=broadcast_buffers,
+        traffic=Traffic(),
+    )
     unsharded = UnshardedParameters(model)
     make_gradients_dense(model)
     initial_weights = InitialWeights(model, blocks.values(), groups.device)
-    policy = mixed_precision or MixedPrecisionPolicy()
     with seeded_by_rank_0(groups.device):
-        for owner in (*blocks.values(), model):
-            initial_weights.place(owner)
-            prepare_class(owner)
-            aliased = aliased_parameters(owner, blocks.values())
-            with carrying_over(owner):
-                fully_shard(owner, mesh=groups.mesh, mp_policy=policy, ignored_params=aliased or None)
-    accept_whole_tensors(model)
-    keep_unsharded_in_steps(model)
-    reject_saving_of_shards(model)
-    refuse_shards(groups.mesh)
-    draw_as_unsharded(groups.mesh)
-    recompute_in_backward(recomputed, on_host=on_host)
+        sharding.shard(model, place=initial_weights.place)
     read_whole_numbers()
     load_sources(model)
     verify_replicas(model, groups)
-    assert isinstance(model, FSDPModule)
-    schedule = Communication(groups, communication, broadcast_buffers=broadcast_buffers).install(model)
-    keep_changes(model, groups.mesh, schedule.window)
+    schedule = sharding.install(model)
     schedule.optimizer_hooks.unsharded = unsharded
     if every is not None:
         trains_with = schedule.optimizer_hooks.trains_with
         schedule.replicas = ReplicaCheck(model, groups, every=every, trains_with=trains_with)
-    reject_copies(model)
     return schedule
+
+
+@dataclass(frozen=True)
+class _Sharding:
+    """How a model is sharded: the same for the model and for its copies.
+
+    Attributes:
+        groups: Process groups of this rank.
+        communication: Options of communication.
+        blocks: Names of the blocks, inner ones first.
+        recomputed: Names of the modules that are recomputed in backward.
+        on_host: Where their inputs wait for the backward; None leaves them on the device.
+        mixed_precision: FSDP2's policy.
+        broadcast_buffers: Whether all ranks get the buffers of rank 0 where they differ and are used or saved.
+        traffic: Counter of the collectives.
+    """
+
+    groups: PartitionGroups
+    communication: CommunicationOptions
+    blocks: Sequence[str]
+    recomputed: Sequence[str]
+    on_host: SavedOnHost | None
+    mixed_precision: MixedPrecisionPolicy
+    broadcast_buffers: bool
+    traffic: Traffic
+
+    def shard(self, model: nn.Module, *, place: Callable[[nn.Module], None] | None = None) -> None:
+        """Shard the parameters of ``model``, one parameter group at a time.
+
+        Args:
+            model: The module.
+            place: Called with a block, or the model, before its parameter group is sharded.
+        """
+        blocks = [model.get_submodule(name) for name in self.blocks]
+        for owner in (*blocks, model):
+            if place is not None:
+                place(owner)
+            prepare_class(owner)
+            aliased = aliased_parameters(owner, blocks)
+            with carrying_over(owner):
+                fully_shard(
+                    owner, mesh=self.groups.mesh, mp_policy=self.mixed_precision, ignored_params=aliased or None
+                )
+        accept_whole_tensors(model)
+        keep_unsharded_in_steps(model)
+        reject_saving_of_shards(model)
+        refuse_shards(self.groups.mesh)
+        draw_as_unsharded(self.groups.mesh)
+        recompute_in_backward(map(model.get_submodule, self.recomputed), on_host=self.on_host)
+
+    def install(self, model: nn.Module) -> AccumulationSchedule:
+        """Give a sharded ``model`` its collectives, its schedule, and the way in which it is copied."""
+        assert isinstance(model, FSDPModule)
+        communication = Communication(
+            self.groups, self.communication, broadcast_buffers=self.broadcast_buffers, traffic=self.traffic
+        )
+        schedule = communication.install(model)
+        keep_changes(model, self.groups.mesh, schedule.window)
+        allow_copies(model, self.groups.mesh, schedule.window, self._shard_copy)
+        return schedule
+
+    def _shard_copy(self, copy: nn.Module) -> None:
+        self.shard(copy)
+        self.install(copy)
 
 
 def mixed_precision_policy(precision: str, *, reduce_dtype: torch.dtype | None = None) -> MixedPrecisionPolicy:

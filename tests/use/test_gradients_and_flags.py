@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,23 +170,6 @@ def test_a_step_that_calls_its_own_forward_sends_as_much(tmp_path: Path, on_shar
     through_forward = on_shared_ranks(_bytes_sent, str(tmp_path), True, world_size=2)
     assert through_forward == on_shared_ranks(_bytes_sent, str(tmp_path), False, world_size=2)
     assert through_forward[0] > 0
-
-
-def _copied(folder: str) -> list[str]:
-    module = fit(_Calling(False), folder, CACHES["gathered at every use"], limit_train_batches=1)
-    messages = []
-    for part in (module, module.net.block):
-        with pytest.raises(TypeError) as caught:
-            copy.deepcopy(part)
-        messages.append(str(caught.value))
-    assert copy.deepcopy(weights(module)).keys() == weights(module).keys()
-    return messages
-
-
-def test_a_copy_of_a_sharded_model_is_an_error_that_says_what_to_do(tmp_path: Path, on_shared_ranks: Any) -> None:
-    for messages in on_shared_ranks(_copied, str(tmp_path), world_size=2):
-        assert messages[0].startswith("_Calling is sharded") and messages[1].startswith("Block is sharded")
-        assert all("before it is sharded" in m and "load_state_dict" in m for m in messages)
 
 
 class _Keeping(nn.Linear):

@@ -177,6 +177,14 @@ class LoadedEntries:
         """The tensors to fill, by their names among the shards."""
         return dict(self._unread)
 
+    def name_of(self, tensor: Any) -> str | None:
+        """The name of a tensor among the shards; None if it is not one of those that were made.
+
+        Args:
+            tensor: Any value of the entries.
+        """
+        return next((_name(number) for number, made in self._made.items() if made is tensor), None)
+
 
 def place_whole(content: dict[str, Any], mesh: Callable[[], DeviceMesh]) -> None:
     """Shard the entries of a full file that were sharded when it was saved; without communication.

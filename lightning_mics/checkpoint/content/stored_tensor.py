@@ -64,6 +64,13 @@ class StoredTensor(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StoredTensor({self.key!r}, size={tuple(self.size())}, dtype={self.dtype})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredTensor:
+        """Another stand-in for the same tensor, which is not read for it."""
+        made = StoredTensor(self.key, size=self.size(), dtype=self.dtype, fetch=self._fetch, split_dim=self.split_dim)
+        made.read = None if self.read is None else self.read.clone()
+        memo[id(self)] = made
+        return made
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.values().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 

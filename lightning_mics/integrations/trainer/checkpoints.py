@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -55,6 +56,7 @@ from lightning_mics.in_memory.reading import InMemoryCheckpoint
 from lightning_mics.integrations._in_memory import StepInMemory
 from lightning_mics.integrations.trainer import resuming
 from lightning_mics.integrations.trainer.boundary import note_what_follows
+from lightning_mics.integrations.trainer.callbacks import is_averaged
 from lightning_mics.integrations.trainer.exceptions import WithoutOtherRanks
 from lightning_mics.integrations.trainer.in_memory import InMemoryTraining
 from lightning_mics.sharding.ranks.replicas import verify_replicas
@@ -242,6 +244,8 @@ class SavesAndLoads:
             load_rank_state(opened, random_state)
             self._abandon_window()
             verify_replicas(self.model, sharded.groups)
+            if is_averaged(self._trainer) and isinstance(checkpoint, dict):  # no rank reads more than its own rows
+                checkpoint["state_dict"] = copy.deepcopy(get_model_state_dict(self.model))
         if fitting and resuming.KEY in checkpoint:
             self._resumed = resuming.ResumeState(
                 geometry=resuming.EpochGeometry(**checkpoint[resuming.KEY]), random_state=random_state

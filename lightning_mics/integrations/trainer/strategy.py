@@ -22,7 +22,12 @@ from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.integrations._lightning import LightningStrategy, reduce_in_place
 from lightning_mics.integrations._precision import accept_16_mixed, check_precision, prepared_scaler
 from lightning_mics.integrations.trainer import resuming
-from lightning_mics.integrations.trainer.callbacks import check_callbacks
+from lightning_mics.integrations.trainer.callbacks import (
+    announce_averages,
+    check_callbacks,
+    forget_averages,
+    shard_averages,
+)
 from lightning_mics.integrations.trainer.checkpoints import SavesAndLoads, keep_hyperparameters
 from lightning_mics.integrations.trainer.exceptions import (
     agree_on_batches,
@@ -93,6 +98,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
     def setup_environment(self) -> None:
         self._is_set_up, self._opened, self._resumed = False, None, None
         super().setup_environment()
+        announce_averages(self._trainer)
         if self._in_memory_checkpoint is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self._in_memory = InMemoryTraining(
                 self._trainer,
@@ -156,6 +162,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
             with torch.inference_mode(False):
                 vars(module)["_mics"] = self._shard(module, fitting=trainer.state.fn == TrainerFn.FITTING)
         self.model, self._sharded = module, vars(module)["_mics"]
+        shard_averages(trainer, reshard=self._reshard_root)
         return self._state()
 
     def _shard(self, module: nn.Module, *, fitting: bool) -> Sharded:
@@ -249,6 +256,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
     def teardown(self) -> None:
         if self.lightning_module is not None:
             forget_signals(self._trainer)
+            forget_averages(self._trainer)
         self._end_in_memory(finished=False)
         super().teardown()
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.environments import KubeflowEnvironment, LightningEnvironment
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -237,20 +236,3 @@ def test_the_topology_is_rejected_before_the_model_is_sharded() -> None:
 def test_every_rank_has_data_of_its_own() -> None:
     strategy = strategy_on("cpu")
     assert strategy.distributed_sampler_kwargs == {"num_replicas": 2, "rank": 0}
-
-
-def refuse_callbacks(folder: str) -> list[str]:
-    messages = []
-    for callback in (StochasticWeightAveraging(swa_lrs=0.1), EMAWeightAveraging(), WeightAveraging()):
-        with pytest.raises(MisconfigurationException) as caught:
-            make_trainer(folder, devices=1, strategy="mics", callbacks=[callback]).fit(TinyModule(), loader(4))
-        messages.append(str(caught.value))
-    return messages
-
-
-def test_weight_averaging_callbacks_are_rejected(tmp_path: Path) -> None:
-    (messages,) = on_ranks(refuse_callbacks, str(tmp_path), world_size=1)
-    assert messages == [
-        f"{name} copies the unsharded model, which no rank holds with strategy 'mics'; remove it"
-        for name in ("StochasticWeightAveraging", "EMAWeightAveraging", "WeightAveraging")
-    ]
