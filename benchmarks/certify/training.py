@@ -79,7 +79,7 @@ def _until_next_boundary(at: At) -> bool:
 
 @operator(
     "stale cached copy",
-    changed=ParameterCache.drop,
+    changed=ParameterCache.drop_trained,
     variants=("kept", "kept and not compared"),
     steps=(None, 0, 1, 2),
 )
@@ -111,9 +111,10 @@ def cached_copy(at: At, variant: str) -> None:
     around(ParameterCache, "compare", compared)
     for kind in (ParameterCache, RankCache):
         around(kind, "drop", dropped)
+        around(kind, "drop_trained", dropped)
 
 
-@operator("stale cached copy", changed=WeightCache.invalidate, units=(None,), steps=(None, 0, 1, 2))
+@operator("stale cached copy", changed=WeightCache.drop_trained, units=(None,), steps=(None, 0, 1, 2))
 def caches_of_all_units(at: At, _variant: None) -> None:
     """Caches are not dropped, nor the weights' version compared."""
 
@@ -128,7 +129,8 @@ def caches_of_all_units(at: At, _variant: None) -> None:
         return kept
 
     own_usable = ParameterCache.usable
-    around(WeightCache, "invalidate", changed)
+    for method in ("drop_trained", "invalidate"):
+        around(WeightCache, method, changed)
     ParameterCache.usable = property(usable)  # type: ignore[method-assign,assignment]
 
 
