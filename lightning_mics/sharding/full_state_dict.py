@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from lightning_mics.collectives.agreement import on_rank_0
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Any]:
@@ -27,13 +32,17 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
     Returns:
         Unsharded tensors, [any], and extra states by name on rank 0; nothing on the other ranks.
     """
+    return _gathered(module.state_dict())
+
+
+def _gathered(state: Mapping[str, Any]) -> dict[str, Any]:
     first = not dist.is_initialized() or dist.get_rank() == 0
-    state = {}
-    for name, value in module.state_dict().items():
+    gathered = {}
+    for name, value in state.items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if first:
-            state[name] = whole.detach().to("cpu", copy=True) if isinstance(whole, Tensor) else whole
-    return state
+            gathered[name] = whole.detach().to("cpu", copy=True) if isinstance(whole, Tensor) else whole
+    return gathered
 
 
 def reject_saving_of_shards(model: nn.Module) -> None:
@@ -50,6 +59,8 @@ def reject_saving_of_shards(model: nn.Module) -> None:
 class SavePretrained:
     """``save_pretrained`` of a module, with the state dict that a sharded one needs.
 
+    A model of ``peft`` gathers its adapters by itself, if every rank calls it.
+
     Args:
         module: The module.
     """
@@ -58,20 +69,47 @@ class SavePretrained:
         self._module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Save with the ``state_dict`` that is given.
+        """Save with the ``state_dict`` that is given, or adapters alone.
 
         Raises:
-            RuntimeError: If none is given, and the module is sharded.
+            RuntimeError: If none is given, and the module is sharded and has no adapters.
         """
         kind = type(self._module)
         sharded = isinstance(self._module, FSDPModule) or any(
             isinstance(parameter, DTensor) for parameter in self._module.parameters()
         )
+        save: Any = kind.save_pretrained  # type: ignore[attr-defined]
         if sharded and kwargs.get("state_dict") is None:
+            find = _finds_adapters(kind)
+            if find is not None:
+                kwargs["state_dict"] = _gathered(_adapters(self._module, find))
+                on_rank_0(lambda: save(self._module, *args, **kwargs))
+                return None
             raise RuntimeError(
                 f"{kind.__name__} is sharded, so `save_pretrained` needs its whole state: call `state = "
                 "lightning_mics.full_state_dict(network)` on every rank, and `network.save_pretrained(folder, "
                 "state_dict=state)` on rank 0"
             )
-        save: Any = kind.save_pretrained  # type: ignore[attr-defined]
         return save(self._module, *args, **kwargs)
+
+
+def _finds_adapters(kind: type) -> Any:
+    """The function of ``peft`` that finds the adapters in a state dict; None if ``kind`` is no class of ``peft``."""
+    makers = (sys.modules.get(base.__module__) for base in kind.__mro__ if base.__module__.startswith("peft."))
+    return next((vars(each)[_OF_PEFT] for each in makers if each is not None and _OF_PEFT in vars(each)), None)
+
+
+_OF_PEFT = "get_peft_model_state_dict"
+
+
+def _adapters(module: Any, find: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """The entries of the state dict of ``module``, sharded, that ``peft`` saves for its adapters."""
+    state = module.state_dict()
+    stand_ins = {
+        name: torch.empty(value.shape, dtype=value.dtype, device="meta")
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+    found = [find(module, state_dict=dict(stand_ins), adapter_name=adapter) for adapter in module.peft_config]
+    saved = {id(value) for of_adapter in found for value in of_adapter.values()}
+    return {name: state[name] for name, stand_in in stand_ins.items() if id(stand_in) in saved}

@@ -1,0 +1,245 @@
+"""Adapters of ``peft``, sharded over all nodes: trained, saved and loaded, and only their bytes cross nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from lightning_mics import CommunicationOptions
+from tests.support import accelerators, loops
+from tests.support.campaign import campaign
+from tests.support.trainers import cases_on_ranks, make_trainer, mics
+
+VOCAB, STEPS, MICRO_STEPS, RANKS, NODES = 32, 4, 2, 4, 2
+PER_BATCH = 8  # sequences of all ranks together
+OVER_NODES = {"partition_size": 4, "ranks_per_node": 2, **CommunicationOptions.NODE.keywords()}
+SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32}
+LAYERS: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+def llama() -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**SMALL, **LAYERS))
+
+
+def bert() -> nn.Module:
+    config = BertConfig(**SMALL, **LAYERS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return BertForMaskedLM(config)
+
+
+def t5() -> nn.Module:
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCAB,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+BASES: dict[str, Callable[[], nn.Module]] = {"llama": llama, "bert": bert, "t5": t5}
+
+
+def base(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return BASES[name]()
+
+
+def adapted(name: str) -> Any:
+    model = get_peft_model(base(name), LoraConfig(r=8, target_modules="all-linear"))
+    with torch.no_grad():  # peft begins with zeros in B, so that A has no gradient
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(std=0.02)
+    return model
+
+
+def loss_of(model: Any, batch: Tensor) -> Tensor:
+    return model(input_ids=batch, labels=batch).loss
+
+
+class Adapted(pl.LightningModule):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.model = adapted(name)
+        self.losses: list[float] = []
+        self.sent = [0.0]
+        self.folder: Path | None = None
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = loss_of(self.model, batch)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        traffic = getattr(self.trainer.strategy, "traffic", None)
+        if traffic is not None and len(self.losses) % MICRO_STEPS == 0:
+            self.sent.append(NODES * sum(each.between_bytes for each in traffic.by_technique().values()))
+
+    def on_train_end(self) -> None:
+        if self.folder is not None:
+            self.model.save_pretrained(self.folder)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+def sequences() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, VOCAB, (PER_BATCH * MICRO_STEPS * STEPS, 6), generator=generator)
+
+
+def data(ranks: int) -> DataLoader[Any]:
+    sampler: Any = DistributedSampler(sequences(), ranks, dist.get_rank(), shuffle=False) if ranks > 1 else None  # type: ignore[arg-type]
+    return DataLoader(sequences(), batch_size=PER_BATCH // ranks, sampler=sampler)  # type: ignore[arg-type]
+
+
+def train(folder: Path, name: str, layout: dict[str, Any] | None, **options: Any) -> Adapted:
+    module = Adapted(name)
+    module.folder = folder / name if layout else None
+    ranks = RANKS if layout else 1
+    trainer = make_trainer(
+        folder,
+        devices=ranks,
+        strategy=mics(**layout) if layout else "auto",
+        accumulate_grad_batches=MICRO_STEPS,
+        use_distributed_sampler=False,
+        **options,
+    )
+    trainer.fit(module, data(ranks))
+    return module
+
+
+def whole(value: Tensor) -> Tensor:
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+
+
+def trained(module: nn.Module) -> dict[str, Tensor]:
+    """What trains, whole; every rank calls it."""
+    return {name: whole(parameter) for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def of_job(folder: Path, name: str) -> dict[str, Any]:
+    module = train(folder, name, OVER_NODES)
+    losses = torch.tensor(module.losses)
+    dist.all_reduce(losses)
+    sent = [after - before for before, after in pairwise(module.sent)]
+    return {"losses": (losses / RANKS).tolist(), "sent": sent, "trained": trained(module.model)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path, in_campaign: bool) -> dict[str, list[dict[str, Any]]]:
+    return cases_on_ranks({name: partial(of_job, folder, name) for name in (BASES if in_campaign else ["llama"])})
+
+
+@pytest.mark.parametrize("name", ["llama", *map(campaign, ["bert", "t5"])])
+def test_adapters_train_as_in_one_process_and_nothing_else_crosses_nodes(
+    name: str, runs: dict[str, list[dict[str, Any]]], folder: Path
+) -> None:
+    alone = train(folder, name, None)
+    adapters = sum(value.nbytes for value in trained(alone.model).values())
+    bound = 2 * adapters * (NODES - 1) / NODES
+    for found in runs[name]:
+        assert found["losses"] == pytest.approx(alone.losses, abs=1e-5)
+        assert found["sent"][0] > bound
+        assert all(bound <= each <= 1.02 * bound for each in found["sent"][1:])
+        for key, value in trained(alone.model).items():
+            torch.testing.assert_close(found["trained"][key], value, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", *map(campaign, ["bert", "t5"])])
+def test_saved_adapters_load_into_the_base_model_of_one_process(
+    name: str, runs: dict[str, list[dict[str, Any]]], folder: Path
+) -> None:
+    loaded = PeftModel.from_pretrained(base(name), str(folder / name))
+    found = {key: value for key, value in loaded.named_parameters() if "lora_" in key}
+    expected = runs[name][0]["trained"]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+# -- Fabric and Accelerate --------------------------------------------------------------------------------------------
+
+
+def in_fabric(folder: Path) -> dict[str, Any]:
+    fabric = loops.start(**OVER_NODES)
+    model = adapted("llama")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model, optimizer = fabric.setup(model, optimizer)
+    losses = []
+    for index, batch in enumerate(data(RANKS)):
+        boundary = index % MICRO_STEPS == MICRO_STEPS - 1
+        with fabric.no_backward_sync(model, enabled=not boundary):
+            loss = loss_of(model, batch)
+            fabric.backward(loss / MICRO_STEPS)
+        losses.append(float(loss.detach()))
+        if boundary:
+            optimizer.step()
+            optimizer.zero_grad()
+    model.save_pretrained(folder / "of fabric")
+    return {"losses": losses, "trained": trained(model.module)}
+
+
+def in_accelerate(folder: Path) -> dict[str, Any]:
+    accelerator = accelerators.start(plugin=OVER_NODES, gradient_accumulation_steps=MICRO_STEPS)
+    model = adapted("llama")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    losses = []
+    for batch in data(RANKS):
+        with accelerator.accumulate(model):
+            loss = loss_of(model, batch)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    accelerator.unwrap_model(model).save_pretrained(folder / "of accelerate")
+    return {"losses": losses, "trained": trained(model)}
+
+
+@pytest.fixture(scope="module")
+def integrated(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return cases_on_ranks({"fabric": partial(in_fabric, folder), "accelerate": partial(in_accelerate, folder)})
+
+
+@pytest.mark.parametrize("host", ["fabric", "accelerate"])
+def test_the_same_in_loops_of_ones_own(
+    host: str, integrated: dict[str, list[dict[str, Any]]], runs: dict[str, list[dict[str, Any]]], folder: Path
+) -> None:
+    expected = runs["llama"][0]
+    mean = torch.tensor([found["losses"] for found in integrated[host]]).mean(0)
+    assert mean.tolist() == pytest.approx(expected["losses"], abs=1e-6)
+    loaded = PeftModel.from_pretrained(base("llama"), str(folder / f"of {host}"))
+    found = {key: value for key, value in loaded.named_parameters() if "lora_" in key}
+    for key, value in integrated[host][0]["trained"].items():
+        assert torch.equal(value, found[key])
+        torch.testing.assert_close(value, expected["trained"][key], atol=1e-6, rtol=0)
