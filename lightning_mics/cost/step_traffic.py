@@ -5,7 +5,8 @@ sizes can be compared. The tests check that both agree.
 
 FSDP2 shards each parameter over its first dimension, padded to a multiple of the ranks, and gathers and reduces all of
 a parameter group at once. The root is gathered in the first forward of each micro-step only; blocks are gathered in
-forward and in backward, with ``allow_unused`` in forward only.
+forward and in backward, with ``allow_unused`` in forward only. Gradients of frozen parameters are not reduced, and
+where these are cached, they are not gathered in any step but the first, which is not counted.
 """
 
 from __future__ import annotations
@@ -33,14 +34,20 @@ class Unit:
     Attributes:
         parameters: Number of rows and number of elements per row, of each parameter.
         is_root: Whether these are the parameters outside of all blocks.
+        trained: The same of those that require gradients; None if all do.
     """
 
     parameters: tuple[tuple[int, int], ...]
     is_root: bool
+    trained: tuple[tuple[int, int], ...] | None = None
 
     def elements(self, ranks: int) -> int:
         """Number of elements of all parameters, padded so that ``ranks`` have equal shards."""
         return _elements(self.parameters, ranks)
+
+    def trained_elements(self, ranks: int) -> int:
+        """Number of elements of the parameters that require gradients, padded likewise."""
+        return _elements(self.parameters if self.trained is None else self.trained, ranks)
 
 
 @lru_cache(maxsize=4096)  # blocks are alike, and there are many plans
@@ -56,12 +63,17 @@ def find_units(model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:
         blocks: Blocks of the model, by FQN.
     """
     modules = {model: True} | dict.fromkeys(reversed(list(blocks.values())), False)
-    return [Unit(_shapes(unit, set(blocks.values())), is_root) for unit, is_root in modules.items()]
+    return [_unit(unit, set(blocks.values()), is_root) for unit, is_root in modules.items()]
 
 
-def _shapes(unit: nn.Module, blocks: set[nn.Module]) -> tuple[tuple[int, int], ...]:
-    own = {parameter for module in group_modules(unit, blocks) for parameter in module.parameters(recurse=False)}
-    return tuple(sorted((p.shape[0], p.numel() // max(1, p.shape[0])) for p in own))
+def _unit(module: nn.Module, blocks: set[nn.Module], is_root: bool) -> Unit:
+    own = {parameter for inner in group_modules(module, blocks) for parameter in inner.parameters(recurse=False)}
+    trained = {parameter for parameter in own if parameter.requires_grad}
+    return Unit(_shapes(own), is_root, None if trained == own else _shapes(trained))
+
+
+def _shapes(parameters: Iterable[nn.Parameter]) -> tuple[tuple[int, int], ...]:
+    return tuple(sorted((p.shape[0], p.numel() // max(1, p.shape[0])) for p in parameters))
 
 
 When = Literal["every", "first", "boundary"]
@@ -227,6 +239,9 @@ class _Step:
     def gathers(self, unit: Unit, dtype: torch.dtype) -> list[ScheduledCollective]:
         elements = unit.elements(self.topology.partition_size)
         once = _Uses(("forward",), "first")
+        trained = unit.trained_elements(self.topology.partition_size)
+        if not trained and self.options.cache_parameters == "rank":
+            return []
         stays = unit.is_root or self.options.allow_unused
         always = _Uses(("forward",) if stays else ("forward", "backward"), "every")
         every = once if self.options.cache_parameters == "rank" else always
@@ -234,12 +249,16 @@ class _Step:
             return [self.run("all_gather", "partition", elements, dtype, phases=every.phases, when=every.when)]
         k = self.topology.local_ranks_per_partition_group
         crossing = always if self.options.cache_parameters == "never" else once
-        rail = self.run("all_gather", "rail", elements // k, dtype, phases=crossing.phases, when=crossing.when)
-        return [rail, self.run("all_gather", "node", elements, dtype, phases=every.phases, when=every.when)]
+        on_rail = trained if self.options.cache_parameters == "node" else elements
+        rail = self.run("all_gather", "rail", on_rail // k, dtype, phases=crossing.phases, when=crossing.when)
+        in_node = self.run("all_gather", "node", elements, dtype, phases=every.phases, when=every.when)
+        return [rail, in_node] if on_rail else [in_node]
 
     def reductions(self, unit: Unit, dtype: torch.dtype) -> list[ScheduledCollective]:
         p, k = self.topology.partition_size, self.topology.local_ranks_per_partition_group
-        elements = unit.elements(p)
+        elements = unit.trained_elements(p)
+        if not elements:
+            return []
         every = _when(self.options.accumulate_gradients == "rank")
         if self._in_stages:
             wire = self.options.inter_node_reduce_dtype

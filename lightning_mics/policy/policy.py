@@ -167,6 +167,7 @@ class Policy:
             _check_one_unit(model, choice)
         self.communication.check(choice.topology)
         initializers = describe_initializers(model)
+        frozen_bytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
         groups = create_partition_groups(
             choice.topology,
             device_type=device.type,
@@ -185,7 +186,7 @@ class Policy:
             broadcast_buffers=self._broadcast_buffers,
             certify_every_n_steps=self._certify_every_n_steps,
         )
-        report = start_report(choice, reduce_dtype=reduce_dtype, initializers=initializers)
+        report = start_report(choice, reduce_dtype=reduce_dtype, initializers=initializers, frozen_bytes=frozen_bytes)
         advice = memory_advice(choice, recomputes=bool(recomputed), offloads=self._activation_offload)
         asked = options_that_may_be_auto(self.partition_size, self.communication)
         chosen = {name: value for name, value in choice.options.items() if asked[name] == "auto"}

@@ -10,13 +10,14 @@ from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology
 
 
-def start_report(choice: Choice, *, reduce_dtype: torch.dtype, initializers: str = "") -> str:
+def start_report(choice: Choice, *, reduce_dtype: torch.dtype, initializers: str = "", frozen_bytes: int = 0) -> str:
     """Describe the groups, techniques and estimated memory of a job in a few lines.
 
     Args:
         choice: Choice of how to shard the model.
         reduce_dtype: Dtype in which gradients are reduced and added up.
         initializers: What has set the initial weights of modules that were on the meta device; empty if none were.
+        frozen_bytes: Bytes of the parameters that do not require gradients.
     """
     t, options, why = choice.topology, choice.communication, choice.reasons
     chosen = "" if why["partition_size"] == "given" else f" ({why['partition_size']})"
@@ -33,6 +34,8 @@ def start_report(choice: Choice, *, reduce_dtype: torch.dtype, initializers: str
             rows[option.replace("_", " ")] = f"{getattr(options, option)} ({why[option]})"
     if t.nodes > 1:
         rows["inter-node gathers"] = _inter_node_gathers(t, options)
+        if frozen_bytes and t.spans_nodes and options.cache_parameters == "node":
+            rows["frozen weights"] = f"{in_gib(frozen_bytes)} cross nodes once per job, and stay cached on nodes"
         rows["inter-node reductions"] = _inter_node_reductions(t, options)
     rows |= _by_time(choice)
     if choice.resumed:

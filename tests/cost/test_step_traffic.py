@@ -6,10 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from lightning_mics import CommunicationOptions
 from lightning_mics.cost.collective import Collective
 from lightning_mics.cost.step_traffic import Unit, find_units, step_traffic
+from lightning_mics.planning.rehearsal.rehearse import rehearse
 from lightning_mics.sharding.blocks import find_blocks
 from lightning_mics.topology import Topology
 from recipes.plan.dry_run import Training
@@ -61,6 +63,64 @@ def test_a_rehearsal_runs_what_is_predicted(job: str) -> None:
     for ran in rehearsed(name, facts, backend="nccl", micro_steps=MICRO_STEPS, gradient_clip_val=None).ran:
         played[ran.collective] += ran.times
     assert played == predicted(name, facts)
+
+
+OF_ADAPTERS = {
+    "at every use": CommunicationOptions(cache_parameters="never", accumulate_gradients="shard"),
+    "once per step": CommunicationOptions.NODE,
+    "once per step everywhere": CommunicationOptions.RANK,
+}
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen matrix beside two narrow ones that train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(48, 48).requires_grad_(False)
+        self.down, self.up = nn.Linear(48, 8, bias=False), nn.Linear(8, 48, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.base(x) + self.up(self.down(x)))
+
+
+class Adapted(nn.Module):
+    """Blocks with adapters, of which the first has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(AdaptedLayer() for _ in range(3))
+        self.layers[0].requires_grad_(False)
+        self.head = nn.Linear(48, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x).square().mean()
+
+
+@pytest.mark.rehearsal
+@pytest.mark.parametrize("name", OF_ADAPTERS)
+def test_frozen_weights_are_neither_gathered_again_nor_reduced(name: str) -> None:
+    topology = Topology(world_size=16, ranks_per_node=4, partition_size=8)
+    played: Counter[Collective] = Counter()
+    rehearsal = rehearse(
+        Adapted,
+        torch.zeros(2, 48),
+        loss=lambda model, batch: model(batch),
+        topology=topology,
+        micro_steps=MICRO_STEPS,
+        backend="nccl",
+        communication=OF_ADAPTERS[name],
+    )
+    for ran in rehearsal.ran:
+        played[ran.collective] += ran.times
+    with torch.device("meta"):
+        model = Adapted()
+    counts: Counter[Collective] = Counter()
+    for repeated in step_traffic(find_units(model, find_blocks(model)), topology, communication=OF_ADAPTERS[name]):
+        counts[repeated.collective] += repeated.in_step(MICRO_STEPS)
+    assert played == counts
 
 
 @pytest.mark.parametrize(("n", "k", "p", "s"), [(512, 8, 128, 4), (64, 8, 16, 8), (32, 8, 8, 2), (16, 8, 4, 3)])
