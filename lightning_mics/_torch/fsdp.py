@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -139,19 +139,33 @@ def replace_all_reduce(module: FSDPModule, reduce: Callable[[Tensor, Any], None]
 class ReusedUnshard:
     """Unsharded parameters of one module itself that stay in memory after a reshard; the module shows their shards.
 
-    FSDP2 gathers them at each use and frees them afterwards. Here they are not freed, and not gathered where ``reuse``
-    returns True.
+    FSDP2 gathers them at each use and frees them afterwards. Here they are not freed, and where ``stale`` returns some
+    of them, those alone are gathered.
 
     Args:
         module: FSDP module.
-        reuse: Called as ``reuse(in_forward=...)`` before each use; returns whether the parameters in memory are valid.
-        unsharded: Called when the parameters are gathered.
+        stale: Called before each use; returns the positions of the parameters in memory that are not valid, and those
+            of all if none is.
+        used: Called as ``used(in_forward=...)`` after it, if not all are gathered.
+        unsharded: Called when parameters are gathered.
+        gather: Called as ``gather(output, shard, group)`` to gather some of them, side by side: [shard] ->
+            [ranks * shard].
     """
 
-    def __init__(self, module: FSDPModule, *, reuse: Callable[..., bool], unsharded: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        module: FSDPModule,
+        *,
+        stale: Callable[[], Sequence[int]],
+        used: Callable[..., None],
+        unsharded: Callable[[], None],
+        gather: Callable[[Tensor, Tensor, Any], object],
+    ) -> None:
         self._groups = list(_param_groups(module))
-        self._reuse = reuse
+        self._stale = stale
+        self._used = used
         self._unsharded = unsharded
+        self._gather = gather
         self._cached: set[FSDPParamGroup] = set()
         for group in self._groups:
             group.unshard = partial(self._unshard, group)  # type: ignore[method-assign]
@@ -188,14 +202,34 @@ class ReusedUnshard:
     def _unshard(self, group: FSDPParamGroup, async_op: bool = False) -> None:
         if group.is_unsharded or _is_unsharding(group):
             return
-        in_forward = group._training_state != TrainingState.PRE_BACKWARD
-        if group in self._cached and self._reuse(in_forward=in_forward):
-            group._to_unsharded()  # type: ignore[no-untyped-call]
-            return
+        if group in self._cached and len(self._groups) == 1:
+            stale = [group.fsdp_params[index] for index in self._stale()]
+            if len(stale) < len(group.fsdp_params) and all(p.fsdp_placement.dim == 0 for p in stale):
+                if stale:
+                    self._gather_again(group, stale)
+                    self._unsharded()
+                self._used(in_forward=group._training_state != TrainingState.PRE_BACKWARD)
+                group._to_unsharded()  # type: ignore[no-untyped-call]
+                return
         type(group).unshard(group, async_op)
         if _is_unsharding(group):
             self._cached.add(group)
             self._unsharded()
+
+    @torch.no_grad()
+    def _gather_again(self, group: FSDPParamGroup, parameters: Sequence[Any]) -> None:
+        """Gather some parameters of a group into their memory."""
+        shards = [shard for of_parameter in _get_param_all_gather_inputs(list(parameters)) for shard in of_parameter]
+        outputs = [out for parameter in parameters for out in parameter.all_gather_outputs]
+        if len({shard.dtype for shard in shards}) > 1:
+            shards, outputs = ([each.view(torch.uint8) for each in tensors] for tensors in (shards, outputs))
+        own, pg = torch.cat(shards), group._all_gather_process_group
+        gathered = own.new_empty(pg.size() * own.numel())
+        self._gather(gathered, own, pg)
+        parts = torch.split(gathered.view(pg.size(), -1), [shard.numel() for shard in shards], dim=1)
+        with torch.autograd._unsafe_preserve_version_counter(tuple(outputs)):  # type: ignore[attr-defined]
+            for output, part in zip(outputs, parts, strict=True):
+                output.view(pg.size(), -1).copy_(part)
 
     def _free_unless_cached(self, group: FSDPParamGroup, parameter: Any) -> None:
         if group not in self._cached:

@@ -238,21 +238,22 @@ class _Step:
 
     def gathers(self, unit: Unit, dtype: torch.dtype) -> list[ScheduledCollective]:
         elements = unit.elements(self.topology.partition_size)
-        once = _Uses(("forward",), "first")
         trained = unit.trained_elements(self.topology.partition_size)
-        if not trained and self.options.cache_parameters == "rank":
-            return []
+        if self.options.cache_parameters == "rank":
+            elements = trained
+        once = _Uses(("forward",), "first")
         stays = unit.is_root or self.options.allow_unused
         always = _Uses(("forward",) if stays else ("forward", "backward"), "every")
         every = once if self.options.cache_parameters == "rank" else always
         if not self._in_stages:
-            return [self.run("all_gather", "partition", elements, dtype, phases=every.phases, when=every.when)]
+            flat = self.run("all_gather", "partition", elements, dtype, phases=every.phases, when=every.when)
+            return [flat] if elements else []
         k = self.topology.local_ranks_per_partition_group
         crossing = always if self.options.cache_parameters == "never" else once
         on_rail = trained if self.options.cache_parameters == "node" else elements
         rail = self.run("all_gather", "rail", on_rail // k, dtype, phases=crossing.phases, when=crossing.when)
         in_node = self.run("all_gather", "node", elements, dtype, phases=every.phases, when=every.when)
-        return [rail, in_node] if on_rail else [in_node]
+        return [*([rail] if on_rail else []), *([in_node] if elements else [])]
 
     def reductions(self, unit: Unit, dtype: torch.dtype) -> list[ScheduledCollective]:
         p, k = self.topology.partition_size, self.topology.local_ranks_per_partition_group

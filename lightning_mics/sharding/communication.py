@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_mics._torch.fsdp import AllGather, ReduceScatter, fsdp_modules, replace_all_reduce, sharded_parameters
+from lightning_mics._torch.fsdp import ReduceScatter, fsdp_modules, replace_all_reduce, sharded_parameters
 from lightning_mics._torch.streams import SideStream
 from lightning_mics._torch.units.direct_use import serve_direct_use
 from lightning_mics._torch.units.own_collectives import reject_options, serve_options
@@ -89,7 +89,7 @@ class Communication:
                 gather, reduce = self._all_gather(name, module), self._reduce_scatter(name, module)
                 module.set_custom_all_gather(self._agreement.before_gathers(name, module, gather))
                 if self._options.cache_parameters == "rank" or self._options.allow_unused:
-                    self._on_rank[name] = RankCache(module)
+                    self._on_rank[name] = RankCache(module, self._agreement.before_some(name, gather))
                 module.set_custom_reduce_scatter(reduce)
                 if isinstance(gather, FlatAllGather) and isinstance(reduce, FlatReduceScatter):
                     serve_options(module, gather, reduce)
@@ -133,7 +133,7 @@ class Communication:
         schedule.units = UnitHooks(root)  # around what was set above
         return schedule
 
-    def _all_gather(self, name: str, module: FSDPModule) -> AllGather:
+    def _all_gather(self, name: str, module: FSDPModule) -> FlatAllGather | HierarchicalAllGather:
         if self._rail is None:
             return FlatAllGather(self._partition.of_unit(name))
         rail, node = self._rail.of_unit(name), self._node and self._node.of_unit(name)

@@ -37,6 +37,16 @@ class FlatAllGather(OwnAllGather):
             run=partial(self.own, group=group),
         )
 
+    def gather_some(self, output: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup) -> None:
+        """Gather some of the parameters: [shard] -> [ranks * shard].
+
+        Args:
+            output: Memory of the result.
+            shard: This rank's shards of the parameters, side by side.
+            group: Partition group.
+        """
+        self(output, shard, group)
+
 
 class FlatReduceScatter(OwnReduceScatter):
     """Reduce-scatter over all ranks of the partition group in one stage."""

@@ -151,6 +151,19 @@ class HierarchicalAllGather(TwoStages, AllGather):
             keep_for_current_stream(rail_slice)  # freed, its memory goes back to the stream of the rail
         return work
 
+    def gather_some(self, output: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup) -> None:
+        """Gather some of the parameters, of which nothing is fetched before: [shard] -> [local ranks * nodes * shard].
+
+        Args:
+            output: Memory of the result.
+            shard: This rank's shards of the parameters, side by side.
+            group: Partition group.
+        """
+        rail_slice = self.rail_slice(output, group)
+        self.rail.all_gather(rail_slice, shard, technique="gather along rails")
+        if self.node is not None:
+            self.node.all_gather(output, rail_slice, technique="gather inside nodes")
+
     def _along_rail(
         self, output: torch.Tensor, shard: torch.Tensor, fetched: FetchedSlice | None, *, async_op: bool
     ) -> dist.Work | None:

@@ -36,7 +36,7 @@ shards are shown.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -255,16 +255,19 @@ class RankCache(ParameterCache):
 
     Args:
         module: FSDP module of the parameter group.
+        gather: Gathers some of the parameters, as ``gather(output, shard, group)``: [shard] -> [ranks * shard].
     """
 
-    def __init__(self, module: FSDPModule) -> None:
+    def __init__(self, module: FSDPModule, gather: Callable[[Tensor, Tensor, Any], object]) -> None:
         super().__init__(lambda: weights_version(module), lambda: trainable(module))
-        self._unsharded = ReusedUnshard(module, reuse=self._reuse, unsharded=self.mark_valid)
+        self._unsharded = ReusedUnshard(
+            module, stale=self.stale, used=self._compare_in_forward, unsharded=self.mark_valid, gather=gather
+        )
 
     @override
     def tensors(self) -> list[Tensor]:
-        """Memory of the unsharded parameters, each [ranks * shard], if they are cached."""
-        return self._unsharded.tensors() if self.usable else []
+        """Memory of the unsharded parameters, each [ranks * shard], if some are cached."""
+        return self._unsharded.tensors() if self._cached_version is not None else []
 
     @override
     def drop(self) -> None:
@@ -274,17 +277,14 @@ class RankCache(ParameterCache):
 
     @override
     def drop_trained(self) -> None:
-        """Drop all parameters, unless the whole group is frozen and as it was."""
+        """Drop what requires gradients; if that is all, its memory is freed."""
         super().drop_trained()
-        if not self.usable:
+        if self._cached_version is not None and len(self.stale()) == len(self._cached_version):
             self.drop()
 
-    def _reuse(self, *, in_forward: bool) -> bool:
-        if not self.usable:
-            return False
+    def _compare_in_forward(self, *, in_forward: bool) -> None:
         if in_forward:  # a backward uses the weights of its forward, even if they have changed since
             self.compare(self._unsharded.own_parts())
-        return True
 
 
 def _joined(segments: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

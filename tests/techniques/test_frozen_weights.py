@@ -145,7 +145,22 @@ def runs() -> dict[Any, list[Any]]:
     return run_cases(4, {name: partial(train, *arguments) for name, arguments in cases.items()})
 
 
-KINDS = {"cached": NODE, "never": NEVER}
+KINDS = {
+    "cached": NODE,
+    "never": NEVER,
+    "on ranks": CommunicationOptions.RANK,
+    "never, sums on ranks": CommunicationOptions(cache_parameters="never", accumulate_gradients="rank"),
+}
+BESIDE = {"cached": "never", "on ranks": "never, sums on ranks"}  # the same sums in the same order
+
+
+def _pairs(found: dict[Any, list[Any]], *case: Any) -> list[tuple[Any, Any]]:
+    """Each run with a cache beside the one without."""
+    return [
+        pair
+        for kind, beside in BESIDE.items()
+        for pair in zip(found[(*case, kind)], found[(*case, beside)], strict=True)
+    ]
 
 
 @pytest.mark.parametrize(("base", "micro_steps"), CASES)
@@ -153,10 +168,9 @@ def test_only_adapters_cross_nodes_after_the_first_step(
     base: str, micro_steps: int, runs: dict[Any, list[Any]]
 ) -> None:
     bound = 2 * ADAPTERS * (NODES - 1) / NODES
-    for losses, sent, weights in runs[base, micro_steps, "cached"]:
+    for (losses, sent, weights), others in _pairs(runs, base, micro_steps):
         assert sent[0] > 1.3 * bound
         assert all(each == pytest.approx(bound, rel=1e-6) for each in sent[1:])
-        others = runs[base, micro_steps, "never"][0]
         assert losses == others[0]
         assert all(torch.equal(value, others[2][name]) for name, value in weights.items())
         assert losses == pytest.approx(alone(base, micro_steps), abs=1e-5 if base != "bfloat16" else 1e-3)
@@ -224,9 +238,9 @@ def _in_raw_memory(model: Any, step: int) -> None:
         model.layers[1].base.weight.to_local().numpy()[...] *= 0.5
 
 
-def _refused() -> str:
+def _refused(options: CommunicationOptions) -> str:
     with pytest.raises(RuntimeError) as caught:
-        train("float32", NODE, 2, changes=_in_raw_memory)
+        train("float32", options, 2, changes=_in_raw_memory)
     return str(caught.value)
 
 
@@ -254,25 +268,27 @@ def changed() -> dict[Any, list[Any]]:
     }
     cases |= {("unfrozen", kind): partial(_unfrozen, options) for kind, options in KINDS.items()}
     cases |= {("said", kind): partial(_changed_and_said, options) for kind, options in KINDS.items()}
-    return run_cases(4, {**cases, "refused": _refused})
+    cases |= {("refused", kind): partial(_refused, KINDS[kind]) for kind in ("cached", "on ranks")}
+    return run_cases(4, cases)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_frozen_weight_is_used_by_the_next_forward(change: str, changed: dict[Any, list[Any]]) -> None:
-    for cached, never in zip(changed[change, "cached"], changed[change, "never"], strict=True):
+    for cached, never in _pairs(changed, change):
         assert cached[0] == never[0]
         assert all(torch.equal(value, never[2][name]) for name, value in cached[2].items())
 
 
 def test_an_unfrozen_weight_trains_as_without_a_cache(changed: dict[Any, list[Any]]) -> None:
-    for cached, never in zip(changed["unfrozen", "cached"], changed["unfrozen", "never"], strict=True):
+    for cached, never in _pairs(changed, "unfrozen"):
         assert cached[0] == never[0]
         assert all(torch.equal(value, never[1][name]) for name, value in cached[1].items())
 
 
 def test_a_change_in_raw_memory_is_refused_at_the_boundary_unless_it_is_said(changed: dict[Any, list[Any]]) -> None:
-    assert all("in raw memory" in message and "invalidate_cache()" in message for message in changed["refused"])
-    assert changed["said", "cached"] == changed["said", "never"]
+    for message in (*changed["refused", "cached"], *changed["refused", "on ranks"]):
+        assert "in raw memory" in message and "invalidate_cache()" in message
+    assert changed["said", "cached"] == changed["said", "never"] == changed["said", "on ranks"]
 
 
 @campaign
@@ -283,7 +299,7 @@ def test_the_same_on_eight_ranks(base: str, nodes: int) -> None:
     cases = {kind: partial(train, base, options, 4, topology=topology) for kind, options in KINDS.items()}
     found = run_cases(8, cases)
     bound = 2 * ADAPTERS * (nodes - 1) / nodes
-    for (losses, sent, _), never in zip(found["cached"], found["never"], strict=True):
+    for (losses, sent, _), never in _pairs({(kind,): of_kind for kind, of_kind in found.items()}):
         assert losses == never[0]
         assert all(
             each <= 2.02 * bound for each in sent[1:]

@@ -14,11 +14,12 @@ when they evaluate other numbers of batches::
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
@@ -31,6 +32,7 @@ from lightning_mics._torch.units.param_groups import (
     note_reductions,
 )
 from lightning_mics.collectives.control_plane import Stream
+from lightning_mics.techniques.flat import FlatAllGather
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather
 from lightning_mics.techniques.once_per_step import NodeCache
 from lightning_mics.techniques.partition_groups import PartitionGroups
@@ -77,6 +79,25 @@ class RankAgreement:
             stream.agree(words[in_backward(module), gathered] + ahead)
 
         return NotedAllGather(gather, before=agree, explained=self._control.explained)
+
+    def before_some(self, name: str, gather: FlatAllGather | HierarchicalAllGather) -> Callable[..., None]:
+        """``gather.gather_some``, before which the ranks of the partition group agree.
+
+        Args:
+            name: Fully qualified name of the module.
+            gather: All-gather of the module.
+        """
+        stream, words = self._partition, f"gathers what is not cached of {name or 'the root'!r}"
+
+        def gather_some(output: Tensor, shard: Tensor, group: dist.ProcessGroup) -> None:
+            if stream is not None:
+                stream.agree(words)
+            try:
+                gather.gather_some(output, shard, group)
+            except RuntimeError as error:
+                raise self._control.explained(error) from error
+
+        return gather_some
 
     @contextmanager
     def direct_use(self, kind: str, axis: str, name: str) -> Iterator[None]:
