@@ -37,6 +37,7 @@ ONE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # names of the first BERTs
 _SOURCE = "_deferred_weights"
+_BASE = "base_layer"  # of a layer with adapters
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def load_pretrained(network: nn.Module, folder: str | Path, *, strict: bool = Tr
             read later, errors about their content are raised then.
     """
     source = _Source(Path(folder), strict)
+    base_model: Any = getattr(network, "get_base_model", None)
+    network = network if base_model is None else base_model()  # of `peft`
     if any(parameter.is_meta for parameter in network.parameters()):
         _files(source.folder)
         setattr(network, _SOURCE, source)
@@ -160,10 +163,26 @@ def _check_not_quantized(folder: Path) -> None:
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The network's persistent tensors by FQN; tied tensors under each of their FQNs."""
+    """The network's persistent tensors by FQN; tied tensors under each of their FQNs.
+
+    Layers with adapters of ``peft`` have the tensors of their base layers, under the names that these had before.
+    """
     persistent = network.state_dict().keys()
     every = chain(network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in every if name in persistent}
+    found = {name.replace("_orig_mod.", ""): tensor for name, tensor in every if name in persistent}
+    with_adapters = [f"{name}." for name, module in network.named_modules() if _BASE in module._modules]
+    if not with_adapters:
+        return found
+    bases = {f"{name.replace('_orig_mod.', '')}{_BASE}." for name in with_adapters}
+    adapters = tuple(name.removesuffix(f"{_BASE}.") for name in bases)
+    renamed = {}
+    for name, tensor in found.items():
+        before, base, rest = name.rpartition(f"{_BASE}.")
+        if base and before + base in bases:
+            renamed[before + rest] = tensor
+        elif not name.startswith(adapters):
+            renamed[name] = tensor
+    return renamed
 
 
 def _match(tensors: Mapping[str, Tensor], stored: Iterable[str], *, base: str) -> tuple[dict[str, str], list[str]]:

@@ -25,9 +25,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lightning_mics import CommunicationOptions
+from lightning_mics import CommunicationOptions, load_pretrained
 from tests.support import accelerators, loops
 from tests.support.campaign import campaign
+from tests.support.fits import refusal
 from tests.support.trainers import cases_on_ranks, make_trainer, mics
 
 VOCAB, STEPS, MICRO_STEPS, RANKS, NODES = 32, 4, 2, 4, 2
@@ -243,3 +244,60 @@ def test_the_same_in_loops_of_ones_own(
     for key, value in integrated[host][0]["trained"].items():
         assert torch.equal(value, found[key])
         torch.testing.assert_close(value, expected["trained"][key], atol=1e-6, rtol=0)
+
+
+# -- built on the meta device ------------------------------------------------------------------------------------------
+
+
+def on_meta(pretrained: Path, **options: Any) -> Any:
+    with torch.device("meta"):
+        model = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear", **options))
+    load_pretrained(model, pretrained)
+    return model
+
+
+class BuiltLate(pl.LightningModule):
+    """Built on the meta device, with the weights of a folder."""
+
+    def __init__(self, pretrained: Path, **options: Any) -> None:
+        super().__init__()
+        self.pretrained, self.options = pretrained, options
+        self.model: Any = None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = on_meta(self.pretrained, **self.options)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", loss_of(self.model, batch), sync_dist=True)
+
+
+def started(pretrained: Path, **options: Any) -> tuple[float, dict[str, Tensor]]:
+    trainer = make_trainer(pretrained, devices=RANKS, strategy=mics(**OVER_NODES), use_distributed_sampler=False)
+    module = BuiltLate(pretrained, **options)
+    (metrics,) = trainer.validate(module, data(RANKS), verbose=False)
+    return metrics["val_loss"], trained(module.model)
+
+
+def refused(pretrained: Path) -> str:
+    return refusal(lambda: started(pretrained, init_lora_weights="pissa"))
+
+
+def test_adapters_that_are_built_on_the_meta_device_begin_as_the_base_model(tmp_path: Path) -> None:
+    model: Any = base("llama")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = sum(float(loss_of(model, batch)) for batch in data(1)) / len(data(1))
+    cases: dict[str, Any] = {
+        "True": partial(started, tmp_path),
+        "gaussian": partial(started, tmp_path, init_lora_weights="gaussian"),
+        "refused": partial(refused, tmp_path),
+    }
+    found = cases_on_ranks(cases)
+    for kind in ("True", "gaussian"):
+        for loss, adapters in found[kind]:
+            assert loss == pytest.approx(expected, abs=1e-5)
+            assert all(bool(value.any()) == ("lora_A" in name) for name, value in adapters.items())
+            largest = max(float(value.abs().max()) for value in adapters.values())
+            assert (largest > 0.4) == (kind == "gaussian")  # of uniform ones at most 1 / sqrt(16)
+    assert all("'pissa' begins from the weights of the base model" in said for said in found["refused"])

@@ -3,13 +3,18 @@
 A module's ``reset_parameters``, then the ``_init_weights(module)`` of the nearest model around it, if the construction
 of the model would call that: some models have one that their classes never call. A ``reset_parameters`` that a program
 has put on a module itself is the program's last word: no ``_init_weights`` runs after it.
+
+Layers with LoRA of ``peft`` set their adapters themselves, as in their construction: so that a model begins as its base
+model does, which the adapters' linear layers by themselves would not.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import CodeType, FunctionType
+from typing import Any
 
 from torch import nn
 
@@ -33,24 +38,40 @@ def initialize(module: nn.Module, initializers: dict[nn.Module, Initializer]) ->
 def init_weights_of(model: nn.Module) -> dict[nn.Module, Initializer]:
     """For each module the ``_init_weights(module)`` of the nearest module around it, as in ``transformers``.
 
-    Empty if no method of a class in ``model`` calls ``_init_weights``.
+    None of these if no method of a class in ``model`` calls ``_init_weights``. A layer with adapters has its own.
 
     Args:
         model: The model.
     """
     found: dict[nn.Module, Initializer] = {}
+    called = any(_calls_init_weights(kind) for kind in {type(module) for module in model.modules()})
 
-    def visit(module: nn.Module, inherited: Initializer | None) -> None:
+    def visit(module: nn.Module, inherited: Initializer | None, adapters: Mapping[str, Any]) -> None:
         own = getattr(module, "_init_weights", None)
-        nearest = own if _takes_one_module(own) else inherited
+        nearest = own if called and _takes_one_module(own) else inherited
+        adapters = getattr(module, "peft_config", None) or adapters
         if nearest is not None:
             found[module] = nearest
+        if hasattr(module, "reset_lora_parameters") and adapters:
+            found[module] = partial(_set_adapters, adapters)
         for child in module.children():
-            visit(child, nearest)
+            visit(child, nearest, adapters)
 
-    if any(_calls_init_weights(kind) for kind in {type(module) for module in model.modules()}):
-        visit(model, None)
+    visit(model, None, {})
     return found
+
+
+def _set_adapters(configs: Mapping[str, Any], layer: Any) -> None:
+    """Set the adapters of a layer with LoRA, if they do not depend on its weights; those that do stay unset."""
+    for adapter in (*layer.lora_A, *layer.lora_embedding_A):
+        chosen = configs[adapter].init_lora_weights
+        if chosen in (True, "gaussian"):
+            layer.reset_lora_parameters(adapter, chosen)
+        elif chosen is not False:
+            raise TypeError(
+                f"init_lora_weights={chosen!r} begins from the weights of the base model, which are on the meta device "
+                "before it is sharded: build the base model off the meta device, or take init_lora_weights=True"
+            )
 
 
 def describe_initializers(model: nn.Module) -> str:
