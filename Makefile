@@ -13,10 +13,16 @@ ARGS ?=
 # Processes that run tests; a test may start up to 8 ranks of its own. A file's tests stay together and share ranks.
 JOBS ?= 2
 
-.PHONY: train test test-oldest campaign gpu check format docs dist clean
+.PHONY: train lora test test-oldest campaign gpu check format docs dist clean
 
 train: $(VENV)/.installed-recipes
 	$(BIN)/python train.py $(ARGS)
+
+# Adapts what `make train` has trained to other text.
+lora: $(VENV)/.installed-recipes
+	test -d outputs/gpt-tiny/exported || \
+		$(BIN)/python -m lightning_mics export outputs/gpt-tiny/checkpoints/last.ckpt outputs/gpt-tiny/exported
+	$(BIN)/python train.py experiment=lora $(ARGS)
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist=loadfile $(ARGS)

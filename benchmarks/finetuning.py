@@ -10,6 +10,7 @@ needs root and iproute2.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -144,6 +145,7 @@ def work(out: Path, ranks_per_node: int) -> None:
         for micro_steps in MICRO_STEPS:
             for way in WAYS:
                 found = train(way, base, micro_steps, ranks_per_node)
+                gc.collect()  # models and their hooks refer to each other
                 of_ranks: list[Any] = [None] * dist.get_world_size()
                 dist.all_gather_object(of_ranks, found["sent"])
                 measured.append(

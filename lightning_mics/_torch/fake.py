@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.tensor.debug
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses import fake_tensor
 
@@ -43,6 +43,36 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FakeTensorMode:
         return self
+
+
+@contextmanager
+def moving_modules() -> Iterator[None]:
+    """Let ``module.to()`` and the like move modules of fake tensors, of which torch can swap none that is known.
+
+    For the construction of models, as of those with adapters, which move these to the device of the base layer.
+    """
+    apply = nn.Module._apply
+    made: dict[int, tuple[Tensor, nn.Parameter]] = {}  # by id of a parameter: tied ones stay tied
+
+    def move(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for child in module.children() if recurse else ():
+            move(child, function)
+        for name, parameter in module._parameters.items():
+            moved = parameter if parameter is None else function(parameter.detach())
+            if moved is None or parameter is None or (moved.dtype, moved.device) == (parameter.dtype, parameter.device):
+                continue
+            _, module._parameters[name] = made.setdefault(
+                id(parameter), (parameter, nn.Parameter(moved, parameter.requires_grad))
+            )
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else function(buffer)
+        return module
+
+    nn.Module._apply = move  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = apply  # type: ignore[method-assign]
 
 
 @contextmanager

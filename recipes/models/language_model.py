@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -14,6 +15,7 @@ from transformers import PretrainedConfig
 
 from lightning_mics import load_pretrained
 from lightning_mics.sharding.blocks import find_blocks
+from recipes.models.adapters import with_adapters
 from recipes.models.pretrained_folder import pretrained_folder
 
 Objective = Literal["causal", "masked"]
@@ -28,6 +30,8 @@ class LanguageModel(L.LightningModule, ABC):
         pretrained: Weights to start from: a folder that ``save_pretrained`` or ``python -m lightning_mics export``
             has made, or a name on the hub; None draws them from the seed.
         compile_blocks: ``torch.compile`` each block that is sharded.
+        adapters: Arguments of ``peft``'s ``LoraConfig``: adapters are trained and nothing else, and saved as
+            ``adapter`` in the Trainer's folder; None trains all.
     """
 
     objective: ClassVar[Objective]  # what its batches must be; data modules ask for it
@@ -40,8 +44,10 @@ class LanguageModel(L.LightningModule, ABC):
         optimizer: Callable[[nn.Module], OptimizerLRScheduler],
         pretrained: str | None = None,
         compile_blocks: bool = False,
+        adapters: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.adapters = adapters
         self.config = network
         self.pretrained = pretrained
         self.make_optimizer = optimizer
@@ -98,13 +104,16 @@ class LanguageModel(L.LightningModule, ABC):
         return positions
 
     def build_network(self) -> nn.Module:
-        """The network, on the current device, with torch's attention, which need not hold [length, length]."""
+        """The network, on the current device, with torch's attention, which need not hold [length, length].
+
+        With adapters in it, if there are any.
+        """
         network: nn.Module = self.head.from_config(
             self.config,
             attn_implementation="sdpa",
             dtype=torch.get_default_dtype(),  # not that of the folder the configuration is from: it is for inference
         )
-        return network
+        return network if self.adapters is None else with_adapters(network, self.adapters)
 
     def configure_model(self) -> None:
         if self.network is not None:  # Lightning calls this before every fit, validate and predict
@@ -123,6 +132,12 @@ class LanguageModel(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.make_optimizer(self)
+
+    def on_train_end(self) -> None:
+        """Save the adapters, if there are any; every rank calls it."""
+        if self.adapters is not None:
+            network: Any = self.network
+            network.save_pretrained(str(Path(self.trainer.default_root_dir) / "adapter"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the latest validation loss, so that a resumed run can show that it starts from it, and the tokenizer's

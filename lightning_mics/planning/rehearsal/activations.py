@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_mics._torch.fake import FakeTensorMode, tree_leaves, tree_map_only
+from lightning_mics._torch.fake import FakeTensorMode, moving_modules, tree_leaves, tree_map_only
 from lightning_mics.planning.rehearsal.allocations import UNKNOWN, Allocations
 from lightning_mics.planning.rehearsal.observed import WithoutValues
 from lightning_mics.policy.activations import Activations, Line, Phase
@@ -51,7 +51,7 @@ def measure_activations(
         find_blocks: Function that returns the blocks of the model by FQN, the last one first.
     """
     with FakeTensorMode() as fake:
-        with default_dtype(dtype):
+        with default_dtype(dtype), moving_modules():
             model = make_model()
         batch = tree_map_only(Tensor, fake.from_tensor, batch)
         shapes = {_unordered(parameter) for parameter in model.parameters()}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lightning_mics._torch.fake import FakeTensorMode, rehearsed_job, tree_map_only
+from lightning_mics._torch.fake import FakeTensorMode, moving_modules, rehearsed_job, tree_map_only
 from lightning_mics._torch.fsdp import fsdp_modules, partial_sums, sharded_parameters, unsharded_parameters
 from lightning_mics.collectives.traffic import Sent
 from lightning_mics.cost.collective import Collective
@@ -151,7 +151,7 @@ def rehearse(
         groups = replace(groups, backend=backend)  # the backend of the job; this process has torch's fake backend
         watch = _Watch(topology, gloo=backend == "gloo")
         with naming_values(), watch.entered() as fake:
-            with default_dtype(torch.bfloat16 if precision == "bf16-true" else torch.float32):
+            with default_dtype(torch.bfloat16 if precision == "bf16-true" else torch.float32), moving_modules():
                 model = make_model()
             schedule = shard_model(
                 model,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_mics._torch.fake import FakeTensorMode, tree_map_only
+from lightning_mics._torch.fake import FakeTensorMode, moving_modules, tree_map_only
 from lightning_mics.cost.step_traffic import find_units
 from lightning_mics.planning.rehearsal.activations import default_dtype, measure_activations
 from lightning_mics.planning.rehearsal.observed import WithoutValues, naming_values
@@ -109,7 +109,7 @@ def _flops(
     """FLOPs of a forward and backward, recurrent layers included: without MKLDNN they run as products."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_product_flops})
     with torch.backends.mkldnn.flags(enabled=False), FakeTensorMode() as fake:
-        with default_dtype(dtype):
+        with default_dtype(dtype), moving_modules():
             model = make_model()
         autocast = torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None)
         with counter, WithoutValues(), autocast:
