@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -64,6 +65,29 @@ def _fit(folder: Path) -> dict[str, torch.Tensor]:
     trainer.fit(lm, datamodule=Windows())
     trainer.save_checkpoint(folder / "a.ckpt")
     return {name: tensor.full_tensor() for name, tensor in lm.network.state_dict().items()}
+
+
+def _adapt(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    adapters = {"r": 4, "target_modules": "all-linear"}
+    trainer, lm = make_trainer(folder), model(pretrained=str(folder / "theirs"), adapters=adapters)
+    (before,) = trainer.validate(lm, windows(), verbose=False)
+    trainer.fit(lm, datamodule=Windows())
+    named = {name: p.full_tensor().detach() for name, p in lm.network.named_parameters() if "lora_" in name}
+    return before["val_loss"], named
+
+
+def test_adapters_start_from_a_folder_and_are_saved_alone(tmp_path: Path) -> None:
+    theirs = AutoModelForCausalLM.from_config(NETWORK)
+    theirs.save_pretrained(tmp_path / "theirs")
+    before, trained = on_ranks(_adapt, tmp_path)[0]
+    with torch.no_grad():
+        losses = [float(model().loss_of(theirs.eval(), batch)) for batch in windows()]
+    assert before == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    adapted = PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"))
+    found = {name: value for name, value in adapted.named_parameters() if "lora_" in name}
+    assert found.keys() == trained.keys()
+    assert all(torch.equal(value, trained[name]) for name, value in found.items())
+    assert any(value.any() for name, value in found.items() if "lora_B" in name)
 
 
 def test_it_starts_from_a_folder_and_comes_back_from_its_checkpoint_by_itself_and_exported(tmp_path: Path) -> None:

@@ -33,6 +33,16 @@ def in_a_trainer(lm: LanguageModel, tokenizer: Any = None) -> LanguageModel:
     return lm
 
 
+def test_adapters_are_trained_in_place_of_the_network_and_wrong_ones_are_refused() -> None:
+    lm = in_a_trainer(made(GPT, adapters={"r": 2, "target_modules": "all-linear"}))
+    trained = [name for name, parameter in lm.network.named_parameters() if parameter.requires_grad]
+    assert len(trained) > 6 and all("lora_" in name for name in trained)
+    assert all(parameter.is_meta for parameter in lm.parameters())
+    for adapters, said in (({"rank": 2}, "rank"), ({"r": 2, "target_modules": ["nothing"]}, "nothing")):
+        with pytest.raises(ValueError, match=said):
+            in_a_trainer(made(GPT, adapters=adapters))
+
+
 @pytest.mark.parametrize("listed", [True, False], ids=["listed by transformers", "not listed"])
 @pytest.mark.parametrize(
     ("config", "head", "blocks"),
