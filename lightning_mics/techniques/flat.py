@@ -41,8 +41,8 @@ class FlatAllGather(OwnAllGather):
         """Gather some of the parameters: [shard] -> [ranks * shard].
 
         Args:
-            output: Memory of the result.
-            shard: This rank's shards of the parameters, side by side.
+            output: Memory of the result: [ranks * shard].
+            shard: This rank's shards of the parameters, side by side: [shard].
             group: Partition group.
         """
         self(output, shard, group)

@@ -155,8 +155,8 @@ class HierarchicalAllGather(TwoStages, AllGather):
         """Gather some of the parameters, of which nothing is fetched before: [shard] -> [local ranks * nodes * shard].
 
         Args:
-            output: Memory of the result.
-            shard: This rank's shards of the parameters, side by side.
+            output: Memory of the result: [local ranks * nodes * shard].
+            shard: This rank's shards of the parameters, side by side: [shard].
             group: Partition group.
         """
         rail_slice = self.rail_slice(output, group)
