@@ -26,6 +26,8 @@ from transformers import (
 )
 
 from lightning_mics import CommunicationOptions, load_pretrained
+from lightning_mics.checkpoint.inspect import parts
+from lightning_mics.checkpoint.opening import open_checkpoint
 from tests.support import accelerators, loops
 from tests.support.campaign import campaign
 from tests.support.fits import refusal
@@ -244,6 +246,76 @@ def test_the_same_in_loops_of_ones_own(
     for key, value in integrated[host][0]["trained"].items():
         assert torch.equal(value, found[key])
         torch.testing.assert_close(value, expected["trained"][key], atol=1e-6, rtol=0)
+
+
+# -- checkpoints of adapters alone -------------------------------------------------------------------------------------
+
+
+class SavedAlone(Adapted):
+    """Lightning's own way to save a part of the weights."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.strict_loading = False
+        self.began: dict[str, Tensor] = {}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        names = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in names}
+
+    def on_train_start(self) -> None:
+        self.began = trained(self)
+
+
+def saved_alone(folder: Path, layout: dict[str, Any], resumed: bool) -> dict[str, Any]:
+    module = SavedAlone("llama")
+    if resumed:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(0 if parameter.requires_grad else 1)
+    trainer = make_trainer(
+        folder,
+        devices=RANKS,
+        strategy=mics(**layout),
+        accumulate_grad_batches=MICRO_STEPS,
+        use_distributed_sampler=False,
+        max_epochs=2 if resumed else 1,
+    )
+    trainer.fit(module, data(RANKS), ckpt_path=folder / "alone" if resumed else None)
+    weights = trained(module)
+    if not resumed:
+        trainer.save_checkpoint(folder / "alone")
+    return {"began": module.began, "weights": weights, "losses": module.losses}
+
+
+def all_saved(folder: Path) -> dict[str, Any]:
+    """The same two epochs without a break."""
+    module = Adapted("llama")
+    options: dict[str, Any] = {"devices": RANKS, "accumulate_grad_batches": MICRO_STEPS, "max_epochs": 2}
+    trainer = make_trainer(folder, strategy=mics(**OVER_NODES), use_distributed_sampler=False, **options)
+    trainer.fit(module, data(RANKS))
+    return {"weights": trained(module), "losses": module.losses}
+
+
+def test_checkpoints_of_adapters_alone_are_small_and_resume_over_the_base_model(tmp_path: Path) -> None:
+    cases = {
+        "saved": partial(saved_alone, tmp_path, OVER_NODES, False),
+        "resumed": partial(saved_alone, tmp_path, OVER_NODES, True),
+        "in nodes": partial(saved_alone, tmp_path, {"partition_size": 2, "ranks_per_node": 2}, True),
+        "unbroken": partial(all_saved, tmp_path),
+    }
+    found = cases_on_ranks(cases)
+    adapters = sum(value.nbytes for value in found["saved"][0]["weights"].values())
+    stored = parts(open_checkpoint(tmp_path / "alone"))
+    assert stored["model"].size_bytes == adapters
+    assert sum(part.size_bytes for name, part in stored.items() if name != "rank states") < 3.1 * adapters
+    for case in ("resumed", "in nodes"):
+        for rank, of_rank in enumerate(found[case]):
+            assert all(torch.equal(v, found["saved"][rank]["weights"][key]) for key, v in of_rank["began"].items())
+            unbroken = found["unbroken"][rank]
+            assert of_rank["losses"] == pytest.approx(unbroken["losses"][len(of_rank["losses"]) :], abs=1e-6)
+            for key, value in of_rank["weights"].items():
+                torch.testing.assert_close(value, unbroken["weights"][key], atol=1e-6, rtol=0)
 
 
 # -- built on the meta device ------------------------------------------------------------------------------------------
