@@ -28,6 +28,9 @@ each of the two. Then hop 1 runs once per step inside nodes as well::
     gather        all ranks           -               -           -            in backward never
     reduce            -               -               -       all ranks
 
+*Frozen parameters* do not change at the boundary, and stay cached. Then what trains is gathered alone, by its segments
+of the flat shards: A bytes of adapters cost a node 2A(N-1)/N bytes per step, for any size of the base model.
+
 Optimizer states stay sharded, so this takes less memory than DDP, where they are replicated. FSDP2 itself accumulates
 unsharded gradients (``set_requires_gradient_sync``). It can leave parameters unsharded too, but then the module would
 show unsharded parameters instead of its shards, and changes that users make between micro-steps would be lost; here the
