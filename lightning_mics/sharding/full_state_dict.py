@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ class SavePretrained:
             find = _finds_adapters(kind)
             if find is not None:
                 kwargs["state_dict"] = _gathered(_adapters(self._module, find))
-                on_rank_0(lambda: save(self._module, *args, **kwargs))
+                with _with_prompts(self._module):
+                    on_rank_0(lambda: save(self._module, *args, **kwargs))
                 return None
             raise RuntimeError(
                 f"{kind.__name__} is sharded, so `save_pretrained` needs its whole state: call `state = "
@@ -102,6 +104,20 @@ def _finds_adapters(kind: type) -> Any:
 _OF_PEFT = "get_peft_model_state_dict"
 
 
+@contextmanager
+def _with_prompts(module: Any) -> Iterator[None]:
+    """Inside, ``peft`` has prompts that are computed already: it would use sharded parameters on one rank."""
+    learned = [name for name, config in module.peft_config.items() if config.is_prompt_learning]
+    prompts = {name: module.get_prompt_embedding_to_save(name) for name in learned}
+    prompts = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in prompts.items()}
+    if learned:
+        vars(module)["get_prompt_embedding_to_save"] = prompts.__getitem__
+    try:
+        yield
+    finally:
+        vars(module).pop("get_prompt_embedding_to_save", None)
+
+
 def _adapters(module: Any, find: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """The entries of the state dict of ``module``, sharded, that ``peft`` saves for its adapters."""
     state = module.state_dict()
@@ -110,6 +126,7 @@ def _adapters(module: Any, find: Callable[..., dict[str, Any]]) -> dict[str, Any
         for name, value in state.items()
         if isinstance(value, Tensor)
     }
-    found = [find(module, state_dict=dict(stand_ins), adapter_name=adapter) for adapter in module.peft_config]
+    tuned = [adapter for adapter, config in module.peft_config.items() if not config.is_prompt_learning]
+    found = [find(module, state_dict=dict(stand_ins), adapter_name=adapter) for adapter in tuned]
     saved = {id(value) for of_adapter in found for value in of_adapter.values()}
     return {name: state[name] for name, stand_in in stand_ins.items() if id(stand_in) in saved}

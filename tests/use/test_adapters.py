@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
@@ -246,6 +246,28 @@ def test_the_same_in_loops_of_ones_own(
     for key, value in integrated[host][0]["trained"].items():
         assert torch.equal(value, found[key])
         torch.testing.assert_close(value, expected["trained"][key], atol=1e-6, rtol=0)
+
+
+def prompted() -> Any:
+    return get_peft_model(base("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+def of_prompts(folder: Path) -> Tensor:
+    fabric = loops.start(**OVER_NODES)
+    model = prompted()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model, optimizer = fabric.setup(model, optimizer)
+    fabric.backward(loss_of(model, next(iter(data(RANKS)))))
+    optimizer.step()
+    optimizer.zero_grad()
+    model.save_pretrained(folder / "prompts")
+    return next(iter(trained(model.module).values()))
+
+
+def test_learned_prompts_are_saved_too(tmp_path: Path) -> None:
+    weights = cases_on_ranks({"": partial(of_prompts, tmp_path)})[""][0]
+    loaded = PeftModel.from_pretrained(base("llama"), str(tmp_path / "prompts"))
+    assert torch.equal(next(iter(loaded.prompt_encoder.parameters())), weights)
 
 
 # -- checkpoints of adapters alone -------------------------------------------------------------------------------------

@@ -309,6 +309,8 @@ def other_ways(folder: Path) -> dict[str, Any]:
     layout = LAYOUTS["p=2"]
     run = train(folder, layout, make=Built, average=partial(CountingEMA, device="cpu"))
     said["built"] = (run[0].lightning_module.built, outcome(run)["average"])
+    (validated,) = run[0].validate(run[0].lightning_module, data(2, 4), verbose=False)
+    said["validated"] = validated["val_loss"] - run[2].losses[-1]
     given = run[0].callbacks
     said["given"] = [type(callback).__name__ for callback in given]
     multi = partial(WeightAveraging, multi_avg_fn=get_ema_multi_avg_fn(0.9))
@@ -339,6 +341,7 @@ def test_modules_that_are_built_late_and_other_kinds_of_averages(
 def test_a_trainer_keeps_its_callbacks_and_what_cannot_be_averaged_is_refused(others: list[dict[str, Any]]) -> None:
     for said in others:
         assert said["given"] == ["CountingEMA", "Watched"]
+        assert abs(said["validated"]) < 1e-6  # of the average, which the module is after the fit
         assert said["batch norm"].startswith("MisconfigurationException: StochasticWeightAveraging runs another epoch")
         assert "use_buffers=True" in said["batch norm"]
 

@@ -105,32 +105,34 @@ def shard_averages(trainer: pl.Trainer, *, reshard: Callable[[], None]) -> None:
         return
     del vars(module)["__deepcopy__"]
     vars(module).pop("configure_model", None)
-    if trainer.state.fn != TrainerFn.FITTING:
-        return
-    for callback in _averaging(trainer):
-        if isinstance(callback, WeightAveraging):
-            if callback._average_model is None:  # a `setup` of the user's own
-                continue
-            average = copy.deepcopy(module)
-            if callback._device is not None:
-                average = average.to(callback._device)
-            callback._average_model.module = average
-        else:
-            if StochasticWeightAveraging.pl_module_contains_batch_norm(module):
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} runs another epoch for the statistics of BatchNorm, in which no "
-                    "optimizer steps, and strategy 'mics' has no such epoch; use WeightAveraging(use_buffers=True), "
-                    "which averages the statistics too, or a norm without them"
-                )
-            callback._average_model = copy.deepcopy(module)
-        if any(parameter.dtype == torch.bfloat16 for parameter in module.parameters()):
-            rank_zero_warn(
-                f"{type(callback).__name__} averages weights in bfloat16, with 8 bits of precision: an average with a "
-                "decay above 1 - 2**-8 = 0.996 never changes; train with precision='bf16-mixed', whose weights are in "
-                "float32"
+    if trainer.state.fn == TrainerFn.FITTING:
+        for callback in _averaging(trainer):
+            _shard_average(callback, module)
+    trainer.callbacks = [_ShardsShown(reshard), *_callbacks(trainer)]  # type: ignore[attr-defined]
+
+
+def _shard_average(callback: WeightAveraging | StochasticWeightAveraging, module: pl.LightningModule) -> None:
+    if isinstance(callback, WeightAveraging):
+        if callback._average_model is None:  # a `setup` of the user's own
+            return
+        average = copy.deepcopy(module)
+        if callback._device is not None:
+            average = average.to(callback._device)
+        callback._average_model.module = average
+    else:
+        if StochasticWeightAveraging.pl_module_contains_batch_norm(module):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} runs another epoch for the statistics of BatchNorm, in which no optimizer "
+                "steps, and strategy 'mics' has no such epoch; use WeightAveraging(use_buffers=True), which averages "
+                "the statistics too, or a norm without them"
             )
-    if _averaging(trainer):
-        trainer.callbacks = [_ShardsShown(reshard), *_callbacks(trainer)]  # type: ignore[attr-defined]
+        callback._average_model = copy.deepcopy(module)
+    if any(parameter.dtype == torch.bfloat16 for parameter in module.parameters()):
+        rank_zero_warn(
+            f"{type(callback).__name__} averages weights in bfloat16, with 8 bits of precision: an average with a "
+            "decay above 1 - 2**-8 = 0.996 never changes; train with precision='bf16-mixed', whose weights are in "
+            "float32"
+        )
 
 
 def forget_averages(trainer: pl.Trainer) -> None:
