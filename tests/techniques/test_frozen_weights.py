@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
-from tests.support.campaign import campaign
 from tests.support.forked import run_cases
 
 DIM, RANK, LAYERS, STEPS = 16, 4, 3, 4
@@ -291,7 +290,7 @@ def test_a_change_in_raw_memory_is_refused_at_the_boundary_unless_it_is_said(cha
     assert changed["said", "cached"] == changed["said", "never"] == changed["said", "on ranks"]
 
 
-@campaign
+@pytest.mark.campaign
 @pytest.mark.parametrize("nodes", [2, 4])
 @pytest.mark.parametrize("base", BASES)
 def test_the_same_on_eight_ranks(base: str, nodes: int) -> None:

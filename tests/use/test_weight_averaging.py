@@ -23,7 +23,6 @@ from lightning_mics.checkpoint.inspect import describe
 from lightning_mics.checkpoint.opening import open_checkpoint
 from lightning_mics.checkpoint.storage.folder import META_FILE
 from lightning_mics.checkpoint.whole_model import read_tensors, stored_current_model, stored_model
-from tests.support.campaign import campaign
 from tests.support.fits import refusal, same, whole_weights
 from tests.support.models import TinyModule, tokens
 from tests.support.recorded import RecordCollectives
@@ -206,7 +205,7 @@ def test_averages_weights_and_validation_are_those_of_one_process(
     assert len(alone["losses"]) == EPOCHS
 
 
-@campaign
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", ["p=1", "p=4", "p=4, rank"])
 def test_the_same_for_other_layouts(name: str, tmp_path: Path, alone: dict[str, Any]) -> None:
     for found in cases_on_ranks({name: partial(of_job, tmp_path, LAYOUTS[name])})[name]:
