@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -303,3 +304,23 @@ def test_the_same_on_eight_ranks(base: str, nodes: int) -> None:
         assert all(
             each <= 2.02 * bound for each in sent[1:]
         )  # adapters of four rows on eight ranks are padded to eight
+
+
+BESIDE_OTHERS = {
+    "prefetch": replace(NODE, inter_node_prefetch=1),
+    "prefetch, cached on ranks": CommunicationOptions(
+        cache_parameters="rank", accumulate_gradients="node", inter_node_prefetch=1
+    ),
+    "blocks that ranks may leave out": replace(NODE, allow_unused=True),
+    "messages in a dtype of their own": replace(NODE, inter_node_reduce_dtype=torch.float32),
+}
+
+
+@pytest.mark.campaign
+def test_other_options_leave_bytes_and_losses_as_they_are() -> None:
+    cases = {(base, name): partial(train, base, o, 4) for base in BASES for name, o in BESIDE_OTHERS.items()}
+    found = run_cases(4, {**cases, **{(base, "alone"): partial(train, base, NODE, 4) for base in BASES}})
+    for base, name in cases:
+        losses, sent, _ = found[base, name][0]
+        assert losses == pytest.approx(found[base, "alone"][0][0], abs=1e-6)
+        assert sent[1:] == found[base, "alone"][0][1][1:] == [ADAPTERS] * (STEPS - 1)  # 2 A / 2
