@@ -32,7 +32,7 @@ from lightning_mics.integrations._precision import (
 )
 from lightning_mics.policy.out_of_memory import explain_out_of_memory
 from lightning_mics.sharding.evaluation import allow_evaluation
-from lightning_mics.sharding.modules.copying import prepare_copies
+from lightning_mics.sharding.modules.copying import prepare_copies, reject_copy
 from lightning_mics.sharding.optimizers.overflow import check_optimizer, skipped_steps
 from lightning_mics.sharding.sharded import sharded
 
@@ -92,6 +92,7 @@ class MiCSFabricStrategy(LightningStrategy, FabricCheckpoints, _ModelParallel):
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
         if "_mics" not in vars(module):
+            reject_copy(module)
             vars(module)["_mics"] = self._policy.shard(
                 module,
                 precision=self.precision.precision,

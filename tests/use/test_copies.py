@@ -233,6 +233,7 @@ def in_fabric(folder: Path, precision: Any) -> dict[str, Any]:
         again = float(loaded(tokens(2)))
     after = whole(loaded)
     same = before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+    assert "is a copy of a sharded model, for forwards" in refusal(partial(fabric.setup_module, average.module))
     return {
         "same": same,
         "losses": evaluated == again,

@@ -141,6 +141,19 @@ def prepare_copies(root: nn.Module, function: Prepare, *, without: Iterable[str]
     vars(root)["_copies"].prepare(function, without=without)
 
 
+def reject_copy(module: nn.Module) -> None:
+    """Check that ``module`` is no copy of a sharded model, which an integration cannot set up again.
+
+    Raises:
+        TypeError: If it is one.
+    """
+    if "_copies" in vars(module):
+        raise TypeError(
+            f"this {class_before_sharding(module).__name__} is a copy of a sharded model, for forwards, and is sharded "
+            "already: to train it, set up a second model and load it with `load_state_dict(model.state_dict())`"
+        )
+
+
 def _copy(module: nn.Module, memo: dict[int, Any]) -> Any:
     copies: Copies | None = vars(module).get("_copies")
     return _reject(module) if copies is None else copies.make(memo)
