@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertTokenizer
 
@@ -21,6 +22,7 @@ from lightning_mics.checkpoint.export import main
 from lightning_mics.checkpoint.origin import NETWORK_KEY, describe_network
 from lightning_mics.checkpoint.storage.manifest import FileFacts, Manifest
 from lightning_mics.checkpoint.whole_model import read_tensors
+from tests.support.fits import whole_weights
 from tests.support.forked import run_ranks
 from tests.support.models import TinyLM, tokens
 from tests.support.networks import BERT, GPT, NetworkModule, make, same_batches
@@ -118,6 +120,38 @@ def test_weights_are_converted_to_the_dtype_that_was_asked_for(saved: Any, tmp_p
     assert halved.dtype == torch.bfloat16 and as_they_are.dtype == torch.float32
     for name, value in as_they_are.state_dict().items():
         assert torch.equal(value.bfloat16(), halved.state_dict()[name])
+
+
+class Saves(Callback):
+    """Saves after the second step, and keeps the weights and their average."""
+
+    def __init__(self, path: Path, average: EMAWeightAveraging) -> None:
+        self.path, self.average = path, average
+        self.kept: dict[str, dict[str, torch.Tensor]] = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+            self.kept["current"] = whole_weights(pl_module.network)
+            self.kept["average"] = whole_weights(self.average._average_model.module.network)
+
+
+def _average_and_save(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    average = EMAWeightAveraging(decay=0.5)
+    saves = Saves(folder / "averaged.ckpt", average)
+    make_trainer(folder, devices=2, max_steps=2, callbacks=[average, saves]).fit(NetworkModule("gpt"), loader())
+    return saves.kept
+
+
+def test_an_average_is_exported_or_the_weights_that_were_trained(saved: Any, tmp_path: Path, capsys: Any) -> None:
+    kept = on_ranks(_average_and_save, tmp_path, world_size=2)[0]
+    for kind, options in (("average", []), ("current", ["--current"])):
+        assert main([str(tmp_path / "averaged.ckpt"), str(tmp_path / kind), *options]) == 0
+        network = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
+        assert all(torch.equal(value, kept[kind][name]) for name, value in network.state_dict().items())
+    assert not torch.equal(*(kept[kind]["transformer.wte.weight"] for kind in ("average", "current")))
+    assert main([str(saved["folder"] / "gpt.ckpt"), str(tmp_path / "none"), "--current"]) == 2
+    assert "holds no average of weights" in capsys.readouterr().err
 
 
 def test_no_more_than_one_file_of_weights_is_in_memory(
