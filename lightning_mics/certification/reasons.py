@@ -23,12 +23,7 @@ IN_ORDER = (  # of what is compared, between two optimizer steps
 )
 
 
-def reasons_for(
-    rows: Sequence[Row],
-    failures: Mapping[str, str],
-    *,
-    changing_buffers: Sequence[str] = (),
-) -> list[str]:
+def reasons_for(rows: Sequence[Row], failures: Mapping[str, str], *, changing_buffers: Sequence[str] = ()) -> list[str]:
     """What differences point to, where a reason is known.
 
     Args:
