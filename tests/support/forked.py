@@ -12,8 +12,10 @@ import pickle
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,16 @@ from lightning_mics._torch.units.direct_use import combining_operations
 combining_operations()  # here, for all ranks that are forked
 
 Run = Callable[..., list[Any]]
+
+
+GRACE = 10.0
+"""Seconds that the other ranks get to fail by themselves."""
+JOINS = 3
+"""How often ranks are forked anew where they could not join one process group: nothing that is tested has begun then."""
+
+
+class NotJoinedError(Exception):
+    """A rank could not join the process group."""
 
 
 class RankError(AssertionError):
@@ -58,6 +70,17 @@ def run_ranks(
     Raises:
         RankError: If a rank raised, died, or was killed for taking too long.
     """
+    return _joined(partial(_run_forked, world_size, function, args, timeout, init_group, env))
+
+
+def _run_forked(
+    world_size: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    timeout: float,
+    init_group: bool,
+    env: Callable[[int], dict[str, str]] | None,
+) -> list[Any]:
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder, "store") if init_group else None
@@ -72,11 +95,24 @@ def run_ranks(
             ends[receiver] = rank
             ranks.append(process)
         results = _collect(ends, timeout)
+        missing = _missing(results, ranks, timeout)
         for process in ranks:
             if len(results) < world_size or not all(ok for ok, _ in results.values()):
                 process.kill()
             process.join()
-    return _values(results, world_size, timeout)
+    return _values(results, missing)
+
+
+def _joined(forked: Callable[[], list[Any]]) -> list[Any]:
+    """What ``forked`` returns, forked anew where its ranks could not join one process group."""
+    for _ in range(JOINS - 1):
+        try:
+            return forked()
+        except RankError as error:
+            if not any(kind == NotJoinedError.__name__ for kind, _ in error.failures.values()):
+                raise
+            warnings.warn(f"the ranks are forked anew: {error}", stacklevel=2)
+    return forked()
 
 
 def run_cases(world_size: int, cases: Mapping[Any, Callable[[], Any]], **options: Any) -> dict[Any, list[Any]]:
@@ -119,14 +155,18 @@ class SharedRanks:
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
         """As :func:`run_ranks`."""
         request = pickle.dumps((function, args))
+        return _joined(partial(self._run, request, timeout))
+
+    def _run(self, request: bytes, timeout: float) -> list[Any]:
         if not self._processes:
             self._fork()
         for end in self._requests:
             end.send_bytes(request)
         results = _collect(self._ends, timeout)
+        missing = _missing(results, self._processes, timeout)
         if len(results) < self._world_size or not all(ok for ok, _ in results.values()):
             self.close()
-        return _values(results, self._world_size, timeout)
+        return _values(results, missing)
 
     def close(self) -> None:
         """End the ranks."""
@@ -177,18 +217,28 @@ def _serve(
         os.environ.update(environment)
 
 
-def _values(results: dict[int, tuple[bool, Any]], world_size: int, timeout: float) -> list[Any]:
-    failures = {rank: value for rank, (ok, value) in results.items() if not ok}
-    for rank in range(world_size):
+def _missing(results: dict[int, tuple[bool, Any]], processes: list[Any], timeout: float) -> dict[int, str]:
+    """Why ranks have no result, by rank; asked for before they are killed."""
+    reasons = {}
+    for rank, process in enumerate(processes):
         if rank not in results:
-            failures[rank] = ("Timeout", "", f"no result within {timeout} s, or the process died")
+            process.join(0.1)
+            died = f"the process died with exit code {process.exitcode}"
+            late = f"no result within {timeout} s, or within {GRACE} s of another rank's failure"
+            reasons[rank] = late if process.exitcode is None else died
+    return reasons
+
+
+def _values(results: dict[int, tuple[bool, Any]], missing: dict[int, str]) -> list[Any]:
+    failures = {rank: value for rank, (ok, value) in results.items() if not ok}
+    failures |= {rank: ("Timeout", "", reason) for rank, reason in missing.items()}
     if failures:
         raise RankError(failures)
-    return [results[rank][1] for rank in range(world_size)]
+    return [results[rank][1] for rank in sorted(results)]
 
 
 def _collect(ends: dict[Connection, int], timeout: float) -> dict[int, tuple[bool, Any]]:
-    deadline, grace = time.monotonic() + timeout, 10.0
+    deadline = time.monotonic() + timeout
     results: dict[int, tuple[bool, Any]] = {}
     waiting = set(ends)
     while waiting and (left := deadline - time.monotonic()) > 0:
@@ -199,7 +249,7 @@ def _collect(ends: dict[Connection, int], timeout: float) -> dict[int, tuple[boo
             except EOFError:
                 continue
             if not results[ends[end]][0]:  # one failed: the others get a moment to fail by themselves
-                deadline = min(deadline, time.monotonic() + grace)
+                deadline = min(deadline, time.monotonic() + GRACE)
     return results
 
 
@@ -226,9 +276,12 @@ def _prepare(env: dict[str, str]) -> None:
 
 
 def _join(rank: int, world_size: int, store: Path) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
-    )
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+        )
+    except RuntimeError as error:
+        raise NotJoinedError(error) from error
 
 
 def _outcome(function: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
