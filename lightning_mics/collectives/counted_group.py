@@ -17,7 +17,7 @@ from lightning_mics._torch.process_groups import (
     reduce_scatter_single,
 )
 from lightning_mics._torch.profiling import named_range
-from lightning_mics.collectives.traffic import Kind, SentShares, Traffic, part_of
+from lightning_mics.collectives.traffic import Kind, Sent, SentShares, Traffic, part_of
 
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 
@@ -42,6 +42,7 @@ class CountedGroup:
         self._group = group
         self._gloo = backend == "gloo"
         self._traffic = traffic
+        self._nodes = tuple(nodes)
         self._sent_shares = SentShares(nodes, position=group.rank())
         self._unit: str | None = None
 
@@ -133,17 +134,25 @@ class CountedGroup:
                 return None
             return run(output, source, op=op, async_op=async_op)
 
-    def all_reduce(self, tensor: Tensor, *, op: ReduceOp, technique: str, wire_dtype: torch.dtype) -> None:
+    def all_reduce(
+        self, tensor: Tensor, *, op: ReduceOp, technique: str, wire_dtype: torch.dtype | None = None
+    ) -> None:
         """Reduce ``tensor`` in place over the ranks, with messages in ``wire_dtype`` and sums in its own dtype.
 
-        All ranks end with the same bits: each part is summed by one rank, rounded, and sent to all.
+        All ranks end with the same bits: with another dtype of messages each part is summed by one rank, rounded, and
+        sent to all.
 
         Args:
             tensor: Values of this rank, replaced by the result: [any].
             op: Sum, average or pre-multiplied sum.
             technique: Name that traffic is counted under.
-            wire_dtype: Dtype of messages.
+            wire_dtype: Dtype of messages; None is that of ``tensor``.
         """
+        if wire_dtype is None:
+            with self._range(technique):
+                dist.all_reduce(tensor, group=self._group, op=op)
+            self._count("all_reduce", tensor.nbytes, technique)
+            return
         shard_numel = part_of(tensor.numel(), self.size)
         source = tensor.new_zeros(self.size * shard_numel, dtype=wire_dtype)
         source[: tensor.numel()].copy_(tensor.view(-1))
@@ -178,6 +187,28 @@ class CountedGroup:
         parts = torch.empty_like(source)
         dist.all_to_all_single(parts, source, group=self._group)
         return parts.view(self.size, -1)
+
+    def exchange(self, parts: Sequence[Tensor], sizes: Sequence[int], *, technique: str) -> tuple[Tensor, ...]:
+        """Send each rank a part of a size of its own.
+
+        Args:
+            parts: What each rank gets of this one, in the order of the group, flat and all in one dtype: [any] each.
+            sizes: Number of elements that this rank gets of each.
+            technique: Name that traffic is counted under.
+
+        Returns:
+            What each rank has sent to this one, in the order of the group: [size] each.
+        """
+        sent = [0, 0]  # inside nodes, between nodes
+        for node, part in zip(self._nodes, parts, strict=True):
+            sent[node != self._nodes[self.rank]] += part.nbytes
+        sent[0] -= parts[self.rank].nbytes
+        self._traffic.record(technique, Sent(*map(float, sent)))
+        source = torch.cat(list(parts))
+        received = source.new_empty(sum(sizes))
+        with self._range(technique):
+            dist.all_to_all_single(received, source, list(sizes), [part.numel() for part in parts], group=self._group)
+        return received.split(list(sizes))
 
     def broadcast(self, tensor: Tensor, *, technique: str) -> None:
         """Give all ranks the values of the first rank of the group, in place.

@@ -229,6 +229,15 @@ class AccumulationWindow:
             drop_unreduced_gradients(module)
             drop_partial_sums(module)
 
+    def accumulate_in(self, name: str, pending_gradients: PendingGradients) -> None:
+        """Accumulate the gradients of a module in addition to FSDP2's own from now on; no window is open.
+
+        Args:
+            name: Fully qualified name of the FSDP module.
+            pending_gradients: Where they are accumulated.
+        """
+        self._pending_gradients[name] = pending_gradients
+
     def tensors(self) -> list[Tensor]:
         """Gradients pending now in addition to FSDP2's own, each [any]."""
         return [tensor for pending in self._pending_gradients.values() for tensor in pending.tensors()]

@@ -27,6 +27,8 @@ from lightning_mics._torch.units.param_groups import around_end_of_backward
 from lightning_mics._torch.units.unit_hooks import UnitHooks
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Kind, Traffic
+from lightning_mics.sharding.accumulation_window import AccumulationWindow
+from lightning_mics.sharding.matrix_owners import MatrixOwners
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.ranks.agreement import RankAgreement
 from lightning_mics.sharding.ranks.never_used import NeverUsed
@@ -35,8 +37,8 @@ from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.flat import FlatAllGather, FlatReduceScatter
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.techniques.inter_node_prefetch import InterNodePrefetch
+from lightning_mics.techniques.matrix_owners import OwnedReduction
 from lightning_mics.techniques.once_per_step import NodeCache, NodeReduceScatter, RankCache
-from lightning_mics.techniques.parameter_cache import ParameterCache
 from lightning_mics.techniques.partition_groups import PartitionGroups
 from lightning_mics.techniques.pending_gradients import PendingGradients
 from lightning_mics.techniques.two_hop import SecondHop
@@ -61,6 +63,7 @@ class Communication:
         traffic: Traffic | None = None,
     ) -> None:
         self._broadcast_buffers = broadcast_buffers
+        self._groups = groups
         self._topology = groups.topology
         self._mesh = groups.mesh
         self._options = options
@@ -73,7 +76,8 @@ class Communication:
         self._node = self._counted(groups.node) if groups.node else None
         self._gathers_begin_on, self._reductions_begin_on = SideStream(), SideStream()
         self._pending_gradients: dict[str, PendingGradients] = {}
-        self._caches: list[ParameterCache] = []
+        self._on_node: dict[str, NodeCache] = {}
+        self._reduce_scatters: dict[str, ReduceScatter] = {}
         self._on_rank: dict[str, RankCache] = {}
         self._control = groups.control
         self._agreement = RankAgreement(groups)
@@ -91,6 +95,7 @@ class Communication:
                 if self._options.cache_parameters == "rank" or self._options.allow_unused:
                     self._on_rank[name] = RankCache(module, self._agreement.before_some(name, gather))
                 module.set_custom_reduce_scatter(reduce)
+                self._reduce_scatters[name] = reduce
                 if isinstance(gather, FlatAllGather) and isinstance(reduce, FlatReduceScatter):
                     serve_options(module, gather, reduce)
                 else:
@@ -108,7 +113,7 @@ class Communication:
             replicas=self._topology.replicas,
             traffic=self._traffic,
             pending_gradients=self._pending_gradients,
-            caches=[*self._caches, *self._on_rank.values()],
+            caches=[*self._on_node.values(), *self._on_rank.values()],
             unsharded_gradients=self._options.accumulate_gradients == "rank" and self._topology.partition_size > 1,
             two_hop=self._options.two_hop,
             control=self._control,
@@ -120,6 +125,7 @@ class Communication:
         if not self._options.allow_unused:
             schedule.window.never_used = NeverUsed(root, self._control)
             around_end_of_backward(root, after=schedule.window.after_reductions)
+            schedule.optimizer_hooks.owners = self._matrix_owners(root, schedule)
         else:
             dropped = [] if self._options.cache_parameters == "rank" else list(self._on_rank.values())
             unused = UnusedUnits(
@@ -141,7 +147,7 @@ class Communication:
         if self._options_of[name].cache_parameters != "node":
             return HierarchicalAllGather(rail=rail, node=node, first_stage=self._gathers_begin_on, prefetch=prefetch)
         cache = NodeCache(rail=rail, node=node, module=module, first_stage=self._gathers_begin_on, prefetch=prefetch)
-        self._caches.append(cache)
+        self._on_node[name] = cache
         return cache
 
     def _reduce_scatter(self, name: str, module: FSDPModule) -> ReduceScatter:
@@ -161,23 +167,59 @@ class Communication:
             wire_dtype=wire_dtype,
         )
 
-    def _set_second_hop(self, name: str, module: FSDPModule, replicas: CountedGroup) -> None:
+    def _matrix_owners(self, root: FSDPModule, schedule: AccumulationSchedule) -> MatrixOwners:
+        modules = fsdp_modules(root)
+
+        def install(name: str, owned: OwnedReduction) -> None:
+            self._reduce_to_owners(name, modules[name], owned, schedule.window)
+
+        owners = MatrixOwners(
+            modules,
+            self._groups,
+            counted=self._counted,
+            with_gradient=self._agreement.with_gradient,
+            caches=self._on_node,
+            install=install,
+            wire_dtype=self._options.inter_node_reduce_dtype,
+        )
+        around_end_of_backward(root, after=owners.attach_gradients)  # those that are left
+        schedule.window.when_abandoned(owners.forget)
+        return owners
+
+    def _reduce_to_owners(
+        self, name: str, module: FSDPModule, owned: OwnedReduction, window: AccumulationWindow
+    ) -> None:
+        """Let the reductions at the boundary leave owned matrices with their owners, where they reduce once per step."""
+        reduce = self._reduce_scatters.get(name)
+        if self._topology.spans_nodes:
+            if not isinstance(reduce, NodeReduceScatter):
+                return
+            reduce.owned = owned
+        if self._replication is not None and self._options.two_hop:
+            self._set_second_hop(name, module, self._replication, owned)
+            window.accumulate_in(name, self._pending_gradients[name])
+
+    def _set_second_hop(
+        self, name: str, module: FSDPModule, replicas: CountedGroup, owned: OwnedReduction | None = None
+    ) -> None:
         replication = replicas.of_unit(name)
         wire_dtype = self._options.inter_node_reduce_dtype
-        if wire_dtype is None:
+        if wire_dtype is None and owned is None:
 
             def count(shard: torch.Tensor) -> None:
                 replication.count_all_reduce(shard, technique="all-reduce over replicas")
 
             module.set_all_reduce_hook(count)  # called after FSDP2's own all-reduce
             return
-        hop_1_accumulates = name in self._pending_gradients
+        hop_1_accumulates = isinstance(self._reduce_scatters.get(name), NodeReduceScatter)
         pending_gradients = self._pending_gradients_of(name, module)
         hop = SecondHop(
             replication=replication,
             wire_dtype=wire_dtype,
             pending_gradients=pending_gradients,
             hop_1_accumulates=hop_1_accumulates,
+            owned=owned,
+            owned_by_hop_1=self._topology.spans_nodes,
         )
         replace_all_reduce(module, hop)
 

@@ -9,8 +9,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_mics._torch.fsdp import fsdp_modules, sharded_parameters
+from lightning_mics._torch.optimizers.muon import is_muon
 from lightning_mics._torch.optimizers.steps import call_after_steps, call_before_steps, call_before_unscaling
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
+from lightning_mics.sharding.matrix_owners import MatrixOwners
 from lightning_mics.sharding.optimizers.adapt import adapt_optimizer
 from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
 from lightning_mics.sharding.weight_cache import WeightCache
@@ -29,6 +31,7 @@ class OptimizerHooks:
 
     Attributes:
         unsharded: Names of the parameters that the model had before it was sharded.
+        owners: Owners of matrices, for optimizers that need whole ones.
     """
 
     def __init__(self, root: FSDPModule, *, window: AccumulationWindow, cache: WeightCache) -> None:
@@ -39,8 +42,8 @@ class OptimizerHooks:
         self._follows_steps = False
         self._is_registered = False
         self.unsharded: UnshardedParameters | None = None
-        if cache.enabled:
-            self._register()
+        self.owners: MatrixOwners | None = None
+        self._register()
 
     def follow_steps(self) -> None:
         """Close the window before each step and reshard the root after it, for training loops that offer no hooks.
@@ -84,7 +87,7 @@ class OptimizerHooks:
             if self.unsharded is not None:
                 assert isinstance(self._root, nn.Module)
                 self.unsharded.exchange(each, self._root)
-            adapt_optimizer(each)
+            adapt_optimizer(each, self.owners)
 
     def trains_with(self, optimizer: Optimizer) -> bool:
         """Whether ``optimizer`` holds parameters of this model."""
@@ -99,6 +102,8 @@ class OptimizerHooks:
         call_after_steps(self._after_step)
 
     def _before_step(self, optimizer: Optimizer) -> None:
+        if is_muon(optimizer) and self.trains_with(optimizer):  # of a loop that has adopted none
+            adapt_optimizer(optimizer, self.owners)
         if self._follows_steps and self.trains_with(optimizer) and _changes_weights(optimizer):
             self._window.after_backward()
 

@@ -40,6 +40,7 @@ shards are shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -54,6 +55,7 @@ from lightning_mics._torch.units.gather_inputs import gathered_segments
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.techniques.inter_node_prefetch import FetchedSlice, UnitPrefetch
+from lightning_mics.techniques.matrix_owners import OwnedReduction, factor_of_mean
 from lightning_mics.techniques.parameter_cache import ParameterCache
 from lightning_mics.techniques.pending_gradients import PendingGradients
 
@@ -186,6 +188,27 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         self._rail_slice = None
         return memory
 
+    def segment(self, index: int, like: Tensor) -> Tensor | None:
+        """The rail's slice of one parameter, to be changed in place: [nodes, shard of the parameter], strided.
+
+        Args:
+            index: Position of the parameter in the group.
+            like: The parameter's shard, [any], with the dtype that the slice must have.
+
+        Returns:
+            None where nothing valid is cached in this dtype.
+        """
+        cached = self._rail_slice
+        if cached is None or cached.dtype != like.dtype or not self.equals_before(index):
+            return None
+        rows = cached.view(self.rail.size, -1)
+        segments = gathered_segments(self._module, rows[0])
+        if segments is None:
+            return None
+        current_stream(cached.device).wait_event(self._gathered)
+        begin, end = segments[index]
+        return rows[:, begin:end]
+
     @override
     def _whole(self) -> FetchedSlice | None:
         return None  # the cache stays as it is
@@ -221,6 +244,9 @@ class NodeReduceScatter(HierarchicalReduceScatter):
         pending_gradients: Pending gradients of the parameter group.
         first_stage: Stream of the first stage; see :class:`~lightning_mics.techniques.hierarchical.TwoStages`.
         wire_dtype: Dtype of inter-node messages; None is the dtype of the sums.
+
+    Attributes:
+        owned: Reduction at the boundary where some matrices have owners; None if none has.
     """
 
     def __init__(
@@ -234,6 +260,7 @@ class NodeReduceScatter(HierarchicalReduceScatter):
     ) -> None:
         super().__init__(rail=rail, node=node, first_stage=first_stage, wire_dtype=wire_dtype)
         self._pending_gradients = pending_gradients
+        self.owned: OwnedReduction | None = None
 
     def __call__(
         self,
@@ -250,6 +277,11 @@ class NodeReduceScatter(HierarchicalReduceScatter):
             output_tensor.zero_()
             return None
         self._pending_gradients.add_into(rail_slice)
+        if self.owned is not None:
+            factor = factor_of_mean(op, ranks=self.owned.nodes, scaled=self.node is not None)
+            reduce_rest = partial(self.reduce_along_rail, op=op)
+            self.owned(rail_slice.view(self.rail.size, -1), output_tensor, reduce_rest, factor=factor)
+            return None
         return self.reduce_along_rail(output_tensor, rail_slice, op, async_op=async_op)
 
 

@@ -34,6 +34,7 @@ class ParameterCache:
         self._cached_version: Sequence[Hashable] | None = None
         self._cached_trains: Sequence[bool] = ()
         self._only_frozen = False  # whether what trains was dropped
+        self._updated: dict[int, Hashable] = {}  # versions of what was updated here as in the shards, by position
         self._differs: Tensor | None = None  # [], bool: whether a shard differed from its part of the cache
         self._compared: Any = None  # event after it was computed
 
@@ -52,16 +53,37 @@ class ParameterCache:
         stale = {index for index, pair in enumerate(zip(self._cached_version, now, strict=True)) if pair[0] != pair[1]}
         if self._only_frozen:
             for trains in (self._cached_trains, self._trains()):
-                stale.update(index for index, each in enumerate(trains) if each)
+                stale.update(index for index, each in enumerate(trains) if each and index not in self._updated)
         return sorted(stale)
 
     def mark_valid(self) -> None:
         """Mark the cache as valid for the current version of the weights."""
         self._cached_version, self._cached_trains, self._only_frozen = self._version(), self._trains(), False
+        self._updated = {}
+
+    def equals_before(self, index: int) -> bool:
+        """Whether the parameter at a position was cached and torch has recorded no change of it since.
+
+        Args:
+            index: Position of the parameter in the group.
+        """
+        return self._cached_version is not None and self._cached_version[index] == self._version()[index]
+
+    def mark_updated(self, indices: Sequence[int]) -> None:
+        """Mark parameters as valid although they train: what has changed the shards has changed the cache as well.
+
+        Args:
+            indices: Positions of the parameters in the group.
+        """
+        assert self._cached_version is not None
+        now, cached = self._version(), list(self._cached_version)
+        for index in indices:
+            cached[index] = self._updated[index] = now[index]
+        self._cached_version = tuple(cached)
 
     def drop(self) -> None:
         """Drop the cached parameters: the next use gathers them, into the same memory where there is some."""
-        self._cached_version = None
+        self._cached_version, self._updated = None, {}
 
     def drop_trained(self) -> None:
         """Drop those that require gradients: what changes them is not always recorded. Frozen ones stay."""

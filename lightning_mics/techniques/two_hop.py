@@ -20,37 +20,46 @@ own dtype.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from lightning_mics._torch.streams import keep_for_current_stream
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
+from lightning_mics.techniques.matrix_owners import OwnedReduction, factor_of_mean
 from lightning_mics.techniques.pending_gradients import PendingGradients
 
 
 class SecondHop:
-    """Hop 2 of one parameter group with a dtype of its own for messages; FSDP2 would use the dtype of the sums.
+    """Hop 2 of one parameter group, where it is not FSDP2's: messages have a dtype of their own, or matrices owners.
 
     Args:
         replication: The ranks that hold the same shard.
-        wire_dtype: Dtype of the messages; sums stay in the dtype of the gradients.
+        wire_dtype: Dtype of the messages; sums stay in the dtype of the gradients. None is that dtype.
         pending_gradients: Pending gradients of the parameter group.
         hop_1_accumulates: Whether hop 1 accumulates into ``pending_gradients`` itself, and leaves zeros before the
             boundary.
+        owned: Reduction at the boundary where some matrices have owners; None if none has.
+        owned_by_hop_1: Whether hop 1 has reduced owned matrices already.
     """
 
     def __init__(
         self,
         *,
         replication: CountedGroup,
-        wire_dtype: torch.dtype,
+        wire_dtype: torch.dtype | None,
         pending_gradients: PendingGradients,
         hop_1_accumulates: bool,
+        owned: OwnedReduction | None = None,
+        owned_by_hop_1: bool = False,
     ) -> None:
         self._replication = replication
         self._wire_dtype = wire_dtype
         self._pending_gradients = pending_gradients
         self._hop_1_accumulates = hop_1_accumulates
+        self._owned = owned
+        self._owned_by_hop_1 = owned_by_hop_1
 
     def __call__(self, shard: Tensor, op: ReduceOp) -> None:
         """Reduce the result of hop 1 in place; before the boundary accumulate it, and leave zeros.
@@ -65,9 +74,25 @@ class SecondHop:
         if self._pending_gradients.at_boundary:
             if not self._hop_1_accumulates:
                 self._pending_gradients.add_into(shard)
-            self._replication.all_reduce(
-                shard, op=op, technique="all-reduce over replicas", wire_dtype=self._wire_dtype
-            )
+            if self._owned is None:
+                self._all_reduce(shard, op)
+            elif self._owned_by_hop_1:
+                self._owned.reduce_rest(shard, partial(self._all_reduce, op=op))
+            else:
+                self._owned(
+                    shard.view(1, -1),
+                    shard,
+                    partial(self._all_reduce_into, op=op),
+                    factor=factor_of_mean(op, ranks=self._replication.size, scaled=True),
+                )
         elif not self._hop_1_accumulates:
             self._pending_gradients.accumulate(shard)
             shard.zero_()
+
+    def _all_reduce(self, shard: Tensor, op: ReduceOp) -> None:
+        self._replication.all_reduce(shard, op=op, technique="all-reduce over replicas", wire_dtype=self._wire_dtype)
+
+    def _all_reduce_into(self, result: Tensor, shard: Tensor, op: ReduceOp) -> None:
+        if result.data_ptr() != shard.data_ptr():
+            result.copy_(shard)
+        self._all_reduce(result, op)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_mics._torch.dtensors.owned_rows import elements_here
 from lightning_mics._torch.optimizers.steps import call_as_stepped, call_as_unscaled
 
 SKIPPED = "skipped_steps"  # key in the state of a scaler, beside those of torch
@@ -81,7 +81,7 @@ class ShardedGradScaler(GradScaler):
                     continue
                 if gradient.dtype == torch.float16 and not allow_fp16:
                     raise ValueError("Attempting to unscale FP16 gradients.")
-                by_dtype[gradient.dtype].append(gradient._local_tensor if isinstance(gradient, DTensor) else gradient)
+                by_dtype[gradient.dtype].append(elements_here(gradient))
         found = found_inf.view(())  # torch's scaler for FSDP1 passes [1]
         with torch.no_grad():
             for gradients in by_dtype.values():

@@ -7,6 +7,7 @@ need::
     operations that DTensor lacks   Rprop                                      each rank's shards
     all rows of a parameter         Adafactor, of torch and of transformers    one unsharded parameter at a time
     dot products of all parameters  LBFGS                                      one vector of all parameters, sharded
+    whole matrices                  Muon                                       the owner of each matrix
 
 An optimizer of your own that needs all rows of each parameter says so by ``needs_whole_parameters = True``, on the
 class or on the object. Its update of a parameter then sees the unsharded parameter and gradient; states of the
@@ -16,10 +17,14 @@ parameter's shape are sharded between steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch.optim import Optimizer
 
+from lightning_mics._torch.optimizers.muon import is_muon
+from lightning_mics.sharding.matrix_owners import MatrixOwners
 from lightning_mics.sharding.optimizers.lbfgs import StepOnOneVector
+from lightning_mics.sharding.optimizers.muon import StepOnOwners
 from lightning_mics.sharding.optimizers.substitutes import StepOnShards, StepOnWholeParameters
 
 SUBSTITUTIONS: dict[str, Callable[[Optimizer], object]] = {
@@ -54,11 +59,12 @@ SHARD_BY_SHARD = {
 }
 
 
-def adapt_optimizer(optimizer: Optimizer) -> None:
+def adapt_optimizer(optimizer: Optimizer, owners: MatrixOwners | None = None) -> None:
     """Let an optimizer step on the parameters of a sharded model; most need nothing.
 
     Args:
         optimizer: Optimizer that holds parameters of a sharded model, or will before its first step.
+        owners: Owners of the model's matrices; None where matrices get none.
 
     Raises:
         TypeError: If its class cannot work on sharded parameters.
@@ -70,10 +76,15 @@ def adapt_optimizer(optimizer: Optimizer) -> None:
     found = next((SUBSTITUTIONS[name] for name in names if name in SUBSTITUTIONS), None)
     if getattr(optimizer, "needs_whole_parameters", False):
         found = StepOnWholeParameters
+    elif owners is not None and is_muon(optimizer):
+        found = partial(StepOnOwners, owners=owners)
     if found is not None and not hasattr(optimizer, "_mics_substitution"):
         vars(optimizer)["_mics_substitution"] = found(optimizer)
 
 
 def may_send(optimizer: Optimizer) -> bool:
-    """Whether the step of an optimizer may communicate: all may but those that are known to work shard by shard."""
+    """Whether the step of an optimizer may send what is not counted: all may but those that are known not to."""
+    substitution = vars(optimizer).get("_mics_substitution")
+    if isinstance(substitution, StepOnOwners) and not substitution.without_owner:
+        return False
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}" not in SHARD_BY_SHARD
