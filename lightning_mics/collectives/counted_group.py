@@ -208,7 +208,7 @@ class CountedGroup:
         received = source.new_empty(sum(sizes))
         with self._range(technique):
             dist.all_to_all_single(received, source, list(sizes), [part.numel() for part in parts], group=self._group)
-        return received.split(list(sizes))
+        return torch.split(received, list(sizes))
 
     def broadcast(self, tensor: Tensor, *, technique: str) -> None:
         """Give all ranks the values of the first rank of the group, in place.

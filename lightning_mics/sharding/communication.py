@@ -37,8 +37,8 @@ from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.flat import FlatAllGather, FlatReduceScatter
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.techniques.inter_node_prefetch import InterNodePrefetch
-from lightning_mics.techniques.matrix_owners import OwnedReduction
 from lightning_mics.techniques.once_per_step import NodeCache, NodeReduceScatter, RankCache
+from lightning_mics.techniques.owner_exchange import OwnedReduction
 from lightning_mics.techniques.partition_groups import PartitionGroups
 from lightning_mics.techniques.pending_gradients import PendingGradients
 from lightning_mics.techniques.two_hop import SecondHop
@@ -189,7 +189,7 @@ class Communication:
     def _reduce_to_owners(
         self, name: str, module: FSDPModule, owned: OwnedReduction, window: AccumulationWindow
     ) -> None:
-        """Let the reductions at the boundary leave owned matrices with their owners, where they reduce once per step."""
+        """Reduce owned matrices to their owners at the boundary, where sums between nodes wait until then."""
         reduce = self._reduce_scatters.get(name)
         if self._topology.spans_nodes:
             if not isinstance(reduce, NodeReduceScatter):

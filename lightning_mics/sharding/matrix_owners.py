@@ -1,9 +1,9 @@
 """The matrices of a sharded model that have owners: who they are, their gradients, and their rows in weight caches.
 
-See :mod:`~lightning_mics.techniques.matrix_owners`. An optimizer that needs whole matrices asks for owners once it holds
-the parameters of the model; until then gradients are reduced as for any other. A matrix is reduced to its owner's node
-where hop 2 is at the boundary, and where sums between nodes wait until then; otherwise its gradient is in the shards,
-and the step moves it from there.
+See :mod:`~lightning_mics.techniques.matrix_owners`. An optimizer that needs whole matrices asks for owners once it
+holds the parameters of the model; until then gradients are reduced as for any other. A matrix is reduced to its owner's
+node where hop 2 is at the boundary, and where sums between nodes wait until then; otherwise its gradient is in the
+shards, and the step moves it from there.
 """
 
 from __future__ import annotations
@@ -28,15 +28,9 @@ from lightning_mics._torch.units.reduced import (
     reduced_segments,
 )
 from lightning_mics.collectives.counted_group import CountedGroup
-from lightning_mics.techniques.matrix_owners import (
-    ROWS,
-    OwnedMatrix,
-    OwnedReduction,
-    OwnerExchange,
-    RowsOfRanks,
-    choose_owners,
-)
+from lightning_mics.techniques.matrix_owners import OwnedMatrix, RowsOfRanks, choose_owners
 from lightning_mics.techniques.once_per_step import NodeCache
+from lightning_mics.techniques.owner_exchange import ROWS, OwnedReduction, OwnerExchange
 from lightning_mics.techniques.partition_groups import PartitionGroups, check_same_count_of_groups
 
 Install = Callable[[str, OwnedReduction], None]

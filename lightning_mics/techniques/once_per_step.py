@@ -55,7 +55,7 @@ from lightning_mics._torch.units.gather_inputs import gathered_segments
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.techniques.inter_node_prefetch import FetchedSlice, UnitPrefetch
-from lightning_mics.techniques.matrix_owners import OwnedReduction, factor_of_mean
+from lightning_mics.techniques.owner_exchange import OwnedReduction, factor_of_mean
 from lightning_mics.techniques.parameter_cache import ParameterCache
 from lightning_mics.techniques.pending_gradients import PendingGradients
 

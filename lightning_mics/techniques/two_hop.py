@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lightning_mics._torch.streams import keep_for_current_stream
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
-from lightning_mics.techniques.matrix_owners import OwnedReduction, factor_of_mean
+from lightning_mics.techniques.owner_exchange import OwnedReduction, factor_of_mean
 from lightning_mics.techniques.pending_gradients import PendingGradients
 
 

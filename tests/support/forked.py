@@ -34,7 +34,7 @@ Run = Callable[..., list[Any]]
 GRACE = 10.0
 """Seconds that the other ranks get to fail by themselves."""
 JOINS = 3
-"""How often ranks are forked anew where they could not join one process group: nothing that is tested has begun then."""
+"""How often ranks are forked where they cannot join one process group: nothing that is tested has begun by then."""
 
 
 class NotJoinedError(Exception):

@@ -29,7 +29,7 @@ ITERATION = torch_muon._zeropower_via_newtonschulz  # in bfloat16
 
 
 def in_float32(update: Tensor, coefficients: Any, steps: int, eps: float) -> Tensor:
-    """torch's iteration without its rounding to bfloat16."""
+    """The iteration of torch without its rounding to bfloat16."""
     a, b, c = coefficients
     x = update.T if update.size(0) > update.size(1) else update
     x = x / x.norm().clamp(min=eps)
@@ -227,9 +227,7 @@ LONG_STEPS = 50
 @pytest.fixture(scope="module")
 def results(in_campaign: bool) -> Any:
     exact = {
-        name: partial(
-            with_iteration, in_float32, partial(train, size, OPTIONS[options], s, nodes=nodes, change=change)
-        )
+        name: partial(with_iteration, in_float32, partial(train, size, OPTIONS[options], s, nodes=nodes, change=change))
         for name, (size, nodes, options, s, change) in CASES.items()
     }
     long = {
@@ -306,7 +304,7 @@ def test_matrices_cross_nodes_at_three_quarters_of_the_bytes_of_an_all_reduce(si
         assert others <= 1.6 * nodes * 2 * rest * (nodes - 1) / nodes  # padded to rows, and p < node in rings
 
 
-@pytest.mark.parametrize("name", map(lambda case: name_of(*case), ONCE))
+@pytest.mark.parametrize("name", [name_of(*case) for case in ONCE])
 def test_gradients_stay_with_owners_and_few_exchanges_are_made(name, results):
     for of_rank in results[name]:
         assert of_rank["gradients with owners"] == [2 * LAYERS] * STEPS
@@ -360,7 +358,13 @@ def gradients() -> Any:
         hooked.register_post_accumulate_grad_hook(lambda p, seen=seen: seen.append(p.grad.full_tensor().clone()))
         backward(model, schedule)
         gradient = watched.grad
-        moved = [str(gradient), gradient.norm().item(), float(gradient.abs().max()), gradient.shape, gradient.held is None]
+        moved = [
+            str(gradient),
+            gradient.norm().item(),
+            float(gradient.abs().max()),
+            gradient.shape,
+            gradient.held is None,
+        ]
         backward(model, schedule)
         backward(model, schedule)
         total = model.get_parameter("blocks.2.down.weight").grad.full_tensor()

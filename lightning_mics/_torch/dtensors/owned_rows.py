@@ -52,9 +52,10 @@ class OwnedRows(DTensor):
     def by_rows(self) -> DTensor:
         """The same values as a plain DTensor, sharded by rows; every rank calls it. The rows stay where they are."""
         local = self._local_tensor if self._held is None else self._to_shard(self._held)
-        return DTensor(local, self._spec, requires_grad=False)  # type: ignore[call-arg]
+        by_rows: DTensor = _made(DTensor, local, self._spec)
+        return by_rows
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_options: Any) -> str:  # type: ignore[override]
         """A description without values, which ranks would have to move."""
         where = "" if self._held is None else ", rows with their owner"
         return f"DTensor(shape={tuple(self.shape)}, placements={self.placements}{where})"
@@ -95,7 +96,7 @@ def owned_rows(like: Tensor, held: Tensor, to_shard: Callable[[Tensor], Tensor])
     assert isinstance(like, DTensor)
     meta = TensorMeta(like.shape, like.stride(), held.dtype)
     spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)
-    tensor: OwnedRows = OwnedRows(held, spec, requires_grad=False)  # type: ignore[call-arg]
+    tensor: OwnedRows = _made(OwnedRows, held, spec)
     tensor._held, tensor._shard, tensor._to_shard = held, None, to_shard
     return tensor
 
@@ -109,6 +110,10 @@ def elements_here(gradient: Tensor) -> Tensor:
     if isinstance(gradient, OwnedRows) and gradient.held is not None:
         return gradient.held
     return gradient._local_tensor if isinstance(gradient, DTensor) else gradient
+
+
+def _made(kind: Any, local: Tensor, spec: DTensorSpec) -> Any:
+    return kind(local, spec, requires_grad=False)
 
 
 def _norm(rows: OwnedRows, p: Any = 2, dim: Any = None, **options: Any) -> Tensor | None:

@@ -15,7 +15,7 @@ MOMENTUM = "momentum_buffer"  # name of its state
 
 def is_muon(optimizer: Optimizer) -> bool:
     """Whether the step of an optimizer is that of ``torch.optim.Muon``."""
-    kind = type(optimizer)
+    kind: Any = type(optimizer)
     return isinstance(optimizer, Muon) and kind.step is Muon.step and kind._init_group is Muon._init_group
 
 

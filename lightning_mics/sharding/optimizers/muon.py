@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_mics._torch.dtensors.owned_rows import OwnedRows
 from lightning_mics._torch.optimizers.muon import (
     MOMENTUM,
     iteration_dtype,
@@ -31,7 +32,6 @@ from lightning_mics._torch.optimizers.muon import (
     orthogonalized,
     take_over_step,
 )
-from lightning_mics._torch.dtensors.owned_rows import OwnedRows
 from lightning_mics.sharding.matrix_owners import MatrixOwners
 from lightning_mics.techniques.matrix_owners import OwnedMatrix
 
@@ -107,7 +107,7 @@ class StepOnOwners:
     def _momentum(
         self, optimizer: Optimizer, parameters: list[Any], matrices: list[OwnedMatrix], gradients: list[Tensor]
     ) -> list[Tensor]:
-        """The momentum of the rows that this rank holds, which from now on is the optimizer's state: [held, columns]."""
+        """The momentum of the rows that this rank holds, the optimizer's state from now on: [held, columns] each."""
         known = [index for index, p in enumerate(parameters) if MOMENTUM in optimizer.state[p]]
         buffers = [torch.zeros_like(gradient) for gradient in gradients]
         if known:
