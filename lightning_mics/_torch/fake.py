@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.tensor.debug
 from torch import Tensor, nn
-from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses import fake_tensor
 
 # FSDP2's communication interface has no public path yet (https://github.com/pytorch/pytorch/pull/155189).
@@ -119,22 +118,6 @@ def _no_strided_shards() -> Iterator[None]:
         yield
     finally:
         module._propagate_use_strided_shard_flag = search
-
-
-def group_of(operation: Any, args: tuple[Any, ...]) -> dist.ProcessGroup | None:
-    """The process group of an operation that a dispatch mode has seen; None for one that is not of torch.distributed.
-
-    Args:
-        operation: Operation of ``torch.ops``.
-        args: Positional arguments of the operation.
-    """
-    if operation.namespace == "_c10d_functional":
-        names = [argument for argument in args if isinstance(argument, str)]
-        return _resolve_process_group(names[-1]) if names else None  # type: ignore[arg-type]
-    if operation.namespace != "c10d":
-        return None
-    objects = [argument for argument in args if isinstance(argument, torch.ScriptObject)]
-    return next((dist.ProcessGroup.unbox(o) for o in objects if "ProcessGroup" in str(o._type())), None)
 
 
 @contextmanager

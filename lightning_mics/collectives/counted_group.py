@@ -17,7 +17,7 @@ from lightning_mics._torch.process_groups import (
     reduce_scatter_single,
 )
 from lightning_mics._torch.profiling import named_range
-from lightning_mics.collectives.traffic import Kind, Sent, SentShares, Traffic, part_of
+from lightning_mics.collectives.traffic import Kind, SentShares, Traffic, part_of, sent_in_parts
 
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 
@@ -199,11 +199,8 @@ class CountedGroup:
         Returns:
             What each rank has sent to this one, in the order of the group: [size] each.
         """
-        sent = [0, 0]  # inside nodes, between nodes
-        for node, part in zip(self._nodes, parts, strict=True):
-            sent[node != self._nodes[self.rank]] += part.nbytes
-        sent[0] -= parts[self.rank].nbytes
-        self._traffic.record(technique, Sent(*map(float, sent)))
+        sent = sent_in_parts([part.nbytes for part in parts], nodes=self._nodes, position=self.rank)
+        self._traffic.record(technique, sent)
         source = torch.cat(list(parts))
         received = source.new_empty(sum(sizes))
         with self._range(technique):

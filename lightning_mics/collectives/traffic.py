@@ -79,7 +79,27 @@ class SentShares:
         return Sent(sent_bytes * (1 - between), sent_bytes * between)
 
 
-def sent_by(kind: Kind, total_bytes: float, *, nodes: Sequence[int], position: int, gloo: bool = False) -> Sent:
+def sent_in_parts(sizes_bytes: Sequence[int], *, nodes: Sequence[int], position: int) -> Sent:
+    """Bytes that one rank sends in an exchange of parts of different sizes.
+
+    Args:
+        sizes_bytes: Bytes of the part for each rank, in the order of the group: [ranks].
+        nodes: Node of each rank, in the order of the group: [ranks].
+        position: Position of the rank in the group.
+    """
+    between = sum(size for size, node in zip(sizes_bytes, nodes, strict=True) if node != nodes[position])
+    return Sent(float(sum(sizes_bytes) - sizes_bytes[position] - between), float(between))
+
+
+def sent_by(
+    kind: Kind,
+    total_bytes: float,
+    *,
+    nodes: Sequence[int],
+    position: int,
+    gloo: bool = False,
+    sizes_bytes: Sequence[int] = (),
+) -> Sent:
     """Bytes that one rank sends in one collective; see :meth:`SentShares.sent`.
 
     Args:
@@ -88,7 +108,10 @@ def sent_by(kind: Kind, total_bytes: float, *, nodes: Sequence[int], position: i
         nodes: Node of each rank, in the order of the group: [ranks].
         position: Position of the rank in the group.
         gloo: Whether the backend is gloo, whose reduce-scatter is an all-reduce.
+        sizes_bytes: Bytes of the part for each rank, in an exchange of parts of different sizes; else empty.
     """
+    if sizes_bytes:
+        return sent_in_parts(sizes_bytes, nodes=nodes, position=position)
     return SentShares(nodes, position=position).sent(kind, total_bytes, gloo=gloo)
 
 

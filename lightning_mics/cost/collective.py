@@ -8,16 +8,6 @@ import torch
 
 from lightning_mics.collectives.traffic import Kind, Sent
 
-KINDS: dict[str, Kind] = {  # by the name of torch's operation
-    "_allgather_base_": "all_gather",
-    "all_gather_into_tensor": "all_gather",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "allreduce_": "all_reduce",
-    "all_reduce": "all_reduce",
-    "alltoall_base_": "all_to_all",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:

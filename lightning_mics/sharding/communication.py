@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_mics._torch.collective_operations import CollectiveOperation
 from lightning_mics._torch.fsdp import ReduceScatter, fsdp_modules, replace_all_reduce, sharded_parameters
 from lightning_mics._torch.streams import SideStream
 from lightning_mics._torch.units.direct_use import serve_direct_use
@@ -26,7 +27,7 @@ from lightning_mics._torch.units.own_collectives import reject_options, serve_op
 from lightning_mics._torch.units.param_groups import around_end_of_backward
 from lightning_mics._torch.units.unit_hooks import UnitHooks
 from lightning_mics.collectives.counted_group import CountedGroup
-from lightning_mics.collectives.traffic import Kind, Traffic
+from lightning_mics.collectives.traffic import Kind, Traffic, sent_by
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from lightning_mics.sharding.matrix_owners import MatrixOwners
 from lightning_mics.sharding.options import CommunicationOptions
@@ -122,6 +123,7 @@ class Communication:
         if self._prefetch is not None:
             schedule.cache.when_invalidated(self._prefetch.drop_all)
             schedule.window.when_abandoned(self._prefetch.abandon)
+        schedule.optimizer_hooks.count = self._count_of_optimizer
         if not self._options.allow_unused:
             schedule.window.never_used = NeverUsed(root, self._control)
             around_end_of_backward(root, after=schedule.window.after_reductions)
@@ -231,6 +233,17 @@ class Communication:
         if group is not None:
             group.count_direct_use(kind, total_bytes)
         return self._agreement.direct_use(kind, axis, name)
+
+    def _count_of_optimizer(self, collective: CollectiveOperation) -> None:
+        ranks = dist.get_process_group_ranks(collective.group)
+        sent = sent_by(
+            collective.kind,
+            collective.elements * collective.dtype.itemsize,
+            nodes=[self._topology.node_of(rank) for rank in ranks],
+            position=collective.group.rank(),
+            gloo=self._backend == "gloo",
+        )
+        self._traffic.record("inside of optimizers", sent)
 
     def _counted(self, group: dist.ProcessGroup) -> CountedGroup:
         ranks = dist.get_process_group_ranks(group)

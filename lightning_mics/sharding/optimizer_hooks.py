@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from lightning_mics._torch.collective_operations import CollectiveOperation
 from lightning_mics._torch.fsdp import fsdp_modules, sharded_parameters
+from lightning_mics._torch.optimizers.counted_steps import count_collectives_of_steps
 from lightning_mics._torch.optimizers.muon import is_muon
 from lightning_mics._torch.optimizers.steps import call_after_steps, call_before_steps, call_before_unscaling
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from lightning_mics.sharding.matrix_owners import MatrixOwners
-from lightning_mics.sharding.optimizers.adapt import adapt_optimizer
+from lightning_mics.sharding.optimizers.adapt import adapt_optimizer, may_send
 from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
 from lightning_mics.sharding.weight_cache import WeightCache
 
@@ -32,6 +35,7 @@ class OptimizerHooks:
     Attributes:
         unsharded: Names of the parameters that the model had before it was sharded.
         owners: Owners of matrices, for optimizers that need whole ones.
+        count: Counts a collective that an optimizer runs by itself; None counts none.
     """
 
     def __init__(self, root: FSDPModule, *, window: AccumulationWindow, cache: WeightCache) -> None:
@@ -43,6 +47,7 @@ class OptimizerHooks:
         self._is_registered = False
         self.unsharded: UnshardedParameters | None = None
         self.owners: MatrixOwners | None = None
+        self.count: Callable[[CollectiveOperation], None] | None = None
         self._register()
 
     def follow_steps(self) -> None:
@@ -88,6 +93,8 @@ class OptimizerHooks:
                 assert isinstance(self._root, nn.Module)
                 self.unsharded.exchange(each, self._root)
             adapt_optimizer(each, self.owners)
+        if self.count is not None and may_send(optimizer) and self.trains_with(optimizer):
+            count_collectives_of_steps(optimizer, self.count)
 
     def trains_with(self, optimizer: Optimizer) -> bool:
         """Whether ``optimizer`` holds parameters of this model."""

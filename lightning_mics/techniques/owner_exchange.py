@@ -15,7 +15,8 @@ from lightning_mics._torch.process_groups import premultiplied_sum_factor
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
 from lightning_mics.techniques.matrix_owners import OwnedMatrix, RowsOfRanks
 
-GRADIENTS, MOMENTUM, UPDATES, ROWS = (f"owners: {what}" for what in ("gradients", "momentum", "updates", "rows"))
+GRADIENTS, INSIDE = "gradients to owners", "updates in nodes of owners"
+UPDATES, ROWS = "updates from owners", "rows of owned matrices"
 
 
 class OwnerExchange:
@@ -142,7 +143,7 @@ class OwnerExchange:
         incoming = [
             [m.of_rows(self.rows.rows_of_slice(of_slice, m)) for m in owned] for of_slice in range(self.rows.slices)
         ]
-        received = _exchanged(self._inside, self._slice, outgoing, incoming, like=held[0], technique=MOMENTUM)
+        received = _exchanged(self._inside, self._slice, outgoing, incoming, like=held[0], technique=INSIDE)
         whole = iter([torch.cat(parts) for parts in zip(*received, strict=True)])
         return [next(whole) if self.owns(matrix) else None for matrix in matrices]
 
@@ -171,7 +172,7 @@ class OwnerExchange:
         incoming: list[list[tuple[int, int]]] = [[] for _ in range(self.rows.slices)]
         for matrix in held:
             incoming[self.rows.slice_of(matrix.owner)].append(matrix.of_rows(self.held_rows(matrix)))
-        received = _exchanged(self._inside, self._slice, outgoing, incoming, like=like, technique=MOMENTUM)
+        received = _exchanged(self._inside, self._slice, outgoing, incoming, like=like, technique=INSIDE)
         parts = [iter(of_slice) for of_slice in received]
         return [
             next(parts[self.rows.slice_of(m.owner)]) if self.holds(m) else like.new_empty(0, m.columns)

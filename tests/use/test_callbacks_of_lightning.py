@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import Logger
 
-from lightning_mics import TrafficMonitor
 from tests.support.fits import refusal
 from tests.support.models import TinyModule, loader_of_tokens
 from tests.support.trainers import cases_on_ranks, make_trainer, mics
@@ -84,35 +83,11 @@ class Lines(Logger):
         """Drop them."""
 
 
-class Trained(TinyModule):
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return getattr(torch.optim, self.name)([p for p in self.parameters() if p.dim() == 2], lr=0.01)
-
-
-def said(name: str) -> list[str]:
-    """The last line of the table of traffic."""
-    from lightning_mics.integrations.trainer import traffic_monitor
-
-    tables: list[str] = []
-    original, traffic_monitor.rank_zero_info = traffic_monitor.rank_zero_info, tables.append
-    with tempfile.TemporaryDirectory() as folder:
-        make_trainer(folder, callbacks=[TrafficMonitor()], devices=2, strategy=mics()).fit(
-            Trained(name), loader_of_tokens(4)
-        )
-    traffic_monitor.rank_zero_info = original
-    return [table.splitlines()[-1] for table in tables]
-
-
 @pytest.fixture(scope="module")
 def results() -> dict[Any, list[Any]]:
     fits = {("fit", ModelPruning): partial(fit, ModelPruning)}
     evaluations = {("evaluate", kind): partial(evaluate, kind) for kind in (Timer, EMAWeightAveraging, ModelPruning)}
-    tables = {("said", name): partial(said, name) for name in ("Muon", "AdamW")}
-    return cases_on_ranks({**fits, **evaluations, **tables, "after": callbacks_after}, world_size=2)
+    return cases_on_ranks({**fits, **evaluations, "after": callbacks_after}, world_size=2)
 
 
 def test_callbacks_that_replace_parameters_are_rejected_on_all_ranks_before_sharding(
@@ -133,10 +108,3 @@ def test_evaluations_run_with_callbacks_of_fits(kind: type[Callback], results: d
 
 def test_a_trainer_has_the_callbacks_that_it_was_given_after_each_run(results: dict[Any, list[Any]]) -> None:
     assert results["after"] == [[True] * 4] * 2
-
-
-def test_the_table_of_traffic_names_optimizers_whose_own_messages_are_not_counted(
-    results: dict[Any, list[Any]],
-) -> None:
-    assert results["said", "Muon"][0] == ["  Not counted: what Muon may send inside of its step"]
-    assert results["said", "AdamW"][0][0].split()[0] == "all"

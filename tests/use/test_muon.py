@@ -297,7 +297,7 @@ def test_matrices_cross_nodes_at_three_quarters_of_the_bytes_of_an_all_reduce(si
     all_reduce = nodes * 2 * weights * (nodes - 1) / nodes  # of the job
     steps = [of_rank["sent"][1:] for of_rank in results[size, micro_steps, iterated]]
     for of_ranks in zip(*steps, strict=True):
-        owners = sum(sent for of_rank in of_ranks for name, sent in of_rank.items() if name.startswith("owners: "))
+        owners = sum(sent for of_rank in of_ranks for name, sent in of_rank.items() if "owne" in name)
         assert owners / all_reduce == (0.75 if iterated == "bfloat16" else 1.0)
         rest = sum(p.nbytes for p in network().parameters()) - weights
         others = sum(sum(of_rank.values()) for of_rank in of_ranks) - owners

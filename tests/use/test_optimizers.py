@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
+from lightning_mics._torch.collective_operations import collective_of
+from lightning_mics.collectives.traffic import sent_by
 from tests.support.accelerators import start as start_accelerate
 from tests.support.fits import refusal, whole_weights
 from tests.support.loops import network, start
@@ -103,7 +107,7 @@ MAKE: dict[str, Callable[[nn.Module], Optimizer]] = {
     "`torch.optim.LBFGS`": lambda m: torch.optim.LBFGS(
         m.parameters(), max_iter=3, history_size=2, line_search_fn="strong_wolfe"
     ),
-    "`torch.optim.Muon`": lambda m: torch.optim.Muon([p for p in m.parameters() if p.dim() == 2][:2], lr=0.01),
+    "`torch.optim.Muon`": lambda m: torch.optim.Muon([p for p in m.parameters() if p.dim() == 2], lr=0.01),
     "`torch.optim.RMSprop`": partial(of_torch, "RMSprop", lr=1e-3, eps=1e-3),
     "`transformers.Adafactor`": lambda m: transformers.Adafactor(m.parameters(), beta1=0.9, weight_decay=0.1),
     "LAMB, of your own": lambda m: Lamb(m.parameters()),
@@ -136,6 +140,57 @@ def alone(make: Callable[[nn.Module], Optimizer]) -> dict[str, Tensor]:
 
     train(make(model), backward)
     return whole_weights(model)
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that this rank sends to other nodes, as rings and pairs send them, in groups other than the control's."""
+
+    def __init__(self, nodes: Sequence[int], control: Any) -> None:
+        super().__init__()
+        self.nodes, self.control, self.sent_bytes = nodes, control, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        found = collective_of(func, args)
+        if found is not None and found.group != self.control:
+            size = found.dtype.itemsize
+            sent = sent_by(
+                found.kind,
+                found.elements * size,
+                nodes=self.nodes,
+                position=found.group.rank(),
+                gloo=True,
+                sizes_bytes=[size * elements for elements in found.sizes],
+            )
+            self.sent_bytes += sent.between_bytes
+        return func(*args, **(kwargs or {}))
+
+
+def sent_between_nodes(name: str) -> tuple[float, float]:
+    """Bytes that this rank, which is a node, sends in a later step: as counted, and as operations show."""
+    model = network()
+    topology = Topology(world_size=RANKS, ranks_per_node=1, partition_size=RANKS)
+    groups = create_partition_groups(topology, device_type="cpu")
+    schedule = shard_model(model, groups, communication=CommunicationOptions.NODE)
+    optimizer = MAKE[name](model)
+    schedule.optimizer_hooks.adopt(optimizer)
+
+    def backward() -> Tensor:
+        with schedule.micro_step(boundary=True):
+            loss = model(tokens(2, seed=torch.distributed.get_rank()))
+            loss.backward()
+        return loss
+
+    train(optimizer, backward)
+    before = counted(schedule)
+    with Sent(range(RANKS), groups.control._group) as sent:
+        train(optimizer, backward, steps=1)
+    return counted(schedule) - before, sent.sent_bytes
+
+
+def counted(schedule: Any) -> float:
+    return sum(each.between_bytes for each in schedule.traffic.by_technique().values())
 
 
 def sharded(name: str, ranks_per_node: int = RANKS) -> Any:
@@ -257,7 +312,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
         ("resumed", name): partial(resumed, folder / str(index), name, **options)
         for index, (name, options) in enumerate(RESUMED.items())
     }
-    return cases_on_ranks({**kinds, **hosts, **fits, "refused": refused_by_hosts}, world_size=RANKS)
+    traffic = {("sent", name): partial(sent_between_nodes, name) for name in MAKE if name not in REJECTED}
+    return cases_on_ranks({**kinds, **hosts, **fits, **traffic, "refused": refused_by_hosts}, world_size=RANKS)
 
 
 HOSTS = {"over nodes": partial(sharded, ranks_per_node=1), "fabric": under_fabric, "accelerate": under_accelerate}
@@ -267,9 +323,9 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-def table() -> dict[str, tuple[str, str]]:
-    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", PAGE.read_text(), flags=re.MULTILINE)
-    return {name: (place, result) for name, place, result in rows if name not in ("optimizer", "---")}
+def table() -> dict[str, tuple[str, str, str]]:
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", PAGE.read_text(), flags=re.MULTILINE)
+    return {name: tuple(cells) for name, *cells in rows if name != "optimizer" and not name.startswith("---")}
 
 
 def gap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -291,6 +347,15 @@ def test_each_optimizer_of_the_table_trains_to_the_weights_of_one_process(
     for weights in results[name]:
         assert not isinstance(weights, str), weights
         assert gap(weights, expected) < tolerance
+
+
+@pytest.mark.parametrize("name", [name for name in MAKE if name not in REJECTED])
+def test_nothing_that_an_optimizer_sends_to_other_nodes_is_uncounted(name: str, results: dict[Any, list[Any]]) -> None:
+    for by_techniques, by_operations in results["sent", name]:
+        assert by_techniques == pytest.approx(by_operations)
+    weights = sum(p.nbytes for p in network().parameters())
+    of_node = sum(by_techniques for by_techniques, _ in results["sent", name]) / RANKS
+    assert table()[name][2] == f"{of_node / weights:.2f}"
 
 
 @pytest.mark.parametrize(("host", "name"), HOSTED)

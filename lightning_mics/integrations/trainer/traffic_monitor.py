@@ -28,7 +28,6 @@ from typing_extensions import override
 
 from lightning_mics.collectives.traffic import Sent
 from lightning_mics.integrations.trainer.strategy import MiCSStrategy
-from lightning_mics.sharding.optimizers.adapt import may_send
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,7 @@ class TrafficMonitor(pl.Callback):
         if self._log_every and self._done.steps > self._logged.steps:
             self._log(trainer)
         if self._done.steps:
-            table = _table(self._done, ranks_per_node=_mics(trainer).topology.ranks_per_node)
-            rank_zero_info("\n".join([table, *_not_counted(trainer)]))
+            rank_zero_info(_table(self._done, ranks_per_node=_mics(trainer).topology.ranks_per_node))
 
     def _log(self, trainer: pl.Trainer) -> dict[str, float]:
         metrics = _metrics(self._done - self._logged, ranks_per_node=_mics(trainer).topology.ranks_per_node)
@@ -144,12 +142,6 @@ def _metrics(count: _Count, *, ranks_per_node: int) -> dict[str, float]:
         metrics |= {f"{total}/{name.replace(' ', '_').replace('-', '_')}": mb for name, mb in by_technique.items()}
     metrics["traffic/between_nodes_mbit_per_s"] = _mbit_per_s(metrics[total], count)
     return metrics
-
-
-def _not_counted(trainer: pl.Trainer) -> list[str]:
-    """A line on optimizers that communicate by operations on DTensors, which nothing counts."""
-    names = {type(optimizer).__name__ for optimizer in trainer.optimizers if may_send(optimizer)}
-    return [f"  Not counted: what {name} may send inside of its step" for name in sorted(names)]
 
 
 def _mbit_per_s(mb_per_step: float, count: _Count) -> float:

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_mics._torch.fake import group_of, tree_leaves
-from lightning_mics.collectives.traffic import Kind, sent_by
-from lightning_mics.cost.collective import KINDS, Collective
+from lightning_mics._torch.collective_operations import CollectiveOperation, collective_of
+from lightning_mics.collectives.traffic import sent_by
+from lightning_mics.cost.collective import Collective
 from lightning_mics.planning.rehearsal.observed import Observer
 from lightning_mics.topology import Topology
 
@@ -33,34 +33,30 @@ class Collectives(Observer):
     @override
     def before(self, operation: Any, args: tuple[Any, ...]) -> None:
         """Record ``operation`` if it is a collective."""
-        if operation.namespace not in ("c10d", "_c10d_functional"):
-            return
-        kind = KINDS.get(operation._schema.name.partition("::")[2])
-        group = group_of(operation, args) if kind else None
-        if kind is not None and group is not None and group.size() > 1:
-            tensors = [tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
-            self._seen(self._collective(kind, group, tensors), tensors)
+        collective = collective_of(operation, args)
+        if collective is not None:
+            self._seen(self._collective(collective), collective.tensors)
 
     @override
     def after(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Do nothing: the collective was recorded before it ran."""
 
-    def _collective(self, kind: Kind, group: dist.ProcessGroup, tensors: list[Tensor]) -> Collective:
-        ranks = dist.get_process_group_ranks(group)
+    def _collective(self, found: CollectiveOperation) -> Collective:
+        ranks = dist.get_process_group_ranks(found.group)
         nodes = [self._topology.node_of(rank) for rank in ranks]
-        elements = sum(tensor.numel() for tensor in tensors) if kind == "all_reduce" else _largest_elements(tensors)
-        dtype = tensors[0].dtype
         return Collective(
-            kind=kind,
-            group=str(group.group_desc).removeprefix("mics "),
+            kind=found.kind,
+            group=str(found.group.group_desc).removeprefix("mics "),
             ranks=len(ranks),
             nodes=len(set(nodes)),
-            dtype=dtype,
-            elements=elements,
-            sent=sent_by(kind, elements * dtype.itemsize, nodes=nodes, position=group.rank(), gloo=self._gloo),
+            dtype=found.dtype,
+            elements=found.elements,
+            sent=sent_by(
+                found.kind,
+                found.elements * found.dtype.itemsize,
+                nodes=nodes,
+                position=found.group.rank(),
+                gloo=self._gloo,
+                sizes_bytes=[size * found.dtype.itemsize for size in found.sizes],
+            ),
         )
-
-
-def _largest_elements(tensors: list[Tensor]) -> int:
-    """Number of elements of the larger one of input and output."""
-    return max(tensor.numel() for tensor in tensors)

@@ -83,8 +83,5 @@ def adapt_optimizer(optimizer: Optimizer, owners: MatrixOwners | None = None) ->
 
 
 def may_send(optimizer: Optimizer) -> bool:
-    """Whether the step of an optimizer may send what is not counted: all may but those that are known not to."""
-    substitution = vars(optimizer).get("_mics_substitution")
-    if isinstance(substitution, StepOnOwners) and not substitution.without_owner:
-        return False
+    """Whether the step of an optimizer may communicate by operations on DTensors: all but those known not to."""
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}" not in SHARD_BY_SHARD

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import LBFGS, Optimizer
 
@@ -70,8 +71,7 @@ class _Vector:
         self._mesh = mesh if mesh.ndim == 1 else mesh["shard"]
         self._elements = sum(_local(parameter).numel() for parameter in parameters)
         longest = torch.tensor(self._elements, device=_local(first).device)
-        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self._mesh.get_group())
-        self._longest = int(longest)
+        self._longest = int(all_reduce(longest, "max", self._mesh.get_group()))
 
     def of_gradients(self) -> Tensor:
         """The gradients of all parameters, zero where there is none."""
@@ -104,8 +104,9 @@ def _with_mean_loss(closure: Callable[[], Any] | None, device: torch.device) -> 
     def evaluate() -> Any:
         loss = whole_values(closure()) if closure is not None else 0.0
         mean = torch.as_tensor(loss, device=device).detach().clone()
-        dist.all_reduce(mean)
-        return mean / dist.get_world_size()
+        world = dist.group.WORLD
+        assert world is not None
+        return all_reduce(mean, "sum", world) / world.size()
 
     return evaluate
 
