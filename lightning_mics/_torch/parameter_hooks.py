@@ -171,6 +171,11 @@ class _OncePerGradient:
             self._hook(parameter)
 
 
+def users_hook(hook: Any) -> Any:
+    """The hook that was registered, of one that runs in its place."""
+    return hook._hook if isinstance(hook, _OncePerGradient) else hook
+
+
 def _wait_for_unsharded(hooks: dict[int, Any], unsharded: Tensor) -> None:
     """Let hooks of ``register_multi_grad_hook`` wait for the gradients of unsharded parameters, the leaves."""
     for hook in hooks.values():

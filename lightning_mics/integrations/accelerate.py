@@ -142,7 +142,9 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
     use_as_default_mesh(handle.groups.mesh, model=model)
     for optimizer in optimizers_of(accelerator):
         check_optimizer(optimizer, precision)
-        handle.schedule.optimizer_hooks.adopt(optimizer)
+        how = handle.schedule.optimizer_hooks.adopt(optimizer)
+        if how is not None and accelerator.is_main_process:
+            print(how, flush=True)
         handle.schedule.optimizer_hooks.follow_zero_grad(optimizer)
     accelerator.log, accelerator.gather, accelerator.reduce = map(
         taking_whole_values, (accelerator.log, accelerator.gather, accelerator.reduce)

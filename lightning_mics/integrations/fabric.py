@@ -139,7 +139,7 @@ class MiCSFabricStrategy(LightningStrategy, FabricCheckpoints, _ModelParallel):
             check_optimizer(optimizer, self.precision.precision)
             for group, of_group in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = [parameters[name] for name in of_group]
-            sharded(module).schedule.optimizer_hooks.adopt(optimizer)
+            _adopt(module, optimizer)
             sharded(module).schedule.optimizer_hooks.follow_zero_grad(optimizer)
         return module, optimizers, scheduler
 
@@ -148,7 +148,7 @@ class MiCSFabricStrategy(LightningStrategy, FabricCheckpoints, _ModelParallel):
         check_optimizer(optimizer, self.precision.precision)
         own = {id(parameter) for model in self._models for parameter in model.parameters()}
         for model in self._models:
-            sharded(model).schedule.optimizer_hooks.adopt(optimizer)
+            _adopt(model, optimizer)
         foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
         if foreign:
             raise ValueError(
@@ -228,6 +228,11 @@ def _names_in_groups(module: nn.Module, optimizers: Sequence[Optimizer]) -> list
                 "and load states with fabric.load"
             )
     return [[[names[id(p)] for p in group["params"]] for group in optimizer.param_groups] for optimizer in optimizers]
+
+
+def _adopt(model: nn.Module, optimizer: Optimizer) -> None:
+    if (how := sharded(model).schedule.optimizer_hooks.adopt(optimizer)) is not None:
+        rank_zero_info(how)
 
 
 def _not_called(module: Any, _mesh: Any) -> Any:

@@ -179,7 +179,7 @@ class Communication:
             modules,
             self._groups,
             counted=self._counted,
-            with_gradient=self._agreement.with_gradient,
+            explained=self._control.explained,
             caches=self._on_node,
             install=install,
             wire_dtype=self._options.inter_node_reduce_dtype,

@@ -21,6 +21,7 @@ from lightning_mics._torch.dtensors.owned_rows import OwnedRows, owned_rows
 from lightning_mics._torch.fsdp import sharded_parameters
 from lightning_mics._torch.process_groups import new_group
 from lightning_mics._torch.streams import keep_for_current_stream
+from lightning_mics._torch.units.param_groups import note_reductions
 from lightning_mics._torch.units.reduced import (
     divided_afterwards,
     is_row_sharded_matrix,
@@ -43,7 +44,7 @@ class MatrixOwners:
         modules: FSDP modules by fully qualified name.
         groups: Process groups of this rank.
         counted: Makes a group whose collectives are counted.
-        with_gradient: Parameters in the latest reduction of each module, as bits in their order, by name.
+        explained: Returns the error to raise in place of one of a collective.
         caches: Caches of the modules' parameters on nodes, by name.
         install: Called as ``install(name, reduction)`` to reduce the matrices of a module to their owners.
         wire_dtype: Dtype of inter-node messages of gradients; None is that of the gradients.
@@ -55,7 +56,7 @@ class MatrixOwners:
         groups: PartitionGroups,
         *,
         counted: Callable[[dist.ProcessGroup], CountedGroup],
-        with_gradient: Mapping[str, int],
+        explained: Callable[[BaseException], BaseException],
         caches: Mapping[str, NodeCache],
         install: Install,
         wire_dtype: torch.dtype | None,
@@ -63,7 +64,8 @@ class MatrixOwners:
         self._modules = modules
         self._groups = groups
         self._counted = counted
-        self._with_gradient = with_gradient
+        self._explained = explained
+        self._with_gradient: dict[str, int] = {}  # parameters in the latest reduction of a module, as bits, by name
         self._caches = caches
         self._install = install
         self._wire_dtype = wire_dtype
@@ -125,6 +127,8 @@ class MatrixOwners:
         See [Note: Gradients of owned matrices].
         """
         taken, self._taken = self._taken, []
+        for unit in {matrix.unit for _, matrix, _, _ in taken}:
+            self._free_reduced(unit)
         for parameter, matrix, held, is_added in taken:
             keep_for_current_stream(held)
             gradient = self.rows(parameter, matrix, held)
@@ -133,6 +137,13 @@ class MatrixOwners:
                 parameter.grad._local_tensor += gradient.by_rows().to_local()
             elif parameter.grad is not None:  # else nothing has used it
                 parameter.grad = gradient
+
+    def _free_reduced(self, unit: str) -> None:
+        """Copy the gradients of a module that are views of its reduction, which has zeros for all matrices besides."""
+        matrices = self._reductions[unit].matrices
+        for index, parameter in enumerate(sharded_parameters(self._modules[unit])):
+            if index not in matrices and isinstance(parameter.grad, DTensor):
+                parameter.grad._local_tensor = parameter.grad._local_tensor.clone()
 
     def forget(self) -> None:
         """Drop gradients that were reduced in a backward which does not end."""
@@ -212,7 +223,12 @@ class MatrixOwners:
                 wire_dtype=self._wire_dtype,
             )
             self._install(name, self._reductions[name])
+            note = partial(self._note_reduction, name)
+            note_reductions(self._modules[name], before=note, explained=self._explained)
         return self._reductions[name]
+
+    def _note_reduction(self, name: str, with_gradient: int, _all_reduced: bool) -> None:
+        self._with_gradient[name] = with_gradient
 
     def _reduced(self, name: str) -> list[tuple[int, int, int, bool]]:
         module = self._modules[name]

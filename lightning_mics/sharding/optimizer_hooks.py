@@ -16,7 +16,7 @@ from lightning_mics._torch.optimizers.muon import is_muon
 from lightning_mics._torch.optimizers.steps import call_after_steps, call_before_steps, call_before_unscaling
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from lightning_mics.sharding.matrix_owners import MatrixOwners
-from lightning_mics.sharding.optimizers.adapt import adapt_optimizer, may_send
+from lightning_mics.sharding.optimizers.adapt import adapt_optimizer, how_it_steps, may_send
 from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
 from lightning_mics.sharding.weight_cache import WeightCache
 
@@ -75,10 +75,13 @@ class OptimizerHooks:
             kind.__name__, (kind,), {"zero_grad": zero_all, "__module__": kind.__module__, "__doc__": kind.__doc__}
         )
 
-    def adopt(self, optimizer: Optimizer) -> None:
+    def adopt(self, optimizer: Optimizer) -> str | None:
         """Let ``optimizer`` step on this model: with the shards in place of parameters from before the sharding.
 
         The same holds for optimizers inside of it, such as the base optimizer of SAM or Lookahead.
+
+        Returns:
+            A line for the user on how it steps; None if there is nothing to say.
 
         Raises:
             TypeError: If its class cannot work on sharded parameters.
@@ -92,9 +95,10 @@ class OptimizerHooks:
             if self.unsharded is not None:
                 assert isinstance(self._root, nn.Module)
                 self.unsharded.exchange(each, self._root)
-            adapt_optimizer(each, self.owners)
+            adapt_optimizer(each, self.owners if self.trains_with(each) else None)
         if self.count is not None and may_send(optimizer) and self.trains_with(optimizer):
             count_collectives_of_steps(optimizer, self.count)
+        return how_it_steps(optimizer) if self.trains_with(optimizer) else None
 
     def trains_with(self, optimizer: Optimizer) -> bool:
         """Whether ``optimizer`` holds parameters of this model."""

@@ -93,6 +93,5 @@ class SecondHop:
         self._replication.all_reduce(shard, op=op, technique="all-reduce over replicas", wire_dtype=self._wire_dtype)
 
     def _all_reduce_into(self, result: Tensor, shard: Tensor, op: ReduceOp) -> None:
-        if result.data_ptr() != shard.data_ptr():
-            result.copy_(shard)
+        result.copy_(shard)
         self._all_reduce(result, op)

@@ -7,7 +7,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import _get_gradient_divide_factors
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 
-from lightning_mics._torch.fsdp import _param_groups
+from lightning_mics._torch.fsdp import _param_groups, has_inner_tensors
+from lightning_mics._torch.parameter_hooks import users_hook
+
+PACKAGE = "lightning_mics."  # whose own hooks do not mind where rows are
 
 
 def reduced_segments(module: FSDPModule, with_gradient: int) -> list[tuple[int, int, int]]:
@@ -27,14 +30,15 @@ def reduced_segments(module: FSDPModule, with_gradient: int) -> list[tuple[int, 
 
 
 def may_be_owned(module: FSDPModule, index: int) -> bool:
-    """Whether nothing looks at the gradient of a parameter of ``module`` itself before its backward has ended.
+    """Whether no hook of users looks at the gradient of a parameter of ``module`` itself before its backward has ended.
 
     Args:
         module: FSDP module.
         index: Position of the parameter.
     """
     parameters = [p for group in _param_groups(module) for p in group.fsdp_params]
-    return not getattr(parameters[index].sharded_param, "_post_accumulate_grad_hooks", None)
+    hooks = getattr(parameters[index].sharded_param, "_post_accumulate_grad_hooks", None) or {}
+    return all(users_hook(hook).__module__.startswith(PACKAGE) for hook in hooks.values())
 
 
 def is_row_sharded_matrix(module: FSDPModule, index: int) -> bool:
@@ -46,10 +50,9 @@ def is_row_sharded_matrix(module: FSDPModule, index: int) -> bool:
     """
     groups = list(_param_groups(module))
     parameter = [p for group in groups for p in group.fsdp_params][index]
-    plain = type(parameter._sharded_local_tensor) is torch.Tensor
     return (
         len(groups) == 1
-        and plain
+        and not has_inner_tensors(parameter._sharded_local_tensor)
         and parameter.sharded_param.dim() == 2
         and parameter.fsdp_placement.dim == 0
         and not parameter.offload_to_cpu

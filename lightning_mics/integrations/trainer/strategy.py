@@ -191,7 +191,8 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
         sharded = set(self.model.parameters())
         for index, optimizer in enumerate(self.optimizers):
             check_optimizer(optimizer, self.precision_plugin.precision)
-            self._state().schedule.optimizer_hooks.adopt(optimizer)
+            if (how := self._state().schedule.optimizer_hooks.adopt(optimizer)) is not None:
+                rank_zero_info(how)
             if self._in_memory is not None:
                 optimizer.register_step_pre_hook(self._in_memory.before_optimizer_step)
             foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in sharded]

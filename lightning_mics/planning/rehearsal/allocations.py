@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from lightning_mics._torch.dtensors.owned_rows import elements_here
 from lightning_mics._torch.fake import tree_leaves, watched_resizes
 from lightning_mics._torch.host_memory import is_allocating_on_host
 from lightning_mics.planning.rehearsal.observed import Observer
@@ -87,7 +88,7 @@ class Allocations(Observer):
             over: Category that is replaced; None replaces any.
         """
         for tensor in tensors:
-            local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+            local = elements_here(tensor)
             block = self._blocks.get(local.untyped_storage()._cdata)
             if block is None or block.category == category or over not in (None, block.category):
                 continue

@@ -82,6 +82,12 @@ def adapt_optimizer(optimizer: Optimizer, owners: MatrixOwners | None = None) ->
         vars(optimizer)["_mics_substitution"] = found(optimizer)
 
 
+def how_it_steps(optimizer: Optimizer) -> str | None:
+    """A line for the user on how an adapted optimizer steps; None if there is nothing to say."""
+    substitution = vars(optimizer).get("_mics_substitution")
+    return substitution.report if isinstance(substitution, StepOnOwners) else None
+
+
 def may_send(optimizer: Optimizer) -> bool:
     """Whether the step of an optimizer may communicate by operations on DTensors: all but those known not to."""
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}" not in SHARD_BY_SHARD

@@ -55,9 +55,18 @@ class StepOnOwners:
         optimizer.register_state_dict_post_hook(self._save_by_rows)
 
     @property
-    def without_owner(self) -> int:
-        """Number of parameters of the optimizer that have no owner."""
-        return len(self._known) - len(self._matrices)
+    def report(self) -> str:
+        """A line on how many matrices have owners, and how the work is spread."""
+        name, others = type(self._optimizer()).__name__, len(self._known) - len(self._matrices)
+        rest = f"{others} are no matrices sharded by rows, which torch gathers inside of its step"
+        if not self._matrices:
+            return f"{name}: no parameter has an owner; {rest}"
+        loads = self._owners.loads
+        most = max(loads) * len(loads) / sum(loads)
+        return (
+            f"{name}: {len(self._matrices)} matrices are orthogonalized once per step in the whole job, each by the "
+            f"rank that owns it; the busiest rank has {most:.2f} times the mean work{f'; {rest}' if others else ''}"
+        )
 
     @torch.no_grad()
     def _step(self) -> set[Tensor]:

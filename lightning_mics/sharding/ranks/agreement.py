@@ -46,9 +46,6 @@ class RankAgreement:
 
     Args:
         groups: Process groups of this rank.
-
-    Attributes:
-        with_gradient: Parameters in the latest reduction of each module, as bits in their order, by name.
     """
 
     def __init__(self, groups: PartitionGroups) -> None:
@@ -56,7 +53,6 @@ class RankAgreement:
         self._control = groups.control
         self._partition = self._control.stream(topology.partition_group(rank))
         self._replication = self._control.stream(topology.replication_group(rank))
-        self.with_gradient: dict[str, int] = {}
 
     def before_gathers(self, name: str, module: FSDPModule, gather: AllGather) -> Any:
         """``gather``, before which the ranks of the partition group agree.
@@ -125,7 +121,7 @@ class RankAgreement:
         if self._partition is None and self._replication is None:
             return
         for name, module in fsdp_modules(root).items():
-            reduction = _Reduction(name, self._partition, self._replication, noted=self.with_gradient)
+            reduction = _Reduction(name, self._partition, self._replication)
             note_reductions(module, before=reduction.agree, explained=self._control.explained)
         around_end_of_backward(root, after=self._count_micro_step)
         self._follow_steps(root)
@@ -159,17 +155,13 @@ class RankAgreement:
 class _Reduction:
     """The words for the reductions of one unit, and the streams that agree on them."""
 
-    def __init__(
-        self, name: str, partition: Stream | None, replication: Stream | None, *, noted: dict[str, int]
-    ) -> None:
-        self._unit, self._noted = name, noted
+    def __init__(self, name: str, partition: Stream | None, replication: Stream | None) -> None:
         self._name = name or "the root"
         self._partition = partition
         self._replication = replication
         self._words: dict[tuple[int, bool], str] = {}
 
     def agree(self, with_gradient: int, all_reduced: bool) -> None:
-        self._noted[self._unit] = with_gradient
         replication = self._replication if all_reduced else None
         over_replicas = replication is not None
         words = self._words.get((with_gradient, over_replicas))
