@@ -12,9 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,8 +30,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.comparison.launches import Shape
-from benchmarks.emulated_cluster import EmulatedCluster
 from benchmarks.link_counters import sent_bytes
+from benchmarks.measured_on_links import circumstances, measure
 from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
 
 RANK, VOCAB, LENGTH, BATCH = 32, 512, 32, 2
@@ -165,21 +162,6 @@ def work(out: Path, ranks_per_node: int) -> None:
     time.sleep(0.2)
 
 
-def measure(shape: Shape, scratch: Path) -> dict[str, Any]:
-    """Launch the ranks on an emulated cluster."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    out = scratch / f"{shape}.json"
-    script = (
-        f"OMP_NUM_THREADS=1 {sys.executable} -m torch.distributed.run --nnodes $NNODES --node-rank $NODE_RANK "
-        f"--nproc-per-node {shape.ranks_per_node} --master-addr $MASTER_ADDR --master-port $MASTER_PORT "
-        f"-m benchmarks.finetuning --work {out} --shapes {shape}"
-    )
-    with EmulatedCluster(shape.nodes) as cluster:
-        print(cluster.start(["sh", "-c", script]).wait(timeout=1500))
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
-
-
 def row(shape: Shape, run: dict[str, Any], *, adapters: int, reference: Sequence[float]) -> str:
     """A line of the table."""
     bound = 2 * adapters * (shape.nodes - 1) / shape.nodes
@@ -211,7 +193,7 @@ def write_page(measured: dict[str, dict[str, Any]], out: Path, arguments: Sequen
             )
             rows.append(row(Shape.parse(text), run, adapters=found["adapters"], reference=reference))
     any_shape = next(iter(measured.values()))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = circumstances()
     (out / "results.json").write_text(json.dumps(measured, indent=1))
     (out / "README.md").write_text(
         PAGE.format(
@@ -219,11 +201,7 @@ def write_page(measured: dict[str, dict[str, Any]], out: Path, arguments: Sequen
             later=STEPS - 1,
             adapters=any_shape["adapters"] / 1e6,
             weights=any_shape["weights"] / 1e6,
-            cores=os.cpu_count(),
-            system=f"{platform.system()} {platform.release()}",
-            versions=f"Python {platform.python_version()}, torch {torch.__version__}, peft {peft.__version__}",
-            commit=commit,
-            date=time.strftime("%Y-%m-%d", time.gmtime()),
+            **{**about, "versions": f"{about['versions']}, peft {peft.__version__}"},
             arguments=" ".join(arguments),
             rows="\n".join(rows),
         )
@@ -271,7 +249,7 @@ def main() -> None:
     if options.out is None:
         parser.error("--out is needed: the folder of the page and the numbers")
     options.out.mkdir(parents=True, exist_ok=True)
-    measured = {str(shape): measure(shape, options.out / "scratch") for shape in shapes}
+    measured = {str(shape): measure("benchmarks.finetuning", shape, options.out / "scratch") for shape in shapes}
     write_page(measured, options.out, sys.argv[1:])
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.tensor.debug
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
 
 KEEPS_ORDER = "sort_ranks" in inspect.signature(dist.new_group).parameters  # since 2.13
 
@@ -80,6 +82,17 @@ def _new_unsorted_group(
     c10d._world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def reduce_over_all_axes_at_once(mesh: DeviceMesh) -> None:
+    """Let DTensors on ``mesh`` be reduced over all its axes by one collective, in one order; every rank calls it.
+
+    Args:
+        mesh: Mesh of a sharded model.
+    """
+    if mesh.ndim > 1:
+        with unset_fake_temporarily():  # a mesh has values in rehearsals, too
+            mesh._flatten()
 
 
 def groups_made() -> int:

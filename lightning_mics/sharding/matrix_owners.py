@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_mics._torch.dtensors.owned_rows import OwnedRows, owned_rows
 from lightning_mics._torch.fsdp import sharded_parameters
-from lightning_mics._torch.process_groups import new_group
+from lightning_mics._torch.process_groups import new_group, reduce_over_all_axes_at_once
 from lightning_mics._torch.streams import keep_for_current_stream
 from lightning_mics._torch.units.param_groups import note_reductions
 from lightning_mics._torch.units.reduced import (
@@ -256,6 +256,7 @@ class MatrixOwners:
         existing = [groups.rail, groups.node, groups.partition, groups.replication]
         known = {tuple(dist.get_process_group_ranks(group)): group for group in existing if group is not None}
         check_same_count_of_groups(groups.control)
+        reduce_over_all_axes_at_once(groups.mesh)  # norms of gradients, whose rows are on all axes
 
         def counted(ranks: tuple[int, ...], name: str) -> CountedGroup | None:
             if len(ranks) == 1:
