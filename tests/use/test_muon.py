@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
 from lightning_mics._torch.dtensors.owned_rows import OwnedRows
 from lightning_mics.collectives.counted_group import CountedGroup
+from lightning_mics.topology import partition_sizes
 from tests.support.campaign import campaign
 from tests.support.forked import run_cases
 from tests.support.models import TinyLM, tokens
@@ -331,6 +332,28 @@ def assert_same(ranks: list[Any], step: int, reference: dict[str, Tensor], toler
 
 def gap(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("nodes", [4, 2])
+def test_eight_ranks_end_where_one_process_does(nodes):
+    """Among them partition groups of two nodes, which are half of the job."""
+    sizes = partition_sizes(world_size=8, ranks_per_node=8 // nodes)
+    cases = {
+        (size, s): partial(with_iteration, in_float32, partial(train, size, NODE, s, nodes=nodes, steps=LONG_STEPS))
+        for size in sizes
+        for s in ((1, 4) if size == 4 else (1,))
+    }
+    results = run_cases(8, cases, timeout=500)
+    weights = sum(p.nbytes for p in matrices(network()))
+    for (_, s), ranks in results.items():
+        with iteration(in_float32):
+            reference = alone(s, steps=LONG_STEPS, ranks=8)
+        for step in (0, LONG_STEPS // 2, LONG_STEPS - 1):
+            assert_same(ranks, step, reference[step], 5e-6)
+        owners = sum(sent for of_rank in ranks for name, sent in of_rank["sent"][-1].items() if "owne" in name)
+        assert owners == 2 * weights * (nodes - 1)  # in float32
+        assert sum(of_rank["flops"][-1] for of_rank in ranks) == sum(of_rank["flops"][0] for of_rank in ranks)
 
 
 # -- what code sees of gradients ---------------------------------------------------------------------------------------
