@@ -34,7 +34,7 @@ class CollectiveOperation:
 
     Attributes:
         kind: Kind of the collective.
-        group: Its process group.
+        group: Process group.
         tensors: Tensors that it takes.
         elements: Number of elements that are gathered, reduced or exchanged, over all ranks.
         sizes: Elements that each rank gets of this one, in an exchange of parts of different sizes; else empty.

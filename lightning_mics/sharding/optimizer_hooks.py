@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 from lightning_mics._torch.collective_operations import CollectiveOperation
 from lightning_mics._torch.fsdp import fsdp_modules, sharded_parameters
 from lightning_mics._torch.optimizers.counted_steps import count_collectives_of_steps
-from lightning_mics._torch.optimizers.muon import is_muon
 from lightning_mics._torch.optimizers.steps import call_after_steps, call_before_steps, call_before_unscaling
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
-from lightning_mics.sharding.matrix_owners import MatrixOwners
 from lightning_mics.sharding.optimizers.adapt import adapt_optimizer, how_it_steps, may_send
 from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
+from lightning_mics.sharding.optimizers.matrix_owners import MatrixOwners
+from lightning_mics.sharding.optimizers.whole_matrices import matrix_update
 from lightning_mics.sharding.weight_cache import WeightCache
 
 
@@ -113,7 +113,7 @@ class OptimizerHooks:
         call_after_steps(self._after_step)
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        if is_muon(optimizer) and self.trains_with(optimizer):  # of a loop that has adopted none
+        if matrix_update(optimizer) is not None and self.trains_with(optimizer):  # of a loop that has adopted none
             adapt_optimizer(optimizer, self.owners)
         if self._follows_steps and self.trains_with(optimizer) and _changes_weights(optimizer):
             self._window.after_backward()

@@ -42,9 +42,9 @@ class OwnedMatrix:
     Attributes:
         rows: Number of rows.
         columns: Number of columns.
-        owner: The rank that orthogonalizes its update.
-        unit: Fully qualified name of its FSDP module.
-        index: Its position among the parameters of that module.
+        owner: The rank that updates it.
+        unit: Fully qualified name of the FSDP module that has it.
+        index: Position among the parameters of that module.
     """
 
     rows: int
@@ -86,25 +86,51 @@ class RowsOfRanks:
         return rank % self.topology.ranks_per_node // self.slices
 
     def holds(self, rank: int, matrix: OwnedMatrix) -> bool:
-        """Whether a rank holds a slice of a matrix for its owner."""
+        """Whether a rank holds a slice of a matrix for its owner.
+
+        Args:
+            rank: The rank.
+            matrix: The matrix.
+        """
         here, owner = self._place(rank), self._place(matrix.owner)
         return here == owner
 
     def shares_replica(self, rank: int, node: int) -> bool:
-        """Whether a node has ranks of the partition group of ``rank``."""
+        """Whether a node has ranks of the partition group of ``rank``.
+
+        Args:
+            rank: The rank.
+            node: The node.
+        """
         return self.node(rank) // self.positions_per_slice == node // self.positions_per_slice
 
     def own_rows(self, rank: int, matrix: OwnedMatrix) -> range:
-        """Rows of a matrix that are in the shard of a rank."""
+        """Rows of a matrix that are in the shard of a rank.
+
+        Args:
+            rank: The rank.
+            matrix: The matrix.
+        """
         return self.rows_on(self.node(rank), self.slice_of(rank), matrix)
 
     def rows_on(self, node: int, of_slice: int, matrix: OwnedMatrix) -> range:
-        """Rows of a slice that are in a shard on a node."""
+        """Rows of a slice that are in a shard on a node.
+
+        Args:
+            node: The node.
+            of_slice: The slice.
+            matrix: The matrix.
+        """
         chunk, position = self._chunk(matrix), of_slice * self.positions_per_slice + node % self.positions_per_slice
         return _clipped(position * chunk, chunk, matrix.rows)
 
     def rows_of_slice(self, of_slice: int, matrix: OwnedMatrix) -> range:
-        """Rows of a slice."""
+        """Rows of a slice.
+
+        Args:
+            of_slice: The slice.
+            matrix: The matrix.
+        """
         chunk = self._chunk(matrix) * self.positions_per_slice
         return _clipped(of_slice * chunk, chunk, matrix.rows)
 

@@ -155,7 +155,7 @@ class OwnerExchange:
         Args:
             matrices: The matrices.
             whole: The updates of those that this rank owns: [rows, columns] each; None for the others.
-            like: A tensor with the dtype and on the device of updates.
+            like: A tensor with the dtype and on the device of updates: [any].
 
         Returns:
             Of each matrix the rows that this rank holds: [held, columns].

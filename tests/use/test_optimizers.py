@@ -48,6 +48,46 @@ class Own(Optimizer):
                 p.sub_((rows / (rows.norm(dim=0) + 0.1)).view_as(p), alpha=group["lr"])
 
 
+class Parts:
+    """Of an update that scales the columns of its momentum."""
+
+    def of_rows(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        state["steps"] = state.get("steps", 0) + 1
+        state["momentum"] = state.get("momentum", torch.zeros_like(gradient)) * 0.9 + gradient / state["steps"]
+        return state["momentum"]
+
+    def of_matrix(self, update: Tensor, group: dict[str, Any]) -> Tensor:
+        return update / (update.norm(dim=0) + 0.1)
+
+    def apply(self, weights: Tensor, update: Tensor, group: dict[str, Any], shape: torch.Size) -> None:
+        weights.sub_(update, alpha=group["lr"] * shape[0] ** 0.5)
+
+    def flops(self, rows: int, columns: int, group: dict[str, Any]) -> float:
+        return 2 * rows * columns
+
+
+class OwnParts(Optimizer):
+    """An optimizer of one's own in these parts, and plain descent for what is no matrix."""
+
+    matrix_update = Parts()
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__(parameters, {"lr": 0.05})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dim() == 2:
+                    update = self.matrix_update.of_rows(p.grad, self.state[p], group)
+                    self.matrix_update.apply(p, self.matrix_update.of_matrix(update, group), group, p.shape)
+                else:
+                    p.sub_(p.grad, alpha=group["lr"])
+
+
 class Sam(Optimizer):
     """Two gradients per step, the second at the worst point nearby; the step is another optimizer's."""
 
@@ -113,6 +153,7 @@ MAKE: dict[str, Callable[[nn.Module], Optimizer]] = {
     "LAMB, of your own": lambda m: Lamb(m.parameters()),
     "SAM around SGD, of your own": lambda m: Sam(m.parameters()),
     "one with `needs_whole_parameters = True`": lambda m: Own(m.parameters()),
+    "one with `matrix_update`": lambda m: OwnParts(m.parameters()),
     "`ZeroRedundancyOptimizer`": lambda m: ZeroRedundancyOptimizer(m.parameters(), torch.optim.SGD, lr=0.1),
 }
 
@@ -297,7 +338,10 @@ REJECTED = ["`torch.optim.SparseAdam`", "`ZeroRedundancyOptimizer`"]
 HOSTED = [
     ("over nodes", "`torch.optim.Adafactor`"),
     ("fabric", "`torch.optim.Adafactor`"),
+    ("over nodes", "one with `matrix_update`"),
     ("fabric", "`torch.optim.LBFGS`"),
+    ("fabric", "one with `matrix_update`"),
+    ("accelerate", "one with `matrix_update`"),
     ("accelerate", "`transformers.Adafactor`"),
     ("accelerate", "SAM around SGD, of your own"),
 ]
@@ -320,6 +364,7 @@ HOSTS = {"over nodes": partial(sharded, ranks_per_node=1), "fabric": under_fabri
 RESUMED: dict[str, dict[str, Any]] = {
     "`torch.optim.Adafactor`": {"state_dict_type": "full"},
     "`torch.optim.Rprop`": {"ranks_per_node": 1, "partition_size": 2, "cache_parameters": "never"},
+    "one with `matrix_update`": {"ranks_per_node": 1, "partition_size": 2},
 }
 
 

@@ -1,7 +1,5 @@
 """Sharded tensors whose rows lie elsewhere for now: with the holders of an owned matrix.
 
-[Note: Gradients of owned matrices]
-
 Between the boundary and the step, the sum of an owned matrix's gradient is not on the ranks that hold its shard (see
 :mod:`~lightning_mics.techniques.matrix_owners`). Yet ``.grad`` is a DTensor with the values that anybody else expects:
 

@@ -19,49 +19,57 @@ def is_muon(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, Muon) and kind.step is Muon.step and kind._init_group is Muon._init_group
 
 
-def orthogonalized(update: Tensor, group: dict[str, Any]) -> Tensor:
-    """The update of a matrix, orthogonalized by Newton-Schulz iterations: [rows, columns].
+class MuonUpdate:
+    """The parts of Muon's step, which are torch's operations on the same numbers."""
 
-    Args:
-        update: Update before it, from momentum: [rows, columns].
-        group: Parameter group of the matrix.
-    """
-    result: Tensor = _muon._zeropower_via_newtonschulz(
-        update, group["ns_coefficients"], group["ns_steps"], group["eps"]
-    )
-    return result
+    def of_rows(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """The update from momentum: [rows, columns].
 
+        Args:
+            gradient: Some rows of the gradient: [rows, columns].
+            state: State of these rows, changed in place.
+            group: Parameter group of the matrix.
+        """
+        if MOMENTUM not in state:
+            state[MOMENTUM] = torch.zeros_like(gradient)
+        momentum = state[MOMENTUM].lerp_(gradient, 1 - group["momentum"])
+        return gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
 
-def iteration_dtype(group: dict[str, Any]) -> torch.dtype:
-    """Dtype of orthogonalized updates.
+    def of_matrix(self, update: Tensor, group: dict[str, Any]) -> Tensor:
+        """The update of a matrix, orthogonalized by Newton-Schulz iterations: [rows, columns].
 
-    Args:
-        group: A parameter group.
-    """
-    return orthogonalized(torch.eye(2), group).dtype
+        Args:
+            update: Update before it: [rows, columns].
+            group: Parameter group of the matrix.
+        """
+        result: Tensor = _muon._zeropower_via_newtonschulz(
+            update, group["ns_coefficients"], group["ns_steps"], group["eps"]
+        )
+        return result
 
+    def apply(self, weights: Tensor, update: Tensor, group: dict[str, Any], shape: torch.Size) -> None:
+        """Decay the weights and add the update, in place.
 
-def iteration_flops(rows: int, columns: int, *, steps: int = 5) -> float:
-    """Floating-point operations that orthogonalize one matrix.
+        Args:
+            weights: Some rows of the weights: [rows, columns].
+            update: These rows of the update: [rows, columns].
+            group: Parameter group of the matrix.
+            shape: Shape of the matrix.
+        """
+        lr = float(group["lr"])
+        weights.mul_(1 - lr * group["weight_decay"])
+        weights.add_(update, alpha=-_muon._adjust_lr(lr, group["adjust_lr_fn"], shape))
 
-    Args:
-        rows: Number of rows.
-        columns: Number of columns.
-        steps: Number of iterations.
-    """
-    short, long = sorted((rows, columns))
-    return steps * (4.0 * short * short * long + 2.0 * short**3)
+    def flops(self, rows: int, columns: int, group: dict[str, Any]) -> float:
+        """Floating-point operations that orthogonalize one matrix.
 
-
-def learning_rate(group: dict[str, Any], shape: torch.Size) -> tuple[float, float]:
-    """The learning rate of a group, and that of a matrix in it.
-
-    Args:
-        group: Parameter group of the matrix.
-        shape: Shape of the matrix.
-    """
-    lr = float(group["lr"])
-    return lr, _muon._adjust_lr(lr, group["adjust_lr_fn"], shape)
+        Args:
+            rows: Number of rows.
+            columns: Number of columns.
+            group: Parameter group of the matrix.
+        """
+        short, long = sorted((rows, columns))
+        return float(group["ns_steps"] * (4 * short * short * long + 2 * short**3))
 
 
 def take_over_step(optimizer: Optimizer, step: Callable[[], set[Tensor]]) -> None:

@@ -9,9 +9,10 @@ need::
     dot products of all parameters  LBFGS                                      one vector of all parameters, sharded
     whole matrices                  Muon                                       the owner of each matrix
 
-An optimizer of your own that needs all rows of each parameter says so by ``needs_whole_parameters = True``, on the
-class or on the object. Its update of a parameter then sees the unsharded parameter and gradient; states of the
-parameter's shape are sharded between steps.
+An optimizer of your own whose update needs whole matrices gives its parts as ``matrix_update``: see
+:mod:`~lightning_mics.sharding.optimizers.whole_matrices`. One that needs all rows of each parameter says so by
+``needs_whole_parameters = True``, on the class or on the object. Its update of a parameter then sees the unsharded
+parameter and gradient; states of the parameter's shape are sharded between steps.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ from functools import partial
 
 from torch.optim import Optimizer
 
-from lightning_mics._torch.optimizers.muon import is_muon
-from lightning_mics.sharding.matrix_owners import MatrixOwners
 from lightning_mics.sharding.optimizers.lbfgs import StepOnOneVector
-from lightning_mics.sharding.optimizers.muon import StepOnOwners
+from lightning_mics.sharding.optimizers.matrix_owners import MatrixOwners
 from lightning_mics.sharding.optimizers.substitutes import StepOnShards, StepOnWholeParameters
+from lightning_mics.sharding.optimizers.whole_matrices import StepOnOwners, matrix_update
 
 SUBSTITUTIONS: dict[str, Callable[[Optimizer], object]] = {
     "torch.optim.rprop.Rprop": StepOnShards,
@@ -76,8 +76,8 @@ def adapt_optimizer(optimizer: Optimizer, owners: MatrixOwners | None = None) ->
     found = next((SUBSTITUTIONS[name] for name in names if name in SUBSTITUTIONS), None)
     if getattr(optimizer, "needs_whole_parameters", False):
         found = StepOnWholeParameters
-    elif owners is not None and is_muon(optimizer):
-        found = partial(StepOnOwners, owners=owners)
+    elif owners is not None and (update := matrix_update(optimizer)) is not None:
+        found = partial(StepOnOwners, owners=owners, update=update)
     if found is not None and not hasattr(optimizer, "_mics_substitution"):
         vars(optimizer)["_mics_substitution"] = found(optimizer)
 

@@ -124,7 +124,7 @@ class MatrixOwners:
     def attach_gradients(self) -> None:
         """Set ``.grad`` of the matrices that the backward has reduced to their owners; runs where FSDP2 ends one.
 
-        See [Note: Gradients of owned matrices].
+        See :mod:`~lightning_mics._torch.dtensors.owned_rows`.
         """
         taken, self._taken = self._taken, []
         for unit in {matrix.unit for _, matrix, _, _ in taken}:
@@ -154,7 +154,7 @@ class MatrixOwners:
 
         Args:
             parameter: The sharded parameter: [rows, columns].
-            matrix: Its matrix.
+            matrix: Matrix of the parameter.
             held: Rows that this rank holds: [held, columns].
         """
         return owned_rows(parameter, held, partial(_to_shard, self.exchange, matrix))
@@ -187,7 +187,7 @@ class MatrixOwners:
 
         Args:
             parameters: The sharded parameters: [rows, columns] each.
-            matrices: Their matrices.
+            matrices: Matrices of the parameters.
             updates: The rows of each update that this rank holds: [held, columns].
             apply: Called as ``apply(parameter, weights, rows)`` to change some rows of a parameter in place.
         """
