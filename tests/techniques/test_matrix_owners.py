@@ -7,7 +7,7 @@ from itertools import chain
 import pytest
 
 from lightning_mics import Topology
-from lightning_mics._torch.optimizers.muon import iteration_flops
+from lightning_mics._torch.optimizers.muon import MuonUpdate
 from lightning_mics.techniques.matrix_owners import OwnedMatrix, RowsOfRanks, choose_owners
 from lightning_mics.topology import partition_sizes
 
@@ -41,6 +41,10 @@ def test_slices_are_the_shards_of_rails(topology):
     for rank in range(topology.world_size):
         rail = [of_ranks.own_rows(member, matrix) for member in topology.rail(rank)]
         assert list(chain.from_iterable(rail)) == list(of_ranks.rows_of_slice(of_ranks.slice_of(rank), matrix))
+
+
+def iteration_flops(rows: int, columns: int) -> float:
+    return MuonUpdate().flops(rows, columns, {"ns_steps": 5})
 
 
 def gpt(layers: int, dim: int) -> list[tuple[int, int]]:
