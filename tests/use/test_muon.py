@@ -51,7 +51,7 @@ def network() -> TinyLM:
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     of_blocks = matrices(model)
     rest = [p for p in model.parameters() if not any(p is matrix for matrix in of_blocks)]
-    return [torch.optim.Muon(of_blocks, lr=LR), torch.optim.AdamW(rest, lr=LR, eps=1e-3)]
+    return [torch.optim.Muon(of_blocks, lr=LR), torch.optim.AdamW(rest, lr=LR / 10, eps=1e-3)]
 
 
 class Products(TorchDispatchMode):
