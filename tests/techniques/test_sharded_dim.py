@@ -1,0 +1,240 @@
+"""Parameters with fewer rows than ranks are sharded along another dim: without padding, and with the same numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
+from lightning_mics.cost.collective import Collective
+from lightning_mics.cost.step_traffic import find_units, step_traffic
+from lightning_mics.planning.rehearsal.rehearse import Rehearsal, rehearse
+from lightning_mics.sharding.blocks import find_blocks
+from lightning_mics.techniques.sharded_dim import padded_numel, sharded_dim
+from tests.support.forked import run_cases
+from tests.support.narrow import DIM, NARROW, batch, narrow, network, sgd, whole
+
+STEPS, MICRO_STEPS = 4, 2
+NODE, RANK = CommunicationOptions.NODE, CommunicationOptions.RANK
+
+# -- which dim ---------------------------------------------------------------------------------------------------------
+
+CHOICES: dict[tuple[tuple[int, ...], int], tuple[int, int]] = {
+    ((2, 16), 4): (1, 32),
+    ((2, 16), 2): (0, 32),  # as many rows as ranks
+    ((3, 16), 2): (0, 64),
+    ((2, 18), 4): (0, 72),  # 18 columns do not divide by 4
+    ((2, 3, 8), 4): (2, 48),
+    ((2, 8, 4), 4): (1, 64),  # the longest
+    ((2, 4, 9), 4): (1, 72),
+    ((3,), 4): (0, 4),
+    ((1, 4), 1): (0, 4),
+    ((0, 8), 4): (0, 0),
+    ((2, 0), 4): (0, 0),
+}
+
+
+@pytest.mark.parametrize(("shape", "ranks"), CHOICES)
+def test_the_longest_even_dim_is_sharded_where_rows_are_fewer_than_ranks(shape: tuple[int, ...], ranks: int) -> None:
+    assert (sharded_dim(shape, ranks), padded_numel(shape, ranks)) == CHOICES[shape, ranks]
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def train(topology: Topology, options: CommunicationOptions, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    model = network(dtype)
+    schedule = shard_model(model, create_partition_groups(topology, device_type="cpu"), communication=options)
+    optimizer = sgd(model)
+    losses, sent = [], [0.0]
+    for step in range(STEPS):
+        total = torch.zeros(())
+        for micro_step in range(MICRO_STEPS):
+            with schedule.micro_step(boundary=micro_step == MICRO_STEPS - 1):
+                loss = model(batch(dist.get_rank(), step, micro_step)) / MICRO_STEPS
+                loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.all_reduce(total)
+        losses += [float(total) / dist.get_world_size(), float(norm)]
+        by_technique = schedule.traffic.by_technique().values()
+        sent.append(topology.ranks_per_node * sum(each.between_bytes for each in by_technique))
+    of_steps = [after - before for before, after in pairwise(sent)]
+    return {"losses": losses, "sent": of_steps, "weights": whole(model), "narrow": narrow(model)}
+
+
+def alone(ranks: int, dtype: torch.dtype = torch.float32) -> tuple[list[float], dict[str, Tensor]]:
+    model = network(dtype)
+    optimizer = sgd(model)
+    losses = []
+    for step in range(STEPS):
+        total = 0.0
+        for micro_step in range(MICRO_STEPS):
+            for rank in range(ranks):
+                loss = model(batch(rank, step, micro_step)) / MICRO_STEPS / ranks
+                loss.backward()
+                total += float(loss.detach())
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses += [total, float(norm)]
+    return losses, whole(model)
+
+
+SCHEDULES = {"paper": CommunicationOptions.PAPER, "node": NODE, "rank": RANK}
+OVER_NODES = Topology(world_size=4, ranks_per_node=2, partition_size=4)
+RANKS = {
+    "two nodes": OVER_NODES,
+    "one node, flat": Topology(world_size=4, ranks_per_node=4, partition_size=4),
+    "two replicas": Topology(world_size=8, ranks_per_node=4, partition_size=4),
+    "eight": Topology(world_size=8, ranks_per_node=4, partition_size=8),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[Any, list[Any]]:
+    found: dict[Any, list[Any]] = {}
+    for world_size in (4, 8):
+        cases: dict[Any, Any] = {
+            (ranks, schedule, "float32"): partial(train, topology, options)
+            for ranks, topology in RANKS.items()
+            for schedule, options in SCHEDULES.items()
+            if topology.world_size == world_size
+        }
+        if world_size == 4:  # gathered as bytes
+            cases |= {
+                ("two nodes", name, "bfloat16"): partial(train, OVER_NODES, options, torch.bfloat16)
+                for name, options in SCHEDULES.items()
+            }
+        found |= run_cases(world_size, cases)
+    return found
+
+
+CASES = [
+    *((ranks, schedule, "float32") for ranks in RANKS for schedule in SCHEDULES),
+    *(("two nodes", schedule, "bfloat16") for schedule in SCHEDULES),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=", ".join)
+def test_narrow_matrices_train_as_in_one_process(case: tuple[str, str, str], runs: dict[Any, list[Any]]) -> None:
+    losses, weights = alone(RANKS[case[0]].world_size, DTYPES[case[2]])
+    before = network(DTYPES[case[2]]).state_dict()
+    for of_rank in runs[case]:
+        assert of_rank["narrow"] == NARROW
+        assert of_rank["losses"] == pytest.approx(losses, abs=1e-6)
+        for name, value in weights.items():
+            torch.testing.assert_close(of_rank["weights"][name], value, atol=1e-6, rtol=0)
+            assert torch.equal(value, before[name]) == ("base" in name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("schedule", ["node", "rank"])
+def test_a_node_sends_what_trains_once_per_step(schedule: str, dtype: str, runs: dict[Any, list[Any]]) -> None:
+    padded = 4 * sum(padded_numel(p.shape, 4) for p in network().parameters() if p.requires_grad)
+    for of_rank in runs["two nodes", schedule, dtype]:
+        assert all(each == padded for each in of_rank["sent"][1:])  # 2 A (N - 1) / N for two nodes
+        assert of_rank["sent"][0] > padded
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen square matrix and its adapter of low rank."""
+
+    def __init__(self, dim: int, rank: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(dim, dim, bias=False).requires_grad_(False)
+        self.lora_A, self.lora_B = nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.base(x) + self.lora_B(self.lora_A(x)))
+
+
+class Adapted(nn.Module):
+    def __init__(self, dim: int, rank: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(AdaptedLayer(dim, rank) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+def adapter_bytes(dim: int, rank: int) -> int:
+    return 3 * 2 * dim * rank * 4
+
+
+def sent_per_step(rank: int) -> float:
+    """Bytes of a node to other nodes in the second step, on eight ranks of two nodes."""
+    topology = Topology(world_size=8, ranks_per_node=4, partition_size=8)
+    model = Adapted(DIM, rank)
+    schedule = shard_model(model, create_partition_groups(topology, device_type="cpu"), communication=NODE)
+    optimizer = sgd(model)
+    sent = []
+    for step in range(2):
+        with schedule.micro_step(boundary=True):
+            model(batch(dist.get_rank(), step, 0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sent.append(sum(each.between_bytes for each in schedule.traffic.by_technique().values()))
+    return topology.ranks_per_node * (sent[1] - sent[0])
+
+
+@pytest.fixture(scope="module")
+def sent_of_ranks() -> dict[int, list[float]]:
+    return run_cases(8, {rank: partial(sent_per_step, rank) for rank in (4, 8, 16)})
+
+
+@pytest.mark.parametrize("rank", [4, 8, 16])
+def test_adapters_on_eight_ranks_are_sent_without_padding(rank: int, sent_of_ranks: dict[int, list[float]]) -> None:
+    bound = 2 * adapter_bytes(DIM, rank) * (2 - 1) / 2
+    assert sent_of_ranks[rank] == [bound] * 8
+
+
+def rehearsed(dim: int, rank: int, topology: Topology, options: CommunicationOptions, micro_steps: int) -> Rehearsal:
+    return rehearse(
+        partial(Adapted, dim, rank),
+        torch.zeros(2, dim),
+        loss=lambda model, batch: model(batch),
+        topology=topology,
+        communication=options,
+        micro_steps=micro_steps,
+    )
+
+
+@pytest.mark.rehearsal
+@pytest.mark.parametrize("ranks", [64, 512])
+@pytest.mark.parametrize("rank", [4, 8, 16])
+def test_adapters_of_large_jobs_are_sent_without_padding(rank: int, ranks: int) -> None:
+    topology = Topology(world_size=ranks, ranks_per_node=8, partition_size=ranks)
+    sent = rehearsed(512, rank, topology, NODE, 2).sent()
+    bound = 2 * adapter_bytes(512, rank) * (topology.nodes - 1) / topology.nodes
+    assert bound <= 8 * sum(each.between_bytes for each in sent.values()) <= 1.05 * bound
+
+
+@pytest.mark.rehearsal
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_formulas_count_the_collectives_of_narrow_matrices(schedule: str) -> None:
+    topology, options = Topology(world_size=32, ranks_per_node=4, partition_size=16), SCHEDULES[schedule]
+    played: Counter[Collective] = Counter()
+    for ran in rehearsed(48, 4, topology, options, 3).ran:
+        played[ran.collective] += ran.times
+    with torch.device("meta"):
+        model = Adapted(48, 4)
+    predicted: Counter[Collective] = Counter()
+    for repeated in step_traffic(find_units(model, find_blocks(model)), topology, communication=options):
+        predicted[repeated.collective] += repeated.in_step(3)
+    assert played == predicted
