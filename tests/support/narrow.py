@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import patch
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+
+from lightning_mics.sharding import shard_model as sharding
 
 DIM, LAYERS = 16, 3
 NARROW = [  # of more than three ranks
@@ -68,3 +73,8 @@ def narrow(model: nn.Module) -> list[str]:
     """The names of parameters that are sharded along another dim than rows."""
     placed = [(name, p.placements[-1]) for name, p in model.named_parameters() if isinstance(p, DTensor)]
     return [name for name, placement in placed if isinstance(placement, Shard) and placement.dim]
+
+
+def by_rows() -> Any:
+    """A context in which models are sharded as by earlier versions: along rows, whatever their shapes."""
+    return patch.object(sharding, "sharded_dim", lambda shape, ranks: 0)

@@ -11,15 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
 from lightning_mics.cost.collective import Collective
 from lightning_mics.cost.step_traffic import find_units, step_traffic
+from lightning_mics.planning import measure_workload
 from lightning_mics.planning.rehearsal.rehearse import Rehearsal, rehearse
+from lightning_mics.policy.step_memory import step_bytes
 from lightning_mics.sharding.blocks import find_blocks
 from lightning_mics.techniques.sharded_dim import padded_numel, sharded_dim
 from tests.support.forked import run_cases
-from tests.support.narrow import DIM, NARROW, batch, narrow, network, sgd, whole
+from tests.support.narrow import DIM, NARROW, batch, by_rows, narrow, network, sgd, whole
 
 STEPS, MICRO_STEPS = 4, 2
 NODE, RANK = CommunicationOptions.NODE, CommunicationOptions.RANK
@@ -49,9 +52,12 @@ def test_the_longest_even_dim_is_sharded_where_rows_are_fewer_than_ranks(shape: 
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def train(topology: Topology, options: CommunicationOptions, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def train(
+    topology: Topology, options: CommunicationOptions, dtype: torch.dtype = torch.float32, **of_sharding: Any
+) -> dict[str, Any]:
     model = network(dtype)
-    schedule = shard_model(model, create_partition_groups(topology, device_type="cpu"), communication=options)
+    groups = create_partition_groups(topology, device_type="cpu")
+    schedule = shard_model(model, groups, communication=options, **of_sharding)
     optimizer = sgd(model)
     losses, sent = [], [0.0]
     for step in range(STEPS):
@@ -70,6 +76,14 @@ def train(topology: Topology, options: CommunicationOptions, dtype: torch.dtype 
         sent.append(topology.ranks_per_node * sum(each.between_bytes for each in by_technique))
     of_steps = [after - before for before, after in pairwise(sent)]
     return {"losses": losses, "sent": of_steps, "weights": whole(model), "narrow": narrow(model)}
+
+
+def train_in_mixed_precision(options: CommunicationOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sharded as it is, and along rows."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    found = train(OVER_NODES, options, mixed_precision=policy)
+    with by_rows():
+        return found, train(OVER_NODES, options, mixed_precision=policy)
 
 
 def alone(ranks: int, dtype: torch.dtype = torch.float32) -> tuple[list[float], dict[str, Tensor]]:
@@ -116,6 +130,7 @@ def runs() -> dict[Any, list[Any]]:
                 ("two nodes", name, "bfloat16"): partial(train, OVER_NODES, options, torch.bfloat16)
                 for name, options in SCHEDULES.items()
             }
+            cases |= {("mixed", name): partial(train_in_mixed_precision, o) for name, o in SCHEDULES.items()}
         found |= run_cases(world_size, cases)
     return found
 
@@ -145,6 +160,16 @@ def test_a_node_sends_what_trains_once_per_step(schedule: str, dtype: str, runs:
     for of_rank in runs["two nodes", schedule, dtype]:
         assert all(each == padded for each in of_rank["sent"][1:])  # 2 A (N - 1) / N for two nodes
         assert of_rank["sent"][0] > padded
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_mixed_precision_has_the_numbers_of_rows(schedule: str, runs: dict[Any, list[Any]]) -> None:
+    in_float32 = alone(4)[1]
+    for found, expected in runs["mixed", schedule]:
+        assert (found["narrow"], expected["narrow"]) == (NARROW, [])
+        assert found["losses"] == pytest.approx(expected["losses"], abs=1e-6)
+        torch.testing.assert_close(found["weights"], expected["weights"], atol=1e-6, rtol=0)
+        assert any((found["weights"][name] - value).abs().max() > 1e-5 for name, value in in_float32.items())
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
@@ -238,3 +263,18 @@ def test_formulas_count_the_collectives_of_narrow_matrices(schedule: str) -> Non
     for repeated in step_traffic(find_units(model, find_blocks(model)), topology, communication=options):
         predicted[repeated.collective] += repeated.in_step(3)
     assert played == predicted
+
+
+@pytest.mark.rehearsal
+@pytest.mark.parametrize("cached", ["never", "node"])
+def test_formulas_count_the_memory_of_narrow_matrices(cached: Any) -> None:
+    topology = Topology(world_size=64, ranks_per_node=8, partition_size=64)
+    options = CommunicationOptions(cache_parameters=cached)
+    work = measure_workload(
+        partial(Adapted, 512, 4), torch.zeros(2, 512), samples=2, loss=lambda model, batch: model(batch)
+    )
+    closed = step_bytes(work, topology, options, samples=2, micro_steps=3)
+    real = rehearsed(512, 4, topology, options, 3).peak_bytes
+    by_rows = 64 // 4 * adapter_bytes(512, 4) // 2  # of the narrow matrices alone
+    assert by_rows > 0.1 * real  # so that padding would be seen
+    assert real <= closed <= 1.02 * real

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,13 +20,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lightning_mics import CommunicationOptions, Topology, create_partition_groups, full_state_dict, shard_model
 from lightning_mics.checkpoint.opening import open_checkpoint
 from lightning_mics.checkpoint.whole_model import read_tensors, stored_model
-from lightning_mics.sharding import shard_model as sharding
 from lightning_mics.sharding.optimizers.adapt import adapt_optimizer
 from lightning_mics.sharding.ranks.replicas import verify_replicas
 from tests.support.checkpoints import load_into, save_file, save_shards, slots_of, weights_of
 from tests.support.fits import same
 from tests.support.forked import run_cases
-from tests.support.narrow import DIM, NARROW, Network, batch, narrow, network, sgd, whole
+from tests.support.narrow import DIM, NARROW, Network, batch, by_rows, narrow, network, sgd, whole
 
 OVER_NODES = Topology(world_size=4, ranks_per_node=2, partition_size=4)
 SCHEDULES = {"paper": CommunicationOptions.PAPER, "node": CommunicationOptions.NODE, "rank": CommunicationOptions.RANK}
@@ -438,22 +436,12 @@ LAYOUTS = {
 SAVERS: dict[str, Callable[..., None]] = {"sharded": save_shards, "full": save_file}
 
 
-@contextmanager
-def layout(name: str) -> Iterator[None]:
-    """With "rows", parameters are sharded as they were in earlier versions, whatever their shape."""
-    if name != "rows":
-        yield
-        return
-    with patch.object(sharding, "sharded_dim", lambda shape, ranks: 0):
-        yield
-
-
 def training(name: str, seed: int, topology: Topology | None = None) -> tuple[Any, Any]:
     def make() -> Network:
         torch.manual_seed(seed)
         return Network()
 
-    with layout(name):
+    with by_rows() if name == "rows" else nullcontext():
         model, _ = sharded(topology or LAYOUTS[name], make=make)
     of_ranks = {3: [n for n in NARROW if "kernel" in n], 4: NARROW}  # three columns divide by three
     assert narrow(model) == ([] if name == "rows" else of_ranks.get((topology or LAYOUTS[name]).partition_size, []))
