@@ -59,7 +59,7 @@ def batch(rank: int, step: int, micro_step: int) -> Tensor:
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0, momentum=0.9)
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:

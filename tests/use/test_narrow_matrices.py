@@ -127,6 +127,7 @@ def test_a_change_is_that_of_one_process(key: tuple[str, str], changed: list[Any
 
 
 def scale_in_forward(module: Any, *_: Any) -> None:
+    assert not isinstance(module.down, DTensor)
     with torch.no_grad():
         module.down.mul_(0.5)
         module.kernel.data = module.kernel.data * 2.0
@@ -145,7 +146,7 @@ def by_loss(model: Any, x: Tensor) -> Tensor:
 
 USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], object]]] = {
     "outside of a forward": (loss_of, lambda model: None),
-    "changed in a forward": (by_loss, lambda model: model.layers[0].register_forward_hook(scale_in_forward)),
+    "changed in a forward": (by_loss, lambda model: model.layers[0].register_forward_pre_hook(scale_in_forward)),
 }
 
 
@@ -182,16 +183,13 @@ def test_use_outside_of_a_forward_trains_as_in_one_process(schedule: str, used: 
 
 
 def changed_in_a_forward() -> dict[str, Tensor]:
-    """One process has a forward per rank; ranks have theirs at once, so that weights change once for all."""
+    """One process has all samples in one forward, so that its weights change as often as those of each rank."""
     model = network()
+    model.layers[0].register_forward_pre_hook(scale_in_forward)
     optimizer = sgd(model)
     for step in range(2):
         for micro_step in range(2):
-            loss = by_loss(model, torch.cat([batch(rank, step, micro_step) for rank in range(4)]))
-            gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-            scale_in_forward(model.layers[0])
-            for parameter, gradient in zip([p for p in model.parameters() if p.requires_grad], gradients, strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            by_loss(model, torch.cat([batch(rank, step, micro_step) for rank in range(4)])).backward()
         optimizer.step()
         optimizer.zero_grad()
     return whole(model)
@@ -203,7 +201,7 @@ def test_a_change_in_a_forward_reaches_the_shards(schedule: str, used: dict[Any,
     for of_rank in used["changed in a forward", schedule]:
         for name in ("layers.0.down", "layers.0.kernel"):
             assert float(of_rank[name].norm() / network().state_dict()[name].norm()) != pytest.approx(1, abs=0.2)
-        torch.testing.assert_close(of_rank, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(of_rank, expected, atol=1e-6, rtol=1e-5)
 
 
 # -- optimizers --------------------------------------------------------------------------------------------------------
@@ -431,7 +429,6 @@ LAYOUTS = {
     "four": OVER_NODES,
     "rows": OVER_NODES,
     "two replicas": Topology(world_size=4, ranks_per_node=2, partition_size=2),
-    "replicas": Topology(world_size=4, ranks_per_node=2, partition_size=1),
 }
 SAVERS: dict[str, Callable[..., None]] = {"sharded": save_shards, "full": save_file}
 
@@ -468,7 +465,7 @@ def load_all(folder: Path, saved: dict[str, Any], layouts: dict[str, Topology]) 
     """Which checkpoints do not give the weights and states of ``saved``, and the same next step, in some layout."""
     different = []
     model, optimizer = training(
-        "replicas", 0, Topology(world_size=dist.get_world_size(), ranks_per_node=1, partition_size=1)
+        "one", 0, Topology(world_size=dist.get_world_size(), ranks_per_node=1, partition_size=1)
     )
     load_into(folder / "four, sharded", model, optimizer)
     backward(model)
@@ -485,7 +482,7 @@ def load_all(folder: Path, saved: dict[str, Any], layouts: dict[str, Topology]) 
             sides.append((weights_of(model), after))
             for number, (found, expected) in enumerate(sides):
                 close = found.keys() == expected.keys() and all(
-                    torch.allclose(found[key], expected[key], atol=1e-7) for key in found
+                    (found[key] - expected[key]).abs().max() <= 1e-5 * expected[key].abs().max() for key in found
                 )
                 if not close:
                     different.append(f"{file.name} in {name}: {number}")
@@ -494,12 +491,10 @@ def load_all(folder: Path, saved: dict[str, Any], layouts: dict[str, Topology]) 
 
 def test_checkpoints_load_into_any_layout_and_those_by_rows_too(tmp_path: Path) -> None:
     saved = run_cases(4, {"": partial(save_all, tmp_path)})[""][0]
-    assert len(list(tmp_path.iterdir())) == 8
+    assert len(list(tmp_path.iterdir())) == 6
     assert run_cases(4, {"": partial(load_all, tmp_path, saved, LAYOUTS)})[""] == [[]] * 4
     three = {"three": Topology(world_size=3, ranks_per_node=3, partition_size=3)}
     assert run_cases(3, {"": partial(load_all, tmp_path, saved, three)})[""] == [[]] * 3
-    eight = {"eight": Topology(world_size=8, ranks_per_node=4, partition_size=4)}
-    assert run_cases(8, {"": partial(load_all, tmp_path, saved, eight)})[""] == [[]] * 8
     for name in LAYOUTS:  # read by a process alone, as `export` does
         checkpoint = open_checkpoint(tmp_path / f"{name}, sharded")
         found = read_tensors(checkpoint, stored_model(checkpoint), saved["weights"])
