@@ -23,6 +23,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, Train
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_mics._torch.units.shards import shards_in
+
 __all__ = [
     "OptimizedModule",
     "is_fake",
@@ -196,7 +198,8 @@ class ReusedUnshard:
             shards = _get_param_all_gather_inputs(group.fsdp_params)  # casts them all at once
             for parameter, of_parameter in zip(group.fsdp_params, shards, strict=True):
                 for unsharded, shard in zip(parameter.all_gather_outputs, of_parameter, strict=True):
-                    parts.append((unsharded.narrow(0, position * shard.numel(), shard.numel()), shard))
+                    of_ranks = shards_in(unsharded, parameter, ranks=mesh_info.shard_mesh_size)
+                    parts.append((of_ranks[position].reshape(-1), shard))
         return parts
 
     def _unshard(self, group: FSDPParamGroup, async_op: bool = False) -> None:
@@ -204,7 +207,7 @@ class ReusedUnshard:
             return
         if group in self._cached and len(self._groups) == 1:
             stale = [group.fsdp_params[index] for index in self._stale()]
-            if len(stale) < len(group.fsdp_params) and all(p.fsdp_placement.dim == 0 for p in stale):
+            if len(stale) < len(group.fsdp_params):
                 if stale:
                     self._gather_again(group, stale)
                     self._unsharded()
@@ -219,17 +222,19 @@ class ReusedUnshard:
     @torch.no_grad()
     def _gather_again(self, group: FSDPParamGroup, parameters: Sequence[Any]) -> None:
         """Gather some parameters of a group into their memory."""
-        shards = [shard for of_parameter in _get_param_all_gather_inputs(list(parameters)) for shard in of_parameter]
-        outputs = [out for parameter in parameters for out in parameter.all_gather_outputs]
+        inputs, pg = _get_param_all_gather_inputs(list(parameters)), group._all_gather_process_group
+        shards = [shard for of_parameter in inputs for shard in of_parameter]
+        outputs = [(out, parameter) for parameter in parameters for out in parameter.all_gather_outputs]
+        views = [shards_in(out, parameter, ranks=pg.size()) for out, parameter in outputs]
         if len({shard.dtype for shard in shards}) > 1:
-            shards, outputs = ([each.view(torch.uint8) for each in tensors] for tensors in (shards, outputs))
-        own, pg = torch.cat(shards), group._all_gather_process_group
+            shards, views = ([each.view(torch.uint8) for each in tensors] for tensors in (shards, views))
+        own = torch.cat(shards)
         gathered = own.new_empty(pg.size() * own.numel())
         self._gather(gathered, own, pg)
         parts = torch.split(gathered.view(pg.size(), -1), [shard.numel() for shard in shards], dim=1)
-        with torch.autograd._unsafe_preserve_version_counter(tuple(outputs)):  # type: ignore[attr-defined]
-            for output, part in zip(outputs, parts, strict=True):
-                output.view(pg.size(), -1).copy_(part)
+        with torch.autograd._unsafe_preserve_version_counter(tuple(out for out, _ in outputs)):  # type: ignore[attr-defined]
+            for view, part in zip(views, parts, strict=True):
+                view.copy_(part.reshape(view.shape))
 
     def _free_unless_cached(self, group: FSDPParamGroup, parameter: Any) -> None:
         if group not in self._cached:

@@ -8,7 +8,7 @@ users set on the others would be lost at the next reshard::
     values, through `.data` or to it        at the reshard
     `.grad`, `requires_grad`                at once
 
-All ranks make the same changes, as replicas under DDP would have to, so each copies its own rows without communication.
+All ranks make the same changes, as replicas under DDP would have to, so each copies its own part without communication.
 
 Unsharded parameters are of class ``nn.Parameter`` itself, which compilers and other libraries compare with. So it is
 the attributes of that class that look up where a parameter comes from; other parameters behave as ever.
@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_mics._torch.dtensors.changes import accept_sharded_operands, know_parameter
 from lightning_mics._torch.fsdp import _param_groups, own_grad
+from lightning_mics._torch.units.shards import own_shard
 
 _data: Any = torch._C.TensorBase.data
 _requires_grad: Any = torch._C.TensorBase.requires_grad
@@ -217,12 +218,10 @@ class _Origin:
         group = self._group()
         return group is not None and group._training_state != TrainingState.POST_BACKWARD
 
-    def own_rows(self, unsharded: Tensor) -> Tensor:
-        """This rank's rows, [shard], of an unsharded tensor, [any]."""
+    def own_part(self, unsharded: Tensor) -> Tensor:
+        """This rank's part, [shard], of an unsharded tensor, [any]."""
         parameter: Any = self._parameter()
-        rows = parameter.sharded_size[0]
-        start = parameter.mesh_info.shard_mesh_rank * parameter.padded_sharded_param_size[0]
-        return unsharded.narrow(0, min(start, unsharded.size(0) - rows), rows)
+        return own_shard(unsharded, parameter)
 
     @torch.no_grad()
     def write_if_changed(self, unsharded: Tensor) -> None:
@@ -234,7 +233,7 @@ class _Origin:
             self.before = None
             self.raise_rounded(values.dtype)
         if changed:
-            self.shard._local_tensor.copy_(self.own_rows(values))
+            self.shard._local_tensor.copy_(self.own_part(values))
             torch.autograd.graph.increment_version(self.shard)
         if before is not None:
             self._show_gathered(unsharded, values)
@@ -332,7 +331,7 @@ def _set_grad(parameter: nn.Parameter, value: Tensor | None) -> None:
     own_grad.__set__(parameter, None)
     if value is not None and not isinstance(value, DTensor):
         _check_assigned(origin.shard, value, f"{origin.name}.grad")
-        value = record.to_sharded_dtensor(origin.own_rows(value.detach()).clone())
+        value = record.to_sharded_dtensor(origin.own_part(value.detach()).clone())
     origin.shard.grad = value
 
 

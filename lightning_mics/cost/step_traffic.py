@@ -3,10 +3,11 @@
 A rehearsal runs the program, which takes a minute for a large model; this takes a millisecond, so that all partition
 sizes can be compared. The tests check that both agree.
 
-FSDP2 shards each parameter over its first dimension, padded to a multiple of the ranks, and gathers and reduces all of
-a parameter group at once. The root is gathered in the first forward of each micro-step only; blocks are gathered in
-forward and in backward, with ``allow_unused`` in forward only. Gradients of frozen parameters are not reduced, and
-where these are cached, they are not gathered in any step but the first, which is not counted.
+Each parameter is sharded along one dim (:mod:`~lightning_mics.techniques.sharded_dim`), padded to a multiple of the
+ranks, and FSDP2 gathers and reduces all of a parameter group at once. The root is gathered in the first forward of each
+micro-step only; blocks are gathered in forward and in backward, with ``allow_unused`` in forward only. Gradients of
+frozen parameters are not reduced, and where these are cached, they are not gathered in any step but the first, which is
+not counted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lightning_mics.cost.collective import Collective
 from lightning_mics.sharding.blocks import group_modules
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.techniques.partition_groups import choose_hierarchical
+from lightning_mics.techniques.sharded_dim import padded_numel
 from lightning_mics.topology import Topology
 
 
@@ -32,14 +34,14 @@ class Unit:
     """A parameter group of FSDP2: parameters that are gathered and reduced by one collective.
 
     Attributes:
-        parameters: Number of rows and number of elements per row, of each parameter.
+        parameters: Shape of each parameter.
         is_root: Whether these are the parameters outside of all blocks.
         trained: The same of those that require gradients; None if all do.
     """
 
-    parameters: tuple[tuple[int, int], ...]
+    parameters: tuple[tuple[int, ...], ...]
     is_root: bool
-    trained: tuple[tuple[int, int], ...] | None = None
+    trained: tuple[tuple[int, ...], ...] | None = None
 
     def elements(self, ranks: int) -> int:
         """Number of elements of all parameters, padded so that ``ranks`` have equal shards."""
@@ -51,8 +53,8 @@ class Unit:
 
 
 @lru_cache(maxsize=4096)  # blocks are alike, and there are many plans
-def _elements(parameters: tuple[tuple[int, int], ...], ranks: int) -> int:
-    return sum(-(-rows // ranks) * ranks * width for rows, width in parameters)
+def _elements(parameters: tuple[tuple[int, ...], ...], ranks: int) -> int:
+    return sum(padded_numel(shape, ranks) for shape in parameters)
 
 
 def find_units(model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:
@@ -72,8 +74,8 @@ def _unit(module: nn.Module, blocks: set[nn.Module], is_root: bool) -> Unit:
     return Unit(_shapes(own), is_root, None if trained == own else _shapes(trained))
 
 
-def _shapes(parameters: Iterable[nn.Parameter]) -> tuple[tuple[int, int], ...]:
-    return tuple(sorted((p.shape[0], p.numel() // max(1, p.shape[0])) for p in parameters))
+def _shapes(parameters: Iterable[nn.Parameter]) -> tuple[tuple[int, ...], ...]:
+    return tuple(sorted(tuple(parameter.shape) for parameter in parameters))
 
 
 When = Literal["every", "first", "boundary"]

@@ -22,9 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from lightning_mics._torch.dtensors.numbers import read_whole_numbers
 from lightning_mics._torch.dtensors.random import draw_as_unsharded
+from lightning_mics._torch.fsdp import has_inner_tensors
 from lightning_mics._torch.host_memory import SavedOnHost
 from lightning_mics._torch.module_classes import prepare_class
 from lightning_mics._torch.parameter_hooks import carrying_over
@@ -45,6 +47,7 @@ from lightning_mics.sharding.pretrained import load_sources
 from lightning_mics.sharding.ranks.replicas import ReplicaCheck, checked_every, verify_replicas
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.partition_groups import PartitionGroups
+from lightning_mics.techniques.sharded_dim import sharded_dim
 
 
 def shard_model(
@@ -157,7 +160,11 @@ class _Sharding:
             aliased = aliased_parameters(owner, blocks)
             with carrying_over(owner):
                 fully_shard(
-                    owner, mesh=self.groups.mesh, mp_policy=self.mixed_precision, ignored_params=aliased or None
+                    owner,
+                    mesh=self.groups.mesh,
+                    shard_placement_fn=self._placement,
+                    mp_policy=self.mixed_precision,
+                    ignored_params=aliased or None,
                 )
         accept_whole_tensors(model)
         keep_unsharded_in_steps(model)
@@ -165,6 +172,13 @@ class _Sharding:
         refuse_shards(self.groups.mesh)
         draw_as_unsharded(self.groups.mesh)
         recompute_in_backward(map(model.get_submodule, self.recomputed), on_host=self.on_host)
+
+    def _placement(self, parameter: nn.Parameter) -> Shard | None:
+        """The dim along which a parameter, [any], is sharded; None for rows."""
+        if has_inner_tensors(parameter):
+            return None  # its class divides it, by rows
+        dim = sharded_dim(parameter.shape, self.groups.topology.partition_size)
+        return Shard(dim) if dim else None
 
     def install(self, model: nn.Module) -> AccumulationSchedule:
         """Give a sharded ``model`` its collectives, its schedule, and the way in which it is copied."""

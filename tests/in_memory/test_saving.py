@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from lightning_mics import Topology, create_partition_groups, shard_model
@@ -31,13 +31,24 @@ def settings(name: str) -> KeeperSettings:
     return KeeperSettings(f"{name}-{dist.get_rank()}", "secret", "127.0.0.1")
 
 
+class WithFewRows(TinyLM):
+    """A matrix of one row, which two ranks share by columns."""
+
+    def __init__(self) -> None:
+        super().__init__(dim=64)
+        self.narrow = nn.Parameter(torch.randn(1, 64))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) + self.narrow.square().sum()
+
+
 class Training:
     """A model and an optimizer with states, after a step on other data for each seed."""
 
     def __init__(self, partition_size: int, *, seed: int) -> None:
         torch.manual_seed(0)
         self.topology = Topology(world_size=dist.get_world_size(), ranks_per_node=1, partition_size=partition_size)
-        self.model = TinyLM(dim=64)
+        self.model = WithFewRows()
         schedule = shard_model(self.model, create_partition_groups(self.topology, device_type="cpu"))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         with schedule.micro_step(boundary=True):
@@ -47,7 +58,7 @@ class Training:
 
     def values(self) -> list[Tensor]:
         """All weights and states, this rank's shards."""
-        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        states = [value for state in self.optimizer.state.values() for _, value in sorted(state.items())]
         tensors: list[Any] = [*self.model.state_dict().values(), *states]
         return [(t.to_local() if hasattr(t, "to_local") else t).detach().clone() for t in tensors]
 

@@ -31,10 +31,12 @@ from lightning_mics.checkpoint.opening import open_checkpoint
 from tests.support import accelerators, loops
 from tests.support.campaign import campaign
 from tests.support.fits import refusal
+from tests.support.narrow import narrow
 from tests.support.trainers import cases_on_ranks, make_trainer, mics
 
 VOCAB, STEPS, MICRO_STEPS, RANKS, NODES = 32, 4, 2, 4, 2
 PER_BATCH = 8  # sequences of all ranks together
+R = 2  # of adapters: fewer rows than ranks
 OVER_NODES = {"partition_size": 4, "ranks_per_node": 2, **CommunicationOptions.NODE.keywords()}
 SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32}
 LAYERS: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 2}
@@ -73,7 +75,7 @@ def base(name: str) -> nn.Module:
 
 
 def adapted(name: str) -> Any:
-    model = get_peft_model(base(name), LoraConfig(r=8, target_modules="all-linear"))
+    model = get_peft_model(base(name), LoraConfig(r=R, target_modules="all-linear"))
     with torch.no_grad():  # peft begins with zeros in B, so that A has no gradient
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
@@ -151,7 +153,12 @@ def of_job(folder: Path, name: str) -> dict[str, Any]:
     losses = torch.tensor(module.losses)
     dist.all_reduce(losses)
     sent = [after - before for before, after in pairwise(module.sent)]
-    return {"losses": (losses / RANKS).tolist(), "sent": sent, "trained": trained(module.model)}
+    return {
+        "losses": (losses / RANKS).tolist(),
+        "sent": sent,
+        "trained": trained(module.model),
+        "narrow": narrow(module.model),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +182,7 @@ def test_adapters_train_as_in_one_process_and_nothing_else_crosses_nodes(
         assert found["losses"] == pytest.approx(alone.losses, abs=1e-5)
         assert found["sent"][0] > bound
         assert all(bound <= each <= 1.02 * bound for each in found["sent"][1:])
+        assert found["narrow"] == [key for key in trained(alone.model) if "lora_A" in key]
         for key, value in trained(alone.model).items():
             torch.testing.assert_close(found["trained"][key], value, atol=1e-4, rtol=0)
 
@@ -345,7 +353,7 @@ def test_checkpoints_of_adapters_alone_are_small_and_resume_over_the_base_model(
 
 def on_meta(pretrained: Path, **options: Any) -> Any:
     with torch.device("meta"):
-        model = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear", **options))
+        model = get_peft_model(llama(), LoraConfig(r=R, target_modules="all-linear", **options))
     load_pretrained(model, pretrained)
     return model
 

@@ -42,16 +42,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 class Averaged(TinyModule):
-    """Tied weights, uneven shapes, a frozen parameter, and a buffer that changes in each micro-step."""
+    """Tied weights, uneven shapes, a frozen parameter, few rows, and a buffer that changes in each micro-step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net.norm.bias.requires_grad_(False)
+        self.narrow = nn.Parameter(torch.randn(2, 8))  # sharded by columns over four ranks
         self.register_buffer("seen", torch.zeros(()))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self.seen += 1
-        return super().training_step(batch, batch_idx)
+        return super().training_step(batch, batch_idx) + self.narrow.square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=0.01)
@@ -254,7 +255,7 @@ def test_a_checkpoint_shows_both_models_and_no_tensor_is_in_its_entries(
     in_job: dict[str, list[dict[str, Any]]], saved: Path
 ) -> None:
     rows = dict(describe(saved / "p=2"))
-    assert rows["model (average)"].startswith("15 tensors") and rows["current model"].startswith("12 tensors")
+    assert rows["model (average)"].startswith("16 tensors") and rows["current model"].startswith("13 tensors")
     assert (saved / "p=2" / META_FILE).stat().st_size < 2**16
     opened = open_checkpoint(saved / "p=2")
     average, current = stored_model(opened), stored_current_model(opened)
@@ -292,7 +293,7 @@ class Built(Averaged):
     def configure_model(self) -> None:
         if self.net is None:
             made = Averaged()
-            self.net, self.seen = made.net, made.seen
+            self.net, self.seen, self.narrow = made.net, made.seen, made.narrow
             self.built += 1
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._redistribute import redistribute_local_tensor
 from torch.distributed.tensor.experimental import implicit_replication
@@ -220,7 +220,9 @@ def view_across(operation: Any, args: Any, kwargs: Any) -> Any:
         return run_default(operation, args, kwargs)
     if not _crosses(operation, base, args):
         try:
-            return run_default(operation, args, kwargs)
+            result = run_default(operation, args, kwargs)
+            if operation is not aten.view.default or all(type(p) in (Shard, Replicate) for p in result.placements):
+                return result  # not of strided shards, as of flattened columns, whose own views are no views
         except RuntimeError:  # such as a view of uneven shards
             if operation is not aten.view.default:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ def note_reductions(
 
         def wait_for_unshard(group: FSDPParamGroup = group) -> None:
             try:
-                type(group).wait_for_unshard(group)
+                with _outside_of_inference_mode():
+                    type(group).wait_for_unshard(group)
             except RuntimeError as error:
                 raise explained(error) from error
 
@@ -93,6 +95,11 @@ def note_reductions(
 
         group.wait_for_unshard = wait_for_unshard  # type: ignore[method-assign]
         group.post_backward = post_backward  # type: ignore[method-assign]
+
+
+def _outside_of_inference_mode() -> AbstractContextManager[Any]:
+    """FSDP2 reads versions of the memory that it allocates here, where a shard is not rows (up to torch 2.13)."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _reduces_unused(group: FSDPParamGroup) -> bool:
