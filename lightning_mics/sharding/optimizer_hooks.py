@@ -15,6 +15,7 @@ from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from lightning_mics.sharding.matrix_owners import MatrixOwners
 from lightning_mics.sharding.optimizers.adapt import adapt_optimizer
 from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
+from lightning_mics.sharding.optimizers.offload import Offload
 from lightning_mics.sharding.weight_cache import WeightCache
 
 
@@ -32,6 +33,7 @@ class OptimizerHooks:
     Attributes:
         unsharded: Names of the parameters that the model had before it was sharded.
         owners: Owners of matrices, for optimizers that need whole ones.
+        offload: Which model states are in host memory.
     """
 
     def __init__(self, root: FSDPModule, *, window: AccumulationWindow, cache: WeightCache) -> None:
@@ -43,6 +45,7 @@ class OptimizerHooks:
         self._is_registered = False
         self.unsharded: UnshardedParameters | None = None
         self.owners: MatrixOwners | None = None
+        self.offload: Offload = False
         self._register()
 
     def follow_steps(self) -> None:
@@ -76,8 +79,8 @@ class OptimizerHooks:
         The same holds for optimizers inside of it, such as the base optimizer of SAM or Lookahead.
 
         Raises:
-            TypeError: If its class cannot work on sharded parameters.
-            ValueError: If it has stepped before the model was sharded.
+            TypeError: If its class cannot work on sharded parameters, or on those in host memory.
+            ValueError: If it has stepped before the model was sharded, or an option of it does not work with offload.
         """
         inside = [inner for inner in vars(optimizer).values() if isinstance(inner, Optimizer)]
         for inner in inside:
@@ -87,7 +90,7 @@ class OptimizerHooks:
             if self.unsharded is not None:
                 assert isinstance(self._root, nn.Module)
                 self.unsharded.exchange(each, self._root)
-            adapt_optimizer(each, self.owners)
+            adapt_optimizer(each, self.owners, offload=self._offload_of(each))
 
     def trains_with(self, optimizer: Optimizer) -> bool:
         """Whether ``optimizer`` holds parameters of this model."""
@@ -102,8 +105,8 @@ class OptimizerHooks:
         call_after_steps(self._after_step)
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        if is_muon(optimizer) and self.trains_with(optimizer):  # of a loop that has adopted none
-            adapt_optimizer(optimizer, self.owners)
+        if (is_muon(optimizer) or self.offload) and self.trains_with(optimizer):  # of a loop that has adopted none
+            adapt_optimizer(optimizer, self.owners, offload=self._offload_of(optimizer))
         if self._follows_steps and self.trains_with(optimizer) and _changes_weights(optimizer):
             self._window.after_backward()
 
@@ -113,6 +116,11 @@ class OptimizerHooks:
         self._cache.follow_step()
         if self._follows_steps:
             self._root.reshard()
+
+    def _offload_of(self, optimizer: Optimizer) -> Offload:
+        """Which of its states are on the host: an optimizer around another one, as SAM, works where the weights are."""
+        is_around = any(isinstance(inner, Optimizer) for inner in vars(optimizer).values())
+        return self.offload if self.offload is True or not is_around else False
 
     def _only_pending(self, optimizer: Optimizer) -> bool:
         """Whether a window is open and nothing is reduced yet: see [Note: Zero gradients before the boundary].

@@ -42,6 +42,7 @@ from lightning_mics.integrations.trainer.preemption import forget_signals, stop_
 from lightning_mics.integrations.trainer.steps import StepRedirection, StepsAsForward
 from lightning_mics.policy.out_of_memory import explain_out_of_memory
 from lightning_mics.sharding.modules.changes import write_changes
+from lightning_mics.sharding.optimizers.offload import shards_stay
 from lightning_mics.sharding.optimizers.overflow import check_optimizer, skipped_steps
 from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.topology import Topology
@@ -131,14 +132,15 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
         with torch.inference_mode(False):
             self._shard_now()
             self._control = self._state().groups.control
-            self.model_to_device()  # metrics, and the module's own `device`
+            with shards_stay(module):
+                self.model_to_device()  # metrics, and the module's own `device`
             self._policy.check_kept(module, self._state())
             module._device_mesh = self._device_mesh = self._state().groups.mesh
             self._abandon_window()
             if fitting:
                 self.setup_optimizers(trainer)
             self.setup_precision_plugin()
-            if fitting:
+            if fitting and not self._policy.offload:
                 _optimizers_to_device(self.optimizers, self.root_device)
         self._is_set_up = True
         control = self._state().groups.control
@@ -191,9 +193,9 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
         sharded = set(self.model.parameters())
         for index, optimizer in enumerate(self.optimizers):
             check_optimizer(optimizer, self.precision_plugin.precision)
-            self._state().schedule.optimizer_hooks.adopt(optimizer)
-            if self._in_memory is not None:
+            if self._in_memory is not None:  # before hooks that step themselves
                 optimizer.register_step_pre_hook(self._in_memory.before_optimizer_step)
+            self._state().schedule.optimizer_hooks.adopt(optimizer)
             foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in sharded]
             if foreign:
                 raise ValueError(
