@@ -7,6 +7,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_mics.sharding.optimizers.on_host import StepOnHost
+from tests.integrations import test_loss_scaling
 from tests.support import accelerators, loops
 from tests.support.loops import network
 from tests.support.models import TinyModule, tokens
@@ -192,6 +194,23 @@ def assert_same(ours: list[Seen], theirs: list[Seen]) -> None:
 def test_training_has_the_same_bits(host: str, offload: Any, trained: dict[Any, list[Seen]]) -> None:
     assert_same(trained[host, offload], trained[host, False])
     assert all(on_host == (offload == "optimizer") for *_, on_host in trained[host, offload])
+
+
+def scaled(folder: Path, offload: Any) -> Any:
+    """Scales, skipped steps and weights of the Trainer in ``"16-mixed"``."""
+    options = {"flat": {**test_loss_scaling.OPTIONS["flat"], "offload": offload}}
+    with patch.dict(test_loss_scaling.OPTIONS, options):
+        return test_loss_scaling.fit(folder, "flat", "full")["trained"]
+
+
+def test_steps_that_overflow_in_float16_are_skipped_on_the_host_too(tmp_path: Path) -> None:
+    seen = cases_on_ranks(
+        {offload: partial(scaled, tmp_path / str(offload), offload) for offload in (False, "optimizer")}
+    )
+    for ours, theirs in zip(seen["optimizer"], seen[False], strict=True):
+        assert ours.skipped == theirs.skipped != []
+        assert ours.scales == theirs.scales
+        assert all(torch.equal(ours.weights[name], value) for name, value in theirs.weights.items())
 
 
 @pytest.mark.parametrize(("saved", "offload"), RESUMED)
