@@ -204,9 +204,8 @@ def scaled(folder: Path, offload: Any) -> Any:
 
 
 def test_steps_that_overflow_in_float16_are_skipped_on_the_host_too(tmp_path: Path) -> None:
-    seen = cases_on_ranks(
-        {offload: partial(scaled, tmp_path / str(offload), offload) for offload in (False, "optimizer")}
-    )
+    cases = {offload: partial(scaled, tmp_path / str(offload), offload) for offload in (False, "optimizer")}
+    seen = cases_on_ranks(cases)
     for ours, theirs in zip(seen["optimizer"], seen[False], strict=True):
         assert ours.skipped == theirs.skipped != []
         assert ours.scales == theirs.scales

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_mics._torch import host_memory
 from lightning_mics._torch.fsdp import fsdp_modules
+from lightning_mics._torch.optimizers.steps import call_first_before_step
 from lightning_mics._torch.process_groups import backends_with_host
 from lightning_mics._torch.units.on_host import shards_on_host
 from lightning_mics.policy import policy
@@ -321,3 +322,21 @@ def test_groups_of_gpus_get_gloo_for_what_is_on_the_host(monkeypatch: pytest.Mon
     assert backends_with_host() == "cpu:gloo,cuda:nccl"
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
     assert backends_with_host() is None
+
+
+def seen_before_a_step() -> tuple[bool, bool]:
+    """Whether a hook that comes first sees the weights of before a step on the host, and whether it changed them."""
+    model = TinyLM()
+    handle = shard(model, offload="optimizer", partition_size=2)
+    optimizer = adamw(model.parameters())
+    handle.schedule.optimizer_hooks.adopt(optimizer)
+    weights, seen = next(model.parameters()), []
+    call_first_before_step(optimizer, lambda *_: seen.append(local(weights).clone()))
+    before = local(weights).clone()
+    model(tokens(3)).backward()
+    optimizer.step()
+    return torch.equal(seen[0], before), not torch.equal(local(weights), before)
+
+
+def test_what_waits_for_a_step_is_called_before_the_host_steps(run_shared: Any) -> None:
+    assert run_shared(4, seen_before_a_step) == [(True, True)] * 4

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_mics._torch.fsdp import expect_backward
+from lightning_mics._torch.optimizers.steps import call_first_before_step
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.integrations._lightning import LightningStrategy, reduce_in_place
 from lightning_mics.integrations._precision import accept_16_mixed, check_precision, prepared_scaler
@@ -193,9 +194,9 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
         sharded = set(self.model.parameters())
         for index, optimizer in enumerate(self.optimizers):
             check_optimizer(optimizer, self.precision_plugin.precision)
-            if self._in_memory is not None:  # before hooks that step themselves
-                optimizer.register_step_pre_hook(self._in_memory.before_optimizer_step)
             self._state().schedule.optimizer_hooks.adopt(optimizer)
+            if self._in_memory is not None:
+                call_first_before_step(optimizer, self._in_memory.before_optimizer_step)
             foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in sharded]
             if foreign:
                 raise ValueError(
