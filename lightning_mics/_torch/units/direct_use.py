@@ -236,7 +236,7 @@ def _run_backward_of_unsharded(outputs: Any, *args: Any, **kwargs: Any) -> Any:
     """Torch's way to run a backward, with the parameters that forwards have used in addition to their shards."""
     _take_gradients_of_shards()
     inputs = args[3] if len(args) > 3 else ()
-    known = [_parameters.get(id(each)) for each in inputs]
+    known = [_record_of(each) for each in inputs]
     if not any(known):
         return _run_backward(outputs, *args, **kwargs)
     return _both(outputs, inputs, known, *args, **kwargs)
@@ -313,7 +313,13 @@ def _around_on(mesh: DeviceMesh) -> Around | None:
 
 def _parameter_of(sharded: Tensor) -> Any:
     """FSDP2's record of a sharded parameter, or of the one that a tensor is a view of."""
-    return _parameters.get(id(sharded)) or _parameters.get(id(sharded._base))
+    return _record_of(sharded) or _record_of(sharded._base)
+
+
+def _record_of(tensor: Tensor | None) -> Any:
+    """FSDP2's record of a tensor if that is a sharded parameter now: one that is gone may have had the same id."""
+    known = _parameters.get(id(tensor))
+    return known if known is not None and known.sharded_param is tensor else None
 
 
 def _name(sharded: Tensor) -> str:
