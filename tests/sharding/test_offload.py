@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_mics._torch import host_memory
 from lightning_mics._torch.fsdp import fsdp_modules
@@ -340,3 +341,37 @@ def seen_before_a_step() -> tuple[bool, bool]:
 
 def test_what_waits_for_a_step_is_called_before_the_host_steps(run_shared: Any) -> None:
     assert run_shared(4, seen_before_a_step) == [(True, True)] * 4
+
+
+def beside(what: str, offload: Any) -> list[Tensor]:
+    """Losses and local weights of a rank whose program does something else as well."""
+    torch.manual_seed(0)
+    model = TinyLM()
+    handle = shard(model, offload=offload, partition_size=4)
+    if what == "compiled blocks":
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+    optimizer = adamw(model.parameters())
+    average: Any = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    found = []
+    for step in range(STEPS):
+        with handle.schedule.micro_step(boundary=True):
+            loss = model(tokens(3, seed=step))
+            if what == "weights used directly":
+                loss = loss + model.blocks[0].up(torch.ones(1, 7)).sum()
+                loss = loss + sum(parameter.square().sum() for parameter in model.parameters())
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        found.append(loss.detach())
+    weights = [*model.parameters(), *(average.parameters() if what == "an average" else ())]
+    return found + [local(parameter).clone() for parameter in weights]
+
+
+@pytest.mark.parametrize("what", ["compiled blocks", "weights used directly", "an average"])
+def test_compilation_direct_use_and_averages_work_beside_it(what: str, run_shared: Any) -> None:
+    without, *others = (run_shared(4, partial(beside, what, offload)) for offload in (False, True, "optimizer"))
+    for ours in others:
+        for one, other in zip(ours, without, strict=True):
+            assert len(one) == len(other) and all(map(torch.equal, one, other))
