@@ -68,7 +68,7 @@ def call_first_before_step(optimizer: Optimizer, function: Callable[..., None]) 
         function: Hook as torch calls it, with the optimizer and the arguments of the step.
     """
     handle = optimizer.register_step_pre_hook(function)
-    hooks: Any = optimizer._optimizer_step_pre_hooks  # type: ignore[attr-defined]
+    hooks: Any = optimizer._optimizer_step_pre_hooks
     hooks.move_to_end(handle.id, last=False)
 
 
