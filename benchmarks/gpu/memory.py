@@ -12,21 +12,26 @@ from benchmarks.gpu.models import GPT, SMALL, Size
 from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
 from lightning_mics._torch.fake import rehearsed_job
 from lightning_mics.planning import rehearse
+from lightning_mics.sharding.optimizers.offload import Offload
 from lightning_mics.sharding.shard_model import mixed_precision_policy
 
 LARGE = Size(layers=18, width=2048, vocabulary=50304, sequence=2048, batch=2)
 TARGET = 0.05
-JOBS: dict[str, tuple[Topology, CommunicationOptions]] = {
-    "one of 8 ranks": (Topology(world_size=8, ranks_per_node=8, partition_size=8), CommunicationOptions.PAPER),
+Job = tuple[Topology, CommunicationOptions, Offload]
+EIGHT = Topology(world_size=8, ranks_per_node=8, partition_size=8)
+JOBS: dict[str, Job] = {
+    "one of 8 ranks": (EIGHT, CommunicationOptions.PAPER, False),
     "one of 512 ranks, two stages": (
-        Topology(world_size=512, ranks_per_node=8, partition_size=64), CommunicationOptions.PAPER,
+        Topology(world_size=512, ranks_per_node=8, partition_size=64), CommunicationOptions.PAPER, False,
     ),
     "one of 512 ranks, node cache and sums": (
-        Topology(world_size=512, ranks_per_node=8, partition_size=64), CommunicationOptions.NODE,
+        Topology(world_size=512, ranks_per_node=8, partition_size=64), CommunicationOptions.NODE, False,
     ),
     "one of 512 ranks, rank cache and sums": (
-        Topology(world_size=512, ranks_per_node=8, partition_size=64), CommunicationOptions.RANK,
+        Topology(world_size=512, ranks_per_node=8, partition_size=64), CommunicationOptions.RANK, False,
     ),
+    'one of 8 ranks, offload="optimizer"': (EIGHT, CommunicationOptions.PAPER, "optimizer"),
+    "one of 8 ranks, offload=True": (EIGHT, CommunicationOptions.PAPER, True),
 }  # fmt: skip
 
 
@@ -34,18 +39,18 @@ def run(findings: Findings) -> None:
     """Run the part."""
     on_gpu = findings.device == "cuda"
     size = LARGE if on_gpu else SMALL
-    for name, (topology, communication) in JOBS.items() if on_gpu else list(JOBS.items())[2:3]:
+    for name, job in JOBS.items() if on_gpu else [list(JOBS.items())[index] for index in (2, 5)]:
         with findings.attempt(name):
-            planned = _rehearsed(size, topology, communication)
+            planned = _rehearsed(size, job)
             findings.add(f"{name}: rehearsed peak, GiB", round(planned / 2**30, 4))
             if not on_gpu:
-                seen = _train(size, topology, communication, findings.device)
+                seen = _train(size, job, findings.device)
                 findings.add(f"{name}: most memory allocated on CPUs, which do not count it", seen["allocated"])
                 continue
             torch.cuda.set_device(0)
             left_over = torch.cuda.memory_allocated()
             findings.add(f"{name}: allocated before, MiB", round(left_over / 2**20, 1))
-            seen = _train(size, topology, communication, findings.device)
+            seen = _train(size, job, findings.device)
             for figure in ("allocated", "reserved"):
                 ratio = seen[figure] / planned
                 findings.add(
@@ -55,7 +60,7 @@ def run(findings: Findings) -> None:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, 1.05 * seen["reserved"] / total))
             try:
-                retries = _train(size, topology, communication, findings.device)["retries"]
+                retries = _train(size, job, findings.device)["retries"]
             finally:
                 torch.cuda.set_per_process_memory_fraction(1.0)
             findings.add(
@@ -68,25 +73,29 @@ def _loss(model: Any, batch: Any) -> Any:
     return model(batch)
 
 
-def _rehearsed(size: Size, topology: Topology, communication: CommunicationOptions) -> int:
+def _rehearsed(size: Size, job: Job) -> int:
+    topology, communication, offload = job
     batch = torch.zeros(size.batch, size.sequence, dtype=torch.int64)
     return rehearse(
         lambda: GPT(size), batch, loss=_loss, topology=topology, micro_steps=3, precision="bf16-mixed",
-        communication=communication, activation_checkpointing=True,
+        communication=communication, activation_checkpointing=True, offload=offload,
     ).peak_bytes  # fmt: skip
 
 
-def _train(size: Size, topology: Topology, communication: CommunicationOptions, device: str) -> dict[str, int]:
+def _train(size: Size, job: Job, device: str) -> dict[str, int]:
     """Five steps of three micro-steps; figures of the last three. Values mean nothing: other ranks do not exist."""
+    topology, communication, offload = job
     on_gpu = device == "cuda"
     figures = {"allocated": 0, "reserved": 0, "retries": 0}
     with rehearsed_job(world_size=topology.world_size, rank=0):
-        groups = create_partition_groups(topology, device_type=device, hierarchical=communication.hierarchical)
+        groups = create_partition_groups(
+            topology, device_type=device, hierarchical=communication.hierarchical, serve_host=bool(offload)
+        )
         torch.manual_seed(0)
         with torch.device("meta"):
             model: Any = GPT(size)
         schedule = shard_model(
-            model, groups, communication=communication, activation_checkpointing=True,
+            model, groups, communication=communication, activation_checkpointing=True, offload=offload,
             mixed_precision=mixed_precision_policy("bf16-mixed"),
         )  # fmt: skip
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)

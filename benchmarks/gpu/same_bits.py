@@ -20,10 +20,11 @@ from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.sharding.shard_model import mixed_precision_policy
 
 WIDTH, SAMPLES, STEPS, MICRO_STEPS = 33, 4, 2, 2
+CLIP = 0.05  # norm of all gradients
 SLEEP = 2_000_000  # cycles: about a millisecond
 ROUNDING, ROUNDING_BF16 = 2e-5, 5e-2  # of the largest value
 NODE, RANK, BF16 = CommunicationOptions.NODE, CommunicationOptions.RANK, torch.bfloat16
-OPTION_SETS: dict[str, dict[str, Any]] = {  # options of CommunicationOptions, and the precision
+OPTION_SETS: dict[str, dict[str, Any]] = {  # options of CommunicationOptions, the precision, and what is on the host
     "flat": {"hierarchical": False},
     "two stages": {},
     "node cache": {"cache_parameters": "node"},
@@ -37,8 +38,17 @@ OPTION_SETS: dict[str, dict[str, Any]] = {  # options of CommunicationOptions, a
     "bf16-mixed, node cache and sums": {
         "cache_parameters": "node", "accumulate_gradients": "node", "precision": "bf16-mixed",
     },
+    "offload=True": {"offload": True},
+    "offload=True, rank cache": {"offload": True, "cache_parameters": "rank"},
+    "offload=True, node cache and sums": {
+        "offload": True, "cache_parameters": "node", "accumulate_gradients": "node",
+    },
+    'offload="optimizer"': {"offload": "optimizer"},
 }  # fmt: skip
-SMALL_SETS = ["two stages", "node cache and sums", "rank cache", "bf16 between nodes", "bf16-mixed"]  # on CPUs
+SMALL_SETS = [  # on CPUs
+    "two stages", "node cache and sums", "rank cache", "bf16 between nodes", "bf16-mixed", "offload=True",
+    'offload="optimizer"',
+]  # fmt: skip
 LAYOUTS = [(2, 1, 2), (2, 2, 2), (4, 2, 4), (4, 2, 2), (8, 4, 8), (8, 4, 4)]  # ranks, ranks per node, partition size
 
 
@@ -90,13 +100,16 @@ def compare(layouts: list[tuple[int, int, int]], names: list[str], device: str) 
 def train(topology: Topology, options: dict[str, Any], device: str) -> dict[str, Tensor]:
     """Gradients and weights of a few steps on this rank's samples, unsharded, on the CPU."""
     options = dict(options)
-    precision = options.pop("precision", "32-true")
+    precision, offload = options.pop("precision", "32-true"), options.pop("offload", False)
     torch.manual_seed(0)
     model: Any = Stack(WIDTH)
-    groups = create_partition_groups(topology, device_type=device, hierarchical=options.get("hierarchical", "auto"))
-    schedule = shard_model(
-        model, groups, communication=CommunicationOptions(**options), mixed_precision=mixed_precision_policy(precision)
+    groups = create_partition_groups(
+        topology, device_type=device, hierarchical=options.get("hierarchical", "auto"), serve_host=bool(offload)
     )
+    schedule = shard_model(
+        model, groups, communication=CommunicationOptions(**options), offload=offload,
+        mixed_precision=mixed_precision_policy(precision),
+    )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     found: dict[str, Tensor] = {}
     with sleeping(model) if device == "cuda" else ExitStack():
@@ -107,6 +120,7 @@ def train(topology: Topology, options: dict[str, Any], device: str) -> dict[str,
                     with torch.autocast(device, BF16, enabled=precision != "32-true"):
                         loss = model(batch)
                     (loss / MICRO_STEPS).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)  # by norms of shards where they are
             found |= {f"{step} {name}.grad": _unsharded(p.grad) for name, p in model.named_parameters()}
             optimizer.step()
             optimizer.zero_grad()
@@ -125,6 +139,7 @@ def train_alone(precision: str) -> dict[str, Tensor]:
             with torch.autocast("cpu", BF16, enabled=precision != "32-true"):
                 loss = model(batch)
             (loss / MICRO_STEPS).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         found |= {f"{step} {name}.grad": _unsharded(p.grad) for name, p in model.named_parameters()}
         optimizer.step()
         optimizer.zero_grad()

@@ -28,7 +28,7 @@ _being_allocated = False  # on the host
 
 
 class HostMemoryError(RuntimeError):
-    """Saved tensors do not fit the memory of the host."""
+    """What was moved to the host does not fit its memory."""
 
 
 class SavedOnHost:
@@ -106,7 +106,7 @@ class _OnHost:
         self._before = before
         self._fetched: tuple[Tensor, Any] | None = None
         with to_host.after(current_stream(self._device), self._device):
-            with _on_host():
+            with on_host():
                 self._values = torch.empty_like(tensor, device="cpu", pin_memory=has_streams(self._device))
             self._values.copy_(tensor, non_blocking=True)
             keep_for_current_stream(tensor)
@@ -143,17 +143,18 @@ def _storage(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _on_host() -> Iterator[None]:
+def on_host() -> Iterator[None]:
+    """A context in which all tensors are allocated in host memory; for those who count the memory of a device."""
     global _being_allocated
-    _being_allocated = True
+    before, _being_allocated = _being_allocated, True
     try:
         yield
     finally:
-        _being_allocated = False
+        _being_allocated = before
 
 
 def is_allocating_on_host() -> bool:
-    """Whether the tensor that is being allocated is in host memory; for those who count the memory of a device."""
+    """Whether the tensor that is being allocated is in host memory: see :func:`on_host`."""
     return _being_allocated
 
 

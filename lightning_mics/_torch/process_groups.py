@@ -22,7 +22,13 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatt
 
 
 def new_group(
-    ranks: tuple[int, ...], *, name: str, timeout: timedelta | None, max_ctas: int | None = None, key: str | None = None
+    ranks: tuple[int, ...],
+    *,
+    name: str,
+    timeout: timedelta | None,
+    max_ctas: int | None = None,
+    key: str | None = None,
+    backend: str | None = None,
 ) -> dist.ProcessGroup:
     """Make the process group of ``ranks`` in the given order; only its members need to call.
 
@@ -34,15 +40,19 @@ def new_group(
         key: Key of the group in the job's store, the same on its members and on no other group of the job; None takes
             torch's, from the ranks and the number of groups, which a group has again that is made after this one is
             destroyed: it would read of the store what this one has left there.
+        backend: Backends by device type, from :func:`backends_with_host`; None is the default process group's.
     """
     options = None if max_ctas is None else _nccl_options(max_ctas, timeout)
     description, in_order = f"mics {name}", list(ranks) == sorted(ranks)
     if key is not None or (not in_order and not KEEPS_ORDER):
-        return _new_unsorted_group(list(ranks), description=description, timeout=timeout, options=options, key=key)
+        return _new_unsorted_group(
+            list(ranks), description=description, timeout=timeout, options=options, key=key, backend=backend
+        )
     order: dict[str, Any] = {} if in_order else {"sort_ranks": False}
     group = dist.new_group(
         list(ranks),
         timeout=timeout,
+        backend=backend,
         pg_options=options,
         use_local_synchronization=True,
         group_desc=description,
@@ -61,12 +71,19 @@ def _nccl_options(max_ctas: int, timeout: timedelta | None) -> Any:
 
 
 def _new_unsorted_group(
-    ranks: list[int], *, description: str, timeout: timedelta | None, options: Any, key: str | None
+    ranks: list[int],
+    *,
+    description: str,
+    timeout: timedelta | None,
+    options: Any,
+    key: str | None,
+    backend: str | None = None,
 ) -> dist.ProcessGroup:
     """What ``new_group(ranks, sort_ranks=False)`` of torch 2.13 does; 2.11 and 2.12 always sort; none takes keys."""
     c10d: Any = dist.distributed_c10d
     default = c10d._get_default_group()
-    backend, store = c10d._world.pg_map[default]
+    of_default, store = c10d._world.pg_map[default]
+    backend = backend or of_default
     group, _ = c10d._new_process_group_helper(
         len(ranks),
         ranks.index(default.rank()),
@@ -104,6 +121,12 @@ def backends_of_devices() -> dict[str, str]:
     """Name of the default process group's backend for each device type, as in ``{"cpu": "gloo", "cuda": "nccl"}``."""
     entries = str(dist.get_backend_config()).split(",")  # as in "cpu:gloo,cuda:nccl"
     return dict(entry.split(":") for entry in entries)
+
+
+def backends_with_host() -> str | None:
+    """The default process group's backends with gloo for tensors in host memory; None if they serve it already."""
+    known = backends_of_devices()
+    return None if "cpu" in known else ",".join(f"{kind}:{name}" for kind, name in {"cpu": "gloo", **known}.items())
 
 
 def premultiplied_sum_factor(op: dist.ReduceOp | dist.ReduceOp.RedOpType) -> float | None:

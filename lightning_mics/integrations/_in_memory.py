@@ -16,6 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_mics._torch.optimizers.steps import call_first_before_step
 from lightning_mics.checkpoint import FullNames, random_states
 from lightning_mics.collectives.agreement import on_all_ranks
 from lightning_mics.in_memory.job import InMemoryJob
@@ -245,7 +246,7 @@ class InMemoryLoop:
             self._begin()
         for optimizer in optimizers:
             if id(optimizer) not in self._hooked:
-                optimizer.register_step_pre_hook(self._before_step)
+                call_first_before_step(optimizer, self._before_step)
                 self._hooked.add(id(optimizer))
         saver = self._started.job.saver
         first = saver.slot_bytes == 0

@@ -48,6 +48,7 @@ from lightning_mics.policy.options import PolicyOptions, check_names, documented
 from lightning_mics.policy.policy import Policy
 from lightning_mics.sharding.evaluation import allow_evaluation
 from lightning_mics.sharding.modules.copying import prepare_copies
+from lightning_mics.sharding.optimizers.offload import shards_stay
 from lightning_mics.sharding.optimizers.overflow import check_optimizer, scale_with_all_ranks
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.sharding.sharded import Sharded
@@ -72,7 +73,7 @@ class MiCSPlugin(PluginCheckpoints, FullyShardedDataParallelPlugin):  # type: ig
     Args:
         state_dict_type: Kind of model file that ``save_state`` writes, ``"sharded"`` or ``"full"``. None takes
             ``fsdp_state_dict_type`` of the config file of ``accelerate launch``, and ``"sharded"`` without one; the
-            default of ``activation_checkpointing`` is also read from there.
+            defaults of ``activation_checkpointing`` and ``offload`` are also read from there.
         timeout: Longest duration of a collective of any group; None is the backend's default: 10 minutes with NCCL, 30
             with gloo, over which ranks agree and save.
         policy: Options of sharding; see :class:`~lightning_mics.policy.options.PolicyOptions`.
@@ -92,8 +93,7 @@ class MiCSPlugin(PluginCheckpoints, FullyShardedDataParallelPlugin):  # type: ig
         check_names(type(self), policy)
         if state_dict_type not in ("sharded", "full", None):
             raise ValueError(f'state_dict_type={state_dict_type!r} is neither "sharded" nor "full", nor None')
-        if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
-            raise ValueError("MiCSPlugin does not offload parameters: set fsdp_offload_params to false")
+        policy.setdefault("offload", bool(parse_flag_from_env("FSDP_OFFLOAD_PARAMS")))
         policy.setdefault("activation_checkpointing", bool(parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")))
         self.policy = Policy(timeout=timeout, **policy)
         self._timeout = timeout
@@ -104,7 +104,7 @@ class MiCSPlugin(PluginCheckpoints, FullyShardedDataParallelPlugin):  # type: ig
             auto_wrap_policy="NO_WRAP",  # the policy finds the blocks
             activation_checkpointing=False,  # the policy sets it up, too
             cpu_ram_efficient_loading=False,  # the policy sends rank 0's weights to all ranks
-            cpu_offload=False,
+            cpu_offload=False,  # as well
         )
         os.environ["FSDP_VERSION"] = "2"  # for a second Accelerator, which creates a plugin without using it
 
@@ -136,7 +136,8 @@ def _shard(accelerator: Accelerator, plugin: MiCSPlugin, model: nn.Module) -> nn
         micro_steps=accelerator.gradient_accumulation_steps,
     )
     vars(model)["_mics"] = handle
-    model.to(accelerator.device)  # state besides parameters and buffers, such as metrics
+    with shards_stay(model):
+        model.to(accelerator.device)  # state besides parameters and buffers, such as metrics
     allow_evaluation(model)  # see [Note: Hooks on the root, in order]
     handle.schedule.optimizer_hooks.follow_steps()
     use_as_default_mesh(handle.groups.mesh, model=model)

@@ -33,6 +33,7 @@ from lightning_mics.integrations._precision import (
 from lightning_mics.policy.out_of_memory import explain_out_of_memory
 from lightning_mics.sharding.evaluation import allow_evaluation
 from lightning_mics.sharding.modules.copying import prepare_copies, reject_copy
+from lightning_mics.sharding.optimizers.offload import shards_stay
 from lightning_mics.sharding.optimizers.overflow import check_optimizer, skipped_steps
 from lightning_mics.sharding.sharded import sharded
 
@@ -100,7 +101,8 @@ class MiCSFabricStrategy(LightningStrategy, FabricCheckpoints, _ModelParallel):
                 local_size=self.num_processes,
             )
             rank_zero_info(sharded(module).report)
-        module.to(self.root_device)  # state besides parameters and buffers, such as metrics
+        with shards_stay(module):
+            module.to(self.root_device)  # state besides parameters and buffers, such as metrics
         self._policy.check_kept(module, sharded(module))
         self._device_mesh = sharded(module).groups.mesh
         self._control = sharded(module).groups.control

@@ -38,7 +38,7 @@ class Candidate:
         states_bytes: Model states of a rank, with the unsharded parameters and gradients of the peak, in bytes.
         cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
         memory_bytes: Tensors of a rank at the peak of a step, in bytes.
-        fits: Whether ``memory_bytes`` leave the reserve of the device free.
+        fits: Whether ``memory_bytes`` leave the reserve of the device free, and the host holds what is moved there.
         node_sent: Bytes that a node sends per optimizer step.
         seconds: Predicted seconds of an optimizer step.
         hfu_tflops: TFLOP/s of one GPU at the expected time, with recomputation.
@@ -241,6 +241,7 @@ class Job:
                 reshard_after_forward=reshard_after_forward,
             )
             host_bytes = batches.micro * work.activations.on_host
+            host_bytes += work.size.per_rank_host_bytes(topology.partition_size)
             of_rank = traffic.sent(batches.accumulation)
             samples = batches.micro * batches.accumulation
             yield Candidate(

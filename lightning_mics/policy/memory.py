@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_mics._torch.host_memory import host_memory_bytes
 from lightning_mics.sharding.blocks import group_modules
+from lightning_mics.sharding.optimizers.offload import Offload
 from lightning_mics.topology import partition_sizes
 
 # Share of a device that model states may take; the rest is for activations. The paper's own choices of partition size
@@ -40,7 +41,8 @@ class ModelSize:
     """Sizes of a model, in bytes.
 
     Attributes:
-        states_bytes: Parameters, gradients and optimizer states, over all ranks of a partition group.
+        states_bytes: Parameters, gradients and optimizer states, over all ranks of a partition group; without those in
+            host memory.
         root_bytes: Unsharded parameters outside of all blocks; they stay from the forward to the end of the backward.
         root_reduced_bytes: Gradients of the root, in the dtype of the reduction.
         block_bytes: Unsharded parameters of the largest block.
@@ -48,6 +50,9 @@ class ModelSize:
         gathered_bytes: All unsharded parameters.
         reduced_bytes: All gradients, in the dtype of the reduction.
         gradients_bytes: Gradients among the model states.
+        offloaded_bytes: Model states in host memory, with what a step copies there, over all ranks of a partition
+            group.
+        offload: Which model states are in host memory.
         buffers_bytes: Buffers, which every rank has.
         cast_bytes: Gradients in the dtype of parameters, where they are reduced in another.
         blocks_gathered_bytes: Unsharded parameters of each block, in order.
@@ -62,10 +67,20 @@ class ModelSize:
     gathered_bytes: int
     reduced_bytes: int
     gradients_bytes: int = 0
+    offloaded_bytes: int = 0
+    offload: Offload = False
     buffers_bytes: int = 0
     cast_bytes: int = 0
     blocks_gathered_bytes: tuple[int, ...] = ()
     blocks_reduced_bytes: tuple[int, ...] = ()
+
+    def per_rank_host_bytes(self, partition_size: int) -> int:
+        """Bytes of model states that each rank has in host memory at most.
+
+        Args:
+            partition_size: Ranks per partition group.
+        """
+        return -(-self.offloaded_bytes // partition_size)
 
     def per_rank_bytes(self, partition_size: int) -> int:
         """Bytes on each rank at the peak of a backward, without activations.
@@ -87,6 +102,7 @@ def measure_model(
     *,
     gathered_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
+    offload: Offload = False,
 ) -> ModelSize:
     """Measure a model before it is sharded; it may be on the meta device.
 
@@ -96,6 +112,7 @@ def measure_model(
             lists them.
         gathered_dtype: Dtype of unsharded parameters; None is the dtype of the parameters.
         reduce_dtype: Dtype of gradient sums; None is the dtype of the gradients.
+        offload: Which model states are in host memory; see :mod:`~lightning_mics.sharding.optimizers.offload`.
     """
     in_order = list(reversed(list(blocks)))
     blocks = set(in_order)
@@ -105,17 +122,22 @@ def measure_model(
     reduced = tuple(_bytes_in((p for p in unit if p.requires_grad), reduce_dtype) for unit in units)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients_bytes = sum(p.numel() * max(p.itemsize, (reduce_dtype or p.dtype).itemsize) for p in trainable)
+    weights_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    trained_bytes = sum(parameter.nbytes for parameter in trainable)
+    adam_bytes = ADAM_STATES * trained_bytes
+    on_device = {False: weights_bytes + gradients_bytes + adam_bytes, "optimizer": weights_bytes + gradients_bytes}
+    on_host = {"optimizer": adam_bytes + 2 * trained_bytes, True: weights_bytes + trained_bytes + adam_bytes}
     return ModelSize(
-        states_bytes=sum(parameter.nbytes for parameter in model.parameters())
-        + gradients_bytes
-        + ADAM_STATES * sum(parameter.nbytes for parameter in trainable),
+        states_bytes=on_device.get(offload, 0),
         root_bytes=_bytes_in(root, gathered_dtype),
         root_reduced_bytes=_bytes_in(root, reduce_dtype),
         block_bytes=max((_bytes_in(unit, gathered_dtype) for unit in units), default=0),
         block_reduced_bytes=max((_bytes_in(unit, reduce_dtype) for unit in units), default=0),
         gathered_bytes=_bytes_in(model.parameters(), gathered_dtype),
         reduced_bytes=_bytes_in(trainable, reduce_dtype),
-        gradients_bytes=gradients_bytes,
+        gradients_bytes=0 if offload is True else gradients_bytes,
+        offloaded_bytes=on_host.get(offload, 0),
+        offload=offload,
         buffers_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         cast_bytes=sum(p.nbytes for p in trainable if reduce_dtype not in (None, p.dtype)),
         blocks_gathered_bytes=gathered,

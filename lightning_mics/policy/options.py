@@ -12,6 +12,7 @@ import torch
 from typing_extensions import TypedDict
 
 from lightning_mics.sharding.blocks import ModuleClasses
+from lightning_mics.sharding.optimizers.offload import Offload
 from lightning_mics.sharding.options import AccumulateGradients, CacheParameters
 
 
@@ -49,6 +50,8 @@ class PolicyOptions(TypedDict, total=False):
             choose blocks by FQN: ``"network.transformer.h.*[02468]"``.
         activation_offload: Whether the inputs of recomputed blocks wait for the backward in host memory, fetched one
             block ahead, False by default. Compiled blocks keep theirs on the device.
+        offload: Whether model states are in host memory, False by default: ``"optimizer"`` for the optimizer's states,
+            True for weights, gradients and these. The optimizer steps on the host.
         broadcast_buffers: Whether all ranks get the buffers of rank 0, such as running statistics, where they differ
             and a step, an evaluation or a checkpoint uses them, True by default; False keeps each rank's own.
         two_hop: Whether gradients are reduced over replicas at the boundary only, True by default; False does so in
@@ -74,6 +77,7 @@ class PolicyOptions(TypedDict, total=False):
     block_classes: ModuleClasses | None
     activation_checkpointing: bool | float | ModuleClasses
     activation_offload: bool
+    offload: Offload
     broadcast_buffers: bool
     two_hop: bool
     allow_unused: bool

@@ -9,18 +9,20 @@ import torch
 
 from lightning_mics.policy.choice import Choice
 from lightning_mics.policy.memory import in_gib
+from lightning_mics.sharding.optimizers.offload import Offload
 from lightning_mics.topology import Topology, partition_sizes
 
 BEGINNING = "To take less memory under MiCS, change the first of these that is acceptable: "
 
 
-def memory_advice(choice: Choice, *, recomputes: bool, offloads: bool = False) -> str:
+def memory_advice(choice: Choice, *, recomputes: bool, offloads: bool = False, states_on_host: Offload = False) -> str:
     """The options that would take less memory than a choice, the cheapest first, in one sentence.
 
     Args:
         choice: Choice of how to shard the model.
         recomputes: Whether activations are recomputed already.
         offloads: Whether the inputs of recomputed blocks are in host memory already.
+        states_on_host: Which model states are in host memory already.
     """
     topology, options = choice.topology, choice.communication
     on_node = topology.spans_nodes and (options.hierarchical or topology.local_ranks_per_partition_group == 1)
@@ -48,6 +50,8 @@ def memory_advice(choice: Choice, *, recomputes: bool, offloads: bool = False) -
             f"partition_size={larger} in place of {topology.partition_size} (model states take "
             f"{in_gib(choice.states_bytes)} per rank)"
         )
+    if states_on_host is not True:
+        ways.append(f"offload={'True' if states_on_host else json.dumps('optimizer')}, which takes host memory instead")
     ways.append("micro-batches of fewer samples, with more micro-steps per optimizer step")
     return BEGINNING + "; ".join(ways) + "."
 

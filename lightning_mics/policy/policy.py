@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
+from lightning_mics._torch.host_memory import host_memory_bytes
 from lightning_mics.collectives.agreement import on_rank_0
 from lightning_mics.collectives.control_plane import ControlPlane, control_plane
 from lightning_mics.cost.communication_time import UNKNOWN_MICRO_STEPS, Pricing
@@ -22,7 +23,7 @@ from lightning_mics.cost.probe import measure_links
 from lightning_mics.cost.step_traffic import find_units
 from lightning_mics.policy.choice import Choice, ShardingJob, choose, fitting_ways, options_that_may_be_auto
 from lightning_mics.policy.hosts import check_hosts, hosts_of_ranks
-from lightning_mics.policy.memory import ModelSize, device_memory_bytes, measure_model
+from lightning_mics.policy.memory import ModelSize, device_memory_bytes, in_gib, measure_model
 from lightning_mics.policy.options import PolicyOptions, check_names
 from lightning_mics.policy.out_of_memory import memory_advice
 from lightning_mics.policy.resumed import choice_of_checkpoint
@@ -30,6 +31,7 @@ from lightning_mics.policy.start_report import start_report
 from lightning_mics.sharding.activation_checkpointing import find_recomputed
 from lightning_mics.sharding.blocks import find_blocks
 from lightning_mics.sharding.modules.initializers import describe_initializers
+from lightning_mics.sharding.optimizers.offload import Offload, check_host_memory, checked_offload
 from lightning_mics.sharding.options import CommunicationOptions, floating_dtype
 from lightning_mics.sharding.ranks.replicas import checked_every
 from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
@@ -48,6 +50,7 @@ class Policy:
 
     Attributes:
         given: Options as they were given.
+        offload: Which model states are in host memory.
 
     Raises:
         TypeError: If an option does not exist.
@@ -75,6 +78,7 @@ class Policy:
         self._block_classes = policy.get("block_classes")
         self._activation_checkpointing = policy.get("activation_checkpointing", False)
         self._activation_offload = policy.get("activation_offload", False)
+        self.offload = checked_offload(policy.get("offload", False))
         self._broadcast_buffers = policy.get("broadcast_buffers", True)
         self._certify_every_n_steps = checked_every(policy.get("certify_every_n_steps"))
         self._rail_max_ctas = policy.get("rail_max_ctas")
@@ -124,6 +128,7 @@ class Policy:
             TypeError: If the model cannot be sharded.
             ValueError: If an option does not fit the job or the model, ranks of one node run on several hosts, or
                 weights are in float16, whose gradients cannot be unscaled.
+            HostMemoryError: If model states that go to the host do not fit its memory.
         """
         if precision == "16-mixed":
             _check_unscalable(model)
@@ -141,6 +146,7 @@ class Policy:
             blocks.values(),
             gathered_dtype=mixed_precision.param_dtype,
             reduce_dtype=mixed_precision.reduce_dtype,
+            offload=self.offload,
         )
         half = torch.bfloat16 if precision == "bf16-true" else torch.float32
         reduce_dtype = mixed_precision.reduce_dtype or half
@@ -166,6 +172,9 @@ class Policy:
         if self._block_classes is None and not blocks and size.gathered_bytes:
             _check_one_unit(model, choice)
         self.communication.check(choice.topology)
+        host_bytes = _smallest(host_memory_bytes(), control, "compares the memory of hosts") if self.offload else 0
+        rank_host_bytes = size.per_rank_host_bytes(choice.topology.partition_size)
+        check_host_memory(self.offload, rank_bytes=rank_host_bytes, host_bytes=host_bytes, processes=local_size)
         initializers = describe_initializers(model)
         frozen_bytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
         groups = create_partition_groups(
@@ -174,6 +183,7 @@ class Policy:
             hierarchical=choice.communication.hierarchical,
             timeout=self._timeout,
             rail_max_ctas=self._rail_max_ctas,
+            serve_host=self.offload is not False,
         )
         schedule = shard_model(
             model,
@@ -182,12 +192,21 @@ class Policy:
             block_classes=self._block_classes,
             activation_checkpointing=self._activation_checkpointing,
             activation_offload=self._activation_offload,
+            offload=self.offload,
             mixed_precision=mixed_precision,
             broadcast_buffers=self._broadcast_buffers,
             certify_every_n_steps=self._certify_every_n_steps,
         )
-        report = start_report(choice, reduce_dtype=reduce_dtype, initializers=initializers, frozen_bytes=frozen_bytes)
-        advice = memory_advice(choice, recomputes=bool(recomputed), offloads=self._activation_offload)
+        report = start_report(
+            choice,
+            reduce_dtype=reduce_dtype,
+            initializers=initializers,
+            frozen_bytes=frozen_bytes,
+            on_host=_on_host(self.offload, rank_bytes=rank_host_bytes, host_bytes=host_bytes, processes=local_size),
+        )
+        advice = memory_advice(
+            choice, recomputes=bool(recomputed), offloads=self._activation_offload, states_on_host=self.offload
+        )
         asked = options_that_may_be_auto(self.partition_size, self.communication)
         chosen = {name: value for name, value in choice.options.items() if asked[name] == "auto"}
         return Sharded(groups, schedule, report, tuple(blocks.values()), advice, chosen)
@@ -321,6 +340,15 @@ def _check_unscalable(model: nn.Module) -> None:
             )
 
 
+def _on_host(offload: Offload, *, rank_bytes: int, host_bytes: int, processes: int) -> str:
+    """Model states in host memory, in words; empty if there are none."""
+    if not offload:
+        return ""
+    what = "weights, gradients and optimizer states" if offload is True else "optimizer states, and copies in a step"
+    taken = in_gib(processes * rank_bytes)
+    return f"about {taken} of {in_gib(host_bytes)} per host of {processes} ranks: {what} (Adam)"
+
+
 def _check_one_unit(model: nn.Module, choice: Choice) -> None:
     """Check that a model in which no blocks were found fits as one parameter group; rank 0 warns that it is one.
 
@@ -343,5 +371,9 @@ def _check_one_unit(model: nn.Module, choice: Choice) -> None:
 
 def _capacity_bytes(device: torch.device, *, local_size: int, control: ControlPlane) -> int:
     """Memory of the smallest device of the job: all ranks must choose the same partition size."""
-    own = device_memory_bytes(device, processes=local_size)
-    return -int(control.largest(torch.tensor(-own), "compares the memory of devices"))
+    return _smallest(device_memory_bytes(device, processes=local_size), control, "compares the memory of devices")
+
+
+def _smallest(own: int, control: ControlPlane, entry: str) -> int:
+    """The smallest of a number of each rank."""
+    return -int(control.largest(torch.tensor(-own), entry))

@@ -10,7 +10,14 @@ from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology
 
 
-def start_report(choice: Choice, *, reduce_dtype: torch.dtype, initializers: str = "", frozen_bytes: int = 0) -> str:
+def start_report(
+    choice: Choice,
+    *,
+    reduce_dtype: torch.dtype,
+    initializers: str = "",
+    frozen_bytes: int = 0,
+    on_host: str = "",
+) -> str:
     """Describe the groups, techniques and estimated memory of a job in a few lines.
 
     Args:
@@ -18,6 +25,7 @@ def start_report(choice: Choice, *, reduce_dtype: torch.dtype, initializers: str
         reduce_dtype: Dtype in which gradients are reduced and added up.
         initializers: What has set the initial weights of modules that were on the meta device; empty if none were.
         frozen_bytes: Bytes of the parameters that do not require gradients.
+        on_host: Model states in host memory, in words; empty if there are none.
     """
     t, options, why = choice.topology, choice.communication, choice.reasons
     chosen = "" if why["partition_size"] == "given" else f" ({why['partition_size']})"
@@ -45,6 +53,8 @@ def start_report(choice: Choice, *, reduce_dtype: torch.dtype, initializers: str
     needed_bytes = choice.states_bytes + choice.cached_bytes
     capacity = in_gib(choice.capacity_bytes)
     rows["model states"] = f"about {in_gib(needed_bytes)} of {capacity} per rank (Adam; no activations)"
+    if on_host:
+        rows["on the host"] = on_host
     if needed_bytes > choice.capacity_bytes:
         rows["warning"] = "the model states alone exceed the device: use more ranks, or a smaller model"
     elif not choice.fits:

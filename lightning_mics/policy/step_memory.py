@@ -10,7 +10,7 @@ activations. M and R are the bytes of a block, unsharded and as it is reduced, m
     gather    m + 3 M: of the last block likewise, and the one before it as it was sent
     loss      m + M: the last block, as it was sent
     head      m + M: the last block, ahead
-    last      m + 2 M: in use, and the next ahead
+    last      m + 2 M: in use, and the next ahead       R where a rank has all
     blocks    m + 2 M                                   R of the block before
     second    m + 2 M                                   R
     between   m + 2 M: in use, and as it was sent       R
@@ -21,6 +21,8 @@ activations. M and R are the bytes of a block, unsharded and as it is reduced, m
 Gradients of a block are among the activations until they are reduced. Sharded gradients are there from the start where
 several micro-steps add to them, else as far as the backward has come; in the first forward there are those of the step
 before, which Lightning frees after it. Slices that are fetched ahead count for as long as there are blocks to gather.
+Where shards are in host memory, sums that hop 2 will reduce are on the device until it does, and its results until the
+backward has ended.
 """
 
 from __future__ import annotations
@@ -107,7 +109,7 @@ class _Step:
         states = work.size.states_bytes - work.size.gradients_bytes
         self._gradients = padded * work.size.gradients_bytes / self._ranks
         self._states = padded * states / self._ranks + work.size.buffers_bytes
-        self._states += SCALARS_BYTES + STEP_COUNTER_BYTES * work.parameter_tensors
+        self._states += SCALARS_BYTES + (0 if work.size.offload else STEP_COUNTER_BYTES * work.parameter_tensors)
         self._cache = communication.cache_parameters if self._ranks > 1 else "never"
         self._sums = communication.accumulate_gradients if self._ranks > 1 and micro_steps > 1 else "shard"
         local = topology.local_ranks_per_partition_group
@@ -126,6 +128,13 @@ class _Step:
         if topology.replicas > 1 and micro_steps > 1 and communication.inter_node_reduce_dtype is not None:
             self._adds_up_apart = True  # the second hop is not FSDP2's
             self._states += self._all.reduced / self._ranks
+        self._sums_of_shards = self._gradients
+        own_hop_2 = topology.replicas > 1 and communication.inter_node_reduce_dtype is None
+        if work.size.offload is True and own_hop_2:
+            if micro_steps > 1 and not self._adds_up_apart and communication.two_hop:
+                self._sums_of_shards = self._all.reduced / self._ranks  # until hop 2 reduces them
+            else:
+                self._kept_of_reductions = self._all.reduced / self._ranks  # FSDP2 keeps results of hop 2
 
     @property
     def update(self) -> float:
@@ -181,6 +190,8 @@ class _Step:
             taken = self._block.reduced
             if self._ranks == 1 and phase != "end":  # its result is as large
                 taken += max(0, self._block.reduced - self._block.gathered)
+        elif phase == "last" and self._cache == "rank":  # no reshard makes room for it
+            taken = self._block.reduced
         elif phase == "reduced":
             taken = self._root.reduced * (1 + 1 / self._ranks)
         return taken + self._kept_of_reductions * self._reduced_before(phase) / (self._all.reduced or 1)
@@ -195,6 +206,8 @@ class _Step:
         return max(0, self._all.reduced - self._root.reduced - sum(self._nearest[: left[phase]]))
 
     def _sharded_gradients(self, phase: Phase) -> float:
-        if (self._micro_steps > 1 and not self._adds_up_apart) or phase == "reduced":
+        if self._micro_steps > 1 and not self._adds_up_apart:
+            return self._sums_of_shards
+        if phase == "reduced":
             return self._gradients
         return self._gradients * self._reduced_before(phase) / (self._all.reduced or 1)

@@ -17,6 +17,7 @@ from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from lightning_mics.sharding.optimizers.adapt import adapt_optimizer, how_it_steps, may_send
 from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
 from lightning_mics.sharding.optimizers.matrix_owners import MatrixOwners
+from lightning_mics.sharding.optimizers.offload import Offload
 from lightning_mics.sharding.optimizers.whole_matrices import matrix_update
 from lightning_mics.sharding.weight_cache import WeightCache
 
@@ -36,6 +37,7 @@ class OptimizerHooks:
         unsharded: Names of the parameters that the model had before it was sharded.
         owners: Owners of matrices, for optimizers that need whole ones.
         count: Counts a collective that an optimizer runs by itself; None counts none.
+        offload: Which model states are in host memory.
     """
 
     def __init__(self, root: FSDPModule, *, window: AccumulationWindow, cache: WeightCache) -> None:
@@ -48,6 +50,7 @@ class OptimizerHooks:
         self.unsharded: UnshardedParameters | None = None
         self.owners: MatrixOwners | None = None
         self.count: Callable[[CollectiveOperation], None] | None = None
+        self.offload: Offload = False
         self._register()
 
     def follow_steps(self) -> None:
@@ -84,8 +87,8 @@ class OptimizerHooks:
             A line for the user on how it steps; None if there is nothing to say.
 
         Raises:
-            TypeError: If its class cannot work on sharded parameters.
-            ValueError: If it has stepped before the model was sharded.
+            TypeError: If its class cannot work on sharded parameters, or on those in host memory.
+            ValueError: If it has stepped before the model was sharded, or an option of it does not work with offload.
         """
         inside = [inner for inner in vars(optimizer).values() if isinstance(inner, Optimizer)]
         for inner in inside:
@@ -95,7 +98,8 @@ class OptimizerHooks:
             if self.unsharded is not None:
                 assert isinstance(self._root, nn.Module)
                 self.unsharded.exchange(each, self._root)
-            adapt_optimizer(each, self.owners if self.trains_with(each) else None)
+            owners = self.owners if self.trains_with(each) else None
+            adapt_optimizer(each, owners, offload=self._offload_of(each))
         if self.count is not None and may_send(optimizer) and self.trains_with(optimizer):
             count_collectives_of_steps(optimizer, self.count)
         return how_it_steps(optimizer) if self.trains_with(optimizer) else None
@@ -113,8 +117,9 @@ class OptimizerHooks:
         call_after_steps(self._after_step)
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        if matrix_update(optimizer) is not None and self.trains_with(optimizer):  # of a loop that has adopted none
-            adapt_optimizer(optimizer, self.owners)
+        needs_more = matrix_update(optimizer) is not None or self.offload
+        if needs_more and self.trains_with(optimizer):  # of a loop that has adopted none
+            adapt_optimizer(optimizer, self.owners, offload=self._offload_of(optimizer))
         if self._follows_steps and self.trains_with(optimizer) and _changes_weights(optimizer):
             self._window.after_backward()
 
@@ -124,6 +129,11 @@ class OptimizerHooks:
         self._cache.follow_step()
         if self._follows_steps:
             self._root.reshard()
+
+    def _offload_of(self, optimizer: Optimizer) -> Offload:
+        """Which of its states are on the host: an optimizer around another one, as SAM, works where the weights are."""
+        is_around = any(isinstance(inner, Optimizer) for inner in vars(optimizer).values())
+        return self.offload if self.offload is True or not is_around else False
 
     def _only_pending(self, optimizer: Optimizer) -> bool:
         """Whether a window is open and nothing is reduced yet: see [Note: Zero gradients before the boundary].

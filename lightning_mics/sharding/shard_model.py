@@ -42,6 +42,7 @@ from lightning_mics.sharding.modules.changes import keep_changes
 from lightning_mics.sharding.modules.copying import allow_copies
 from lightning_mics.sharding.modules.dense_gradients import make_gradients_dense
 from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
+from lightning_mics.sharding.optimizers.offload import Offload, check_offload, checked_offload, offload_policy
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.pretrained import load_sources
 from lightning_mics.sharding.ranks.replicas import ReplicaCheck, checked_every, verify_replicas
@@ -58,6 +59,7 @@ def shard_model(
     block_classes: ModuleClasses | None = None,
     activation_checkpointing: bool | float | ModuleClasses = False,
     activation_offload: bool = False,
+    offload: Offload = False,
     mixed_precision: MixedPrecisionPolicy | None = None,
     broadcast_buffers: bool = True,
     certify_every_n_steps: int | None = None,
@@ -79,6 +81,9 @@ def shard_model(
             over the depth; or the modules to recompute: classes, class names, or patterns of block names, such as
             ``"network.transformer.h.*[02468]"``.
         activation_offload: Whether the inputs of recomputed blocks wait for the backward in host memory.
+        offload: Whether model states are in host memory: True for weights, gradients and optimizer states,
+            ``"optimizer"`` for its states alone; the groups must serve the host. See
+            :mod:`~lightning_mics.sharding.optimizers.offload`.
         mixed_precision: FSDP2's policy: dtypes of unsharded parameters and of gradient reductions.
         broadcast_buffers: Whether all ranks get the buffers of rank 0 where they differ and are used or saved: see
             :mod:`~lightning_mics.sharding.modules.broadcast_buffers`.
@@ -93,6 +98,8 @@ def shard_model(
         ValueError: If an option does not fit the model or the groups.
     """
     communication, every = communication.fitted_to(groups), checked_every(certify_every_n_steps)
+    offload, dtypes = checked_offload(offload), mixed_precision or MixedPrecisionPolicy()
+    check_offload(offload, communication=communication, gathered_dtype=dtypes.param_dtype)
     blocks = find_blocks(model, block_classes, may_be_empty=True)
     recomputed = find_recomputed(model, blocks, activation_checkpointing)
     sharding = _Sharding(
@@ -101,7 +108,8 @@ def shard_model(
         blocks=list(blocks),
         recomputed=[name for name, module in model.named_modules() if module in set(recomputed)],
         on_host=inputs_on_host(recomputed, processes=groups.topology.ranks_per_node) if activation_offload else None,
-        mixed_precision=mixed_precision or MixedPrecisionPolicy(),
+        offload=offload,
+        mixed_precision=dtypes,
         broadcast_buffers=broadcast_buffers,
         traffic=Traffic(),
     )
@@ -131,6 +139,7 @@ class _Sharding:
         blocks: Names of the blocks, inner ones first.
         recomputed: Names of the modules that are recomputed in backward.
         on_host: Where their inputs wait for the backward; None leaves them on the device.
+        offload: Which model states are in host memory.
         mixed_precision: FSDP2's policy.
         broadcast_buffers: Whether all ranks get the buffers of rank 0 where they differ and are used or saved.
         traffic: Counter of the collectives.
@@ -141,6 +150,7 @@ class _Sharding:
     blocks: Sequence[str]
     recomputed: Sequence[str]
     on_host: SavedOnHost | None
+    offload: Offload
     mixed_precision: MixedPrecisionPolicy
     broadcast_buffers: bool
     traffic: Traffic
@@ -153,6 +163,7 @@ class _Sharding:
             place: Called with a block, or the model, before its parameter group is sharded.
         """
         blocks = [model.get_submodule(name) for name in self.blocks]
+        policy = offload_policy(self.offload, self.groups.device)
         for owner in (*blocks, model):
             if place is not None:
                 place(owner)
@@ -164,6 +175,7 @@ class _Sharding:
                     mesh=self.groups.mesh,
                     shard_placement_fn=self._placement,
                     mp_policy=self.mixed_precision,
+                    offload_policy=policy,
                     ignored_params=aliased or None,
                 )
         accept_whole_tensors(model)
@@ -187,6 +199,7 @@ class _Sharding:
             self.groups, self.communication, broadcast_buffers=self.broadcast_buffers, traffic=self.traffic
         )
         schedule = communication.install(model)
+        schedule.optimizer_hooks.offload = self.offload
         keep_changes(model, self.groups.mesh, schedule.window)
         allow_copies(model, self.groups.mesh, schedule.window, self._shard_copy)
         return schedule

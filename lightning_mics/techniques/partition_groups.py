@@ -22,7 +22,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_mics._torch.process_groups import backends_of_devices, groups_made, new_group
+from lightning_mics._torch.process_groups import (
+    backends_of_devices,
+    backends_with_host,
+    groups_made,
+    new_group,
+)
 from lightning_mics.collectives.control_plane import ControlPlane, control_plane
 from lightning_mics.topology import Topology
 
@@ -67,6 +72,7 @@ def create_partition_groups(
     hierarchical: bool | Literal["auto"] = "auto",
     timeout: timedelta | None = None,
     rail_max_ctas: int | None = None,
+    serve_host: bool = False,
 ) -> PartitionGroups:
     """Make this rank's groups and mesh; every rank calls it, after ``init_process_group``.
 
@@ -81,6 +87,7 @@ def create_partition_groups(
         hierarchical: Whether collectives of the partition group run in two stages; see :func:`choose_hierarchical`.
         timeout: Longest time of a collective of these groups; None is the backend's default.
         rail_max_ctas: Largest number of blocks of threads of a collective along rails, on NCCL; None is NCCL's default.
+        serve_host: Whether the axes of the mesh also serve tensors in host memory, by gloo: for shards that are there.
 
     Raises:
         RuntimeError: If ``torch.distributed`` is not initialized, or ranks are members of different numbers of process
@@ -94,11 +101,12 @@ def create_partition_groups(
     control = control_plane(timeout)
     check_same_count_of_groups(control)
     rank, make = dist.get_rank(), partial(new_group, timeout=timeout)
+    of_mesh = partial(make, backend=backends_with_host() if serve_host else None)
     one_stage_over_rails = topology.spans_nodes and topology.local_ranks_per_partition_group == 1
-    partition = make(
+    partition = of_mesh(
         _members(topology, rank, in_stages), name="partition", max_ctas=rail_max_ctas if one_stage_over_rails else None
     )
-    replication = make(topology.replication_group(rank), name="replication") if topology.replicas > 1 else None
+    replication = of_mesh(topology.replication_group(rank), name="replication") if topology.replicas > 1 else None
     rail, node = None, None
     if one_stage_over_rails:
         rail = partition

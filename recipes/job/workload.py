@@ -20,6 +20,7 @@ from lightning_mics.policy.activations import Activations, Line, Phase, essentia
 from lightning_mics.policy.memory import measure_model
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, inputs_on_host, recompute_in_backward
 from lightning_mics.sharding.blocks import find_blocks
+from lightning_mics.sharding.optimizers.offload import checked_offload
 from lightning_mics.sharding.shard_model import autocast_dtype, mixed_precision_policy
 from recipes.models.flops import shape_of
 from recipes.models.language_model import LanguageModel
@@ -52,7 +53,11 @@ def measure_run(config: DictConfig, model: LanguageModel) -> Workload:
     work = Workload(
         units=tuple(find_units(network, blocks)),
         size=measure_model(
-            network, blocks.values(), gathered_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype
+            network,
+            blocks.values(),
+            gathered_dtype=policy.param_dtype,
+            reduce_dtype=policy.reduce_dtype,
+            offload=checked_offload(config.strategy.offload),
         ),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         activations=activations_of(share, offload is True),

@@ -134,6 +134,7 @@ def rehearse_run(job: ChosenJob, model: LanguageModel, *, rank: int = 0) -> Rehe
         block_classes=strategy["block_classes"],
         activation_checkpointing=strategy["activation_checkpointing"],
         activation_offload=strategy["activation_offload"],
+        offload=strategy["offload"],
         reduce_dtype=strategy["reduce_dtype"] and getattr(torch, strategy["reduce_dtype"]),
     )
 

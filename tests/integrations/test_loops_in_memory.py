@@ -131,6 +131,16 @@ def test_a_loop_that_is_started_again_has_the_same_losses_and_weights(
         loops.assert_same(again[rank]["weights"][STEPS], whole["weights"][STEPS])
 
 
+def test_model_states_in_host_memory_come_back_too(
+    token: str, run: Callable[..., Seen], undisturbed: list[Seen]
+) -> None:
+    offload = "optimizer" if run is of_fabric else True
+    on_ranks(partial(run, dies_at=3, offload=offload))
+    for again, whole in zip(on_ranks(partial(run, dies_at=None, offload=offload)), undisturbed, strict=True):
+        assert again["begun"] in (2, 3)
+        loops.assert_same(again["weights"][STEPS], whole["weights"][STEPS])
+
+
 def test_fewer_ranks_go_on_from_the_same_weights(token: str, run: Callable[..., Seen]) -> None:
     first = on_ranks(partial(run, dies_at=3))[0]
     again = on_ranks(partial(run, dies_at=None, ranks_per_node=1, partition_size=1, **fewer(run)), world_size=2)

@@ -231,6 +231,17 @@ def test_inputs_of_blocks_go_to_the_host_where_that_is_faster_and_fits_it() -> N
     assert not plain.activation_offload  # nothing is gained, so nothing is moved
 
 
+def test_a_plan_fits_if_the_host_holds_the_model_states_that_are_there() -> None:
+    size = replace(
+        work().size, states_bytes=0, gradients_bytes=0, offload=True, offloaded_bytes=work().size.states_bytes
+    )
+    per_rank_gib = size.per_rank_host_bytes(8) / GIB
+    for spare_gib, fits in ((1, True), (-1, False)):
+        host = replace(P4D, host_memory_gib=8 * (per_rank_gib + spare_gib) / 0.75)
+        of_node = [c for c in job(workload=work(size=size), hardware=host).candidates(8, AUTO) if c.batches.micro == 1]
+        assert of_node and any(c.fits for c in of_node) == fits
+
+
 def test_micro_steps_of_few_tokens_are_no_reason_not_to_recompute() -> None:
     each = job(workload=recomputable(5 * GIB))  # without recomputation, fewer than 4 samples of 512 tokens fit
     candidates = list(each.candidates("auto", AUTO))

@@ -59,6 +59,20 @@ def test_sizes_are_counted_in_the_dtypes_that_are_used():
     assert size.per_rank_bytes(4) == 5200 / 4 + 2 * 200 + 3 * 400 + 800
 
 
+def test_states_in_host_memory_are_counted_there():
+    model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 20, bias=False))
+    model[1].requires_grad_(False)
+    on_device, states, everything = (
+        measure_model(model, [], offload=offload) for offload in (False, "optimizer", True)
+    )
+    assert (on_device.states_bytes, on_device.offloaded_bytes) == (4 * 300 + 4 * 100 + 8 * 100, 0)
+    assert (states.states_bytes, states.offloaded_bytes) == (4 * 300 + 4 * 100, 16 * 100)  # with copies of a step
+    assert (everything.states_bytes, everything.offloaded_bytes) == (0, 4 * 300 + 4 * 100 + 8 * 100)
+    assert (states.gradients_bytes, everything.gradients_bytes) == (400, 0)
+    assert states.per_rank_host_bytes(3) == 534
+    assert everything.per_rank_bytes(4) == on_device.per_rank_bytes(4) - on_device.states_bytes / 4
+
+
 def test_a_large_root_is_what_counts_at_the_end_of_the_backward():
     size = ModelSize(
         states_bytes=0,

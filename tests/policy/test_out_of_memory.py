@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class _Run:
 
 
 def test_advice_begins_with_caches_and_leaves_out_what_is_done_already() -> None:
-    def advice(partition_size: int, communication: CommunicationOptions, **done: bool) -> str:
+    def advice(partition_size: int, communication: CommunicationOptions, **done: Any) -> str:
         job = ShardingJob(
             size=SIZE, world_size=8, ranks_per_node=4, capacity_bytes=2**34, partition_size=partition_size,
             communication=communication,
@@ -83,9 +84,11 @@ def test_advice_begins_with_caches_and_leaves_out_what_is_done_already() -> None
         return memory_advice(choose(job), **{"recomputes": False, **done}).removeprefix(BEGINNING)
 
     recomputed = advice(8, CommunicationOptions.PAPER, recomputes=True)
-    assert recomputed.startswith("activation_offload=True, which takes host memory instead; micro-batches of fewer")
-    offloaded = advice(8, CommunicationOptions.PAPER, recomputes=True, offloads=True)
-    assert offloaded.startswith("micro-batches of fewer samples")
+    assert recomputed.startswith("activation_offload=True, which takes host memory instead; offload=")
+    offloaded = partial(advice, 8, CommunicationOptions.PAPER, recomputes=True, offloads=True)
+    assert offloaded().startswith('offload="optimizer", which takes host memory instead; micro-batches of fewer')
+    assert offloaded(states_on_host="optimizer").startswith("offload=True, which takes host memory instead; micro")
+    assert offloaded(states_on_host=True).startswith("micro-batches of fewer samples")
     assert advice(8, CommunicationOptions(inter_node_prefetch=1)).startswith("inter_node_prefetch=0; ")
     assert advice(8, CommunicationOptions.RANK).startswith(
         'cache_parameters="node" in place of "rank" (caches take 3 GiB per rank); accumulate_gradients="node"'

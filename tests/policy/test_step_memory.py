@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.step_memory import compared, ratio
 from lightning_mics.policy.step_memory import step_bytes
+from lightning_mics.sharding.optimizers.offload import Offload
 from tests.support.campaign import campaign
 from tests.support.jobs import JOBS, SEQUENCES, measured, rehearsed
 
@@ -38,6 +41,32 @@ def test_a_step_takes_what_its_rehearsal_allocates_however_it_runs(job: str, mic
     assert real <= closed <= 1.02 * real
 
 
+OFFLOADED: list[tuple[str, int, Offload]] = [
+    ("a node a group", 1, "optimizer"),
+    ("replicas over nodes", 3, "optimizer"),
+    ("one rank a group", 1, True),
+    ("a node a group", 3, True),
+    ("without two hops", 3, True),
+    ("hierarchical", 1, True),
+    ("a node a group, once per step", 1, True),
+    ("once per step everywhere", 1, True),
+    ("replicas, half of the bytes", 2, True),
+    ("mixed precision", 3, True),
+    ("half precision", 1, True),
+]
+
+
+@pytest.mark.parametrize(("job", "micro_steps", "offload"), OFFLOADED)
+def test_a_step_with_states_on_the_host_takes_what_its_rehearsal_allocates(
+    job: str, micro_steps: int, offload: Offload
+) -> None:
+    facts = replace(JOBS[job], offload=offload)
+    workload = measured("bert", facts)
+    closed = step_bytes(workload, facts.topology, facts.communication, samples=SEQUENCES, micro_steps=micro_steps)
+    real = rehearsed("bert", facts, backend="nccl", micro_steps=micro_steps).peak_bytes
+    assert real <= closed <= 1.03 * real
+
+
 @pytest.mark.parametrize(
     ("model", "overrides"),
     [
@@ -51,8 +80,9 @@ def test_a_step_takes_what_its_rehearsal_allocates_however_it_runs(job: str, mic
                 "strategy.activation_offload=true",
             ],
         ),
+        ("gpt2", ["model.network.n_layer=5", "strategy.offload=true"]),
     ],
-    ids=["gpt2", None, "inputs on the host"],
+    ids=["gpt2", None, "inputs on the host", "all on the host"],
 )
 def test_a_plan_counts_the_memory_of_three_micro_batches_within_three_percent(model: str, overrides: list[str]) -> None:
     rows = list(compared(model, "p4d_2", *overrides))

@@ -13,6 +13,7 @@ import train
 from lightning_mics import CommunicationOptions
 from lightning_mics.planning import Workload, measure_workload
 from lightning_mics.planning.rehearsal.rehearse import Rehearsal, rehearse
+from lightning_mics.sharding.optimizers.offload import Offload
 from lightning_mics.topology import Topology
 from recipes.plan.dry_run import Training
 from tests.support.configs import composed
@@ -33,6 +34,7 @@ class Job:
         precision: Precision by Lightning's name.
         reduce_dtype: Dtype in which gradients are reduced; None follows the precision.
         activation_checkpointing: Whether blocks are recomputed in backward.
+        offload: Which model states are in host memory.
     """
 
     shape: tuple[int, int, int]
@@ -40,6 +42,7 @@ class Job:
     precision: str = "32-true"
     reduce_dtype: torch.dtype | None = None
     activation_checkpointing: bool = False
+    offload: Offload = False
 
     @property
     def topology(self) -> Topology:
@@ -98,6 +101,7 @@ def measured(name: str, job: Job) -> Workload:
         precision=job.precision,
         reduce_dtype=job.reduce_dtype,
         activation_checkpointing=job.activation_checkpointing,
+        offload=job.offload,
     )
 
 
@@ -112,6 +116,7 @@ def rehearsed(name: str, job: Job, **options: Any) -> Rehearsal:
         precision=job.precision,
         reduce_dtype=job.reduce_dtype,
         activation_checkpointing=job.activation_checkpointing,
+        offload=job.offload,
         **{"backend": "gloo", "gradient_clip_val": 1.0, "micro_steps": 3, **options},
     )
 

@@ -60,6 +60,18 @@ def call_after_steps(method: Call) -> None:
     _after.add(method)
 
 
+def call_first_before_step(optimizer: Optimizer, function: Callable[..., None]) -> None:
+    """Call a function before each step of an optimizer, also before hooks that step in its place.
+
+    Args:
+        optimizer: The optimizer.
+        function: Hook as torch calls it, with the optimizer and the arguments of the step.
+    """
+    handle = optimizer.register_step_pre_hook(function)
+    hooks: Any = optimizer._optimizer_step_pre_hooks
+    hooks.move_to_end(handle.id, last=False)
+
+
 def call_before_unscaling(method: Call) -> None:
     """Call a method before a gradient scaler unscales the gradients of an optimizer, whichever.
 

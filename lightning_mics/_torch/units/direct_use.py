@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils._pytree import tree_map_only
 
 from lightning_mics._torch.dtensors.arithmetic import ARITHMETIC, on_own_part
+from lightning_mics._torch.dtensors.shards import with_local
 from lightning_mics._torch.dtensors.views import DISPATCHES, is_of_one_shape, run_default
 from lightning_mics._torch.fsdp import _param_groups, fsdp_modules
 from lightning_mics._torch.units.axis_collectives import along_axis
@@ -128,9 +128,7 @@ def averaged(gradient: Tensor, like: DTensor) -> Any:
             with _around(like, kind, axis, local.nbytes):
                 local = along_axis(local, spec, axis, pending, spec.placements[axis])
             pending[axis] = spec.placements[axis]
-        meta = TensorMeta(gradient.shape, spec.stride, gradient.dtype)
-        sharded: Any = DTensor
-        return sharded(local, DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta), requires_grad=False)
+        return with_local(local.to(like._local_tensor.device), like=like)
 
 
 # -- which operations are served ---------------------------------------------------------------------------------------
@@ -238,7 +236,7 @@ def _run_backward_of_unsharded(outputs: Any, *args: Any, **kwargs: Any) -> Any:
     """Torch's way to run a backward, with the parameters that forwards have used in addition to their shards."""
     _take_gradients_of_shards()
     inputs = args[3] if len(args) > 3 else ()
-    known = [_parameters.get(id(each)) for each in inputs]
+    known = [_record_of(each) for each in inputs]
     if not any(known):
         return _run_backward(outputs, *args, **kwargs)
     return _both(outputs, inputs, known, *args, **kwargs)
@@ -285,7 +283,8 @@ class _Gathered:
 
 def _gather(sharded: DTensor) -> Tensor:
     """All values of a sharded tensor or a partial sum: [any]."""
-    spec, local = sharded._spec, sharded._local_tensor
+    spec = sharded._spec
+    local = sharded._local_tensor.to(spec.mesh.device_type)  # it may be in host memory
     placements: list[Placement] = list(spec.placements)
     with torch.no_grad():
         for axis in reversed(range(spec.mesh.ndim)):
@@ -314,7 +313,13 @@ def _around_on(mesh: DeviceMesh) -> Around | None:
 
 def _parameter_of(sharded: Tensor) -> Any:
     """FSDP2's record of a sharded parameter, or of the one that a tensor is a view of."""
-    return _parameters.get(id(sharded)) or _parameters.get(id(sharded._base))
+    return _record_of(sharded) or _record_of(sharded._base)
+
+
+def _record_of(tensor: Tensor | None) -> Any:
+    """FSDP2's record of a tensor if that is a sharded parameter now: one that is gone may have had the same id."""
+    known = _parameters.get(id(tensor))
+    return known if known is not None and known.sharded_param is tensor else None
 
 
 def _name(sharded: Tensor) -> str:

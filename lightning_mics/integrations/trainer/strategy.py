@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_mics._torch.fsdp import expect_backward
+from lightning_mics._torch.optimizers.steps import call_first_before_step
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.integrations._lightning import LightningStrategy, reduce_in_place
 from lightning_mics.integrations._precision import accept_16_mixed, check_precision, prepared_scaler
@@ -42,6 +43,7 @@ from lightning_mics.integrations.trainer.preemption import forget_signals, stop_
 from lightning_mics.integrations.trainer.steps import StepRedirection, StepsAsForward
 from lightning_mics.policy.out_of_memory import explain_out_of_memory
 from lightning_mics.sharding.modules.changes import write_changes
+from lightning_mics.sharding.optimizers.offload import shards_stay
 from lightning_mics.sharding.optimizers.overflow import check_optimizer, skipped_steps
 from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.topology import Topology
@@ -131,14 +133,15 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
         with torch.inference_mode(False):
             self._shard_now()
             self._control = self._state().groups.control
-            self.model_to_device()  # metrics, and the module's own `device`
+            with shards_stay(module):
+                self.model_to_device()  # metrics, and the module's own `device`
             self._policy.check_kept(module, self._state())
             module._device_mesh = self._device_mesh = self._state().groups.mesh
             self._abandon_window()
             if fitting:
                 self.setup_optimizers(trainer)
             self.setup_precision_plugin()
-            if fitting:
+            if fitting and not self._policy.offload:
                 _optimizers_to_device(self.optimizers, self.root_device)
         self._is_set_up = True
         control = self._state().groups.control
@@ -194,7 +197,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
             if (how := self._state().schedule.optimizer_hooks.adopt(optimizer)) is not None:
                 rank_zero_info(how)
             if self._in_memory is not None:
-                optimizer.register_step_pre_hook(self._in_memory.before_optimizer_step)
+                call_first_before_step(optimizer, self._in_memory.before_optimizer_step)
             foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in sharded]
             if foreign:
                 raise ValueError(

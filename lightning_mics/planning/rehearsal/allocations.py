@@ -2,7 +2,8 @@
 
 Every tensor that an operation creates counts until the last reference to it is gone, or FSDP2 empties its storage. The
 purpose of a tensor is often known only later, when a collective takes it or a parameter owns it; its category is
-assigned then, and also for the peak if the tensor existed at the peak.
+assigned then, and also for the peak if the tensor existed at the peak. Tensors in host memory have a category of their
+own, and are no part of the peak.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from typing_extensions import override
 from lightning_mics._torch.dtensors.owned_rows import elements_here
 from lightning_mics._torch.fake import tree_leaves, watched_resizes
 from lightning_mics._torch.host_memory import is_allocating_on_host
+from lightning_mics._torch.units.on_host import COPIES_IN
 from lightning_mics.planning.rehearsal.observed import Observer
 
 UNKNOWN = "activations"  # every tensor without another category
+
+
+ON_HOST = "host memory"
 
 
 GATHERED = "gathered parameters"  # the only tensors whose storages FSDP2 empties and fills
@@ -46,7 +51,7 @@ class Allocations(Observer):
         category: Function that returns the first category of a new tensor.
 
     Attributes:
-        on_host_bytes: Bytes of all tensors that were created in host memory, which is not counted otherwise.
+        on_host_bytes: Bytes of all tensors that were created in host memory.
     """
 
     def __init__(self, *, category: Callable[[Tensor], str] = lambda _: UNKNOWN) -> None:
@@ -61,7 +66,7 @@ class Allocations(Observer):
     def reset_peak(self) -> None:
         """Set the peak to the current bytes."""
         self._peak = Counter(self._live)
-        self._peak_bytes = self._live.total()
+        self._peak_bytes = self._on_device()
         self._peak_at = self._allocations
 
     @property
@@ -76,8 +81,21 @@ class Allocations(Observer):
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes at any moment since :meth:`reset_peak`."""
+        """Most bytes on the device at any moment since :meth:`reset_peak`."""
         return self._peak_bytes
+
+    def move_to_host(self, tensors: Iterable[Tensor]) -> None:
+        """Count ``tensors`` to host memory from now on.
+
+        Args:
+            tensors: Real or fake tensors ``[...]``; tensors that are not counted are ignored.
+        """
+        for tensor in tensors:
+            block = self._blocks.get(tensor.untyped_storage()._cdata)
+            if block is not None:
+                self._live[block.category] -= block.size_bytes
+                self._live[ON_HOST] += block.size_bytes
+                block.category = ON_HOST
 
     def assign(self, category: str, tensors: Iterable[Tensor], *, over: str | None = None) -> None:
         """Assign a category to ``tensors``; tensors that are not counted are ignored.
@@ -90,7 +108,7 @@ class Allocations(Observer):
         for tensor in tensors:
             local = elements_here(tensor)
             block = self._blocks.get(local.untyped_storage()._cdata)
-            if block is None or block.category == category or over not in (None, block.category):
+            if block is None or block.category in (category, ON_HOST) or over not in (None, block.category):
                 continue
             for counter in (self._live, self._peak) if block.born <= self._peak_at else (self._live,):
                 counter[block.category] -= block.size_bytes
@@ -106,7 +124,16 @@ class Allocations(Observer):
 
     @override
     def before(self, operation: Any, args: tuple[Any, ...]) -> None:
-        """Do nothing: ``operation`` has not allocated yet."""
+        """Count what FSDP2 copies to the device for a gather of shards in host memory, for the moment that it exists.
+
+        On a CPU FSDP2 copies nothing, so that ``operation`` gets the shards themselves.
+        """
+        if operation._schema.name != COPIES_IN:
+            return
+        blocks = ((self._blocks.get(tensor.untyped_storage()._cdata), tensor) for tensor in args[0])
+        copied_bytes = sum(tensor.nbytes for block, tensor in blocks if block and block.category == ON_HOST)
+        self._grow(GATHERED, copied_bytes)
+        self._live[GATHERED] -= copied_bytes
 
     @override
     def after(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -115,7 +142,6 @@ class Allocations(Observer):
             return
         if is_allocating_on_host():
             self.on_host_bytes += sum(tensor.nbytes for tensor in _local_tensors(result))
-            return
         new = [tensor for tensor in _local_tensors(result) if tensor.untyped_storage()._cdata not in self._blocks]
         if not new:
             return
@@ -124,7 +150,7 @@ class Allocations(Observer):
             storage = tensor.untyped_storage()
             is_seen = storage._cdata in given or storage._cdata in self._blocks
             if not is_seen:
-                self._add(storage, self._category(tensor))
+                self._add(storage, ON_HOST if is_allocating_on_host() else self._category(tensor))
 
     def _add(self, storage: torch.UntypedStorage, category: str) -> None:
         key = storage._cdata
@@ -135,9 +161,12 @@ class Allocations(Observer):
 
     def _grow(self, category: str, size_bytes: int) -> None:
         self._live[category] += size_bytes
-        total = self._live.total()
+        total = self._on_device()
         if total > self._peak_bytes:
             self._peak, self._peak_bytes, self._peak_at = Counter(self._live), total, self._allocations
+
+    def _on_device(self) -> int:
+        return self._live.total() - self._live[ON_HOST]
 
     def _release(self, key: int) -> None:
         block = self._blocks.pop(key)

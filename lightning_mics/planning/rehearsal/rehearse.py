@@ -12,7 +12,7 @@ All micro-steps between the first and the boundary do the same, so only one of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -23,13 +23,16 @@ from torch.optim import AdamW, Optimizer
 
 from lightning_mics._torch.fake import FakeTensorMode, moving_modules, rehearsed_job, tree_map_only
 from lightning_mics._torch.fsdp import fsdp_modules, partial_sums, sharded_parameters, unsharded_parameters
+from lightning_mics._torch.host_memory import on_host as allocating_on_host
+from lightning_mics._torch.units.on_host import copy_gradients, shards_on_host
 from lightning_mics.collectives.traffic import Sent
 from lightning_mics.cost.collective import Collective
 from lightning_mics.planning.rehearsal.activations import default_dtype
-from lightning_mics.planning.rehearsal.allocations import GATHERED, UNKNOWN, Allocations
+from lightning_mics.planning.rehearsal.allocations import GATHERED, ON_HOST, UNKNOWN, Allocations
 from lightning_mics.planning.rehearsal.collectives import Collectives
 from lightning_mics.planning.rehearsal.observed import WithoutValues, naming_values
 from lightning_mics.sharding.blocks import ModuleClasses
+from lightning_mics.sharding.optimizers.offload import Offload
 from lightning_mics.sharding.optimizers.overflow import find_overflow
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.schedule import AccumulationSchedule
@@ -71,7 +74,8 @@ class Rehearsal:
         micro_steps: Micro-steps per optimizer step.
         ran: Collectives of the rank, in order.
         peak: Bytes by category at the peak of the total, in the order of ``CATEGORIES``.
-        states: Bytes of parameters, gradients and optimizer states at the end of the last backward.
+        states: Bytes of parameters, gradients and optimizer states at the end of the last backward, on the device.
+        on_host_bytes: Bytes of model states in host memory at the end of the step.
     """
 
     topology: Topology
@@ -80,10 +84,11 @@ class Rehearsal:
     ran: tuple[ExecutedCollective, ...]
     peak: dict[str, int]
     states: dict[str, int]
+    on_host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes of tensors that this rank holds at any moment of the step."""
+        """Most bytes of tensors that this rank holds on its device at any moment of the step."""
         return sum(self.peak.values())
 
     def sent(self) -> dict[str, Sent]:
@@ -114,6 +119,7 @@ def rehearse(
     reduce_dtype: torch.dtype | None = None,
     activation_checkpointing: bool | float | ModuleClasses = False,
     activation_offload: bool = False,
+    offload: Offload = False,
 ) -> Rehearsal:
     """Run one optimizer step of one rank of a job of any size, without its machines and without allocating tensors.
 
@@ -134,7 +140,8 @@ def rehearse(
         block_classes: Classes of the blocks; see :func:`~lightning_mics.sharding.blocks.find_blocks`.
         reduce_dtype: Dtype in which gradients are reduced; None follows the precision.
         activation_checkpointing: Whether blocks are recomputed in backward, or which; see :func:`shard_model`.
-        activation_offload: Whether inputs of recomputed blocks are in host memory, which is not counted.
+        activation_offload: Whether inputs of recomputed blocks are in host memory.
+        offload: Which model states are in host memory; see :mod:`~lightning_mics.sharding.optimizers.offload`.
 
     Raises:
         RuntimeError: If ``torch.distributed`` is in use.
@@ -160,6 +167,7 @@ def rehearse(
                 block_classes=block_classes,
                 activation_checkpointing=activation_checkpointing,
                 activation_offload=activation_offload,
+                offload=offload,
                 mixed_precision=mixed_precision_policy(precision, reduce_dtype=reduce_dtype),
             )
             optimizer = (make_optimizer or partial(_adamw))(model)
@@ -171,17 +179,27 @@ def rehearse(
                 with torch.autocast("cpu", computed, enabled=computed is not None):
                     return loss(model, batch)
 
-            _leave_a_step_behind(model, optimizer, gradient_clip_val=gradient_clip_val)
+            where_shards_are: Any = allocating_on_host if offload is True else nullcontext
+
+            def update() -> None:
+                with where_shards_are():
+                    _clip_and_step(model, optimizer, gradient_clip_val)
+
+            for unit in fsdp_modules(model).values():
+                unit.unshard()
+                unit.reshard()
+            with where_shards_are():
+                _make_gradients(model)
+            update()
             watch.claim()
             watch.begin()
             _optimizer_step(
                 forward,
-                model,
                 optimizer,
                 schedule,
                 _stand_for(micro_steps),
                 watch=watch,
-                gradient_clip_val=gradient_clip_val,
+                update=update,
                 scaled=precision == "16-mixed",
             )
     return Rehearsal(
@@ -191,6 +209,7 @@ def rehearse(
         ran=tuple(watch.ran),
         peak={name: watch.peak[name] for name in CATEGORIES if watch.peak.get(name)},
         states=watch.states,
+        on_host_bytes=watch.on_host_bytes,
     )
 
 
@@ -206,19 +225,15 @@ def _adamw(model: nn.Module) -> Optimizer:
     return AdamW(model.parameters(), fused=True)
 
 
-def _leave_a_step_behind(model: nn.Module, optimizer: Optimizer, *, gradient_clip_val: float | None) -> None:
-    """Allocate what is there after a first step, without its forward and backward.
+def _make_gradients(model: nn.Module) -> None:
+    """Allocate what is there before a first step, without its forward and backward.
 
-    Gradients are clipped although they are zero: DTensor runs each new operation on tensors of the unsharded shapes
-    first, to learn those of the result, and the peak must not count them.
+    The step that follows clips gradients although they are zero: DTensor runs each new operation on tensors of the
+    unsharded shapes first, to learn those of the result, and the peak must not count them.
     """
-    for unit in fsdp_modules(model).values():
-        unit.unshard()
-        unit.reshard()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    _clip_and_step(model, optimizer, gradient_clip_val)
 
 
 def _clip_and_step(model: nn.Module, optimizer: Optimizer, gradient_clip_val: float | None) -> None:
@@ -229,13 +244,12 @@ def _clip_and_step(model: nn.Module, optimizer: Optimizer, gradient_clip_val: fl
 
 def _optimizer_step(
     forward: Callable[[], Tensor],
-    model: nn.Module,
     optimizer: Optimizer,
     schedule: AccumulationSchedule,
     micro_steps: Mapping[int, int],
     *,
     watch: _Watch,
-    gradient_clip_val: float | None,
+    update: Callable[[], None],
     scaled: bool,
 ) -> None:
     """Like Lightning: gradients of the previous step are freed after the first forward."""
@@ -252,7 +266,7 @@ def _optimizer_step(
     watch.now(0, 1)
     if scaled:
         find_overflow(torch.zeros(()))
-    _clip_and_step(model, optimizer, gradient_clip_val)
+    update()
     watch.claim()
 
 
@@ -275,6 +289,10 @@ class _Watch:
     def peak(self) -> dict[str, int]:
         return self._allocations.peak
 
+    @property
+    def on_host_bytes(self) -> int:
+        return self._allocations.live.get(ON_HOST, 0)
+
     def model(self, model: nn.Module, schedule: AccumulationSchedule, optimizer: Optimizer) -> None:
         """Watch the memory of a model, its schedule and its optimizer."""
         self._model, self._schedule, self._optimizer = model, schedule, optimizer
@@ -282,6 +300,9 @@ class _Watch:
         self._hooked: set[nn.Parameter] = set()
         self._allocations.assign(PARAMETERS, [p for unit in self._units for p in sharded_parameters(unit)])
         self._allocations.assign(PARAMETERS, model.buffers())
+        for unit in self._units:
+            self._allocations.move_to_host(shards_on_host(unit))
+            copy_gradients(unit, _copy_to_host)
 
     def begin(self) -> None:
         """Report everything from now on."""
@@ -313,6 +334,11 @@ class _Watch:
         self.ran.append(ExecutedCollective(micro_step=self._micro_step, times=self._times, collective=collective))
         gathers = collective.kind == "all_gather"
         self._allocations.assign(GATHERED if gathers else REDUCING, tensors, over=UNKNOWN)
+
+
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    with allocating_on_host():
+        return tensor.clone()
 
 
 def _tensors(states: Iterable[Mapping[str, Any]]) -> Iterator[Tensor]:

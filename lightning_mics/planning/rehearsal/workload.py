@@ -20,6 +20,7 @@ from lightning_mics.policy.memory import measure_model
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, inputs_on_host, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, find_blocks
+from lightning_mics.sharding.optimizers.offload import Offload
 from lightning_mics.sharding.shard_model import autocast_dtype, mixed_precision_policy
 
 
@@ -34,6 +35,7 @@ def measure_workload(
     block_classes: ModuleClasses | None = None,
     activation_checkpointing: bool | float | ModuleClasses = False,
     activation_offload: bool = False,
+    offload: Offload = False,
 ) -> Workload:
     """Measure a model of any size on fake tensors, which take no memory.
 
@@ -48,6 +50,7 @@ def measure_workload(
         activation_checkpointing: Whether blocks are recomputed in backward, or which; see
             :func:`~lightning_mics.sharding.shard_model.shard_model`.
         activation_offload: Whether inputs of recomputed blocks wait for the backward in host memory.
+        offload: Which model states are in host memory; see :mod:`~lightning_mics.sharding.optimizers.offload`.
 
     Raises:
         TypeError: If the model has no parameters, or such that cannot be sharded.
@@ -87,7 +90,13 @@ def measure_workload(
     phases = {phase: essential(lines) for phase, lines in activations.phases.items()}
     return Workload(
         units=tuple(find_units(model, blocks)),
-        size=measure_model(model, blocks.values(), gathered_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype),
+        size=measure_model(
+            model,
+            blocks.values(),
+            gathered_dtype=policy.param_dtype,
+            reduce_dtype=policy.reduce_dtype,
+            offload=offload,
+        ),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         activations=replace(activations, phases=phases),
         model_flops=model_flops / samples,

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_mics._torch.fsdp import is_fake
 from lightning_mics._torch.streams import HostCopy
@@ -122,8 +123,8 @@ class BufferBroadcast:
 
     def _buffers(self) -> dict[str, Tensor]:
         buffers = dict(self._root.named_buffers())
-        device = next((tensor.device for tensor in (*self._root.parameters(), *buffers.values())), None)
-        return {name: buffer for name, buffer in buffers.items() if buffer.device == device}
+        kind = next(map(_kind_of_device, (*self._root.parameters(), *buffers.values())), None)
+        return {name: buffer for name, buffer in buffers.items() if buffer.device.type == kind}
 
     def _compare(self) -> Iterator[None]:
         """Find the buffers that differ, in three parts; each waits for what the one before has begun."""
@@ -154,3 +155,8 @@ class BufferBroadcast:
         parts = torch.split(sent, [buffer.nbytes for buffer in buffers])
         for buffer, part in zip(buffers, parts, strict=True):
             buffer.data.copy_(part.view(buffer.dtype).view(buffer.shape))  # not counted by autograd, as in one process
+
+
+def _kind_of_device(tensor: Tensor) -> str:
+    """Where a model computes with a tensor: a sharded one may be in host memory."""
+    return str(tensor.device_mesh.device_type) if isinstance(tensor, DTensor) else tensor.device.type

@@ -8,6 +8,7 @@ need::
     all rows of a parameter         Adafactor, of torch and of transformers    one unsharded parameter at a time
     dot products of all parameters  LBFGS                                      one vector of all parameters, sharded
     whole matrices                  Muon                                       the owner of each matrix
+    host memory                     any, with offload="optimizer"              copies of each rank's shards on the host
 
 An optimizer of your own whose update needs whole matrices gives its parts as ``matrix_update``: see
 :mod:`~lightning_mics.sharding.optimizers.whole_matrices`. One that needs all rows of each parameter says so by
@@ -24,6 +25,8 @@ from torch.optim import Optimizer
 
 from lightning_mics.sharding.optimizers.lbfgs import StepOnOneVector
 from lightning_mics.sharding.optimizers.matrix_owners import MatrixOwners
+from lightning_mics.sharding.optimizers.offload import Offload, reject_optimizer
+from lightning_mics.sharding.optimizers.on_host import StepOnHost
 from lightning_mics.sharding.optimizers.substitutes import StepOnShards, StepOnWholeParameters
 from lightning_mics.sharding.optimizers.whole_matrices import StepOnOwners, matrix_update
 
@@ -59,15 +62,23 @@ SHARD_BY_SHARD = {
 }
 
 
-def adapt_optimizer(optimizer: Optimizer, owners: MatrixOwners | None = None) -> None:
+NEEDS_MORE: dict[Callable[[Optimizer], object], str] = {
+    StepOnWholeParameters: "whole parameters",
+    StepOnOneVector: "one vector of all parameters, on the device",
+}
+
+
+def adapt_optimizer(optimizer: Optimizer, owners: MatrixOwners | None = None, *, offload: Offload = False) -> None:
     """Let an optimizer step on the parameters of a sharded model; most need nothing.
 
     Args:
         optimizer: Optimizer that holds parameters of a sharded model, or will before its first step.
         owners: Owners of the model's matrices; None where matrices get none.
+        offload: What is in host memory; see :mod:`~lightning_mics.sharding.optimizers.offload`.
 
     Raises:
-        TypeError: If its class cannot work on sharded parameters.
+        TypeError: If its class cannot work on sharded parameters, or on those in host memory.
+        ValueError: If one of its options does not work with ``offload``.
     """
     names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(optimizer).__mro__]
     for name in names:
@@ -76,8 +87,14 @@ def adapt_optimizer(optimizer: Optimizer, owners: MatrixOwners | None = None) ->
     found = next((SUBSTITUTIONS[name] for name in names if name in SUBSTITUTIONS), None)
     if getattr(optimizer, "needs_whole_parameters", False):
         found = StepOnWholeParameters
-    elif owners is not None and (update := matrix_update(optimizer)) is not None:
+    update = matrix_update(optimizer)
+    if found is None and owners is not None and update is not None:
         found = partial(StepOnOwners, owners=owners, update=update)
+    if offload:
+        why = "whole matrices" if update is not None else NEEDS_MORE.get(found) if found else None
+        reject_optimizer(type(optimizer).__name__, optimizer.param_groups, offload, why=why)
+    if offload == "optimizer":
+        found = partial(StepOnHost, element_by_element=names[0] in SHARD_BY_SHARD)
     if found is not None and not hasattr(optimizer, "_mics_substitution"):
         vars(optimizer)["_mics_substitution"] = found(optimizer)
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from lightning_mics._torch.dtensors.shards import with_local
+
 
 class Substitution:
     """Hooks that replace the step of an optimizer.
@@ -69,7 +71,10 @@ class Substitution:
 
 
 class StepOnShards(Substitution):
-    """Steps on each rank's shards, of optimizers that treat each element by itself."""
+    """Steps on each rank's shards, of optimizers that treat each element by itself.
+
+    Subclasses step on other tensors than the shards themselves: the four methods below say on which.
+    """
 
     def step(self, optimizer: Optimizer, step: Callable[[], Any]) -> None:
         """Run the step of all parameters at once, on local tensors.
@@ -78,23 +83,58 @@ class StepOnShards(Substitution):
             optimizer: The optimizer.
             step: The optimizer's own ``step``, for the parameters that its groups hold at that moment.
         """
-        pairs = [(p, _local(p)) for group in optimizer.param_groups for p in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        substitutes = self.substitutes(parameters)
+        pairs = list(zip(parameters, substitutes, strict=True))
         local = dict(pairs)
         groups = [
             {**group, "params": [local[parameter] for parameter in group["params"]]} for group in optimizer.param_groups
         ]
         states = {
-            substitute: {name: _local_value(value) for name, value in optimizer.state[parameter].items()}
+            substitute: {name: self.value(value) for name, value in optimizer.state[parameter].items()}
             for parameter, substitute in pairs
             if parameter in optimizer.state
         }
         with _substituted(optimizer, groups, states) as after:
-            step()
+            self.run(step)
+        self.finish(parameters, substitutes)
         for parameter, substitute in pairs:
             if substitute in after:
                 optimizer.state[parameter] = {
                     name: _as_shard(value, parameter, substitute) for name, value in after[substitute].items()
                 }
+
+    def substitutes(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """The tensors to step on, each with its gradient: [own].
+
+        Args:
+            parameters: Sharded parameters, each [any].
+        """
+        return [_local(parameter) for parameter in parameters]
+
+    def value(self, value: Any) -> Any:
+        """A value of a parameter's state as the step takes it.
+
+        Args:
+            value: Tensor, [any], or another value.
+        """
+        return _local_value(value)
+
+    def run(self, step: Callable[[], Any]) -> None:
+        """Run the optimizer's own step.
+
+        Args:
+            step: The step, for the substitutes.
+        """
+        step()
+
+    def finish(self, parameters: list[nn.Parameter], substitutes: list[nn.Parameter]) -> None:
+        """Bring new weights back; the substitutes here share the memory of the shards.
+
+        Args:
+            parameters: Sharded parameters, each [any].
+            substitutes: The tensors that were stepped on.
+        """
 
 
 class StepOnWholeParameters(Substitution):
@@ -189,8 +229,6 @@ def _local_value(value: Any) -> Any:
 
 
 def _as_shard(value: Any, parameter: Tensor, local: Tensor) -> Any:
-    if not (isinstance(parameter, DTensor) and _is_of_shape(value, local)):
+    if isinstance(value, DTensor) or not (isinstance(parameter, DTensor) and _is_of_shape(value, local)):
         return value
-    return DTensor.from_local(
-        value, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-    )
+    return with_local(value, like=parameter)

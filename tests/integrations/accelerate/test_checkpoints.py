@@ -142,16 +142,16 @@ def of_the_config_file(name: str, value: str) -> Any:
     os.environ[name] = value
     plugin = MiCSPlugin()
     assert str(MiCSPlugin(state_dict_type="sharded").state_dict_type) == "StateDictType.SHARDED_STATE_DICT"
-    return str(plugin.state_dict_type), plugin.policy._activation_checkpointing
+    assert MiCSPlugin(offload="optimizer").policy.offload == "optimizer"
+    return str(plugin.state_dict_type), plugin.policy._activation_checkpointing, plugin.policy.offload
 
 
-def test_the_config_file_of_the_launcher_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    ((kind, _),) = on_ranks(of_the_config_file, "FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT", world_size=1)
+def test_the_config_file_of_the_launcher_is_read() -> None:
+    ((kind, *_),) = on_ranks(of_the_config_file, "FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT", world_size=1)
     assert kind == "StateDictType.FULL_STATE_DICT"
     assert on_ranks(of_the_config_file, "FSDP_ACTIVATION_CHECKPOINTING", "true", world_size=1)[0][1] is True
-    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    with pytest.raises(ValueError, match="set fsdp_offload_params to false"):
-        MiCSPlugin()
+    assert on_ranks(of_the_config_file, "FSDP_OFFLOAD_PARAMS", "true", world_size=1)[0][2] is True
+    assert on_ranks(of_the_config_file, "FSDP_OFFLOAD_PARAMS", "false", world_size=1)[0][2] is False
 
 
 def whole_state() -> dict[str, Tensor]:

@@ -155,6 +155,16 @@ def test_a_restarted_run_has_the_same_losses_and_weights(token: str, kind: Any, 
 
 
 @pytest.mark.usefixtures("token")
+@pytest.mark.parametrize("offload", [True, "optimizer"])
+def test_model_states_in_host_memory_come_back_too(offload: Any, tmp_path: Path) -> None:
+    calm = on_ranks(partial(fit, tmp_path, every=None))
+    on_ranks(partial(fit, tmp_path, dies_at=5, offload=offload))
+    again = on_ranks(partial(fit, tmp_path, offload=offload))
+    assert {found["started_at"] for found in again} <= {4, 5}
+    assert same_weights(calm[0], again[0])
+
+
+@pytest.mark.usefixtures("token")
 def test_weights_that_a_hook_changes_between_steps_are_not_saved_torn(tmp_path: Path) -> None:
     calm = on_ranks(partial(fit, tmp_path, every=None, rescales=True))
     died = on_ranks(partial(fit, tmp_path, dies_at=6, rescales=True))
