@@ -39,6 +39,7 @@ from lightning_mics.sharding.communication import Communication
 from lightning_mics.sharding.full_state_dict import reject_saving_of_shards
 from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0
 from lightning_mics.sharding.modules.changes import keep_changes
+from lightning_mics.sharding.modules.checks import warn_of_values_beside_weights
 from lightning_mics.sharding.modules.copying import allow_copies
 from lightning_mics.sharding.modules.dense_gradients import make_gradients_dense
 from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
@@ -113,6 +114,7 @@ def shard_model(
         broadcast_buffers=broadcast_buffers,
         traffic=Traffic(),
     )
+    warn_of_values_beside_weights(model)
     unsharded = UnshardedParameters(model)
     make_gradients_dense(model)
     initial_weights = InitialWeights(model, blocks.values(), groups.device)

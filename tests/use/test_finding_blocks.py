@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mics.policy.policy import Policy
 from lightning_mics.sharding.blocks import find_blocks
+from lightning_mics.sharding.modules.checks import warn_of_values_beside_weights
 from tests.support.beside_ddp import largest_gap, shard, train
 from tests.support.trainers import make_trainer, mics
 
@@ -318,3 +319,25 @@ def _shard_a_dtensor() -> str:
     with pytest.raises(TypeError) as caught:
         find_blocks(layer, [])
     return str(caught.value)
+
+
+class Quantized(nn.Linear):
+    """Saves a value under the name of its weight, as 4-bit layers do."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight.absmax"] = torch.ones(1)
+
+
+class SavesNothingElse(nn.Sequential):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "absmax" not in name}
+
+
+def test_layers_that_save_values_beside_their_weights_are_told_of_before_training():
+    with pytest.warns(UserWarning, match=r"1 \(Quantized\) saves values .* such as 'weight.absmax', .* will fail"):
+        warn_of_values_beside_weights(nn.Sequential(nn.Linear(4, 4), Quantized(4, 4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_values_beside_weights(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+        warn_of_values_beside_weights(SavesNothingElse(Quantized(4, 4)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import chain
 
 from torch import nn
@@ -46,3 +47,26 @@ def check_shardable(model: nn.Module) -> None:
                 f"{kind} {name!r} is a {type(tensor).__name__}, whose data are other tensors, as of quantized weights "
                 "or float8 gathers; use ordinary tensors in float32 or bfloat16"
             )
+
+
+def warn_of_values_beside_weights(model: nn.Module) -> None:
+    """Warn of modules that save values under the names of their weights, such as scales of 4-bit weights.
+
+    The sharded parameter that takes the place of such a weight does not have them, so that saving the model fails.
+    """
+    if type(model).state_dict is not nn.Module.state_dict:  # it says itself what is saved
+        return
+    for name, module in model.named_modules():
+        if type(module)._save_to_state_dict is nn.Module._save_to_state_dict:
+            continue
+        entries: dict[str, object] = {}
+        module._save_to_state_dict(entries, "", keep_vars=True)
+        beside = [entry for entry in entries if "." in entry and entry.partition(".")[0] in module._parameters]
+        if beside:
+            warnings.warn(
+                f"{name or 'the root'} ({type(module).__name__}) saves values under the names of its weights, such as "
+                f"{beside[0]!r}, which checkpoints of sharded models cannot hold: saving it will fail. Save what is "
+                "trained alone, by a state_dict of the model's own or save_pretrained (docs/finetuning.md)",
+                stacklevel=3,
+            )
+            return
