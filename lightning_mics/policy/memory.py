@@ -41,8 +41,8 @@ class ModelSize:
     """Sizes of a model, in bytes.
 
     Attributes:
-        states_bytes: Parameters, gradients and optimizer states, over all ranks of a partition group; without those in
-            host memory.
+        states_bytes: Parameters and their averages, gradients and optimizer states, over all ranks of a partition
+            group; without those in host memory.
         root_bytes: Unsharded parameters outside of all blocks; they stay from the forward to the end of the backward.
         root_reduced_bytes: Gradients of the root, in the dtype of the reduction.
         block_bytes: Unsharded parameters of the largest block.
@@ -103,6 +103,7 @@ def measure_model(
     gathered_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     offload: Offload = False,
+    averages: int = 0,
 ) -> ModelSize:
     """Measure a model before it is sharded; it may be on the meta device.
 
@@ -113,6 +114,7 @@ def measure_model(
         gathered_dtype: Dtype of unsharded parameters; None is the dtype of the parameters.
         reduce_dtype: Dtype of gradient sums; None is the dtype of the gradients.
         offload: Which model states are in host memory; see :mod:`~lightning_mics.sharding.optimizers.offload`.
+        averages: Number of averages of the weights that are kept, where the weights are.
     """
     in_order = list(reversed(list(blocks)))
     blocks = set(in_order)
@@ -122,7 +124,7 @@ def measure_model(
     reduced = tuple(_bytes_in((p for p in unit if p.requires_grad), reduce_dtype) for unit in units)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients_bytes = sum(p.numel() * max(p.itemsize, (reduce_dtype or p.dtype).itemsize) for p in trainable)
-    weights_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    weights_bytes = (1 + averages) * sum(parameter.nbytes for parameter in model.parameters())
     trained_bytes = sum(parameter.nbytes for parameter in trainable)
     adam_bytes = ADAM_STATES * trained_bytes
     on_device = {False: weights_bytes + gradients_bytes + adam_bytes, "optimizer": weights_bytes + gradients_bytes}
@@ -138,7 +140,7 @@ def measure_model(
         gradients_bytes=0 if offload is True else gradients_bytes,
         offloaded_bytes=on_host.get(offload, 0),
         offload=offload,
-        buffers_bytes=sum(buffer.nbytes for buffer in model.buffers()),
+        buffers_bytes=(1 + averages) * sum(buffer.nbytes for buffer in model.buffers()),
         cast_bytes=sum(p.nbytes for p in trainable if reduce_dtype not in (None, p.dtype)),
         blocks_gathered_bytes=gathered,
         blocks_reduced_bytes=reduced,

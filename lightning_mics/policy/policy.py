@@ -111,6 +111,7 @@ class Policy:
         training: bool = True,
         micro_steps: int | None = None,
         resumed: Mapping[str, Any] | None = None,
+        averages: int = 0,
     ) -> Sharded:
         """Shard ``model`` in place; every rank calls it, once the process group is initialized.
 
@@ -123,6 +124,7 @@ class Policy:
             micro_steps: Micro-steps per optimizer step; None if nobody knows.
             resumed: Entries of the sharded checkpoint that training resumes from, whose choice is kept; None or empty
                 if there is none.
+            averages: Number of averages of the weights that are kept.
 
         Raises:
             TypeError: If the model cannot be sharded.
@@ -147,6 +149,7 @@ class Policy:
             gathered_dtype=mixed_precision.param_dtype,
             reduce_dtype=mixed_precision.reduce_dtype,
             offload=self.offload,
+            averages=averages,
         )
         half = torch.bfloat16 if precision == "bf16-true" else torch.float32
         reduce_dtype = mixed_precision.reduce_dtype or half

@@ -90,7 +90,7 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
     return value
 
 
-def measured(name: str, job: Job) -> Workload:
+def measured(name: str, job: Job, **options: Any) -> Workload:
     """The work of a model, with the options of a job."""
     model = language_model(name)
     return measure_workload(
@@ -102,6 +102,7 @@ def measured(name: str, job: Job) -> Workload:
         reduce_dtype=job.reduce_dtype,
         activation_checkpointing=job.activation_checkpointing,
         offload=job.offload,
+        **options,
     )
 
 

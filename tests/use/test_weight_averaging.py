@@ -23,6 +23,7 @@ from lightning_mics.checkpoint.inspect import describe
 from lightning_mics.checkpoint.opening import open_checkpoint
 from lightning_mics.checkpoint.storage.folder import META_FILE
 from lightning_mics.checkpoint.whole_model import read_tensors, stored_current_model, stored_model
+from lightning_mics.integrations.trainer.callbacks import number_of_averages
 from tests.support.fits import refusal, same, whole_weights
 from tests.support.models import TinyModule, tokens
 from tests.support.recorded import RecordCollectives
@@ -387,3 +388,9 @@ def test_checkpoints_with_and_without_averages_load_where_the_other_is_expected(
     for found in cases_on_ranks({"": partial(mixed, tmp_path, saved)})[""]:
         assert same(found["average"], found["trained"]) and same(found["model"], found["trained"])
         assert same(dict(sorted(found["loaded"].items())), dict(sorted(expected.items())))
+
+
+def test_averages_count_among_the_model_states(tmp_path):
+    callbacks = [EMAWeightAveraging(), StochasticWeightAveraging(1e-2), Watched()]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, devices=1, strategy="auto")
+    assert number_of_averages(trainer) == 2

@@ -146,6 +146,15 @@ def forget_averages(trainer: pl.Trainer) -> None:
         trainer.callbacks = others  # type: ignore[attr-defined]
 
 
+def number_of_averages(trainer: pl.Trainer) -> int:
+    """Number of averages of the weights that callbacks keep.
+
+    Args:
+        trainer: The Trainer.
+    """
+    return len(_averaging(trainer))
+
+
 def is_averaged(trainer: pl.Trainer) -> bool:
     """Whether a callback averages weights.
 

@@ -27,6 +27,7 @@ from lightning_mics.integrations.trainer.callbacks import (
     announce_averages,
     check_callbacks,
     forget_averages,
+    number_of_averages,
     shard_averages,
 )
 from lightning_mics.integrations.trainer.checkpoints import SavesAndLoads, keep_hyperparameters
@@ -180,6 +181,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
             training=fitting,
             micro_steps=self._trainer.accumulate_grad_batches if module.automatic_optimization else None,
             resumed=self._opened.entries if fitting and self._opened is not None else {},
+            averages=number_of_averages(self._trainer) if fitting else 0,
         )
         if not module.automatic_optimization:
             unshard_whenever_used(module, sharded.blocks)

@@ -11,7 +11,7 @@ All micro-steps between the first and the boundary do the same, so only one of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -120,6 +120,7 @@ def rehearse(
     activation_checkpointing: bool | float | ModuleClasses = False,
     activation_offload: bool = False,
     offload: Offload = False,
+    averages: int = 0,
 ) -> Rehearsal:
     """Run one optimizer step of one rank of a job of any size, without its machines and without allocating tensors.
 
@@ -142,6 +143,7 @@ def rehearse(
         activation_checkpointing: Whether blocks are recomputed in backward, or which; see :func:`shard_model`.
         activation_offload: Whether inputs of recomputed blocks are in host memory.
         offload: Which model states are in host memory; see :mod:`~lightning_mics.sharding.optimizers.offload`.
+        averages: Number of averages of the weights that are kept: sharded copies of the model.
 
     Raises:
         RuntimeError: If ``torch.distributed`` is in use.
@@ -158,21 +160,27 @@ def rehearse(
         groups = replace(groups, backend=backend)  # the backend of the job; this process has torch's fake backend
         watch = _Watch(topology, gloo=backend == "gloo")
         with naming_values(), watch.entered() as fake:
-            with default_dtype(torch.bfloat16 if precision == "bf16-true" else torch.float32), moving_modules():
-                model = make_model()
-            schedule = shard_model(
-                model,
-                groups,
-                communication=communication,
-                block_classes=block_classes,
-                activation_checkpointing=activation_checkpointing,
-                activation_offload=activation_offload,
-                offload=offload,
-                mixed_precision=mixed_precision_policy(precision, reduce_dtype=reduce_dtype),
-            )
+
+            def sharded() -> tuple[nn.Module, AccumulationSchedule]:
+                with default_dtype(torch.bfloat16 if precision == "bf16-true" else torch.float32), moving_modules():
+                    model = make_model()
+                schedule = shard_model(
+                    model,
+                    groups,
+                    communication=communication,
+                    block_classes=block_classes,
+                    activation_checkpointing=activation_checkpointing,
+                    activation_offload=activation_offload,
+                    offload=offload,
+                    mixed_precision=mixed_precision_policy(precision, reduce_dtype=reduce_dtype),
+                )
+                return model, schedule
+
+            model, schedule = sharded()
+            kept = [sharded()[0] for _ in range(averages)]
             optimizer = (make_optimizer or partial(_adamw))(model)
             batch = tree_map_only(Tensor, fake.from_tensor, batch)
-            watch.model(model, schedule, optimizer)
+            watch.model(model, schedule, optimizer, averages=kept)
             computed = autocast_dtype(precision)
 
             def forward() -> Tensor:
@@ -293,13 +301,22 @@ class _Watch:
     def on_host_bytes(self) -> int:
         return self._allocations.live.get(ON_HOST, 0)
 
-    def model(self, model: nn.Module, schedule: AccumulationSchedule, optimizer: Optimizer) -> None:
-        """Watch the memory of a model, its schedule and its optimizer."""
+    def model(
+        self,
+        model: nn.Module,
+        schedule: AccumulationSchedule,
+        optimizer: Optimizer,
+        *,
+        averages: Sequence[nn.Module] = (),
+    ) -> None:
+        """Watch the memory of a model, its schedule, its optimizer and its averages."""
         self._model, self._schedule, self._optimizer = model, schedule, optimizer
         self._units = list(fsdp_modules(model).values())
         self._hooked: set[nn.Parameter] = set()
         self._allocations.assign(PARAMETERS, [p for unit in self._units for p in sharded_parameters(unit)])
         self._allocations.assign(PARAMETERS, model.buffers())
+        for average in averages:
+            self._allocations.assign(PARAMETERS, [*average.parameters(), *average.buffers()])
         for unit in self._units:
             self._allocations.move_to_host(shards_on_host(unit))
             copy_gradients(unit, _copy_to_host)

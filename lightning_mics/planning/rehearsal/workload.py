@@ -36,6 +36,7 @@ def measure_workload(
     activation_checkpointing: bool | float | ModuleClasses = False,
     activation_offload: bool = False,
     offload: Offload = False,
+    averages: int = 0,
 ) -> Workload:
     """Measure a model of any size on fake tensors, which take no memory.
 
@@ -51,6 +52,7 @@ def measure_workload(
             :func:`~lightning_mics.sharding.shard_model.shard_model`.
         activation_offload: Whether inputs of recomputed blocks wait for the backward in host memory.
         offload: Which model states are in host memory; see :mod:`~lightning_mics.sharding.optimizers.offload`.
+        averages: Number of averages of the weights that are kept.
 
     Raises:
         TypeError: If the model has no parameters, or such that cannot be sharded.
@@ -96,6 +98,7 @@ def measure_workload(
             gathered_dtype=policy.param_dtype,
             reduce_dtype=policy.reduce_dtype,
             offload=offload,
+            averages=averages,
         ),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         activations=replace(activations, phases=phases),
