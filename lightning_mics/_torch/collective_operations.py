@@ -60,7 +60,7 @@ def collective_of(operation: Any, args: tuple[Any, ...]) -> CollectiveOperation 
         args: Positional arguments of the operation.
     """
     kind = _KINDS.get(operation._schema.name)
-    group = _group_of(operation, args) if kind is not None else None
+    group = group_of(operation, args) if kind is not None else None
     if kind is None or group is None or group.size() == 1:
         return None
     tensors = [tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
@@ -73,7 +73,7 @@ def collective_of(operation: Any, args: tuple[Any, ...]) -> CollectiveOperation 
     return CollectiveOperation(kind, group, tensors, elements, sizes)
 
 
-def _group_of(operation: Any, args: tuple[Any, ...]) -> dist.ProcessGroup | None:
+def group_of(operation: Any, args: tuple[Any, ...]) -> dist.ProcessGroup | None:
     if operation.namespace != "c10d":
         names = [argument for argument in args if isinstance(argument, str)]
         return _resolve_process_group(names[-1]) if names else None  # type: ignore[arg-type]

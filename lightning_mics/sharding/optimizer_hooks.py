@@ -18,7 +18,7 @@ from lightning_mics.sharding.optimizers.adapt import adapt_optimizer, how_it_ste
 from lightning_mics.sharding.optimizers.exchange import UnshardedParameters
 from lightning_mics.sharding.optimizers.matrix_owners import MatrixOwners
 from lightning_mics.sharding.optimizers.offload import Offload
-from lightning_mics.sharding.optimizers.whole_matrices import matrix_update
+from lightning_mics.sharding.optimizers.whole_matrices import needs_matrices
 from lightning_mics.sharding.weight_cache import WeightCache
 
 
@@ -117,7 +117,7 @@ class OptimizerHooks:
         call_after_steps(self._after_step)
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        needs_more = matrix_update(optimizer) is not None or self.offload
+        needs_more = needs_matrices(optimizer) or self.offload
         if needs_more and self.trains_with(optimizer):  # of a loop that has adopted none
             adapt_optimizer(optimizer, self.owners, offload=self._offload_of(optimizer))
         if self._follows_steps and self.trains_with(optimizer) and _changes_weights(optimizer):

@@ -57,13 +57,14 @@ class Parts:
         return state["momentum"]
 
     def of_matrix(self, update: Tensor, group: dict[str, Any]) -> Tensor:
+        assert update.shape in {p.shape for p in network().parameters()}  # it sees matrices of the model alone
         return update / (update.norm(dim=0) + 0.1)
 
     def apply(self, weights: Tensor, update: Tensor, group: dict[str, Any], shape: torch.Size) -> None:
         weights.sub_(update, alpha=group["lr"] * shape[0] ** 0.5)
 
-    def flops(self, rows: int, columns: int, group: dict[str, Any]) -> float:
-        return 2 * rows * columns
+    def flops(self, height: int, width: int, _: dict[str, Any]) -> float:
+        return 2 * height * width
 
 
 class OwnParts(Optimizer):

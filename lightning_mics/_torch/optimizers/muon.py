@@ -20,7 +20,15 @@ def is_muon(optimizer: Optimizer) -> bool:
 
 
 class MuonUpdate:
-    """The parts of Muon's step, which are torch's operations on the same numbers."""
+    """The parts of Muon's step, which are torch's operations on the same numbers.
+
+    Attributes:
+        update_dtype: Dtype that the iteration computes in.
+    """
+
+    def __init__(self) -> None:
+        options = {"ns_coefficients": (1.0, 0.0, 0.0), "ns_steps": 1, "eps": 1e-7}
+        self.update_dtype: torch.dtype | None = self.of_matrix(torch.eye(2), options).dtype
 
     def of_rows(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """The update from momentum: [rows, columns].

@@ -28,7 +28,7 @@ from lightning_mics.sharding.optimizers.matrix_owners import MatrixOwners
 from lightning_mics.sharding.optimizers.offload import Offload, reject_optimizer
 from lightning_mics.sharding.optimizers.on_host import StepOnHost
 from lightning_mics.sharding.optimizers.substitutes import StepOnShards, StepOnWholeParameters
-from lightning_mics.sharding.optimizers.whole_matrices import StepOnOwners, matrix_update
+from lightning_mics.sharding.optimizers.whole_matrices import StepOnOwners, needs_matrices
 
 SUBSTITUTIONS: dict[str, Callable[[Optimizer], object]] = {
     "torch.optim.rprop.Rprop": StepOnShards,
@@ -87,11 +87,11 @@ def adapt_optimizer(optimizer: Optimizer, owners: MatrixOwners | None = None, *,
     found = next((SUBSTITUTIONS[name] for name in names if name in SUBSTITUTIONS), None)
     if getattr(optimizer, "needs_whole_parameters", False):
         found = StepOnWholeParameters
-    update = matrix_update(optimizer)
-    if found is None and owners is not None and update is not None:
-        found = partial(StepOnOwners, owners=owners, update=update)
+    whole_matrices = needs_matrices(optimizer)
+    if found is None and owners is not None and whole_matrices:
+        found = partial(StepOnOwners, owners=owners)
     if offload:
-        why = "whole matrices" if update is not None else NEEDS_MORE.get(found) if found else None
+        why = "whole matrices" if whole_matrices else NEEDS_MORE.get(found) if found else None
         reject_optimizer(type(optimizer).__name__, optimizer.param_groups, offload, why=why)
     if offload == "optimizer":
         found = partial(StepOnHost, element_by_element=names[0] in SHARD_BY_SHARD)

@@ -131,7 +131,7 @@ def reject_optimizer(name: str, options: Any, offload: Offload, *, why: str | No
 
     Args:
         name: Name of its class.
-        options: Its parameter groups.
+        options: Parameter groups of the optimizer.
         offload: The option.
         why: What it needs instead; None if it needs nothing.
 

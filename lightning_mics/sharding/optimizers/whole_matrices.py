@@ -34,7 +34,13 @@ from lightning_mics.techniques.matrix_owners import OwnedMatrix
 
 
 class MatrixUpdate(Protocol):
-    """The parts of a step that needs whole matrices."""
+    """The parts of a step that needs whole matrices. All are called with arguments by position.
+
+    Attributes:
+        update_dtype: Dtype that updates are sent in; None is that of the parameter. A part may leave it out.
+    """
+
+    update_dtype: torch.dtype | None
 
     def of_rows(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """The update of some rows before it is that of the matrix: [rows, columns]; treats all elements alike.
@@ -46,7 +52,7 @@ class MatrixUpdate(Protocol):
         """
 
     def of_matrix(self, update: Tensor, group: dict[str, Any]) -> Tensor:
-        """The update of a matrix: [rows, columns], in any dtype, which it is sent in.
+        """The update of a matrix: [rows, columns].
 
         Args:
             update: Update before it: [rows, columns].
@@ -79,16 +85,15 @@ class StepOnOwners:
     Args:
         optimizer: Optimizer that holds parameters of a sharded model.
         owners: Owners of the model's matrices.
-        update: The parts of its step.
     """
 
-    def __init__(self, optimizer: Optimizer, owners: MatrixOwners, update: MatrixUpdate) -> None:
+    def __init__(self, optimizer: Optimizer, owners: MatrixOwners) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._owners = owners
-        self._update = update
+        self._update = matrix_update(optimizer)
         self._known: set[Tensor] = set()
         self._matrices: dict[Tensor, OwnedMatrix] = {}
-        self._dtypes: dict[int, torch.dtype] = {}  # of updates, by number of the group
+        self._update_dtype = getattr(self._update, "update_dtype", None)
         self._own(optimizer)
         if is_muon(optimizer):
             take_over_step(optimizer, self.step)
@@ -118,16 +123,13 @@ class StepOnOwners:
         self._own(optimizer)
         groups = {p: number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         stepping = [p for p in self._matrices if p in groups and p.grad is not None]
-        kinds = {p: (p.dtype, self._dtypes[groups[p]]) for p in stepping}
-        for kind in dict.fromkeys(kinds.values()):
-            alike = [p for p in stepping if kinds[p] == kind]
-            self._step_alike(optimizer, alike, [optimizer.param_groups[groups[p]] for p in alike], kind[1])
+        for dtype in dict.fromkeys(p.dtype for p in stepping):
+            alike = [p for p in stepping if p.dtype == dtype]
+            self._step_alike(optimizer, alike, [optimizer.param_groups[groups[p]] for p in alike])
         return set(stepping)
 
-    def _step_alike(
-        self, optimizer: Optimizer, parameters: list[Any], groups: list[dict[str, Any]], update_dtype: torch.dtype
-    ) -> None:
-        """Step matrices of one dtype whose updates have one dtype."""
+    def _step_alike(self, optimizer: Optimizer, parameters: list[Any], groups: list[dict[str, Any]]) -> None:
+        """Step matrices of one dtype."""
         exchange, matrices = self._owners.exchange, [self._matrices[p] for p in parameters]
         gradients = self._owners.held(matrices, [p.grad for p in parameters])
         states = self._states_of_rows([optimizer.state[p] for p in parameters], matrices)
@@ -137,11 +139,12 @@ class StepOnOwners:
         ]
         for parameter, matrix, state, gradient in zip(parameters, matrices, states, gradients, strict=True):
             self._keep(optimizer.state[parameter], state, parameter, matrix, gradient)
+        sent_as = updates[0].new_empty(0, dtype=self._update_dtype)
         done = [
-            None if update is None else self._update.of_matrix(update, group)
+            None if update is None else self._update.of_matrix(update, group).to(sent_as.dtype)
             for update, group in zip(exchange.to_owners(matrices, updates), groups, strict=True)
         ]
-        held = exchange.from_owners(matrices, done, like=updates[0].new_empty(0, dtype=update_dtype))
+        held = exchange.from_owners(matrices, done, like=sent_as)
         of_group = dict(zip(parameters, groups, strict=True))
 
         def apply(parameter: nn.Parameter, weights: Tensor, update: Tensor) -> None:
@@ -178,13 +181,11 @@ class StepOnOwners:
 
     def _own(self, optimizer: Optimizer) -> None:
         """Give owners to matrices that were added since."""
-        for number, group in enumerate(optimizer.param_groups):
-            if number not in self._dtypes:
-                self._dtypes[number] = self._update.of_matrix(torch.eye(2), group).dtype
+        for group in optimizer.param_groups:
             new = set(group["params"]) - self._known
             if new:
                 self._known |= new
-                self._matrices |= self._owners.own(new, partial(self._update.flops, group=group))
+                self._matrices |= self._owners.own(new, partial(_flops, self._update, group))
 
     def _save_by_rows(self, _optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Let a state dict hold states as those of any optimizer are sharded; every rank gets it."""
@@ -217,7 +218,16 @@ def _is_sharded(value: Any) -> bool:
     return isinstance(value, DTensor) and value.dim() == 2
 
 
-def matrix_update(optimizer: Optimizer) -> MatrixUpdate | None:
-    """The parts of the step of an optimizer that needs whole matrices; None of any other."""
-    given: MatrixUpdate | None = getattr(optimizer, "matrix_update", None)
-    return MuonUpdate() if is_muon(optimizer) else given
+def _flops(update: MatrixUpdate, group: dict[str, Any], rows: int, columns: int) -> float:
+    return update.flops(rows, columns, group)
+
+
+def needs_matrices(optimizer: Optimizer) -> bool:
+    """Whether the step of an optimizer needs whole matrices."""
+    return is_muon(optimizer) or hasattr(optimizer, "matrix_update")
+
+
+def matrix_update(optimizer: Any) -> MatrixUpdate:
+    """The parts of the step of an optimizer that needs whole matrices."""
+    update: MatrixUpdate = MuonUpdate() if is_muon(optimizer) else optimizer.matrix_update
+    return update
