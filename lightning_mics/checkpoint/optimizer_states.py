@@ -20,13 +20,13 @@ from torch.optim import Optimizer
 
 from lightning_mics._torch.state_dict import named_shards, sharded_names
 from lightning_mics.checkpoint.content.containers import leaves, mapped, nested
-from lightning_mics.checkpoint.content.placing import WHOLE, empty_placed, local_part, positional, shard_dim
+from lightning_mics.checkpoint.content.placing import WHOLE, empty_placed, positional, shard_dim
 from lightning_mics.checkpoint.content.quantized import (
     QUANTIZED_KEY,
     dequantized,
     is_quantized,
     position,
-    restore_inner,
+    requantize,
 )
 from lightning_mics.checkpoint.content.state_record import StateRecord
 from lightning_mics.checkpoint.content.stored_tensor import StoredTensor, untouched
@@ -136,7 +136,7 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, key: str, *, stored: 
         loaded = stored.record.containers.restore(loaded, key)
     optimizer.load_state_dict({**loaded, "state": loaded.get("state", {}), "param_groups": groups})
     if _has_quantized(key, stored):
-        _requantize(optimizer, key, groups, shards, own_bytes)
+        requantize(optimizer, key, groups=groups, shards=shards, own_bytes=own_bytes)
 
 
 def numbered_as_named(
@@ -335,37 +335,6 @@ def _target_of_inner(stored: StoredState, shards: Mapping[str, nn.Parameter]) ->
         return {}
     own = torch.empty(found.shape, dtype=found.dtype, device=like.to_local().device)
     return {path: positional(own, like.device_mesh)}
-
-
-def _requantize(
-    optimizer: Optimizer,
-    key: str,
-    groups: Sequence[Mapping[str, Any]],
-    shards: Mapping[str, nn.Parameter],
-    own_bytes: Tensor | None,
-) -> None:
-    """Give loaded states the form in which the optimizer keeps them: codes and scales that were saved for the same
-    shards, [bytes], or those of the loaded values.
-    """
-    loaded = {name: shard for name, shard in shards.items() if optimizer.state.get(shard)}
-    tried = state_after_a_trial_step(optimizer, groups, loaded)
-    if loaded and not tried:
-        raise RuntimeError(
-            f"{key} has quantized states in the checkpoint, and {type(optimizer).__name__} makes no state in a step by "
-            "itself, so the checkpoint's values cannot be put into it"
-        )
-    quantized: dict[tuple[str, ...], Any] = {
-        ("state", name, slot): own
-        for name, slots in tried.items()
-        for slot, own in slots.items()
-        if is_quantized(own) and slot in optimizer.state[shards[name]]
-    }
-    is_restored = own_bytes is not None and restore_inner(quantized, own_bytes)
-    for (_, name, slot), own in quantized.items():
-        state = optimizer.state[shards[name]]
-        if not is_restored:
-            local_part(own).copy_(local_part(state[slot]))
-        state[slot] = own
 
 
 def _check_groups(key: str, groups: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any]]) -> None:

@@ -12,14 +12,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_mics.checkpoint import optimizer_states
-from lightning_mics.checkpoint.content import state_record
+from lightning_mics.checkpoint.content import quantized, state_record
 from lightning_mics.checkpoint.inspect import main as inspect
 from lightning_mics.checkpoint.opening import open_checkpoint
 from lightning_mics.policy.memory import saved_by_low_bits
 from tests.support.accelerators import start as start_accelerator
 from tests.support.accelerators import step as step_of_accelerate
-from tests.support.fits import data, whole_weights
+from tests.support.fits import data, refusal, whole_weights
 from tests.support.loops import network, start, step, weights
 from tests.support.quantizing import (
     DIM,
@@ -35,7 +34,7 @@ from tests.support.quantizing import (
     uncompiled,
     values_of,
 )
-from tests.support.trainers import cases_on_ranks, make_trainer, mics
+from tests.support.trainers import cases_on_ranks, make_trainer, mics, on_ranks
 
 torchao = pytest.importorskip("torchao")
 
@@ -78,7 +77,7 @@ def resumed(folder: Path, name: str, kind: str, size: int, *, devices: int = 4) 
 
 def values_alone(folder: Path, name: str, kind: str, size: int) -> dict[str, Any]:
     """The same, as if the checkpoint had values and no codes."""
-    with patch.object(optimizer_states, "restore_inner", lambda *_: False):
+    with patch.object(quantized, "restore_inner", lambda *_: False):
         return resumed(folder, name, kind, size)
 
 
@@ -142,7 +141,7 @@ def on_two_ranks(folder: Path, trained: Any) -> dict[Any, list[dict[str, Any]]]:
 
 
 def gap_in_steps(before: dict[str, Any], after: dict[str, Any]) -> float:
-    """The largest difference of loaded and saved values, in steps between neighbouring codes."""
+    """The largest difference of loaded and saved values, in steps between neighboring codes."""
     largest = 0.0
     for saved_values, loaded, steps in zip(before["values"], after["values"], after["steps"], strict=True):
         gap = (loaded - saved_values).abs()
@@ -330,3 +329,24 @@ def test_plans_know_what_low_bit_states_save(kind: str, bits: int, shape: tuple[
         for state in states
     )
     assert saved_by_low_bits(model.weight.numel(), bits=bits) == 2 * 4 * model.weight.numel() - taken
+
+
+class NeedsClosure(torch.optim.SGD):
+    """Cannot be tried by itself."""
+
+    def step(self, closure: Any = None) -> Any:
+        raise RuntimeError("it needs a closure")
+
+
+def refused(folder: Path) -> str:
+    fabric = start(partition_size=2)
+    model = network(5, kind=WideLM)
+    model, optimizer = fabric.setup(model, NeedsClosure(model.parameters(), lr=0.1))
+    for group in optimizer.param_groups:
+        group.update(dict.fromkeys(("betas", "eps", "amsgrad"), 0))
+    return refusal(lambda: fabric.load(folder / f"{KINDS[0]} 2", {"model": model, "optimizer": optimizer}))
+
+
+def test_an_optimizer_whose_states_are_unknown_is_refused_quantized_ones(folder: Path, trained: Any) -> None:
+    for message in on_ranks(refused, folder):
+        assert message.startswith("RuntimeError: optimizer_0 has quantized states in the checkpoint, and NeedsClosure")

@@ -8,15 +8,17 @@ are quantized again may get other codes. A shard that has the same inner tensors
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from lightning_mics._torch.fsdp import has_inner_tensors
 from lightning_mics.checkpoint.content.placing import local_part, positional
+from lightning_mics.checkpoint.content.trial_step import state_after_a_trial_step
 
 QUANTIZED_KEY = "mics_quantized"  # in the state of an optimizer: bytes of shards by position, or that there were any
 
@@ -87,6 +89,47 @@ def restore_inner(states: Mapping[tuple[str, ...], Any], stored: Tensor) -> bool
             tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
             first += tensor.nbytes
     return True
+
+
+def requantize(
+    optimizer: Optimizer,
+    key: str,
+    *,
+    groups: Sequence[Mapping[str, Any]],
+    shards: Mapping[str, nn.Parameter],
+    own_bytes: Tensor | None,
+) -> None:
+    """Give loaded states the form in which the optimizer keeps them; every rank calls it.
+
+    Args:
+        optimizer: The optimizer, with values as states.
+        key: Key of the optimizer in the checkpoint.
+        groups: Options of its groups, with the names of their parameters.
+        shards: Its parameters by name.
+        own_bytes: Codes and scales at this rank's position, [bytes], to be taken if they fit; None if there are none.
+
+    Raises:
+        RuntimeError: If the optimizer cannot step by itself, so that the form is unknown.
+    """
+    loaded = {name: shard for name, shard in shards.items() if optimizer.state.get(shard)}
+    tried = state_after_a_trial_step(optimizer, groups, loaded)
+    if loaded and not tried:
+        raise RuntimeError(
+            f"{key} has quantized states in the checkpoint, and {type(optimizer).__name__} makes no state in a step by "
+            "itself, so the checkpoint's values cannot be put into it"
+        )
+    quantized: dict[tuple[str, ...], Any] = {
+        ("state", name, slot): own
+        for name, slots in tried.items()
+        for slot, own in slots.items()
+        if is_quantized(own) and slot in optimizer.state[shards[name]]
+    }
+    is_restored = own_bytes is not None and restore_inner(quantized, own_bytes)
+    for (_, name, slot), own in quantized.items():
+        state = optimizer.state[shards[name]]
+        if not is_restored:
+            local_part(own).copy_(local_part(state[slot]))
+        state[slot] = own
 
 
 def _shards(states: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
