@@ -298,7 +298,7 @@ def test_states_of_8_bits_load_into_optimizers_that_keep_them_otherwise(trained:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_codes_are_written_once_and_add_a_quarter_of_the_states_at_most(
+def test_codes_and_scales_are_written_once_and_nothing_else_is_added(
     folder: Path, trained: Any, kind: str, capsys: Any
 ) -> None:
     checkpoint = open_checkpoint(folder / f"{kind} 2")
