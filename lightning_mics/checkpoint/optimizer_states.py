@@ -20,8 +20,15 @@ from torch.optim import Optimizer
 
 from lightning_mics._torch.state_dict import named_shards, sharded_names
 from lightning_mics.checkpoint.content.containers import leaves, mapped, nested
-from lightning_mics.checkpoint.content.placing import WHOLE, empty_placed, shard_dim
-from lightning_mics.checkpoint.content.state_record import StateRecord, dequantized, is_quantized
+from lightning_mics.checkpoint.content.placing import WHOLE, empty_placed, positional, shard_dim
+from lightning_mics.checkpoint.content.quantized import (
+    QUANTIZED_KEY,
+    dequantized,
+    is_quantized,
+    position,
+    requantize,
+)
+from lightning_mics.checkpoint.content.state_record import StateRecord
 from lightning_mics.checkpoint.content.stored_tensor import StoredTensor, untouched
 from lightning_mics.checkpoint.content.trial_step import state_after_a_trial_step
 
@@ -41,6 +48,8 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, *, sharded: bool) ->
     state = optimizer.state_dict()
     if not sharded:
         whole = mapped(state, _gathered)
+        if any(is_quantized(value) for _, value in leaves(state)):
+            whole[QUANTIZED_KEY] = True
         return _numbered_as_in_model(model, optimizer, whole) if dist.get_rank() == 0 else {}
     if "param_groups" not in state:  # a stand-in for no optimizer
         return state
@@ -118,13 +127,16 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, key: str, *, stored: 
     shards = {name: shard for name, shard in named_shards(model).items() if name in of_groups}
     _check_kind(key, optimizer, own, saved, stored, shards)
     groups = [{**group, **options, "params": group["params"]} for group, options in zip(own, saved, strict=True)]
-    rest = {path: value for path, value in leaves(stored.values) if path[0] != "param_groups"}
-    filled = stored.fill(_targets(key, optimizer, groups, rest, stored.record, shards))
+    rest = {path: value for path, value in leaves(stored.values) if path[0] not in ("param_groups", QUANTIZED_KEY)}
+    inner = _target_of_inner(stored, shards)
+    filled = stored.fill({**_targets(key, optimizer, groups, rest, stored.record, shards), **inner})
+    own_bytes = next((filled.pop(path).to_local() for path in inner), None)
     loaded = nested(filled) if filled else {}
     if stored.record is not None:
         loaded = stored.record.containers.restore(loaded, key)
     optimizer.load_state_dict({**loaded, "state": loaded.get("state", {}), "param_groups": groups})
-    _requantize(optimizer, key, groups, stored, shards)
+    if _has_quantized(key, stored):
+        requantize(optimizer, key, groups=groups, shards=shards, own_bytes=own_bytes)
 
 
 def numbered_as_named(
@@ -279,7 +291,7 @@ def _empty(stored: Any, like: Any = None, dim: int | None = None) -> Tensor | No
 
 def _own_part(target: Tensor | None) -> Tensor | None:
     """The tensor to read into: of one that every rank holds whole, that itself."""
-    whole = isinstance(target, DTensor) and shard_dim(target) == WHOLE
+    whole = isinstance(target, DTensor) and all(placement.is_replicate() for placement in target.placements)
     return target.to_local() if whole else target  # type: ignore[union-attr]
 
 
@@ -288,6 +300,9 @@ def _copied(value: Tensor, target: Tensor) -> Tensor:
     whole = value.values() if isinstance(value, StoredTensor) else value
     if not isinstance(target, DTensor):
         return target.copy_(whole)
+    if shard_dim(target) == WHOLE:
+        target.to_local().copy_(whole)
+        return target
     return target.copy_(
         distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     )
@@ -303,36 +318,23 @@ def _at(state: Any, path: Sequence[Any]) -> Any:
     return state
 
 
-def _requantize(
-    optimizer: Optimizer,
-    key: str,
-    groups: Sequence[Mapping[str, Any]],
-    stored: StoredState,
-    shards: Mapping[str, nn.Parameter],
-) -> None:
-    """Give tensors that the optimizer keeps in a form of its own that form again."""
-    wanted = sorted(_quantized_slots(key, stored, shards))
-    if not wanted:
-        return
-    tried = state_after_a_trial_step(optimizer, groups, {name: shards[name] for name, _ in wanted})
-    for name, slot in wanted:
-        own = tried.get(name, {}).get(slot)
-        if own is None:
-            raise RuntimeError(
-                f"{key} keeps {slot!r} of {name!r} quantized, and {type(optimizer).__name__} makes no such state in a "
-                "step by itself, so the checkpoint's values cannot be put into it"
-            )
-        local = own.to_local() if isinstance(own, DTensor) else own
-        values = optimizer.state[shards[name]][slot]
-        local.copy_(values.to_local() if isinstance(values, DTensor) else values)
-        optimizer.state[shards[name]][slot] = own
+def _has_quantized(key: str, stored: StoredState) -> bool:
+    """Whether the optimizer that was saved kept quantized states; checkpoints of earlier versions have values alone."""
+    recorded = stored.record.quantized if stored.record is not None else ()
+    return QUANTIZED_KEY in stored.values or any(name.startswith(f"{key}.") for name in recorded)
 
 
-def _quantized_slots(key: str, stored: StoredState, shards: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    names = stored.record.quantized if stored.record is not None else ()
-    for path in stored.under("state"):
-        if ".".join(map(str, (key, *path))) in names and path[1] in shards:
-            yield path[1], path[2]
+def _target_of_inner(stored: StoredState, shards: Mapping[str, nn.Parameter]) -> dict[tuple[Any, ...], DTensor]:
+    """A tensor to read this rank's codes and scales into, by path; nothing if they were saved for other shards."""
+    like = next((shard for shard in shards.values() if isinstance(shard, DTensor)), None)
+    if like is None:
+        return {}
+    path = (QUANTIZED_KEY, position(like))
+    found = _at(stored.values, path)
+    if not isinstance(found, Tensor):
+        return {}
+    own = torch.empty(found.shape, dtype=found.dtype, device=like.to_local().device)
+    return {path: positional(own, like.device_mesh)}
 
 
 def _check_groups(key: str, groups: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any]]) -> None:

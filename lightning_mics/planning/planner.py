@@ -13,7 +13,7 @@ from typing import Any, Literal
 from lightning_mics.cost.hardware import Hardware
 from lightning_mics.policy.baselines import full_sharding, full_sharding_tuned, unsharded_weights
 from lightning_mics.policy.candidates import Candidate, Job, fastest
-from lightning_mics.policy.memory import in_gib, usable_bytes
+from lightning_mics.policy.memory import LOW_BIT_BLOCKS, in_gib, usable_bytes
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.options import CommunicationOptions
 
@@ -32,6 +32,8 @@ class Plan:
         unsharded_weights: FSDP2 with ``reshard_after_forward=False``, and ZeRO-2.
         global_batch_size: Samples per optimizer step.
         capacity_bytes: Memory of a GPU, in bytes.
+        low_bit_saved_bytes: Bytes that optimizer states in 8 bits and in 4 bits would save on a rank of the chosen
+            candidate, by bits; nothing if not all parameters are in float32.
         warnings: Sentences on memory, time and traffic, without a full stop.
     """
 
@@ -43,6 +45,7 @@ class Plan:
     unsharded_weights: tuple[Candidate, ...]
     global_batch_size: int
     capacity_bytes: int
+    low_bit_saved_bytes: dict[int, int]
     warnings: tuple[str, ...]
 
 
@@ -103,6 +106,9 @@ def plan(
     chosen = recommended
     if partition_size != "auto":
         chosen = by_size[partition_size] = best(list(job.candidates(partition_size, communication)))
+    saved = {
+        bits: workload.saved_by_low_bits_bytes(chosen.topology.partition_size, bits=bits) for bits in LOW_BIT_BLOCKS
+    }
     ranked = sorted(by_size.values(), key=lambda candidate: (not candidate.fits, candidate.seconds.expected))
     return Plan(
         candidates=tuple(ranked),
@@ -113,6 +119,7 @@ def plan(
         unsharded_weights=unsharded_weights(job),
         global_batch_size=global_batch_size,
         capacity_bytes=hardware.memory_bytes,
+        low_bit_saved_bytes={bits: count for bits, count in saved.items() if count is not None},
         warnings=tuple(_warnings(chosen, ranked, baseline, hardware)),
     )
 

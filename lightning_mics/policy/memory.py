@@ -36,6 +36,12 @@ RESERVED_SHARE = 0.06
 ADAM_STATES = 2  # optimizers are made after sharding, so the most usual one is assumed
 
 
+# Values per scale of torchao's AdamW8bit and AdamW4bit, by bits of a code. Scales are float32; shards that are smaller,
+# or not whole blocks, stay in float32 (torchao/optim/adam.py, _new_buffer).
+LOW_BIT_BLOCKS = {8: 256, 4: 128}
+SMALLEST_LOW_BIT_SHARD = 4096
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
     """Sizes of a model, in bytes.
@@ -171,6 +177,19 @@ def fits(size: ModelSize, partition_size: int, capacity_bytes: int, *, cached_by
         cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
     """
     return size.per_rank_bytes(partition_size) + cached_bytes <= USABLE_SHARE * capacity_bytes
+
+
+def saved_by_low_bits(shard_elements: int, *, bits: int) -> int:
+    """Bytes that the states of Adam take less in codes of some bits than in float32, for one shard.
+
+    Args:
+        shard_elements: Number of elements of the shard.
+        bits: Bits of a code, 8 or 4.
+    """
+    block = LOW_BIT_BLOCKS[bits]
+    if shard_elements < SMALLEST_LOW_BIT_SHARD or shard_elements % block:
+        return 0
+    return ADAM_STATES * (4 * shard_elements - shard_elements * bits // 8 - 4 * (shard_elements // block))
 
 
 def usable_bytes(capacity_bytes: int) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from lightning_mics.cost.step_traffic import Unit
 from lightning_mics.policy.activations import Activations
-from lightning_mics.policy.memory import ModelSize
+from lightning_mics.policy.memory import ADAM_STATES, ModelSize, saved_by_low_bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,22 @@ class Workload:
     def parameter_tensors(self) -> int:
         """Number of parameters, each a tensor."""
         return sum(len(unit.parameters) for unit in self.units)
+
+    def saved_by_low_bits_bytes(self, partition_size: int, *, bits: int) -> int | None:
+        """Bytes that optimizer states of some bits save on the rank with the largest shards, beside AdamW in float32.
+
+        Args:
+            partition_size: Ranks per partition group.
+            bits: Bits of a code, 8 or 4.
+
+        Returns:
+            The bytes; None if not all parameters are in float32.
+        """
+        trained = [each for unit in self.units for each in (unit.parameters if unit.trained is None else unit.trained)]
+        values = self.parameters + ADAM_STATES * sum(rows * width for rows, width in trained)
+        if self.size.states_bytes - self.size.gradients_bytes != torch.float32.itemsize * values:
+            return None
+        return sum(saved_by_low_bits(-(-rows // partition_size) * width, bits=bits) for rows, width in trained)
 
     @cached_property
     def _elements(self) -> dict[int, Elements]:

@@ -23,7 +23,7 @@ from recipes.job.auto import ChosenJob, choose_automatically
 from recipes.job.cluster_plan import asked, hardware_of
 from recipes.models.language_model import LanguageModel
 from recipes.plan.page import write_plan_page
-from recipes.plan.tables import plan_table, rehearsal_tables
+from recipes.plan.tables import low_bit_line, plan_table, rehearsal_tables
 
 WIDTH = 140  # of the tables, on narrow terminals too: whole numbers in broken lines, not broken numbers
 
@@ -67,8 +67,9 @@ def dry_run(config: DictConfig, model: LanguageModel, *, command: Sequence[str])
         hardware = hardware_of(chosen.cluster)
         scaling = scaling_of(config, chosen, job.workload, hardware)
         console.print(plan_table(planned, config=chosen))
-        for warning in planned.warnings:
-            console.print(f"Note: {warning}.", highlight=False, soft_wrap=True)
+        for note in (*planned.warnings, low_bit_line(planned)):
+            if note:
+                console.print(f"Note: {note}.", highlight=False, soft_wrap=True)
     rehearsal = None if config.dry_run == "plan" else rehearse_run(job, model, rank=config.dry_run_rank)
     for table in rehearsal_tables(rehearsal, capacity_bytes=_capacity(chosen)) if rehearsal else ():
         console.print(table)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lightning_mics.cost.step_time import collective_seconds
 from lightning_mics.planning import Hardware, Plan, Rehearsal
-from recipes.plan.tables import duration, plan_table, rehearsal_tables, size_label
+from recipes.plan.tables import duration, low_bit_line, plan_table, rehearsal_tables, size_label
 from recipes.report.page import picture, write_page
 
 BLUE, ORANGE, GREEN, GREY = "#2b5c8a", "#e07b39", "#5b9a68", "#9aa0a6"
@@ -53,7 +53,7 @@ def write_plan_page(
             f"<p>{html.escape(duration(planned, config))}. Bytes are exact; times are predictions: the "
             "range is from all communication hidden behind arithmetic that can be to none.</p>",
             _as_text(plan_table(planned, config=config)),
-            *(f"<p>Note: {html.escape(warning)}.</p>" for warning in planned.warnings),
+            *(f"<p>Note: {html.escape(note)}.</p>" for note in (*planned.warnings, low_bit_line(planned)) if note),
             picture(draw_memory(planned), alt="memory of a rank by partition size"),
             picture(draw_bytes(planned), alt="bytes that a node sends per step by partition size"),
         ]

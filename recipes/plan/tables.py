@@ -105,6 +105,14 @@ def duration(planned: Plan, config: DictConfig) -> str:
     )
 
 
+def low_bit_line(planned: Plan) -> str:
+    """What low-bit optimizer states would save, in a sentence; empty if that is not known, or nothing."""
+    saved = [f"{bits} bits {in_gib(count)}" for bits, count in planned.low_bit_saved_bytes.items() if count]
+    if not saved:
+        return ""
+    return f"Beside AdamW in float32, optimizer states of torchao would save on each rank: {', '.join(saved)}"
+
+
 def rehearsal_tables(rehearsal: Rehearsal, *, capacity_bytes: int | None) -> Iterator[Table]:
     """The collectives of the rank that was rehearsed, and its memory."""
     topology = rehearsal.topology

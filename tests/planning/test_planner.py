@@ -24,6 +24,7 @@ from lightning_mics.policy.activations import Activations, Line
 from lightning_mics.policy.memory import measure_model, smallest_partition_size
 from lightning_mics.sharding.blocks import find_blocks
 from recipes.plan.dry_run import Training
+from recipes.plan.tables import low_bit_line
 from tests.support.campaign import campaign
 from tests.support.configs import composed
 from tests.support.jobs import JOBS, SEQUENCES, measured, rehearsed
@@ -186,6 +187,26 @@ def test_what_does_not_fit_is_said_by_how_much() -> None:
     plan_ = plan(large, P4D, nodes=2, global_batch_size=64)
     assert not any(row.fits for row in plan_.candidates)
     assert any("no partition size fits: the best needs 50" in warning for warning in plan_.warnings)
+
+
+def test_it_says_what_low_bit_optimizer_states_would_save_on_a_rank() -> None:
+    options = {"nodes": 2, "global_batch_size": 64, "partition_size": 8}
+    plan_, shard = plan(work(width=1024), P4D, **options), 1024 * 1024 // 8
+    eight, four = (6 * 2 * (4 * shard - shard * bits // 8 - 4 * shard // block) for bits, block in ((8, 256), (4, 128)))
+    assert plan_.low_bit_saved_bytes == {8: eight, 4: four}  # biases and the head stay in float32
+    assert low_bit_line(plan_).endswith("would save on each rank: 8 bits 0.00437 GiB, 4 bits 0.00508 GiB")
+    odd = plan(work(), P4D, **options)  # 125,000 values in a shard are no whole blocks
+    assert odd.low_bit_saved_bytes == {8: 0, 4: 0} and low_bit_line(odd) == ""
+
+
+def test_savings_of_low_bit_states_are_not_said_where_parameters_are_not_in_float32() -> None:
+    def build() -> nn.Module:
+        return Tower(width=1024).bfloat16()
+
+    batch = torch.zeros(7, 1024, dtype=torch.bfloat16)
+    workload = measure_workload(build, batch, samples=7, loss=tower_loss)
+    plan_ = plan(workload, P4D, nodes=2, global_batch_size=64)
+    assert plan_.low_bit_saved_bytes == {} and low_bit_line(plan_) == ""
 
 
 def test_a_micro_batch_that_only_larger_partition_groups_hold_is_said_to_be_one() -> None:

@@ -1,7 +1,8 @@
 """How tensors in a checkpoint are sharded: read from those that are saved, and made again on the mesh of another job.
 
 A tensor of a checkpoint is sharded along one dimension or whole. On a job's mesh, of axes (replicate, shard) or
-(shard), a sharded one is divided over the last axis and replicated over the first.
+(shard), a sharded one is divided over the last axis and replicated over the first. One that each position of the last
+axis has for itself, of any size, is partial over it, and has another name in the checkpoint at each position.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, empty
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, empty
 
 WHOLE = -1  # the dimension of a DTensor that is not sharded
 
@@ -20,6 +21,11 @@ def shard_dim(tensor: DTensor) -> int:
     """The dimension along which ``tensor`` is sharded, or :data:`WHOLE`."""
     dims = [placement.dim for placement in tensor.placements if isinstance(placement, Shard)]
     return dims[0] if dims else WHOLE
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, [rows, ...]; any other tensor, [any], as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def settled(value: Any) -> Any:
@@ -66,6 +72,17 @@ def empty_placed(size: torch.Size, dtype: torch.dtype, mesh: DeviceMesh, dim: in
         dim: Dimension to shard along, or :data:`WHOLE`.
     """
     return empty(*size, dtype=dtype, device_mesh=mesh, placements=_placements(mesh, dim))
+
+
+def positional(own: Tensor, mesh: DeviceMesh) -> DTensor:
+    """The tensor of this rank's position on the last axis of a mesh, replicated over the first.
+
+    Args:
+        own: Tensor, [any]; of another size at other positions.
+        mesh: Mesh of the job.
+    """
+    placements = [*([Replicate()] * (mesh.ndim - 1)), Partial()]
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=own.shape, stride=own.stride())
 
 
 def _placements(mesh: DeviceMesh, dim: int) -> list[Any]:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_mics.checkpoint.content.containers import ContainerRecord, leaves, nested
 from lightning_mics.checkpoint.content.placing import settled, shard_dim
+from lightning_mics.checkpoint.content.quantized import QUANTIZED_KEY, dequantized, inner_bytes, is_quantized
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class StateRecord:
         containers: Containers other than lists and dicts of strings.
         dims: The dimension along which a tensor is sharded, by dotted name, where it is sharded otherwise than the
             parameter; None for a plain tensor of the parameter's shape.
-        quantized: Names of tensors whose values are saved instead of their quantized form.
+        quantized: Names of tensors whose values are saved beside their quantized form.
     """
 
     containers: ContainerRecord = field(default_factory=ContainerRecord)
@@ -60,8 +61,12 @@ class StateRecord:
             shards: The model's parameters by FQN.
         """
         values: dict[tuple[Any, ...], Any] = {}
+        quantized: dict[tuple[Any, ...], Any] = {}
         for path, value in leaves(self.containers.simplify(state, key)):
             values[path] = self.described(value, ".".join(map(str, (key, *path))), _parameter(path, shards))
+            if is_quantized(value):
+                quantized[path] = value
+        values.update({(QUANTIZED_KEY, place): inner for place, inner in inner_bytes(quantized).items()})
         return nested(values) if values else {}
 
     def described(self, value: Any, name: str, parameter: Tensor | None) -> Any:
@@ -91,23 +96,3 @@ class StateRecord:
 def _parameter(path: tuple[Any, ...], shards: Mapping[str, Tensor]) -> Tensor | None:
     """The parameter whose state has ``path``, relative to the optimizer's own."""
     return shards.get(path[1]) if len(path) > 1 and path[0] == "state" else None
-
-
-def is_quantized(value: Tensor) -> bool:
-    """Whether ``value``, [any], or its shard holds its values in another form, as 8-bit optimizers keep them."""
-    local = value.to_local() if isinstance(value, DTensor) else value
-    return type(local).dequantize is not Tensor.dequantize
-
-
-def dequantized(value: Tensor) -> Tensor:
-    """The values of such a tensor, [any], sharded as it is."""
-    if not isinstance(value, DTensor):
-        return value.dequantize()
-    return DTensor.from_local(
-        value.to_local().dequantize(),
-        value.device_mesh,
-        value.placements,
-        run_check=False,
-        shape=value.shape,
-        stride=value.stride(),
-    )

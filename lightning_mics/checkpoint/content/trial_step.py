@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics._torch.accelerator import device_in_use
+from lightning_mics.checkpoint.content.placing import local_part
 
 
 def state_after_a_trial_step(
@@ -65,7 +65,7 @@ def trained_bytes(model: nn.Module, optimizers: Sequence[Optimizer]) -> int | No
     Returns:
         The bytes, without counters and what else is not of a parameter's shape; None if an optimizer cannot be tried.
     """
-    count = sum(_local(parameter).nbytes for parameter in model.parameters())
+    count = sum(local_part(parameter).nbytes for parameter in model.parameters())
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if not group["params"]:
@@ -76,12 +76,8 @@ def trained_bytes(model: nn.Module, optimizers: Sequence[Optimizer]) -> int | No
                 return None
             kept = [v for v in tried["one"].values() if isinstance(v, Tensor) and v.shape == smallest.shape]
             of_value = sum(tensor.element_size() for tensor in kept)
-            count += of_value * sum(_local(parameter).numel() for parameter in group["params"])
+            count += of_value * sum(local_part(parameter).numel() for parameter in group["params"])
     return count
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _zeros(parameter: nn.Parameter) -> nn.Parameter:

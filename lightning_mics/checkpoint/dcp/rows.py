@@ -125,7 +125,12 @@ def _rows(tensor: DTensor, loads: list[int]) -> Iterator[Rows]:
 
 
 def _chunks(tensor: DTensor) -> list[Any]:
-    """The place of this rank's shard in the unsharded tensor, by the method that DCP calls."""
+    """The place of this rank's shard in the unsharded tensor, by the method that DCP calls.
+
+    A tensor that is partial over an axis is one of its own at each position: all of it is here.
+    """
+    if any(placement.is_partial() for placement in tensor.placements):
+        return [ChunkStorageMetadata(offsets=torch.Size([0] * tensor.ndim), sizes=tensor.size())]
     chunks: list[Any] = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
     return chunks
 

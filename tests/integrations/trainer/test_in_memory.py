@@ -21,6 +21,7 @@ from lightning_mics.in_memory import job
 from lightning_mics.in_memory.keeper.client import KeeperConnection
 from lightning_mics.integrations._keeper import keeper_settings
 from tests.support.models import TinyModule, tokens
+from tests.support.quantizing import WideLM, quantizing, uncompiled
 from tests.support.trainers import make_trainer, mics, on_ranks
 
 STEPS = 8
@@ -64,6 +65,17 @@ class Mortal(TinyModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+class MortalWide(Mortal):
+    """The same with an optimizer of torchao, and matrices that are large enough for it to quantize their states."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.net = WideLM()
+
+    def configure_optimizers(self) -> Any:
+        return quantizing(self, "AdamW8bit")
+
+
 def loader(global_batch_size: int) -> StatefulDataLoader[Tensor]:
     """Batches of two for each rank, from where a checkpoint was saved."""
     data: Any = tokens(96)
@@ -74,6 +86,7 @@ def loader(global_batch_size: int) -> StatefulDataLoader[Tensor]:
 def fit(
     folder: Path,
     *,
+    make: type[Mortal] = Mortal,
     every: int | None = 1,
     dies_at: int | None = None,
     rescales: bool = False,
@@ -88,7 +101,7 @@ def fit(
     callbacks = (
         [ModelCheckpoint(folder, every_n_train_steps=saves_at, save_last=True, save_top_k=-1)] if saves_at else []
     )
-    model = Mortal(dies_at=dies_at, rescales=rescales)
+    model = make(dies_at=dies_at, rescales=rescales)
     trainer = make_trainer(
         folder,
         strategy=mics(in_memory_checkpoint=every, **options),
@@ -152,6 +165,22 @@ def test_a_restarted_run_has_the_same_losses_and_weights(token: str, kind: Any, 
     assert same_weights(calm[0], again[0])
     with pytest.raises(ConnectionRefusedError):  # the keeper has ended with the job
         KeeperConnection.local(keeper_settings({"MICS_KEEPER_TOKEN": token}, nodes=1))
+
+
+def fit_wide(folder: Path, **options: Any) -> dict[str, Any]:
+    with uncompiled():
+        return fit(folder, make=MortalWide, steps=4, **options)
+
+
+@pytest.mark.usefixtures("token")
+def test_quantized_states_are_in_memory_as_they_are(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    calm = on_ranks(partial(fit_wide, tmp_path, every=None))
+    on_ranks(partial(fit_wide, tmp_path, dies_at=3))
+    again = on_ranks(partial(fit_wide, tmp_path))
+    assert {found["started_at"] for found in again} <= {2, 3}
+    assert [found["losses"][-1] for found in again] == [found["losses"][-1] for found in calm]
+    assert same_weights(calm[0], again[0])
 
 
 @pytest.mark.usefixtures("token")

@@ -46,7 +46,9 @@ def test_a_plan_alone_is_written_without_a_rehearsal(tmp_path: Path) -> None:
     train.rehearse_job(composed(*FEW_BLOCKS, f"run_dir={tmp_path}", "dry_run=plan"), ["dry_run=plan"])
     both = json.loads((tmp_path / "plan.json").read_text())
     assert both["rehearsal"] is None and both["plan"]["recommended"]["fits"]
-    assert "Rehearsal" not in (tmp_path / "plan.html").read_text()
+    page = (tmp_path / "plan.html").read_text()
+    assert "Rehearsal" not in page
+    assert "optimizer states of torchao would save on each rank: 8 bits " in page
     with pytest.raises(SystemExit, match="dry_run='no' is not one of false, plan, true"):
         train.rehearse_job(composed(*FEW_BLOCKS, f"run_dir={tmp_path}", "dry_run='no'"), [])
 
