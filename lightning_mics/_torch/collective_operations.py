@@ -74,8 +74,16 @@ def collective_of(operation: Any, args: tuple[Any, ...]) -> CollectiveOperation 
 
 
 def group_of(operation: Any, args: tuple[Any, ...]) -> dist.ProcessGroup | None:
-    if operation.namespace != "c10d":
+    """The process group of an operation that a dispatch mode has seen; None for one that has none.
+
+    Args:
+        operation: Operation of ``torch.ops``.
+        args: Positional arguments of the operation.
+    """
+    if operation.namespace in ("_c10d_functional", "_dtensor"):
         names = [argument for argument in args if isinstance(argument, str)]
         return _resolve_process_group(names[-1]) if names else None  # type: ignore[arg-type]
+    if operation.namespace != "c10d":
+        return None
     objects = [argument for argument in args if isinstance(argument, torch.ScriptObject)]
     return next((dist.ProcessGroup.unbox(o) for o in objects if "ProcessGroup" in str(o._type())), None)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from lightning_mics import CommunicationOptions
-from lightning_mics._torch.fake import group_of
+from lightning_mics._torch.collective_operations import group_of
 from lightning_mics.collectives.agreement import on_all_ranks, on_rank_0
 from lightning_mics.collectives.control_plane import control_plane
 from lightning_mics.integrations.fabric import MiCSFabricStrategy

@@ -28,7 +28,8 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from lightning_mics._torch import streams as package_streams
-from lightning_mics._torch.fake import TorchDispatchMode, group_of
+from lightning_mics._torch.collective_operations import group_of
+from lightning_mics._torch.fake import TorchDispatchMode
 from tests.support.stream_order import memory, streams
 from tests.support.stream_order.memory import Memory, Place, tensors_in
 from tests.support.stream_order.streams import Clock, merge
