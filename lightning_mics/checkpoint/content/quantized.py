@@ -105,7 +105,7 @@ def requantize(
         optimizer: The optimizer, with values as states.
         key: Key of the optimizer in the checkpoint.
         groups: Options of its groups, with the names of their parameters.
-        shards: Its parameters by name.
+        shards: Parameters of the optimizer by name.
         own_bytes: Codes and scales at this rank's position, [bytes], to be taken if they fit; None if there are none.
 
     Raises:
