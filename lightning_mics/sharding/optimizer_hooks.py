@@ -124,7 +124,7 @@ class OptimizerHooks:
             self._window.after_backward()
 
     def _after_step(self, optimizer: Optimizer) -> None:
-        if not self.trains_with(optimizer):
+        if not (self._cache.enabled or self._follows_steps) or not self.trains_with(optimizer):
             return
         self._cache.follow_step()
         if self._follows_steps:
