@@ -46,12 +46,12 @@ class OptimizerHooks:
         self._window = window
         self._cache = cache
         self._follows_steps = False
-        self._is_registered = False
         self.unsharded: UnshardedParameters | None = None
         self.owners: MatrixOwners | None = None
         self.count: Callable[[CollectiveOperation], None] | None = None
         self.offload: Offload = False
-        self._register()
+        call_before_steps(self._before_step)
+        call_after_steps(self._after_step)
 
     def follow_steps(self) -> None:
         """Close the window before each step and reshard the root after it, for training loops that offer no hooks.
@@ -60,7 +60,6 @@ class OptimizerHooks:
         unscales after the window is closed, as gradients are complete only then.
         """
         self._follows_steps = True
-        self._register()
         call_before_unscaling(self._before_step)
 
     def follow_zero_grad(self, optimizer: Optimizer) -> None:
@@ -108,13 +107,6 @@ class OptimizerHooks:
         """Whether ``optimizer`` holds parameters of this model."""
         ours = {id(parameter) for module in self._modules.values() for parameter in sharded_parameters(module)}
         return any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"])
-
-    def _register(self) -> None:
-        if self._is_registered:
-            return
-        self._is_registered = True
-        call_before_steps(self._before_step)
-        call_after_steps(self._after_step)
 
     def _before_step(self, optimizer: Optimizer) -> None:
         needs_more = needs_matrices(optimizer) or self.offload
