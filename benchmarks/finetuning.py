@@ -34,7 +34,7 @@ from benchmarks.link_counters import sent_bytes
 from benchmarks.measured_on_links import circumstances, measure
 from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
 
-RANK, VOCAB, LENGTH, BATCH = 32, 512, 32, 2
+RANK, VOCAB, LENGTH, BATCH = 64, 512, 32, 2
 STEPS = 4  # of which the first is told apart
 MICRO_STEPS = (1, 4)
 BASES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

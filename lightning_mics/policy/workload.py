@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 
 import torch
 
 from lightning_mics.cost.step_traffic import Unit
 from lightning_mics.policy.activations import Activations
 from lightning_mics.policy.memory import ADAM_STATES, ModelSize, saved_by_low_bits
+from lightning_mics.techniques.sharded_dim import padded_numel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +91,11 @@ class Workload:
             The bytes; None if not all parameters are in float32.
         """
         trained = [each for unit in self.units for each in (unit.parameters if unit.trained is None else unit.trained)]
-        values = self.parameters + ADAM_STATES * sum(rows * width for rows, width in trained)
+        values = self.parameters + ADAM_STATES * sum(map(prod, trained))
         if self.size.states_bytes - self.size.gradients_bytes != torch.float32.itemsize * values:
             return None
-        return sum(saved_by_low_bits(-(-rows // partition_size) * width, bits=bits) for rows, width in trained)
+        shards = (padded_numel(shape, partition_size) // partition_size for shape in trained)
+        return sum(saved_by_low_bits(elements, bits=bits) for elements in shards)
 
     @cached_property
     def _elements(self) -> dict[int, Elements]:
