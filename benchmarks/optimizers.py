@@ -105,19 +105,28 @@ def optimizers(model: nn.Module, way: Way) -> list[torch.optim.Optimizer]:
     return [torch.optim.Muon(of_blocks, lr=0.02), torch.optim.AdamW(rest, lr=1e-3)]
 
 
+def in_float32(update: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Muon's iteration without torch's rounding to bfloat16.
+
+    Args:
+        update: Update of a matrix: [rows, columns].
+        coefficients: Three coefficients of the polynomial of one iteration.
+        steps: Number of iterations.
+        eps: Smallest norm to divide by.
+    """
+    a, b, c = coefficients
+    x = update.T if update.size(0) > update.size(1) else update
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if update.size(0) > update.size(1) else x
+
+
 @contextmanager
 def iterating(way: Way) -> Iterator[None]:
     """Run Muon's iteration in the dtype of a way."""
     original: Callable[..., Tensor] = torch_muon._zeropower_via_newtonschulz
-
-    def in_float32(update: Tensor, coefficients: Any, steps: int, eps: float) -> Tensor:
-        a, b, c = coefficients
-        x = update.T if update.size(0) > update.size(1) else update
-        x = x / x.norm().clamp(min=eps)
-        for _ in range(steps):
-            gram = x @ x.T
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return x.T if update.size(0) > update.size(1) else x
 
     if way.iteration == torch.float32:
         torch_muon._zeropower_via_newtonschulz = in_float32

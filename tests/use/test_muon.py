@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.optimizers import in_float32
 from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
 from lightning_mics._torch.dtensors.owned_rows import OwnedRows
 from lightning_mics.collectives.counted_group import CountedGroup
@@ -27,17 +28,6 @@ from tests.support.models import TinyLM, tokens
 LAYERS, STEPS, LR = 3, 6, 0.02
 NODE, PAPER = CommunicationOptions.NODE, CommunicationOptions.PAPER
 ITERATION = torch_muon._zeropower_via_newtonschulz  # in bfloat16
-
-
-def in_float32(update: Tensor, coefficients: Any, steps: int, eps: float) -> Tensor:
-    """The iteration of torch without its rounding to bfloat16."""
-    a, b, c = coefficients
-    x = update.T if update.size(0) > update.size(1) else update
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if update.size(0) > update.size(1) else x
 
 
 ITERATIONS = {"bfloat16": ITERATION, "float32": in_float32}

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
+from benchmarks.optimizers import in_float32
 from lightning_mics import CommunicationOptions, TrafficMonitor
 from lightning_mics._torch.dtensors.owned_rows import OwnedRows
 from tests.support.accelerators import start as start_accelerate
@@ -21,7 +22,7 @@ from tests.support.fits import fit, whole_weights
 from tests.support.loops import network, start
 from tests.support.models import OneBlock, TinyModule, tokens
 from tests.support.trainers import cases_on_ranks, make_trainer, mics
-from tests.use.test_muon import ITERATION, in_float32
+from tests.use.test_muon import ITERATION
 
 LR, STEPS = 0.02, 3
 NODE = CommunicationOptions.NODE.keywords()
