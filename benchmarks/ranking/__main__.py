@@ -1,4 +1,4 @@
-"""The command line of :mod:`benchmarks.ranking`: a launch for each shape and rate, and then the page."""
+"""The command line of :mod:`benchmarks.ranking`: launches for each shape and rate, and then the page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,22 @@ from benchmarks.ranking.cells import RANKS
 from benchmarks.ranking.page import write_page
 
 MINUTES = 40  # of a launch
+RATE_OF_BYTES = "1gbit"
 
 
-def launch(shape: Shape, rate: str, arguments: Sequence[str], scratch: Path) -> dict[str, Any]:
-    """Measure one shape at one rate.
+def launch(shape: Shape, rate: str, arguments: Sequence[str], out: Path) -> Any:
+    """Let the ranks of one shape measure at one rate; returns what the first one has written.
 
     Args:
         shape: Shape of the cluster.
         rate: Rate of its links.
         arguments: Arguments of each rank.
-        scratch: Folder of the file that the first rank writes.
+        out: File that the first rank writes.
 
     Raises:
         RuntimeError: If a node fails.
     """
-    scratch.mkdir(parents=True, exist_ok=True)
-    out = scratch / f"{shape}-{rate}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)  # of an earlier launch
     script = (
         f"OMP_NUM_THREADS=1 {sys.executable} -m torch.distributed.run --nnodes $NNODES --node-rank $NODE_RANK "
@@ -44,30 +44,50 @@ def launch(shape: Shape, rate: str, arguments: Sequence[str], scratch: Path) -> 
         outcomes = cluster.start(["sh", "-c", script]).wait(timeout=60 * MINUTES)
     if not out.exists():
         raise RuntimeError(f"{shape} at {rate}: {outcomes}")
-    found: dict[str, Any] = json.loads(out.read_text())
-    return {"shape": str(shape), "rate": rate, **found}
+    return json.loads(out.read_text())
 
 
-def earlier(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Launches of earlier calls, by shape and rate.
+def count_bytes(shape: Shape, launches: Iterable[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
+    """Count what links carry in all ways that were timed; a way sends the same at any rate.
+
+    Args:
+        shape: Shape of the cluster.
+        launches: What was measured; other shapes are left out.
+        scratch: Folder of files for the ranks.
+    """
+    cells = [cell for found in launches if found["shape"] == str(shape) for cell in found["cells"]]
+    ways = scratch / "ways.json"
+    scratch.mkdir(parents=True, exist_ok=True)
+    ways.write_text(json.dumps([each["way"] for cell in cells for each in cell["timed"]]))
+    counted: list[dict[str, Any]] = launch(shape, RATE_OF_BYTES, ["--bytes-of", str(ways)], scratch / f"{shape}.json")
+    return [{"shape": str(shape), **each} for each in counted]
+
+
+def earlier(out: Path) -> tuple[dict[tuple[str, str], dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """What earlier calls have measured: times by shape and rate, and bytes by shape.
 
     Args:
         out: Folder of the page.
     """
     file = out / "results.json"
-    launches = json.loads(file.read_text())["measured"] if file.exists() else []
-    return {(launch["shape"], launch["rate"]): launch for launch in launches}
+    if not file.exists():
+        return {}, {}
+    results = json.loads(file.read_text())
+    links = {shape: list(rows) for shape, rows in itertools.groupby(results["links"], key=lambda row: row["shape"])}
+    return {(launch["shape"], launch["rate"]): launch for launch in results["measured"]}, links
 
 
 def main(typed: Sequence[str] | None = None) -> int:
-    """Perform all launches and write the page; launches of earlier calls into the same folder stay on it."""
+    """Measure and write the page; what earlier calls into the same folder have measured else stays on it."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ranking",
         description=benchmarks.ranking.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shapes", nargs="+", default=["2x4", "4x2"], metavar="NODESxRANKS")
-    parser.add_argument("--rates", nargs="+", default=["100mbit", "300mbit", "1gbit"])
+    parser.add_argument(
+        "--rates", nargs="*", default=["100mbit", "300mbit", "1gbit"], help="of links; none: count bytes only"
+    )
     parser.add_argument(
         "--places", nargs="+", type=float, default=[0.05, 0.5, 0.9], help="of the pretended memories, 0 to 1"
     )
@@ -83,11 +103,19 @@ def main(typed: Sequence[str] | None = None) -> int:
         if shape.nodes * shape.ranks_per_node != RANKS:
             parser.error(f"--shapes {shape}: the model is made for {RANKS} ranks")
     of_ranks = ["--turns", options.turns, "--pairs", options.pairs, "--places", *options.places]
-    found = earlier(options.out)
+    measured, links = earlier(options.out)
+    scratch, command = options.out / "scratch", f"python -m benchmarks.ranking {shlex.join(words)}"
+
+    def write() -> None:
+        write_page(options.out, [measured[key] for key in sorted(measured)], sum(links.values(), []), command)
+
     for shape, rate in itertools.product(shapes, options.rates):
-        found[str(shape), rate] = launch(shape, rate, [*map(str, of_ranks)], options.out / "scratch")
-        command = f"python -m benchmarks.ranking {shlex.join(words)}"
-        write_page(options.out, [found[key] for key in sorted(found)], command)
+        times = launch(shape, rate, [*map(str, of_ranks)], scratch / f"{shape}-{rate}.json")
+        measured[str(shape), rate] = {"shape": str(shape), "rate": rate, **times}
+        write()
+    for shape in shapes:
+        links[str(shape)] = count_bytes(shape, measured.values(), scratch)
+        write()
     return 0
 
 

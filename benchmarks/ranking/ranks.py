@@ -1,4 +1,7 @@
-"""One rank of a launch: it calibrates, lets the planner choose, and times the ways of all cells in turns."""
+"""One rank of a launch.
+
+It calibrates, lets the planner choose, and times the ways of all cells in turns; or it counts the bytes of given ways.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.comparison.workload import build_model
-from benchmarks.link_counters import sent_bytes
+from benchmarks.link_counters import sent_values
 from benchmarks.predictions import calibrated, measure_collectives
 from benchmarks.ranking.cells import MICRO_BATCHES, MODEL, RANKS, SAMPLES, Cell, Way, batch_of, cells_of, workload
 from lightning_mics.sharding.shard_model import shard_model
@@ -27,7 +30,7 @@ from lightning_mics.topology import Topology
 LINK = "eth0"
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of caches or sums on nodes
 SHARE_STEPS = 4  # micro-steps of the ways with these
-WARMUP = 1
+WARMUP = 2  # steps of at most two micro-steps: the first window agrees on things that later ones know
 
 
 class Trainer:
@@ -39,6 +42,7 @@ class Trainer:
     """
 
     def __init__(self, way: Way, groups: PartitionGroups) -> None:
+        self.groups = groups
         self._way = way
         self._model = build_model(MODEL)
         self._schedule = shard_model(self._model, groups, communication=way.communication)
@@ -47,7 +51,7 @@ class Trainer:
             batch_of(way.micro_batch, rank=dist.get_rank(), index=index) for index in range(SAMPLES // way.micro_batch)
         ]
         for _ in range(WARMUP):
-            self._train(self._batches[:1])
+            self._train(self._batches[:2])
 
     def seconds(self) -> float:
         """Seconds of an optimizer step, until all ranks have ended it."""
@@ -55,11 +59,9 @@ class Trainer:
 
     def link_bytes(self) -> float:
         """Bytes that a node's link sends in an optimizer step, the mean of the nodes."""
-        dist.barrier()
-        before = sent_bytes(LINK)
+        before = read_at_rest()
         self._train(self._batches)
-        dist.barrier()
-        sent = torch.tensor([float(sent_bytes(LINK) - before)])
+        sent = torch.tensor([float(read_at_rest() - before)])
         dist.all_reduce(sent)
         return float(sent) / RANKS
 
@@ -69,6 +71,14 @@ class Trainer:
                 self._model(batch).backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+
+def read_at_rest() -> int:
+    """Values that the node's link has sent, read while no rank of the node trains."""
+    dist.barrier()
+    sent = sent_values(LINK)
+    dist.barrier()
+    return sent
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -100,7 +110,25 @@ def measure_micro_step(groups: PartitionGroups, samples: int) -> float:
     return median(timed(train) for _ in range(5))
 
 
-def work(out: Path, *, turns: int, pairs: int, places: list[float]) -> None:
+def start_trainers() -> Callable[[Way], Trainer]:
+    """Join the default group; returns what makes the trainer of a way, with groups that are made once."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+
+    @cache
+    def groups_of(partition_size: int, hierarchical: bool | str) -> PartitionGroups:
+        topology = Topology(world_size=RANKS, ranks_per_node=ranks_per_node(), partition_size=partition_size)
+        return create_partition_groups(topology, device_type="cpu", hierarchical=hierarchical)  # type: ignore[arg-type]
+
+    return lambda way: Trainer(way, groups_of(way.partition_size, way.hierarchical))
+
+
+def ranks_per_node() -> int:
+    """Number of ranks on each node."""
+    return int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def measure_times(out: Path, *, turns: int, pairs: int, places: list[float]) -> None:
     """Calibrate, choose, and time; rank 0 writes what was found.
 
     Args:
@@ -109,31 +137,24 @@ def work(out: Path, *, turns: int, pairs: int, places: list[float]) -> None:
         pairs: Times that each choice is timed in turns with flat full sharding.
         places: Pretended memories; see :func:`~benchmarks.ranking.cells.cells_of`.
     """
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    per_node = int(os.environ["LOCAL_WORLD_SIZE"])
-
-    @cache
-    def groups_of(partition_size: int, hierarchical: bool | str) -> PartitionGroups:
-        topology = Topology(world_size=RANKS, ranks_per_node=per_node, partition_size=partition_size)
-        return create_partition_groups(topology, device_type="cpu", hierarchical=hierarchical)  # type: ignore[arg-type]
-
-    def trainer(way: Way) -> Trainer:
-        return Trainer(way, groups_of(way.partition_size, way.hierarchical))
+    trainer = start_trainers()
 
     def say(*what: object) -> None:
         if dist.get_rank() == 0:
             print(*what, flush=True)
 
-    collectives = [_as_text(measure_collectives(groups_of(RANKS, True))) for _ in range(turns)]
-    compute = {micro: measure_micro_step(groups_of(1, False), micro) for micro in MICRO_BATCHES}
-    hardware = from_first_rank(calibrated(collectives, nodes=RANKS // per_node, ranks_per_node=per_node))
+    whole = trainer(Way(RANKS, True, "never", "shard", max(MICRO_BATCHES))).groups
+    alone = trainer(Way(1, False, "never", "shard", max(MICRO_BATCHES))).groups
+    collectives = [_as_text(measure_collectives(whole)) for _ in range(turns)]
+    compute = {micro: measure_micro_step(alone, micro) for micro in MICRO_BATCHES}
+    hardware = from_first_rank(
+        calibrated(collectives, nodes=RANKS // ranks_per_node(), ranks_per_node=ranks_per_node())
+    )
     compute = from_first_rank(compute)
     cells = cells_of(workload(), hardware, compute, places)
     seconds: dict[Way, list[float]] = {way: [] for cell in cells for way in cell.timed}
     say(hardware, compute, len(seconds), "ways,", sum(max(c.timed.get(w, 0) for c in cells) for w in seconds), "s")
     trainers = {way: trainer(way) for way in seconds}
-    link = {way: running.link_bytes() for way, running in trainers.items()}
     for turn in range(turns):
         for way, running in trainers.items():
             seconds[way].append(running.seconds())
@@ -143,18 +164,32 @@ def work(out: Path, *, turns: int, pairs: int, places: list[float]) -> None:
         ours, flat = (trainers[way] for way in both)
         paired[both] = [(ours.seconds(), flat.seconds()) for _ in range(pairs)]
         say(both[0], median(one / other for one, other in paired[both]))
-    shares = {way: trainer(way).link_bytes() for way in ways_with_shares()}
     if dist.get_rank() == 0:
         found = [_cell(cell, seconds, paired.get((cell.chosen, cell.flat), [])) for cell in cells]
-        found_link = [{"way": asdict(way), "bytes": sent} for way, sent in {**link, **shares}.items()]
         found_hardware = {name: value for name, value in asdict(hardware).items() if name != "gpu"}
-        everything: dict[str, Any] = {
-            "hardware": found_hardware,
-            "compute": compute,
-            "cells": found,
-            "link": found_link,
-        }
+        everything: dict[str, Any] = {"hardware": found_hardware, "compute": compute, "cells": found}
         out.write_text(json.dumps(everything))
+    leave()
+
+
+def count_bytes(out: Path, ways: list[Way]) -> None:
+    """Train each way and read the links; rank 0 writes what they carried.
+
+    Args:
+        out: File to write, as JSON.
+        ways: Ways to run, beside full sharding with shares.
+    """
+    trainer = start_trainers()
+    link = [
+        {"way": asdict(way), "bytes": trainer(way).link_bytes()} for way in dict.fromkeys(ways + ways_with_shares())
+    ]
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(link))
+    leave()
+
+
+def leave() -> None:
+    """Let all ranks end together."""
     dist.barrier()
     time.sleep(0.2)
 
@@ -194,12 +229,16 @@ def _cell(cell: Cell, seconds: dict[Way, list[float]], pairs: list[tuple[float, 
 def main() -> None:
     """Be one rank."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ranking.ranks", description=__doc__)
-    parser.add_argument("--turns", type=int, required=True)
-    parser.add_argument("--pairs", type=int, required=True)
-    parser.add_argument("--places", type=float, nargs="+", required=True)
+    parser.add_argument("--turns", type=int)
+    parser.add_argument("--pairs", type=int)
+    parser.add_argument("--places", type=float, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--bytes-of", type=Path, help="file of ways: count their bytes, and time nothing")
     options = parser.parse_args()
-    work(options.out, turns=options.turns, pairs=options.pairs, places=options.places)
+    if options.bytes_of:
+        count_bytes(options.out, [Way(**way) for way in json.loads(options.bytes_of.read_text())])
+    else:
+        measure_times(options.out, turns=options.turns, pairs=options.pairs, places=options.places)
 
 
 if __name__ == "__main__":

@@ -97,8 +97,11 @@ def test_a_choice_is_judged_by_the_least_median_and_by_pairs() -> None:
 
 
 def test_the_page_has_all_cells_and_the_bytes_of_shares(tmp_path) -> None:
-    link = [{"way": asdict(way), "bytes": 1.01 * predicted_link_bytes(way, ranks_per_node=4)} for way in WAYS]
-    write_page(tmp_path, [{"shape": "2x4", "rate": "1gbit", "cells": [cell()], "link": link}], "the command")
+    link = [
+        {"shape": "2x4", "way": asdict(way), "bytes": 1.01 * predicted_link_bytes(way, ranks_per_node=4)}
+        for way in WAYS
+    ]
+    write_page(tmp_path, [{"shape": "2x4", "rate": "1gbit", "cells": [cell()]}], link, "the command")
     page = (tmp_path / "README.md").read_text()
     assert "| 2x4 | 1gbit | 10.0 | 9 | 8 in stages, 16 samples, node, node | 1.00 | 1.10 | 10% |" in page
-    assert "8 in stages, 4 samples, 25%, 50%" in page and "+1.0%" in page and "8 flat, 4 samples" not in page
+    assert "8 in stages, 4 samples, 25%, 50%" in page and "+1.00%" in page and "8 flat, 4 samples" not in page
