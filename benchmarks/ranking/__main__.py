@@ -107,7 +107,8 @@ def main(typed: Sequence[str] | None = None) -> int:
     scratch, command = options.out / "scratch", f"python -m benchmarks.ranking {shlex.join(words)}"
 
     def write() -> None:
-        write_page(options.out, [measured[key] for key in sorted(measured)], sum(links.values(), []), command)
+        counted = itertools.chain.from_iterable(links.values())
+        write_page(options.out, [measured[key] for key in sorted(measured)], list(counted), command)
 
     for shape, rate in itertools.product(shapes, options.rates):
         times = launch(shape, rate, [*map(str, of_ranks)], scratch / f"{shape}-{rate}.json")

@@ -125,7 +125,7 @@ def _text(results: dict[str, Any], remarks: str) -> str:
     ]
     links = [
         f"| {link['shape']} | {label(link['way'])} | {link['predicted'] / 1e6:.2f} | {link['bytes'] / 1e6:.2f} "
-        f"| {link['error']:+.1%} |"
+        f"| {link['error']:+.2%} |"
         for link in results["links"]
         if _is_in_part(link["way"])
     ]
