@@ -142,8 +142,7 @@ plans. The planner then searches partition size, stages, caches, sums and micro-
 sharding with its largest micro-batch, what is predicted to be within 1.5 times the best, and some slower ways, in
 turns; *regret* is the choice's time over the least time of these, less 1. The ratio to flat full sharding is a
 geometric mean of paired turns with its 95 % interval. Kendall's tau is over pairs whose predictions are 10 % apart.
-Bytes are counted by the links, at 1 Gbit/s: without headers of packets, and without what is sent again because a queue
-was full.
+Bytes are counted by links that are not shaped, so that nothing is sent twice, without the headers of packets.
 
 **Result.** {found["cells"]} cells. The regret is at most 5 % in {found["regret_at_most_5_percent"]}, and
 {found["largest_regret"]:.0%} at most. The choice is not slower than flat full sharding in
