@@ -8,11 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 _TABLE = Path("/proc/self/net/dev")
-_PROTOCOLS = Path("/proc/self/net/snmp")
 _SENT = 8  # a row is: eight columns of receiving, then eight of sending; bytes come first in both, then packets
 
 HEADER_BYTES = 14 + 20 + 32  # of Ethernet, IPv4, and TCP with timestamps
-SEGMENT_BYTES = 1500 - 20 - 32  # of values in a full TCP segment on Ethernet
 
 
 def received_bytes(interface: str) -> int:
@@ -26,20 +24,9 @@ def sent_bytes(interface: str) -> int:
 
 
 def sent_values(interface: str) -> int:
-    """Bytes of TCP's values that ``interface`` has sent since it exists, without headers.
-
-    What the namespace has sent again, because a full queue dropped it, is subtracted in full segments.
-
-    Args:
-        interface: The only interface over which the namespace sends TCP, of Ethernet's size.
-    """
+    """Bytes of TCP's values that ``interface`` has sent since it exists, without headers; what is sent again counts."""
     sent, packets = _row(interface)[_SENT : _SENT + 2]
-    return sent - packets * HEADER_BYTES - _resent_segments() * SEGMENT_BYTES
-
-
-def _resent_segments() -> int:
-    names, values = (line.split() for line in _PROTOCOLS.read_text().splitlines() if line.startswith("Tcp:"))
-    return int(dict(zip(names, values, strict=True))["RetransSegs"])
+    return sent - packets * HEADER_BYTES
 
 
 def _row(interface: str) -> list[int]:

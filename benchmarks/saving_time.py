@@ -4,9 +4,9 @@ python -m benchmarks.saving_time --rounds 3 --out benchmarks/results/saving
 
 Four processes of this machine train a model whose states (fp32 weights and AdamW's) weigh ``--gigabytes``, and save it
 several times under each system in turns: this package with ``async_save``, without it, with one replica, and
-Lightning's own ``ModelParallelStrategy`` with FSDP2 over all ranks, which is one replica as well. Training stands still
-for as long as ``trainer.save_checkpoint`` takes on the slowest rank; the steps after it show what writing beside them
-costs. The folder gets a page and all numbers as JSON.
+Lightning's own ``ModelParallelStrategy`` with FSDP2, with one replica over all ranks and with two. Training stands
+still for as long as ``trainer.save_checkpoint`` takes on the slowest rank; the steps after it show what writing beside
+them costs. The folder gets a page and all numbers as JSON.
 """
 
 from __future__ import annotations
@@ -34,22 +34,38 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mics import MiCSStrategy
 
 RANKS, WIDTH, STATES_PER_PARAMETER = 4, 1024, 3  # a weight, and AdamW's two moments
-SYSTEMS = ("mics, async_save", "mics", "mics, one replica", "lightning-model-parallel")
+LIGHTNING = "lightning-model-parallel"
+# each is compared with Lightning's of as many replicas: a rank then has as much to save and to load
+COMPARED = {
+    "mics, async_save": f"{LIGHTNING}, two replicas",
+    "mics": f"{LIGHTNING}, two replicas",
+    f"{LIGHTNING}, two replicas": f"{LIGHTNING}, two replicas",
+    "mics, one replica": LIGHTNING,
+    LIGHTNING: LIGHTNING,
+}
+SYSTEMS = tuple(COMPARED)
 SAVES, STEPS_BETWEEN = 3, 2  # of one fit; the first save also has to find memory and is told apart
 STARTS = 2  # afresh, and resumed, after each fit
 
 
 class Model(pl.LightningModule):
-    """Residual blocks of two linear layers; it shards itself where a strategy leaves that to the user."""
+    """Residual blocks of two linear layers; it shards itself where a strategy leaves that to the user.
 
-    def __init__(self, blocks: int) -> None:
+    Args:
+        blocks: Number of blocks.
+        replicas: Number of replicas, where it shards itself.
+    """
+
+    def __init__(self, blocks: int, replicas: int) -> None:
         super().__init__()
+        self.replicas = replicas
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False))
             for _ in range(blocks)
@@ -57,9 +73,10 @@ class Model(pl.LightningModule):
 
     def configure_model(self) -> None:
         if type(self.trainer.strategy) is ModelParallelStrategy:
-            assert self.device_mesh is not None
+            axes = ("replicate", "shard")
+            mesh = init_device_mesh("cpu", (self.replicas, RANKS // self.replicas), mesh_dim_names=axes)
             for block in self.blocks:
-                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+                fully_shard(block, mesh=mesh if self.replicas > 1 else mesh["shard"])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         (x,) = batch  # [batch, width]
@@ -108,13 +125,18 @@ class StartTime(Callback):
 
 def strategy_of(system: str) -> Any:
     """A new strategy for one of :data:`SYSTEMS`."""
-    if system == "lightning-model-parallel":
+    if system.startswith(LIGHTNING):
         return ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1, process_group_backend="gloo")
     return MiCSStrategy(
-        partition_size=RANKS if system.endswith("one replica") else RANKS // 2, ranks_per_node=RANKS // 2,
+        partition_size=RANKS // replicas_of(system), ranks_per_node=RANKS // 2,
         async_save=system.endswith("async_save"),
         cache_parameters="never", accumulate_gradients="shard",
     )  # fmt: skip
+
+
+def replicas_of(system: str) -> int:
+    """Number of replicas of one of :data:`SYSTEMS`."""
+    return 1 if COMPARED[system] == LIGHTNING else 2
 
 
 def work(rounds: int, blocks: int, out: Path) -> None:
@@ -141,7 +163,7 @@ def measure(system: str, blocks: int, scratch: Path) -> dict[str, Any]:
     folder = Path(folders[0])
     timer = SaveAndTime(folder)
     torch.manual_seed(0)
-    model = Model(blocks)
+    model = Model(blocks, replicas_of(system))
     trainer = _trainer(system, callbacks=[timer], max_steps=(SAVES + 1) * STEPS_BETWEEN - 1)
     trainer.fit(model, _data())
     steps, last = trainer.global_step, folder / f"{SAVES - 1}.ckpt"
@@ -168,7 +190,7 @@ def measure(system: str, blocks: int, scratch: Path) -> dict[str, Any]:
 def _started(system: str, blocks: int, *, max_steps: int, ckpt_path: Path | None = None) -> float:
     """Seconds until a fit begins its first step, afresh or resumed."""
     _free_memory()
-    model, data = Model(blocks), _data()
+    model, data = Model(blocks, replicas_of(system)), _data()
     timer = StartTime()
     trainer = _trainer(system, callbacks=[timer], max_steps=max_steps)
     trainer.fit(model, data, ckpt_path=ckpt_path)
@@ -209,22 +231,20 @@ def write_page(out: Path, arguments: Sequence[str], gigabytes: float, rounds: in
     measured = json.loads((out / "results.json").read_text())
     by_system = {name: [entry for entry in measured if entry["system"] == name] for name in SYSTEMS}
     later = {name: [s for entry in of for s in entry["save_seconds"][1:]] for name, of in by_system.items()}
-    baseline = statistics.median(later["lightning-model-parallel"])
     starts_of = {name: [s for entry in of for s in entry["start_seconds"]] for name, of in by_system.items()}
     resumed = {name: [s for entry in of for s in entry["resume_seconds"]] for name, of in by_system.items()}
     loading = {name: [s - statistics.median(starts_of[name]) for s in resumed[name]] for name in SYSTEMS}
-    unchecked = statistics.median(loading["lightning-model-parallel"])
     rows, starts = [], []
     for name, of in by_system.items():
         seconds, first = later[name], [entry["save_seconds"][0] for entry in of]
-        steps = [s for entry in of for s in entry["step_seconds"]]
+        steps, other = [s for entry in of for s in entry["step_seconds"]], COMPARED[name]
         rows.append(
-            f"| {name} | {_spread(first)} | {_spread(seconds)} | {statistics.median(seconds) / baseline:.3f} "
+            f"| {name} | {_spread(first)} | {_spread(seconds)} | {_ratio(seconds, later[other]):.3f} "
             f"| {_spread(steps)} |"
         )
         starts.append(
             f"| {name} | {_spread(starts_of[name])} | {_spread(resumed[name])} | {_spread(loading[name])} "
-            f"| {statistics.median(loading[name]) / unchecked:.2f} |"
+            f"| {_ratio(loading[name], loading[other]):.2f} |"
         )
     amounts = []
     for name, of in by_system.items():
@@ -255,8 +275,8 @@ python -m benchmarks.saving_time {" ".join(arguments)}
 {chr(10).join(rows)}
 
 Until the first step begins, from ``fit`` on: afresh, resumed from the last checkpoint, and the difference to the median
-afresh, which is loading. With one replica each rank loads as much as under Lightning's strategy; with two, twice as
-much, half of it from the other replica.
+afresh, which is loading. Ratios are to Lightning's with as many replicas, where a rank loads as much. With two replicas
+Lightning's reads all of it on each rank; ours reads half, and gets the other half from the other replica.
 
 | system | afresh | resumed | loading | of Lightning's |
 |---|---|---|---|---|
@@ -267,10 +287,14 @@ much, half of it from the other replica.
 {chr(10).join(amounts)}
 
 Reading counts every byte that a process asks files for. Ours checks each block of a file as it reads it; Lightning's
-checks nothing. Its steps are those of another sharding (over all ranks): compare the steps
-of the first two rows, which show the cost of writing asynchronously on cores that training needs as well.
+checks nothing. Compare the steps of the first two rows, which show the cost of writing asynchronously on cores that
+training needs as well.
 """
     )
+
+
+def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(seconds) / statistics.median(others)
 
 
 def _spread(values: Sequence[float]) -> str:

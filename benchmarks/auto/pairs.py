@@ -117,6 +117,7 @@ def described(candidate: Candidate) -> dict[str, Any]:
         "activation_offload": candidate.activation_offload,
         "cache_parameters": candidate.communication.cache_parameters,
         "accumulate_gradients": candidate.communication.accumulate_gradients,
+        "inter_node_prefetch": candidate.communication.inter_node_prefetch,
         "memory_gib": candidate.memory_bytes / 2**30,
         "fits": candidate.fits,
         "between_bytes": candidate.node_sent.between_bytes,

@@ -18,15 +18,14 @@ from benchmarks.ranking.cells import RANKS
 from benchmarks.ranking.page import write_page
 
 MINUTES = 40  # of a launch
-RATE_OF_BYTES = "1gbit"
 
 
-def launch(shape: Shape, rate: str, arguments: Sequence[str], out: Path) -> Any:
+def launch(shape: Shape, rate: str | None, arguments: Sequence[str], out: Path) -> Any:
     """Let the ranks of one shape measure at one rate; returns what the first one has written.
 
     Args:
         shape: Shape of the cluster.
-        rate: Rate of its links.
+        rate: Rate of its links; None does not limit it.
         arguments: Arguments of each rank.
         out: File that the first rank writes.
 
@@ -48,7 +47,9 @@ def launch(shape: Shape, rate: str, arguments: Sequence[str], out: Path) -> Any:
 
 
 def count_bytes(shape: Shape, launches: Iterable[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
-    """Count what links carry in all ways that were timed; a way sends the same at any rate.
+    """Count what links carry in all ways that were timed.
+
+    A way sends the same at any rate; here no queue is full, so nothing is sent twice.
 
     Args:
         shape: Shape of the cluster.
@@ -59,7 +60,7 @@ def count_bytes(shape: Shape, launches: Iterable[dict[str, Any]], scratch: Path)
     ways = scratch / "ways.json"
     scratch.mkdir(parents=True, exist_ok=True)
     ways.write_text(json.dumps([each["way"] for cell in cells for each in cell["timed"]]))
-    counted: list[dict[str, Any]] = launch(shape, RATE_OF_BYTES, ["--bytes-of", str(ways)], scratch / f"{shape}.json")
+    counted: list[dict[str, Any]] = launch(shape, None, ["--bytes-of", str(ways)], scratch / f"{shape}.json")
     return [{"shape": str(shape), **each} for each in counted]
 
 
@@ -107,7 +108,8 @@ def main(typed: Sequence[str] | None = None) -> int:
     scratch, command = options.out / "scratch", f"python -m benchmarks.ranking {shlex.join(words)}"
 
     def write() -> None:
-        write_page(options.out, [measured[key] for key in sorted(measured)], sum(links.values(), []), command)
+        counted = itertools.chain.from_iterable(links.values())
+        write_page(options.out, [measured[key] for key in sorted(measured)], list(counted), command)
 
     for shape, rate in itertools.product(shapes, options.rates):
         times = launch(shape, rate, [*map(str, of_ranks)], scratch / f"{shape}-{rate}.json")

@@ -126,6 +126,8 @@ class Job:
         Raises:
             ValueError: If the partition size or an option does not fit the job.
         """
+        if communication.inter_node_prefetch == "auto" and self.workload.size.offload is True:
+            communication = replace(communication, inter_node_prefetch=0)  # shards are on the host
         sizes = partition_sizes(world_size=self.world_size, ranks_per_node=self.ranks_per_node)
         for size in sizes if partition_size == "auto" else (partition_size,):
             topology = Topology(world_size=self.world_size, ranks_per_node=self.ranks_per_node, partition_size=size)
@@ -270,7 +272,8 @@ def fastest(
     """The candidate to take: the fastest that fits, and of those as fast as it the simplest.
 
     What is predicted within 1 % counts as equally fast: then inputs of blocks on the host are avoided, then caches on
-    ranks, then saved activations of blocks, then bytes between nodes, then memory, then large partition groups.
+    ranks, then gathers ahead, then saved activations of blocks, then bytes between nodes, then memory, then large
+    partition groups.
     Candidates that are slower than the baseline by more than 1 % if all or no communication overlaps are not taken,
     because the share that overlaps is uncertain.
 
@@ -316,6 +319,7 @@ def _simplicity(candidate: Candidate) -> tuple[float, ...]:
     return (
         candidate.activation_offload,
         on_ranks,
+        int(options.inter_node_prefetch),
         -(candidate.recomputed_share or 0.0),
         round(candidate.node_sent.between_bytes, -6),
         candidate.memory_bytes,
@@ -348,9 +352,16 @@ def _allowed(
             caches = (communication.cache_parameters,)
         if communication.accumulate_gradients != "auto":
             sums = (communication.accumulate_gradients,)
-        for cache, accumulate in product(caches, sums):
+        ahead = (communication.inter_node_prefetch,)
+        if communication.inter_node_prefetch == "auto":
+            ahead = (0, 1) if in_stages else (0,)
+        for cache, accumulate, units_ahead in product(caches, sums, ahead):
             options = replace(
-                communication, hierarchical=in_stages, cache_parameters=cache, accumulate_gradients=accumulate
+                communication,
+                hierarchical=in_stages,
+                cache_parameters=cache,
+                accumulate_gradients=accumulate,
+                inter_node_prefetch=units_ahead,
             )
             if communication.allow_unused:
                 options = options.on_ranks()

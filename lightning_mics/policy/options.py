@@ -72,7 +72,7 @@ class PolicyOptions(TypedDict, total=False):
     cache_parameters: CacheParameters
     accumulate_gradients: AccumulateGradients
     inter_node_reduce_dtype: torch.dtype | str | None
-    inter_node_prefetch: int
+    inter_node_prefetch: int | Literal["auto"]
     reduce_dtype: torch.dtype | str | None
     block_classes: ModuleClasses | None
     activation_checkpointing: bool | float | ModuleClasses

@@ -141,6 +141,7 @@ class Policy:
                 f"activation_offload={self._activation_offload!r} is neither True nor False; only the recipes, whose "
                 'plan knows what activations take, have "auto"'
             )
+        self.communication.check_prefetch_chosen()
         # raises before ranks wait for each other
         recomputed = find_recomputed(model, blocks, self._activation_checkpointing)
         size = measure_model(

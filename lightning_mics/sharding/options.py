@@ -59,7 +59,8 @@ class CommunicationOptions:
             dtype in which they are reduced.
         inter_node_prefetch: Number of units whose stage between nodes runs ahead of their gather, beside arithmetic;
             takes their bytes / k on each rank. It changes nothing where collectives run in one stage inside a node or
-            over several; see :mod:`~lightning_mics.techniques.inter_node_prefetch`.
+            over several; see :mod:`~lightning_mics.techniques.inter_node_prefetch`. ``"auto"`` is for plans, which take
+            one unit where it is worth its memory.
         two_hop: Whether gradients are reduced over replicas at the boundary only; False does so in every micro-step,
             as hybrid sharding without MiCS does. For measurements.
         allow_unused: Whether ranks may use different units in training, as with layer drop, early exit or experts by
@@ -74,7 +75,7 @@ class CommunicationOptions:
     cache_parameters: CacheParameters = "never"
     accumulate_gradients: AccumulateGradients = "shard"
     inter_node_reduce_dtype: torch.dtype | None = None
-    inter_node_prefetch: int = 0
+    inter_node_prefetch: int | Literal["auto"] = 0
     two_hop: bool = True
     allow_unused: bool = False
 
@@ -96,8 +97,9 @@ class CommunicationOptions:
                 f"inter_node_reduce_dtype={self.inter_node_reduce_dtype!r} is not one of None, "
                 f"{', '.join(map(str, WIRE_DTYPES))}"
             )
-        if type(self.inter_node_prefetch) is not int or self.inter_node_prefetch < 0:
-            raise ValueError(f"inter_node_prefetch={self.inter_node_prefetch!r} is neither 0 nor a positive integer")
+        ahead = self.inter_node_prefetch
+        if ahead != "auto" and (type(ahead) is not int or ahead < 0):
+            raise ValueError(f"inter_node_prefetch={ahead!r} is neither 0 nor a positive integer")
         if not isinstance(self.two_hop, bool):
             raise ValueError(f"two_hop={self.two_hop!r} is neither True nor False")
         if not isinstance(self.allow_unused, bool):
@@ -155,12 +157,25 @@ class CommunicationOptions:
         """Check that no option is left to a policy.
 
         Raises:
-            ValueError: If ``cache_parameters`` or ``accumulate_gradients`` is ``"auto"``.
+            ValueError: If ``cache_parameters``, ``accumulate_gradients`` or ``inter_node_prefetch`` is ``"auto"``.
         """
+        self.check_prefetch_chosen()
         for option, choices in _CHOICES.items():
             if getattr(self, option) == "auto":
                 allowed = _listed(choice for choice in choices if choice != "auto")
                 raise ValueError(f"{option}='auto' is for policies, which know the model's size; use one of {allowed}")
+
+    def check_prefetch_chosen(self) -> None:
+        """Check that the number of units that are prefetched is not left to a plan.
+
+        Raises:
+            ValueError: If ``inter_node_prefetch`` is ``"auto"``.
+        """
+        if self.inter_node_prefetch == "auto":
+            raise ValueError(
+                "inter_node_prefetch='auto' is for the recipes, whose plan knows how long arithmetic takes; use a "
+                "number of blocks, such as 1, or 0"
+            )
 
     def by_unit(self, *, blocks: int) -> tuple[CommunicationOptions, ...]:
         """These options for each parameter group, without shares: the root's own, then those of blocks in order.

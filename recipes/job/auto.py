@@ -89,6 +89,8 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
     cluster.precision = choices.take("precision", cluster.precision, *_precision(cluster))
     workload = measure_run(config, model)
     planned, asked = None, copy.deepcopy(config)
+    if cluster.network_rate_gbits_per_s is None and config.strategy.inter_node_prefetch == "auto":
+        config.strategy.inter_node_prefetch = 0
     if cluster.network_rate_gbits_per_s is not None:
         planned = plan_run(config, workload, hardware_of(cluster))
         _take_way(config, planned)
@@ -104,7 +106,8 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
     reasons = {option: why.removeprefix('"auto": ') for option, why in sharding.reasons.items()}
     if planned is not None:
         reasons["partition_size"] = _why_fastest(planned)
-    for option in ("partition_size", "cache_parameters", "accumulate_gradients"):
+    reasons["inter_node_prefetch"] = _why_ahead(planned)
+    for option in ("partition_size", "cache_parameters", "accumulate_gradients", "inter_node_prefetch"):
         why = reasons[option]
         config.strategy[option] = choices.take(option.replace("_", " "), asked.strategy[option], options[option], why)
     if asked.strategy.activation_checkpointing == "auto":
@@ -134,6 +137,7 @@ def _take_way(config: DictConfig, planned: Plan) -> None:
     strategy.partition_size = way.topology.partition_size
     strategy.cache_parameters = way.communication.cache_parameters
     strategy.accumulate_gradients = way.communication.accumulate_gradients
+    strategy.inter_node_prefetch = way.communication.inter_node_prefetch
     if way.topology.spans_nodes and strategy.hierarchical == "auto":
         strategy.hierarchical = way.in_stages
 
@@ -141,6 +145,13 @@ def _take_way(config: DictConfig, planned: Plan) -> None:
 def _why_fastest(planned: Plan) -> str:
     ours, theirs = planned.chosen.seconds.expected, planned.baseline.seconds.expected
     return f"the fastest that fits, with what follows: {ours:.3g} s per step; full sharding takes {theirs:.3g} s"
+
+
+def _why_ahead(planned: Plan | None) -> str:
+    if planned is None:
+        return "the rates of the cluster are unknown"
+    ahead = planned.chosen.communication.inter_node_prefetch
+    return "faster by more than 1 % for a slice of a block" if ahead else "as fast without"
 
 
 def _devices(cluster: DictConfig) -> tuple[int, str]:

@@ -77,9 +77,10 @@ def _short(value: float) -> str:
 
 
 def places(candidate: Candidate) -> str:
-    """Where parameters are cached, and where gradients are accumulated, or for how many of the blocks they are."""
+    """Where parameters are cached, where gradients are accumulated, or for how many of the blocks; what runs ahead."""
     options = candidate.communication
-    return f"{place_label(options.cache_parameters)}, {place_label(options.accumulate_gradients)}"
+    ahead = f", {options.inter_node_prefetch} ahead" if options.inter_node_prefetch else ""
+    return f"{place_label(options.cache_parameters)}, {place_label(options.accumulate_gradients)}{ahead}"
 
 
 def place_label(place: str | float) -> str:

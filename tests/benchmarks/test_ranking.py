@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from benchmarks.comparison.workload import build_model
-from benchmarks.ranking.bytes import predicted_link_bytes
+from benchmarks.ranking.bytes import predicted_link_bytes, rehearsed_peak_bytes
 from benchmarks.ranking.cells import MICRO_BATCHES, MODEL, RANKS, SAMPLES, Way, batch_of, cells_of, loss_of, workload
 from benchmarks.ranking.page import judged, kendall_tau, write_page
 from lightning_mics.cost.hardware import Hardware
@@ -103,5 +103,10 @@ def test_the_page_has_all_cells_and_the_bytes_of_shares(tmp_path) -> None:
     ]
     write_page(tmp_path, [{"shape": "2x4", "rate": "1gbit", "cells": [cell()]}], link, "the command")
     page = (tmp_path / "README.md").read_text()
-    assert "| 2x4 | 1gbit | 10.0 | 9 | 8 in stages, 16 samples, node, node | 1.00 | 1.10 | 10% |" in page
+    peak_bytes = rehearsed_peak_bytes(WAYS[2], ranks_per_node=4)
+    assert peak_bytes > 10**7 and "takes no more than the pretended memory, as rehearsed, in\n0." in page
+    assert (
+        f"| 2x4 | 1gbit | 10.0 | {peak_bytes / 1e6:.1f} | 9 | 8 in stages, 16 samples, node, node | 1.00 | 1.10 | 10% |"
+        in page
+    )
     assert "8 in stages, 4 samples, 25%, 50%" in page and "+1.00%" in page and "8 flat, 4 samples" not in page

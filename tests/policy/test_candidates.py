@@ -195,7 +195,7 @@ def test_blocks_are_not_recomputed_where_memory_allows() -> None:
     assert taken(job(workload=given)).recomputed_share == 1
 
 
-def test_prefetching_between_nodes_is_priced_where_it_is_given_and_never_chosen() -> None:
+def test_prefetching_between_nodes_is_priced_where_it_is_given() -> None:
     slow = job(hardware=replace(P4D, network_rate_gbits_per_s=100), micro_batch=4)
     staged = replace(AUTO, hierarchical=True, **paper())
 
@@ -207,6 +207,22 @@ def test_prefetching_between_nodes_is_priced_where_it_is_given_and_never_chosen(
     assert one.seconds.expected < without.seconds.expected
     assert one.node_sent == without.node_sent and one.memory_bytes > without.memory_bytes
     assert all(c.communication.inter_node_prefetch == 0 for c in slow.candidates("auto", AUTO))
+
+
+def test_a_plan_prefetches_between_nodes_where_that_is_worth_a_slice() -> None:
+    slow = job(hardware=replace(P4D, network_rate_gbits_per_s=100), micro_batch=4)
+    free = list(slow.candidates("auto", replace(AUTO, inter_node_prefetch="auto")))
+    assert {(c.in_stages, c.communication.inter_node_prefetch) for c in free} == {(False, 0), (True, 0), (True, 1)}
+
+    def over_nodes(of: Job, **options: Any) -> int | str:
+        asked = replace(AUTO, hierarchical=True, inter_node_prefetch="auto", **options)
+        chosen = fastest(list(of.candidates(32, asked)), full_sharding(of), full_sharding_tuned(of))
+        return chosen.communication.inter_node_prefetch
+
+    assert over_nodes(slow, **paper()) == 1
+    assert over_nodes(slow, cache_parameters="rank", accumulate_gradients="rank") == 0  # nearly as fast without
+    on_host = replace(slow, workload=work(size=replace(work().size, offload=True)))  # nothing to send ahead from
+    assert over_nodes(on_host, **paper()) == 0
 
 
 def offloadable(on_host: float) -> Workload:

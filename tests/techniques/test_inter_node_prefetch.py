@@ -11,10 +11,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mics import CommunicationOptions, Topology
 from lightning_mics.collectives.counted_group import CountedGroup
+from lightning_mics.policy.policy import Policy
 from lightning_mics.techniques.inter_node_prefetch import GatherOrder
 from tests.support.beside_ddp import unsharded_state
 from tests.support.fetched_ahead import TWO_BY_TWO, WIDTHS, Job, Network, counted_fetches, samples_of
@@ -195,6 +196,16 @@ def test_what_two_micro_steps_did_alike_is_expected_as_long_as_it_happens(
     for unit in now:
         order.add((unit, False))  # type: ignore[arg-type]
     assert "".join(map(str, order.coming(2))) == coming
+
+
+def test_only_a_plan_can_choose_the_number_of_units() -> None:
+    options = CommunicationOptions(inter_node_prefetch="auto")
+    message = r"inter_node_prefetch='auto' is for the recipes.*use a number of blocks, such as 1, or 0"
+    with pytest.raises(ValueError, match=message):
+        options.check_chosen()
+    policy = Policy(inter_node_prefetch="auto", partition_size=1)
+    with pytest.raises(ValueError, match=message):
+        policy.shard(nn.Sequential(nn.Linear(2, 2)), precision="32-true", device=torch.device("cpu"), local_size=1)
 
 
 @pytest.mark.parametrize("value", [-1, True, 1.0, "1", None])

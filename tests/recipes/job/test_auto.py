@@ -78,6 +78,7 @@ def test_the_papers_largest_run_fits_in_the_papers_partition_size_and_runs_as_fa
     config, table = chosen("model=gpt-100b", "cluster=p4d_64")
     assert shape(config) == (512, 512, 16, 1)
     assert config.strategy.hierarchical is True and 0 < config.strategy.cache_parameters < 1
+    assert config.strategy.inter_node_prefetch == 1 and "faster by more than 1 %" in table
     assert "may not fit" not in table
     _, crowded = chosen("model=gpt-100b", "cluster=p4d_64", "strategy.partition_size=64", "data.batch_size=16")
     assert "this may not fit" in crowded
@@ -117,9 +118,8 @@ def test_a_partition_size_that_does_not_divide_is_refused() -> None:
 )
 def test_the_strategy_takes_what_was_chosen(overrides: list[str]) -> None:
     config, _ = chosen(*overrides)
-    assert "auto" not in {
-        config.strategy[name] for name in ("partition_size", "cache_parameters", "accumulate_gradients")
-    }
+    free = ("partition_size", "cache_parameters", "accumulate_gradients", "inter_node_prefetch")
+    assert "auto" not in {config.strategy[name] for name in free}
     assert instantiate(config.strategy)
 
 
