@@ -97,15 +97,14 @@ def main(typed: Sequence[str] | None = None) -> int:
         "--pairs", type=int, default=20, help="times that a choice is timed in turns with full sharding"
     )
     parser.add_argument("--out", type=Path, required=True)
-    words = sys.argv[1:] if typed is None else list(typed)
-    options = parser.parse_args(words)
+    options = parser.parse_args(typed)
     shapes = [Shape.parse(text) for text in options.shapes]
     for shape in shapes:
         if shape.nodes * shape.ranks_per_node != RANKS:
             parser.error(f"--shapes {shape}: the model is made for {RANKS} ranks")
     of_ranks = ["--turns", options.turns, "--pairs", options.pairs, "--places", *options.places]
     measured, links = earlier(options.out)
-    scratch, command = options.out / "scratch", f"python -m benchmarks.ranking {shlex.join(words)}"
+    scratch, command = options.out / "scratch", f"python -m benchmarks.ranking --out {options.out}"
 
     def write() -> None:
         counted = itertools.chain.from_iterable(links.values())
