@@ -14,8 +14,9 @@ from lightning_mics.cost.batches import Batches, split_global_batch
 from lightning_mics.cost.hardware import Hardware
 from lightning_mics.cost.step_time import Arithmetic, Seconds, step_seconds
 from lightning_mics.cost.step_traffic import StepTraffic, step_traffic
-from lightning_mics.policy.choice import Choice, ShardingJob, choose, largest_share
+from lightning_mics.policy.choice import Choice, ShardingJob, choose
 from lightning_mics.policy.memory import usable_bytes
+from lightning_mics.policy.places import largest_share
 from lightning_mics.policy.step_memory import step_bytes
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.options import CommunicationOptions

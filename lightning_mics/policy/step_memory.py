@@ -38,6 +38,9 @@ from lightning_mics.topology import Topology
 FORWARD: tuple[Phase, ...] = ("start", "forward", "gather", "loss")
 
 
+SUMMED: tuple[Phase, ...] = ("blocks", "second", "between", "first", "end", "reduced")  # gradients of blocks
+
+
 STEP_COUNTER_BYTES = 4  # Adam's, for each parameter
 
 
@@ -86,6 +89,30 @@ def _on_nodes(place: str | float, elements: Elements) -> int:
     return size_of_share(elements.blocks, place)
 
 
+@dataclass(frozen=True)
+class _Passing:
+    """Bytes of the slices of the root and of a block that pass through the device on their way to and from the host."""
+
+    root: float
+    block: float
+
+    def at_once(self, *, first: bool = False, last: bool = False) -> float:
+        """Bytes of the two slices that are there.
+
+        Args:
+            first: Whether that of the root is one of them, as the first.
+            last: Whether it is one of them, as the last.
+        """
+        other = self.root if (first or last) and self.root else self.block
+        return other + self.block
+
+
+def _passing(place: str | float, root: float, block: float) -> _Passing:
+    if isinstance(place, str):
+        return _Passing(root, block) if place == "node" else _Passing(0, 0)
+    return _Passing(0, block)
+
+
 class _Step:
     """Bytes in each phase of the micro-steps of an optimizer step, without activations."""
 
@@ -113,8 +140,13 @@ class _Step:
         self._cache = communication.cache_parameters if self._ranks > 1 else "never"
         self._sums = communication.accumulate_gradients if self._ranks > 1 and micro_steps > 1 else "shard"
         local = topology.local_ranks_per_partition_group
-        self._states += _on_nodes(self._cache, elements) * wide / local
-        self._states += _on_nodes(self._sums, elements) * reduced / local
+        if communication.cache_offload:
+            self._slices = _passing(self._cache, self._root.gathered / local, self._block.gathered / local)
+            self._slices_of_sums = _passing(self._sums, self._root.reduced / local, self._block.reduced / local)
+        else:
+            self._slices = self._slices_of_sums = _Passing(0, 0)
+            self._states += _on_nodes(self._cache, elements) * wide / local
+            self._states += _on_nodes(self._sums, elements) * reduced / local
         in_stages = topology.spans_nodes and (communication.hierarchical is not False or local == 1)
         self._fetched = communication.inter_node_prefetch * self._block.gathered / local if in_stages else 0.0
         if self._cache == "node":  # slices are fetched into the cache
@@ -161,7 +193,7 @@ class _Step:
             again: Whether it is not the first micro-step, so that cached parameters are there.
         """
         fetched = 0.0 if phase in self._none_left else self._fetched
-        return fetched + self._gathered_by_fsdp2(phase, again=again)
+        return fetched + self._slices.at_once(first=phase == "start") + self._gathered_by_fsdp2(phase, again=again)
 
     def _gathered_by_fsdp2(self, phase: Phase, *, again: bool) -> float:
         root, block = self._root.gathered, self._block.gathered
@@ -194,6 +226,8 @@ class _Step:
             taken = self._block.reduced
         elif phase == "reduced":
             taken = self._root.reduced * (1 + 1 / self._ranks)
+        if phase in SUMMED:
+            taken += self._slices_of_sums.at_once(last=phase == "reduced")
         return taken + self._kept_of_reductions * self._reduced_before(phase) / (self._all.reduced or 1)
 
     def _reduced_before(self, phase: Phase) -> float:

@@ -65,6 +65,12 @@ JOBS = {
     "gradients once per step": Job((4, 2, 4), CommunicationOptions(accumulate_gradients="node")),
     "once per step": Job((4, 2, 4), NODE),
     "once per step everywhere": Job((4, 2, 4), RANK),
+    "once per step, on the host": Job((4, 2, 4), replace(NODE, cache_offload=True)),
+    "parameters once per step, on the host": Job(
+        (4, 2, 4), CommunicationOptions(cache_parameters="node", cache_offload=True)
+    ),
+    "mixed precision, on the host": Job((4, 2, 4), replace(NODE, cache_offload=True), precision="bf16-mixed"),
+    "replicas over nodes, on the host": Job((8, 2, 4), replace(NODE, cache_offload=True)),
     "a rank a node": Job((4, 1, 4), NODE),
     "half of the bytes between nodes": Job((4, 2, 4), replace(NODE, inter_node_reduce_dtype=torch.bfloat16)),
     "replicas over nodes": Job((8, 2, 4), NODE),
