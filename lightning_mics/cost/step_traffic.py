@@ -139,6 +139,10 @@ class StepTraffic:
             every.inside_bytes * micro_steps + once.inside_bytes, every.between_bytes * micro_steps + once.between_bytes
         )
 
+    def on_host_bytes(self, micro_steps: int) -> int:
+        """Bytes of caches and sums of a rank that wait on the host in an optimizer step of ``micro_steps``."""
+        return sum(unit.slice_bytes + (unit.sum_bytes if micro_steps > 1 else 0) for unit in self.units)
+
     @cached_property
     def _sent(self) -> tuple[Sent, Sent]:
         """Bytes in each micro-step, and in one of them only."""

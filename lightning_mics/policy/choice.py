@@ -203,7 +203,7 @@ def _by_memory(job: ShardingJob) -> Choice:
         in_stages=hierarchical or topology.local_ranks_per_partition_group == 1,
         free_bytes=int(USABLE_SHARE * job.capacity_bytes) - states_bytes,
         fits_unsharded=fits(size, 1, job.capacity_bytes),
-        offload=bool(communication.cache_offload),
+        offload=communication.cache_offload is True,
     )
     if communication.allow_unused:  # they take the memory in any case
         communication = communication.on_ranks()

@@ -33,12 +33,13 @@ from dataclasses import dataclass
 from lightning_mics.policy.activations import ALL_SAVED, Phase
 from lightning_mics.policy.workload import Elements, Workload
 from lightning_mics.sharding.options import CommunicationOptions, size_of_share
+from lightning_mics.techniques.cache_offload import AT_ONCE
 from lightning_mics.topology import Topology
 
 FORWARD: tuple[Phase, ...] = ("start", "forward", "gather", "loss")
 
 
-SUMMED: tuple[Phase, ...] = ("blocks", "second", "between", "first", "end", "reduced")  # gradients of blocks
+LEFT: dict[Phase, int] = {"blocks": 3, "second": 2, "between": 1, "first": 1, "end": 0, "reduced": 0}  # to be reduced
 
 
 STEP_COUNTER_BYTES = 4  # Adam's, for each parameter
@@ -96,15 +97,15 @@ class _Passing:
     root: float
     block: float
 
-    def at_once(self, *, first: bool = False, last: bool = False) -> float:
-        """Bytes of the two slices that are there.
+    def at_once(self, *, with_root: bool = False, of_blocks: int = AT_ONCE) -> float:
+        """Bytes of the slices that are there.
 
         Args:
-            first: Whether that of the root is one of them, as the first.
-            last: Whether it is one of them, as the last.
+            with_root: Whether that of the root is one of them.
+            of_blocks: Number of slices of blocks that there were until now.
         """
-        other = self.root if (first or last) and self.root else self.block
-        return other + self.block
+        of_root = 1 if with_root and self.root else 0
+        return of_root * self.root + min(AT_ONCE - of_root, of_blocks) * self.block
 
 
 def _passing(place: str | float, root: float, block: float) -> _Passing:
@@ -131,6 +132,7 @@ class _Step:
         self._root, self._block, self._all = (
             _Size(count * wide, count * reduced) for count in (elements.root, elements.largest, elements.total)
         )
+        self._blocks = len(elements.blocks)
         self._nearest = [count * reduced for count in elements.nearest]  # of the first and the second block
         padded = elements.total / (work.elements(1).total or 1)
         states = work.size.states_bytes - work.size.gradients_bytes
@@ -193,7 +195,7 @@ class _Step:
             again: Whether it is not the first micro-step, so that cached parameters are there.
         """
         fetched = 0.0 if phase in self._none_left else self._fetched
-        return fetched + self._slices.at_once(first=phase == "start") + self._gathered_by_fsdp2(phase, again=again)
+        return fetched + self._slices.at_once(with_root=phase == "start") + self._gathered_by_fsdp2(phase, again=again)
 
     def _gathered_by_fsdp2(self, phase: Phase, *, again: bool) -> float:
         root, block = self._root.gathered, self._block.gathered
@@ -226,8 +228,9 @@ class _Step:
             taken = self._block.reduced
         elif phase == "reduced":
             taken = self._root.reduced * (1 + 1 / self._ranks)
-        if phase in SUMMED:
-            taken += self._slices_of_sums.at_once(last=phase == "reduced")
+        if phase in LEFT:
+            begun = max(1, self._blocks - LEFT[phase])
+            taken += self._slices_of_sums.at_once(with_root=phase == "reduced", of_blocks=begun)
         return taken + self._kept_of_reductions * self._reduced_before(phase) / (self._all.reduced or 1)
 
     def _reduced_before(self, phase: Phase) -> float:

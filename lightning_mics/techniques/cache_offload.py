@@ -191,6 +191,10 @@ class HeldOnHost:
             self._copies.leave(values, [self._read])
 
     def drop(self) -> None:
-        """Free the memory of the values; copies that are on their way end before."""
+        """Free the memory of the values; what the current stream does next comes after copies that are on their way."""
         self.discard()
-        self.values = None
+        if self.values is not None:
+            for event in (self._stored, self._read):
+                if event is not None:
+                    current_stream(self._device).wait_event(event)
+        self.values = self._stored = self._read = None

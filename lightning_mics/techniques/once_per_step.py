@@ -40,6 +40,7 @@ shards are shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -50,14 +51,14 @@ from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from lightning_mics._torch.fsdp import ReusedUnshard, trainable, weights_version
-from lightning_mics._torch.streams import SideStream, current_stream, keep_for_current_stream
+from lightning_mics._torch.streams import SideStream, current_stream, has_streams, keep_for_current_stream
 from lightning_mics._torch.units.gather_inputs import gathered_segments
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
 from lightning_mics.techniques.cache_offload import HeldOnHost
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.techniques.inter_node_prefetch import FetchedSlice, UnitPrefetch
 from lightning_mics.techniques.owner_exchange import OwnedReduction, factor_of_mean
-from lightning_mics.techniques.parameter_cache import ParameterCache
+from lightning_mics.techniques.parameter_cache import ParameterCache, between, joined
 from lightning_mics.techniques.pending_gradients import PendingGradients
 
 
@@ -135,7 +136,7 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
             work = self._spread(cached, output_tensor, async_op=async_op)
         else:
             if cached is not None and fetched is None:
-                self._compare(cached, input_tensor, _between(stale, input_tensor.numel()))
+                self._compare(cached, input_tensor, between(stale, input_tensor.numel()))
             with self.first_stage.after(self.filled_on(output_tensor), device):
                 if fetched is not None:
                     fetched.wait()
@@ -154,10 +155,11 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
             if not async_op:
                 current_stream(device).wait_event(self._gathered)
                 work = self._spread(cached, output_tensor, async_op=False)
-        if self._held is None or fetched is not None or async_op:
+        if self._held is None or fetched is not None:
             keep_for_current_stream(cached)  # freed, its memory goes back to the stream of the rail
         self._spread_out = current_stream(device).record_event()
-        self._leave_to_host()
+        with self.first_stage.entered(device) if async_op else nullcontext():
+            self._leave_to_host()
         return work
 
     def _take_from_host(self) -> None:
@@ -187,7 +189,7 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         if cached.dtype != shard.dtype:
             return whole
         segments = gathered_segments(self._module, shard)
-        return whole if segments is None else _joined([segments[index] for index in self.stale()])
+        return whole if segments is None else joined([segments[index] for index in self.stale()])
 
     def _compare(self, cached: Tensor, shard: Tensor, parts: Sequence[tuple[int, int]]) -> None:
         """Compare this rank's part of the cache with its shard, where the cache is used as it is."""
@@ -265,7 +267,14 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         return None  # the cache stays as it is
 
     def _spread(self, cached: Tensor, output: Tensor, *, async_op: bool) -> dist.Work | None:
-        """Give the node this rank's slice, [nodes * shard]: the second stage, on the current stream."""
+        """Give the node this rank's slice, [nodes * shard]: the second stage, on the current stream.
+
+        Where the slice waits on the host an asynchronous one is on the stream of the rail, to know when it is over.
+        """
+        if async_op and self._held is not None and has_streams(output.device):
+            with self.first_stage.after(current_stream(output.device), output.device):
+                self._spread(cached, output, async_op=False)
+                return self.first_stage.work(output.device)
         if self.node is None:
             output.copy_(cached)
             return None
@@ -373,20 +382,3 @@ class RankCache(ParameterCache):
     def _compare_in_forward(self, *, in_forward: bool) -> None:
         if in_forward:  # a backward uses the weights of its forward, even if they have changed since
             self.compare(self._unsharded.own_parts())
-
-
-def _joined(segments: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same segments, in order, with neighbors as one; empty ones are left out."""
-    joined: list[tuple[int, int]] = []
-    for begin, end in segments:
-        if joined and joined[-1][1] == begin:
-            joined[-1] = (joined[-1][0], end)
-        elif begin < end:
-            joined.append((begin, end))
-    return joined
-
-
-def _between(segments: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    """What is between segments of a tensor of ``size`` elements."""
-    begins, ends = [0, *(end for _, end in segments)], [*(begin for begin, _ in segments), size]
-    return list(zip(begins, ends, strict=True))
