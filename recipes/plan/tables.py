@@ -79,7 +79,8 @@ def _short(value: float) -> str:
 def places(candidate: Candidate) -> str:
     """Where parameters are cached, and where gradients are accumulated, or for how many of the blocks they are."""
     options = candidate.communication
-    return f"{place_label(options.cache_parameters)}, {place_label(options.accumulate_gradients)}"
+    on_host = " (host)" if options.cache_offload else ""
+    return f"{place_label(options.cache_parameters)}, {place_label(options.accumulate_gradients)}{on_host}"
 
 
 def place_label(place: str | float) -> str:
