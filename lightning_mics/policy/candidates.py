@@ -128,6 +128,11 @@ class Job:
             ValueError: If the partition size or an option does not fit the job.
         """
         sizes = partition_sizes(world_size=self.world_size, ranks_per_node=self.ranks_per_node)
+        if communication.cache_offload is True:  # not every size allows it
+            largest = self.world_size if partition_size == "auto" else partition_size
+            communication.check(
+                Topology(world_size=self.world_size, ranks_per_node=self.ranks_per_node, partition_size=largest)
+            )
         for size in sizes if partition_size == "auto" else (partition_size,):
             topology = Topology(world_size=self.world_size, ranks_per_node=self.ranks_per_node, partition_size=size)
             for options in _allowed(topology, communication, is_free=partition_size == "auto"):
