@@ -292,8 +292,9 @@ def fastest(
 ) -> Candidate:
     """The candidate to take: the fastest that fits, and of those as fast as it the simplest.
 
-    What is predicted within 1 % counts as equally fast: then inputs, caches and sums on the host are avoided, then caches on
-    ranks, then saved activations of blocks, then bytes between nodes, then memory, then large partition groups.
+    What is predicted within 1 % counts as equally fast: then inputs, caches and sums on the host are avoided, then
+    caches on ranks, then saved activations of blocks, then bytes between nodes, then memory, then large partition
+    groups.
     Candidates that are slower than the baseline by more than 1 % if all or no communication overlaps are not taken,
     because the share that overlaps is uncertain.
 

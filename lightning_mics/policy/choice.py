@@ -29,7 +29,7 @@ from itertools import product
 from typing import Any, Literal
 
 from lightning_mics.cost.communication_time import CommunicationTime, Pricing
-from lightning_mics.policy.memory import USABLE_SHARE, ModelSize, fits, in_gib, smallest_partition_size
+from lightning_mics.policy.memory import USABLE_SHARE, ModelSize, fits, smallest_partition_size
 from lightning_mics.policy.places import Memory, Place, weigh
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.techniques.partition_groups import choose_hierarchical

@@ -93,11 +93,10 @@ def weigh(wanted: str | float, unsharded_bytes: int, blocks_bytes: Sequence[int]
 
 
 def _on_host(wanted: str | float, unsharded_bytes: int, blocks_bytes: Sequence[int], local_ranks: int) -> Place:
-    root_bytes, level = unsharded_bytes - sum(blocks_bytes), wanted if isinstance(wanted, float) else "node"
+    level: Literal["node"] | float = "node"
+    root_bytes, taken = unsharded_bytes - sum(blocks_bytes), -(-unsharded_bytes // local_ranks)
     if isinstance(wanted, float):
-        root_bytes, taken = 0, bytes_of_share(wanted, blocks_bytes, local_ranks)
-    else:
-        taken = -(-unsharded_bytes // local_ranks)
+        level, root_bytes, taken = wanted, 0, bytes_of_share(wanted, blocks_bytes, local_ranks)
     passing = min(taken, AT_ONCE * -(-max(root_bytes, *blocks_bytes, 0) // local_ranks))
     given = '"auto": ' if wanted == "auto" else ""
     return Place(level, f"{given}{in_gib(taken)} of the host per rank, {in_gib(passing)} on the device", passing, taken)

@@ -63,8 +63,8 @@ class CommunicationOptions:
         inter_node_prefetch: Number of units whose stage between nodes runs ahead of their gather, beside arithmetic;
             takes their bytes / k on each rank. It changes nothing where collectives run in one stage inside a node or
             over several; see :mod:`~lightning_mics.techniques.inter_node_prefetch`.
-        cache_offload: Whether what is cached and accumulated on nodes waits in host memory between uses, fetched one unit
-            ahead; takes the memory of the host in place of the device's, but for two of the largest units of each kind.
+        cache_offload: Whether what is cached and accumulated on nodes waits in host memory between uses, fetched one
+            unit ahead; takes the memory of the host in place of the device's, but for two units of each kind.
             ``"auto"`` is for plans. See :mod:`~lightning_mics.techniques.cache_offload`.
         two_hop: Whether gradients are reduced over replicas at the boundary only; False does so in every micro-step,
             as hybrid sharding without MiCS does. For measurements.

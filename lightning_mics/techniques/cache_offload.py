@@ -13,8 +13,8 @@ while the one before it is added to, and goes to the host again. For units 1, 2,
 Which unit comes next is what :mod:`~lightning_mics.techniques.micro_step_order` expects; what it does not expect is
 copied when it is needed. Nothing is sent for this, so the ranks need not agree on it.
 
-At most two slices, and two sums, are on the device: memory for a further one is that of the oldest, once it was used and
-has arrived on the host. The device waits for that, the host does not, however far it runs ahead.
+At most two slices, and two sums, are on the device: memory for a further one is that of the oldest, once it was used
+and has arrived on the host. The device waits for that, the host does not, however far it runs ahead.
 """
 
 from __future__ import annotations
@@ -149,7 +149,9 @@ class HeldOnHost:
         self._device = device = values.device
         if self.values is None or (self.values.shape, self.values.dtype) != (values.shape, values.dtype):
             with on_host(), torch.inference_mode(False):
-                self.values = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=has_streams(device))
+                self.values = torch.empty(
+                    values.shape, dtype=values.dtype, device="cpu", pin_memory=has_streams(device)
+                )
         with self._copies.to_host.after(current_stream(device), device):
             if self._read is not None:
                 current_stream(device).wait_event(self._read)
@@ -179,7 +181,7 @@ class HeldOnHost:
         return values
 
     def leave(self, values: Tensor) -> None:
-        """End the use of ``values``, [any], on the device, by what the current stream has now and the copy to the host."""
+        """End the use of ``values``, [any], on the device, by what the current stream has now, and the copy from it."""
         over = [current_stream(values.device).record_event()]
         self._copies.leave(values, over if self._stored is None else [*over, self._stored])
 

@@ -87,7 +87,9 @@ class PendingGradients:
         self._without_gradient += [p for p in self._parameters() if p.grad is None]
         if self._held is not None:
             self._accumulate_on_host(part, self._held)
-        elif self._sum is None or (not self._pending and (self._sum.shape, self._sum.dtype) != (part.shape, part.dtype)):
+        elif self._sum is None or (
+            not self._pending and (self._sum.shape, self._sum.dtype) != (part.shape, part.dtype)
+        ):
             self._sum = part.clone()
         elif self._pending:
             self._sum += part

@@ -157,7 +157,10 @@ def test_sums_on_the_host_travel_both_ways_beside_arithmetic() -> None:
 def test_everything_on_the_host_shares_its_links() -> None:
     """In backward inputs, slices and sums come from the host: three seconds for each block."""
     unit = UnitStages(
-        backward=stages(fetch=1, node=0), reduction=stages(node=0), sum_before=stages(fetch=1), sum_after=stages(store=1)
+        backward=stages(fetch=1, node=0),
+        reduction=stages(node=0),
+        sum_before=stages(fetch=1),
+        sum_after=stages(store=1),
     )
     assert seconds(unit, host=1.0) >= 3 * BLOCKS
     apart = (

@@ -195,7 +195,7 @@ def test_caches_and_inputs_on_the_host_must_fit_together(run_shared: Any) -> Non
 def test_as_much_as_fits_is_no_error() -> None:
     check_caches_fit(60, states_bytes=40, host_bytes=401, processes=3)
     check_caches_fit(0, states_bytes=1000, host_bytes=401, processes=3)  # not about caches
-    with pytest.raises(HostMemoryError, match="caches and sums of 3 ranks take .* and model states"):
+    with pytest.raises(HostMemoryError, match=r"caches and sums of 3 ranks take .* and model states"):
         check_caches_fit(61, states_bytes=40, host_bytes=401, processes=3)
 
 
