@@ -52,7 +52,7 @@ QUIET = (  # in names: what has no numbers, as the module says
     *("weights_only", "alone", "mark_valid", "is_cached", "extensions", "fetch_next"),
 )
 SILENT = (  # in names of functions, likewise
-    *("GatherOrder", "InterNodePrefetch", "UnitPrefetch.fetch_next", "UnitPrefetch.announce", "continue_forward"),
+    *("InterNodePrefetch", "UnitPrefetch.fetch_next", "UnitPrefetch.announce", "continue_forward"),
     *("__init__", "_shows_progress", "free", "alloc_", "reset_sharded_param", "reshard", "HostBuffers", "_packed"),
 )
 SWAPPED: dict[type[ast.AST], type[ast.AST]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ JOBS: dict[str, Job] = {
     "one of 512 ranks, node cache and sums": (
         Topology(world_size=512, ranks_per_node=8, partition_size=64), CommunicationOptions.NODE, False,
     ),
+    "one of 512 ranks, node cache and sums, cache_offload=True": (
+        Topology(world_size=512, ranks_per_node=8, partition_size=64),
+        replace(CommunicationOptions.NODE, cache_offload=True), False,
+    ),
     "one of 512 ranks, rank cache and sums": (
         Topology(world_size=512, ranks_per_node=8, partition_size=64), CommunicationOptions.RANK, False,
     ),
@@ -39,7 +44,7 @@ def run(findings: Findings) -> None:
     """Run the part."""
     on_gpu = findings.device == "cuda"
     size = LARGE if on_gpu else SMALL
-    for name, job in JOBS.items() if on_gpu else [list(JOBS.items())[index] for index in (2, 5)]:
+    for name, job in JOBS.items() if on_gpu else [list(JOBS.items())[index] for index in (2, 3, 6)]:
         with findings.attempt(name):
             planned = _rehearsed(size, job)
             findings.add(f"{name}: rehearsed peak, GiB", round(planned / 2**30, 4))

@@ -29,6 +29,13 @@ OPTION_SETS: dict[str, dict[str, Any]] = {  # options of CommunicationOptions, t
     "two stages": {},
     "node cache": {"cache_parameters": "node"},
     "node cache and sums": {"cache_parameters": "node", "accumulate_gradients": "node"},
+    "cache_offload, node cache": {"cache_parameters": "node", "cache_offload": True},
+    "cache_offload, node cache and sums": {
+        "cache_parameters": "node", "accumulate_gradients": "node", "cache_offload": True,
+    },
+    "bf16-mixed, cache_offload, node cache and sums": {
+        "cache_parameters": "node", "accumulate_gradients": "node", "cache_offload": True, "precision": "bf16-mixed",
+    },
     "rank cache": {"cache_parameters": "rank"},
     "rank cache and sums": {"cache_parameters": "rank", "accumulate_gradients": "rank"},
     "two_hop=False": {"two_hop": False},
@@ -46,8 +53,8 @@ OPTION_SETS: dict[str, dict[str, Any]] = {  # options of CommunicationOptions, t
     'offload="optimizer"': {"offload": "optimizer"},
 }  # fmt: skip
 SMALL_SETS = [  # on CPUs
-    "two stages", "node cache and sums", "rank cache", "bf16 between nodes", "bf16-mixed", "offload=True",
-    'offload="optimizer"',
+    "two stages", "node cache and sums", "cache_offload, node cache and sums", "rank cache", "bf16 between nodes",
+    "bf16-mixed", "offload=True", 'offload="optimizer"',
 ]  # fmt: skip
 LAYOUTS = [(2, 1, 2), (2, 2, 2), (4, 2, 4), (4, 2, 2), (8, 4, 8), (8, 4, 4)]  # ranks, ranks per node, partition size
 

@@ -69,10 +69,23 @@ class SideStream:
             stream: Stream of ``device``.
             device: The device of this rank.
         """
+        own = self.of_device(device)
+        own.wait_stream(stream)
+        return on_stream(own, device)
+
+    def entered(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Enqueue the operations inside on this stream, after what it waits for already.
+
+        Args:
+            device: The device of this rank.
+        """
+        return on_stream(self.of_device(device), device)
+
+    def of_device(self, device: torch.device) -> Any:
+        """The stream itself, of ``device``."""
         if self._stream is None:
             self._stream = new_stream(device)
-        self._stream.wait_stream(stream)
-        return on_stream(self._stream, device)
+        return self._stream
 
     def record(self) -> Any:
         """An event after what this stream has now, for other streams to wait for."""

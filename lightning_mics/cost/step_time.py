@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import numpy as np
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from lightning_mics.cost.collective import Collective
 from lightning_mics.cost.hardware import Hardware, Links
-from lightning_mics.cost.step_traffic import ScheduledCollective, StepTraffic, When
+from lightning_mics.cost.step_traffic import ScheduledCollective, StepTraffic, UnitTraffic, When
 from lightning_mics.cost.timeline import Stage, UnitStages, micro_step_seconds
 
 HIDDEN_SHARE = 0.5  # of what the order lets overlap; fitted by benchmarks.published
@@ -126,6 +126,7 @@ def step_seconds(
             compute,
             recomputed_share=recomputed,
             host=host,
+            host_rate=hardware.host_rate_gbytes_per_s * 1e9,
             units_ahead=units_ahead,
             hidden=hidden_share,
         )
@@ -163,12 +164,16 @@ def _micro_step(
     *,
     recomputed_share: NDArray[np.float64],
     host: NDArray[np.float64],
+    host_rate: float,
     units_ahead: int,
     hidden: float,
 ) -> dict[str, NDArray[np.float64]]:
     """The fields of :class:`Seconds` of a micro-step, each [ways]."""
     kinds = {id(unit): unit for unit in traffic.units}  # blocks that are alike are one object
-    stages = {key: _stages(unit.collectives, whens=whens, seconds_of=seconds_of) for key, unit in kinds.items()}
+    stages = {
+        key: _with_host(_stages(unit.collectives, whens=whens, seconds_of=seconds_of), unit, whens, host_rate)
+        for key, unit in kinds.items()
+    }
     units = [stages[id(unit)] for unit in traffic.units]
     sizes = {key: unit.unit.elements(1) for key, unit in kinds.items()}
     elements = [sizes[id(unit)] for unit in traffic.units]
@@ -191,7 +196,8 @@ def _micro_step(
     for key, times in Counter(map(id, traffic.units)).items():
         unit = stages[key]
         for stage in (*unit.forward, *unit.backward, *unit.reduction, *unit.second_hop):
-            sums[stage.link] += times * stage.seconds
+            if stage.link in sums:
+                sums[stage.link] += times * stage.seconds
     return {
         "compute": compute,
         **{link: np.full_like(compute, seconds) for link, seconds in sums.items()},
@@ -216,3 +222,29 @@ def _stages(
         for place in repeated.phases if is_gather else (last,):
             stages[place].append(stage)
     return UnitStages(**{name: tuple(found) for name, found in stages.items()})
+
+
+def _with_host(stages: UnitStages, unit: UnitTraffic, whens: frozenset[When], host_rate: float) -> UnitStages:
+    """The stages of a parameter group with the copies of what of it waits on the host.
+
+    Args:
+        stages: Stages of its collectives.
+        unit: Parameter group.
+        whens: Kinds of the micro-step.
+        host_rate: Bytes per second of the link to the host, in each direction.
+    """
+    cached, summed = unit.slice_bytes / host_rate, unit.sum_bytes / host_rate
+    if cached:
+        fetch, gathers = Stage("from host", cached), {}
+        for phase, used in (("forward", True), ("backward", not unit.unit.is_root)):
+            found: tuple[Stage, ...] = getattr(stages, phase)
+            if found and found[0].link == "between":
+                stages = replace(stages, filled=(Stage("to host", cached),))
+            elif used:
+                gathers[phase] = (fetch, *found)
+        stages = replace(stages, **gathers)
+    if summed and "first" not in whens:
+        stages = replace(stages, sum_before=(Stage("from host", summed),))
+    if summed and "boundary" not in whens:
+        stages = replace(stages, sum_after=(Stage("to host", summed),))
+    return stages

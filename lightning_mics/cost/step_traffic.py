@@ -108,10 +108,14 @@ class UnitTraffic:
     Attributes:
         unit: The parameter group.
         collectives: Gathers, then reductions, in the order in which they run.
+        slice_bytes: Bytes of a rank's part of the cache that waits on the host; 0 if none does.
+        sum_bytes: Bytes of a rank's part of the sum that waits on the host; 0 if none does.
     """
 
     unit: Unit
     collectives: tuple[ScheduledCollective, ...]
+    slice_bytes: int = 0
+    sum_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,10 @@ class StepTraffic:
         return Sent(
             every.inside_bytes * micro_steps + once.inside_bytes, every.between_bytes * micro_steps + once.between_bytes
         )
+
+    def on_host_bytes(self, micro_steps: int) -> int:
+        """Bytes of caches and sums of a rank that wait on the host in an optimizer step of ``micro_steps``."""
+        return sum(unit.slice_bytes + (unit.sum_bytes if micro_steps > 1 else 0) for unit in self.units)
 
     @cached_property
     def _sent(self) -> tuple[Sent, Sent]:
@@ -174,6 +182,8 @@ def step_traffic(
             of_kind[unit, options] = _more_than_one_rank(
                 unit, [*step.gathers(unit, gathered_dtype), *step.reductions(unit, reduce_dtype)]
             )
+            if options.cache_offload:
+                of_kind[unit, options] = step.on_host(of_kind[unit, options], gathered_dtype, reduce_dtype)
     return StepTraffic(tuple(of_kind[kind] for kind in kinds))
 
 
@@ -274,6 +284,25 @@ class _Step:
         else:
             first = [self.run("reduce_scatter", "partition", elements, dtype, when=every)]
         return [*first, *self._second_hop(elements // p, dtype, _when(self.options.two_hop))]
+
+    def on_host(self, traffic: UnitTraffic, gathered_dtype: torch.dtype, reduce_dtype: torch.dtype) -> UnitTraffic:
+        """The collectives of a unit with what of it waits on the host.
+
+        Args:
+            traffic: Collectives of the unit.
+            gathered_dtype: Dtype of unsharded parameters.
+            reduce_dtype: Dtype of gradient sums.
+        """
+        p, k, unit = self.topology.partition_size, self.topology.local_ranks_per_partition_group, traffic.unit
+        cached, summed = (
+            self._in_stages and place == "node"
+            for place in (self.options.cache_parameters, self.options.accumulate_gradients)
+        )
+        return replace(
+            traffic,
+            slice_bytes=unit.elements(p) * gathered_dtype.itemsize // k if cached else 0,
+            sum_bytes=unit.trained_elements(p) * reduce_dtype.itemsize // k if summed else 0,
+        )
 
     def _second_hop(self, shard: int, dtype: torch.dtype, when: When) -> list[ScheduledCollective]:
         wire, replicas = self.options.inter_node_reduce_dtype, self.topology.replicas

@@ -11,8 +11,9 @@ What waits for what, for a unit i of the forward order::
 
 The root is gathered first and stays unsharded; its arithmetic, mostly the head of a language model, comes last in
 forward and first in backward. A micro-step ends when the last reduction does. Stages of a collective follow each other;
-the stages of two units use different links and run side by side. Inputs of blocks that wait on the host travel on links
-of their own, one in each direction.
+the stages of two units use different links and run side by side. What waits on the host travels on two more links, one
+in each direction, which all of it shares: inputs of recomputed blocks, cached slices, of which the next is fetched with
+a gather, and sums, of which the next is fetched with a reduction and goes back after it.
 
 Durations of arithmetic are arrays, so that one pass simulates all micro-batches of a job.
 """
@@ -27,7 +28,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-Link = Literal["inside", "between"]
+Link = Literal["inside", "between", "to host", "from host"]
 Seconds: TypeAlias = NDArray[np.float64]  # one entry per micro-batch
 Later: TypeAlias = Callable[[Any, Any], Any]  # the maximum of two times, each a float or an array
 
@@ -39,7 +40,7 @@ class Stage:
     """One collective on one kind of link.
 
     Attributes:
-        link: Links that it takes: those inside nodes, or the network "between" them.
+        link: Links that it takes: those inside nodes, the network "between" them, or the one to or from the host.
         seconds: Duration without other collectives.
     """
 
@@ -49,19 +50,25 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitStages:
-    """The collectives of a parameter group in a micro-step, in order.
+    """The collectives of a parameter group in a micro-step, in order, and its copies to and from the host.
 
     Attributes:
-        forward: Stages of the gather in forward.
-        backward: Stages of the gather in backward.
+        forward: Stages of the gather in forward, the first of which may be a copy from the host.
+        backward: Stages of the gather in backward, likewise.
         reduction: Stages of the reduction over the partition group.
         second_hop: Stages of the reduction over replicas.
+        filled: Copy of what the gather in forward has cached to the host.
+        sum_before: Copy of the sum from the host.
+        sum_after: Copy of the sum to the host.
     """
 
     forward: tuple[Stage, ...] = ()
     backward: tuple[Stage, ...] = ()
     reduction: tuple[Stage, ...] = ()
     second_hop: tuple[Stage, ...] = ()
+    filled: tuple[Stage, ...] = ()
+    sum_before: tuple[Stage, ...] = ()
+    sum_after: tuple[Stage, ...] = ()
 
 
 def micro_step_seconds(
@@ -102,13 +109,15 @@ def _simulate(
     later: Later,
 ) -> Any:
     links, start = _Links(later), 0 * forward
-    inputs = _Inputs(host, later)
+    inputs = _Inputs(host, links, later)
     gathers = _Gathers(links, [unit.forward for unit in units], units_ahead, later)
     begun = [start]  # arithmetic in forward, of the root and each block
     ends = gathers.run(0, start)
+    links.run(units[0].filled, ends)
     for index in range(1, len(units)):
         gathered = gathers.run(index, begun[max(0, index - 2)])
         begun.append(later(ends, gathered))
+        links.run(units[index].filled, gathered)
         inputs.save(begun[-1])
         ends = begun[-1] + shares[index] * forward
     begins = ends + shares[0] * forward
@@ -117,14 +126,16 @@ def _simulate(
     ends = begins + shares[0] * backward
     gathered = gathers.run(0, begins)
     reduced, before, synchronized = start, start, start  # of the unit before, of the one before that, over replicas
+    sums = _Sums(links, [unit for unit in (*units[:0:-1], units[0]) if unit.reduction or unit.sum_before], later)
     for number, index in enumerate(range(len(units) - 1, 0, -1), 1):
         begins = inputs.take(later(later(ends, gathered), before))
         gathered = gathers.run(number, begins)
         ends = begins + shares[index] * backward
-        before, reduced = reduced, links.run(units[index].reduction, later(ends, reduced))
+        before, reduced = reduced, sums.run(units[index], later(ends, reduced))
         synchronized = later(synchronized, links.run(units[index].second_hop, reduced))
-    reduced = links.run(units[0].reduction, later(ends, reduced))
-    return later(later(ends, synchronized), links.run(units[0].second_hop, reduced))
+    reduced = sums.run(units[0], later(ends, reduced))
+    ends = later(later(ends, synchronized), links.run(units[0].second_hop, reduced))
+    return links.idle(("to host", "from host"), ends)
 
 
 class _Gathers:
@@ -142,12 +153,12 @@ class _Gathers:
         self._links = links
         self._first = [each[:-1] for each in stages]  # what may run ahead
         self._last = [each[-1:] for each in stages]
-        self._ahead = ahead
+        self._ahead = [1 if each and each[0].link == "from host" else ahead for each in stages]
         self._arrived: list[Any] = []
 
     def run(self, number: int, ready: Any) -> Any:
         """Launch a gather when ``ready``, and the first stages of those ahead; returns when it ends."""
-        while len(self._arrived) <= min(number + self._ahead, len(self._first) - 1):
+        while len(self._arrived) < len(self._first) and len(self._arrived) <= number + self._ahead[len(self._arrived)]:
             self._arrived.append(self._links.run(self._first[len(self._arrived)], ready))
         if number >= len(self._last):
             return ready
@@ -159,11 +170,13 @@ class _Inputs:
 
     Args:
         host: Seconds in which one travels to the host, and back; None leaves all on the device.
+        links: Links that they take.
         later: Maximum of two times.
     """
 
-    def __init__(self, host: Any, later: Later) -> None:
+    def __init__(self, host: Any, links: _Links, later: Later) -> None:
         self._host = host
+        self._links = links
         self._later = later
         self._saved: list[Any] = []
         self._ahead: Any = None
@@ -171,17 +184,48 @@ class _Inputs:
     def save(self, ready: Any) -> None:
         """Send the input of the next block to the host, when the block has begun."""
         if self._host is not None:
-            self._saved.append(self._later(ready, self._saved[-1] if self._saved else ready) + self._host)
+            self._saved.append(self._links.occupy("to host", self._host, ready))
 
     def take(self, ready: Any) -> Any:
         """When the input of the last block that was saved is there, if its recomputation may begin when ``ready``."""
         if self._host is None:
             return ready
         saved = self._saved.pop()
-        ready = self._later(ready, self._later(ready, saved) + self._host if self._ahead is None else self._ahead)
+        if self._ahead is None:
+            self._ahead = self._links.occupy("from host", self._host, self._later(ready, saved))
+        ready = self._later(ready, self._ahead)
         if self._saved:
-            self._ahead = self._later(ready, self._saved[-1]) + self._host
+            self._ahead = self._links.occupy("from host", self._host, self._later(ready, self._saved[-1]))
         return ready
+
+
+class _Sums:
+    """The reductions of a backward, in order, with sums on the host, of which the next is fetched with each.
+
+    Args:
+        links: Links that they take.
+        units: Parameter groups that are reduced.
+        later: Maximum of two times.
+    """
+
+    def __init__(self, links: _Links, units: Sequence[UnitStages], later: Later) -> None:
+        self._links = links
+        self._later = later
+        self._units = units
+        self._number = 0
+        self._fetched: Any = None
+
+    def run(self, unit: UnitStages, ready: Any) -> Any:
+        """Reduce a unit when ``ready``, and copy sums; returns when it is added up."""
+        if not (unit.reduction or unit.sum_before):
+            return ready
+        arrived = self._links.run(unit.sum_before, ready) if self._fetched is None else self._fetched
+        self._number += 1
+        following = self._units[self._number] if self._number < len(self._units) else None
+        self._fetched = None if following is None else self._links.run(following.sum_before, ready)
+        added = self._later(self._links.run(unit.reduction, ready), arrived)
+        self._links.run(unit.sum_after, added)
+        return added
 
 
 class _Links:
@@ -194,7 +238,17 @@ class _Links:
     def run(self, stages: Sequence[Stage], ready: Any) -> Any:
         """Run stages one after the other, the first when ``ready``; returns when the last ends."""
         for stage in stages:
-            free = self._free.get(stage.link)
-            ready = (ready if free is None else self._later(ready, free)) + stage.seconds
-            self._free[stage.link] = ready
+            ready = self.occupy(stage.link, stage.seconds, ready)
+        return ready
+
+    def occupy(self, link: Link, seconds: Any, ready: Any) -> Any:
+        """Use one link for some seconds when ``ready``; returns when it is free again."""
+        free = self._free.get(link)
+        self._free[link] = (ready if free is None else self._later(ready, free)) + seconds
+        return self._free[link]
+
+    def idle(self, links: Sequence[Link], ready: Any) -> Any:
+        """When some links are free and others are ``ready``."""
+        for link in links:
+            ready = self._later(ready, self._free.get(link, ready))
         return ready

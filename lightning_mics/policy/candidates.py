@@ -14,8 +14,9 @@ from lightning_mics.cost.batches import Batches, split_global_batch
 from lightning_mics.cost.hardware import Hardware
 from lightning_mics.cost.step_time import Arithmetic, Seconds, step_seconds
 from lightning_mics.cost.step_traffic import StepTraffic, step_traffic
-from lightning_mics.policy.choice import Choice, ShardingJob, choose, largest_share
+from lightning_mics.policy.choice import Choice, ShardingJob, choose
 from lightning_mics.policy.memory import usable_bytes
+from lightning_mics.policy.places import largest_share
 from lightning_mics.policy.step_memory import step_bytes
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.options import CommunicationOptions
@@ -129,6 +130,11 @@ class Job:
         if communication.inter_node_prefetch == "auto" and self.workload.size.offload is True:
             communication = replace(communication, inter_node_prefetch=0)  # shards are on the host
         sizes = partition_sizes(world_size=self.world_size, ranks_per_node=self.ranks_per_node)
+        if communication.cache_offload is True:  # not every size allows it
+            largest = self.world_size if partition_size == "auto" else partition_size
+            communication.check(
+                Topology(world_size=self.world_size, ranks_per_node=self.ranks_per_node, partition_size=largest)
+            )
         for size in sizes if partition_size == "auto" else (partition_size,):
             topology = Topology(world_size=self.world_size, ranks_per_node=self.ranks_per_node, partition_size=size)
             for options in _allowed(topology, communication, is_free=partition_size == "auto"):
@@ -137,6 +143,23 @@ class Job:
                 yield from whole
                 for candidate in whole:
                     yield from self._in_part(candidate, communication)
+                if communication.cache_offload == "auto":
+                    yield from self._on_host(whole)
+
+    def _on_host(self, whole: Sequence[Candidate]) -> Iterator[Candidate]:
+        """Those of some candidates that do not fit, with caches and sums on the host; others would gain nothing.
+
+        Args:
+            whole: Ways to run the job, with one division of the model.
+        """
+        tight = [candidate for candidate in whole if not candidate.fits]
+        if tight and "node" in (tight[0].communication.cache_parameters, tight[0].communication.accumulate_gradients):
+            ways = [(self._work_of(candidate), candidate.batches) for candidate in tight]
+            options = replace(tight[0].communication, cache_offload=True)
+            yield from self.priced("MiCS", tight[0].topology, options, only=ways)
+
+    def _work_of(self, candidate: Candidate) -> Workload:
+        return self.workload.way(candidate.recomputed_share, activation_offload=candidate.activation_offload)
 
     def _in_part(self, whole: Candidate, asked: CommunicationOptions) -> Iterator[Candidate]:
         """A candidate that does not fit, with as many blocks on nodes as fit in place of all.
@@ -146,10 +169,9 @@ class Job:
             asked: Options of the user.
         """
         options = whole.communication
-        if whole.fits or options.allow_unused:
+        if whole.fits or options.allow_unused or options.cache_offload:
             return
-        work = self.workload.way(whole.recomputed_share, activation_offload=whole.activation_offload)
-        topology, part = whole.topology, None
+        work, topology, part = self._work_of(whole), whole.topology, None
         k, blocks = topology.local_ranks_per_partition_group, work.elements(topology.partition_size).blocks
         if asked.accumulate_gradients == "auto" and options.accumulate_gradients == "node":
             options = replace(options, accumulate_gradients="shard")
@@ -162,7 +184,7 @@ class Job:
             part = largest_share(sizes, k, self._left_bytes(work, whole, options))
             options = replace(options, cache_parameters=part or "never")
         if part is not None:
-            yield from self.priced("MiCS", topology, options, only=(work, whole.batches))
+            yield from self.priced("MiCS", topology, options, only=[(work, whole.batches)])
 
     def _left_bytes(self, work: Workload, candidate: Candidate, options: CommunicationOptions) -> int:
         """Memory that a candidate with other options leaves, in bytes."""
@@ -195,7 +217,7 @@ class Job:
         *,
         traffic_of: Callable[..., StepTraffic] = step_traffic,
         reshard_after_forward: bool | int = True,
-        only: tuple[Workload, Batches] | None = None,
+        only: Sequence[tuple[Workload, Batches]] | None = None,
     ) -> Iterator[Candidate]:
         """One way to divide the model over ranks, with all batches and all recomputation that the job allows.
 
@@ -205,7 +227,7 @@ class Job:
             options: Options without "auto".
             traffic_of: Function that computes the collectives of a step.
             reshard_after_forward: What FSDP2 frees after a forward: all, nothing, or all but a shard of so many ranks.
-            only: Way of the workload and batches to price alone; None prices all.
+            only: Ways of the workload, with batches, to price alone; None prices all.
         """
         cached_bytes = self.choice_of(topology, options).cached_bytes
         if reshard_after_forward is not True:
@@ -217,7 +239,7 @@ class Job:
             gathered_dtype=self.workload.gathered_dtype,
             reduce_dtype=self.workload.reduce_dtype,
         )
-        ways = list(product(self.workload.ways, self.all_batches())) if only is None else [only]
+        ways = list(product(self.workload.ways, self.all_batches())) if only is None else only
         predicted = step_seconds(
             traffic,
             self.hardware,
@@ -244,6 +266,7 @@ class Job:
             )
             host_bytes = batches.micro * work.activations.on_host
             host_bytes += work.size.per_rank_host_bytes(topology.partition_size)
+            host_bytes += traffic.on_host_bytes(batches.accumulation)
             of_rank = traffic.sent(batches.accumulation)
             samples = batches.micro * batches.accumulation
             yield Candidate(
@@ -271,9 +294,9 @@ def fastest(
 ) -> Candidate:
     """The candidate to take: the fastest that fits, and of those as fast as it the simplest.
 
-    What is predicted within 1 % counts as equally fast: then inputs of blocks on the host are avoided, then caches on
-    ranks, then gathers ahead, then saved activations of blocks, then bytes between nodes, then memory, then large
-    partition groups.
+    What is predicted within 1 % counts as equally fast: then inputs, caches and sums on the host are avoided, then
+    caches on ranks, then gathers ahead, then saved activations of blocks, then bytes between nodes, then memory, then
+    large partition groups.
     Candidates that are slower than the baseline by more than 1 % if all or no communication overlaps are not taken,
     because the share that overlaps is uncertain.
 
@@ -317,7 +340,7 @@ def _simplicity(candidate: Candidate) -> tuple[float, ...]:
     options = candidate.communication
     on_ranks = (options.cache_parameters == "rank") + (options.accumulate_gradients == "rank")
     return (
-        candidate.activation_offload,
+        candidate.activation_offload + bool(options.cache_offload),
         on_ranks,
         int(options.inter_node_prefetch),
         -(candidate.recomputed_share or 0.0),
@@ -355,6 +378,7 @@ def _allowed(
         ahead = (communication.inter_node_prefetch,)
         if communication.inter_node_prefetch == "auto":
             ahead = (0, 1) if in_stages else (0,)
+        offload = communication.cache_offload is True
         for cache, accumulate, units_ahead in product(caches, sums, ahead):
             options = replace(
                 communication,
@@ -362,13 +386,14 @@ def _allowed(
                 cache_parameters=cache,
                 accumulate_gradients=accumulate,
                 inter_node_prefetch=units_ahead,
+                cache_offload=offload,
             )
             if communication.allow_unused:
                 options = options.on_ranks()
             try:
                 options.check(topology)
             except ValueError:
-                if len(stages) == 1 and not is_free:
+                if len(stages) == 1 and not is_free and not (offload and len(caches) * len(sums) > 1):
                     raise
                 continue
             yield options

@@ -9,6 +9,8 @@ times M bytes of inter-node traffic, accumulated gradients save s-1 times.
 
 If neither fits, as many blocks as fit are cached on nodes, spread over the depth, and then as many accumulated.
 
+With ``cache_offload=True`` they wait in host memory, and all are cached and accumulated on nodes.
+
 On ranks, the cache takes M bytes, and accumulated gradients take their full size. Links inside a node are fast, and
 sharding is there to save memory, so "auto" does it only if the unsharded model states, as in DDP, would fit a rank.
 Optimizer states stay sharded, so this takes less memory than DDP.
@@ -27,8 +29,9 @@ from itertools import product
 from typing import Any, Literal
 
 from lightning_mics.cost.communication_time import CommunicationTime, Pricing
-from lightning_mics.policy.memory import USABLE_SHARE, ModelSize, fits, in_gib, smallest_partition_size
-from lightning_mics.sharding.options import CommunicationOptions, share_of, size_of_share, spread_over
+from lightning_mics.policy.memory import USABLE_SHARE, ModelSize, fits, smallest_partition_size
+from lightning_mics.policy.places import Memory, Place, weigh
+from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.topology import Topology, partition_sizes
 
@@ -44,6 +47,7 @@ class Choice:
         states_bytes: Model states of a rank, with the unsharded parameters and gradients of the peak, in bytes.
         cached_bytes: Cached parameters and accumulated gradients of a rank, in bytes.
         capacity_bytes: Memory of a rank's device, in bytes.
+        host_bytes: Cached parameters and accumulated gradients of a rank that wait in host memory, in bytes.
         time: Predicted communication of an optimizer step; None if it was not chosen by time.
         pricing: Basis of that prediction; None if it was not chosen by time.
         instead: Other ways, by what they are: "second best" and "full sharding"; empty if it was not chosen by time.
@@ -56,6 +60,7 @@ class Choice:
     states_bytes: int
     cached_bytes: int
     capacity_bytes: int
+    host_bytes: int = 0
     time: CommunicationTime | None = None
     pricing: Pricing | None = None
     instead: Mapping[str, Choice] = field(default_factory=dict)
@@ -193,20 +198,21 @@ def _by_memory(job: ShardingJob) -> Choice:
     topology = job.topology(partition_size)
     hierarchical = choose_hierarchical(communication.hierarchical, topology)
     states_bytes = size.per_rank_bytes(partition_size)
-    memory = _Memory(
+    memory = Memory(
         topology=topology,
         in_stages=hierarchical or topology.local_ranks_per_partition_group == 1,
         free_bytes=int(USABLE_SHARE * job.capacity_bytes) - states_bytes,
         fits_unsharded=fits(size, 1, job.capacity_bytes),
+        offload=communication.cache_offload is True,
     )
     if communication.allow_unused:  # they take the memory in any case
         communication = communication.on_ranks()
-    cache = _weigh(communication.cache_parameters, size.gathered_bytes, size.blocks_gathered_bytes, memory)
+    cache = weigh(communication.cache_parameters, size.gathered_bytes, size.blocks_gathered_bytes, memory)
     memory = replace(memory, free_bytes=memory.free_bytes - cache.bytes)
     if communication.two_hop:
-        accumulate = _weigh(communication.accumulate_gradients, size.reduced_bytes, size.blocks_reduced_bytes, memory)
+        accumulate = weigh(communication.accumulate_gradients, size.reduced_bytes, size.blocks_reduced_bytes, memory)
     else:
-        accumulate = _Place(None, "two_hop=False reduces in every micro-step")
+        accumulate = Place(None, "two_hop=False reduces in every micro-step")
     cached_bytes = cache.bytes + accumulate.bytes
     if communication.allow_unused and partition_size > 1:
         cached_bytes = size.gathered_bytes + size.reduced_bytes
@@ -227,6 +233,7 @@ def _by_memory(job: ShardingJob) -> Choice:
         states_bytes=states_bytes,
         cached_bytes=cached_bytes,
         capacity_bytes=job.capacity_bytes,
+        host_bytes=cache.host_bytes + accumulate.host_bytes,
     )
 
 
@@ -287,93 +294,6 @@ def _why_fastest(name: str, way: Choice) -> str:
         flat = way.topology.spans_nodes and not way.communication.hierarchical
         return "as fast as in stages, or faster" if flat and why == "hierarchical=False" else why
     return '"auto": the shortest communication' if name == "partition_size" else f'"auto": by time; {why}'
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Memory:
-    topology: Topology
-    in_stages: bool  # whether inter-node collectives are a stage of their own
-    free_bytes: int  # left by model states
-    fits_unsharded: bool  # whether the unsharded model states would fit a rank
-
-
-@dataclass(frozen=True)
-class _Place:
-    level: Literal["node", "rank"] | float | None
-    why: str
-    bytes: int = 0
-
-
-def _weigh(wanted: str | float, unsharded_bytes: int, blocks_bytes: Sequence[int], memory: _Memory) -> _Place:
-    """Where ``unsharded_bytes`` are cached until the boundary: on ranks, on nodes, those of some blocks, or nowhere."""
-    if memory.topology.partition_size == 1:
-        return _Place(None, "a partition group is one rank")
-    k = memory.topology.local_ranks_per_partition_group
-    node_bytes = -(-unsharded_bytes // k)
-    on_rank, on_node = f"{in_gib(unsharded_bytes)} per rank", f"{in_gib(node_bytes)} per rank"
-    no_node = _why_not_on_nodes(memory)
-    left = f"{in_gib(max(0, memory.free_bytes))}"
-    if wanted == "rank":
-        return _Place("rank", f"for {on_rank}", unsharded_bytes)
-    if wanted == "node":
-        return _Place(None, no_node) if no_node else _Place("node", f"for {on_node}", node_bytes)
-    if isinstance(wanted, float):
-        taken = bytes_of_share(wanted, blocks_bytes, k)
-        why = f"{_blocks(wanted, blocks_bytes)} on nodes, for {in_gib(taken)} per rank"
-        return _Place(None, no_node) if no_node else _Place(wanted, why, taken)
-    if wanted != "auto":
-        return _Place(None, f'"rank" would take {on_rank}' if no_node else f'"node" would take {on_node}')
-    if memory.fits_unsharded and unsharded_bytes <= memory.free_bytes:
-        return _Place("rank", f'"auto": {on_rank} of {left} that model states leave', unsharded_bytes)
-    if no_node:
-        too_large = "unsharded model states do not fit a rank"
-        full = f'"rank" would take {on_rank}, and model states leave {left}'
-        return _Place(None, f'"auto": {full if memory.fits_unsharded else too_large}; {no_node}')
-    if node_bytes <= memory.free_bytes:
-        return _Place("node", f'"auto": {on_node} of {left} that model states leave', node_bytes)
-    all_would = f'"node" would take {on_node}, and model states leave {left}'
-    share = largest_share(blocks_bytes, k, memory.free_bytes)
-    if share is None:
-        return _Place(None, f'"auto": {all_would}')
-    taken = bytes_of_share(share, blocks_bytes, k)
-    return _Place(share, f'"auto": {_blocks(share, blocks_bytes)} on nodes, for {in_gib(taken)}; {all_would}', taken)
-
-
-def largest_share(blocks_bytes: Sequence[int], local_ranks: int, free_bytes: int) -> float | None:
-    """The largest share of blocks that can be cached on nodes; None if that is none.
-
-    Args:
-        blocks_bytes: Unsharded size of each block, in bytes.
-        local_ranks: Ranks of a partition group on each node.
-        free_bytes: Memory that a rank has left, in bytes.
-    """
-    blocks = len(blocks_bytes)
-    if blocks and min(blocks_bytes) == max(blocks_bytes) > 0:  # as in most models; there are many plans
-        count = min(blocks, max(0, free_bytes) * local_ranks // blocks_bytes[0])
-        return share_of(count, blocks) if count else None
-    shares = (share_of(count, blocks) for count in range(blocks, 0, -1))
-    return next((share for share in shares if bytes_of_share(share, blocks_bytes, local_ranks) <= free_bytes), None)
-
-
-def bytes_of_share(share: float, blocks_bytes: Sequence[int], local_ranks: int) -> int:
-    """Bytes of each rank for a share of blocks that are cached on nodes.
-
-    Args:
-        share: Share of the blocks, 0 to 1.
-        blocks_bytes: Unsharded size of each block, in bytes.
-        local_ranks: Ranks of a partition group on each node.
-    """
-    return -(-size_of_share(blocks_bytes, share) // local_ranks)
-
-
-def _blocks(share: float, blocks_bytes: Sequence[int]) -> str:
-    return f"{sum(spread_over(len(blocks_bytes), share))} of {len(blocks_bytes)} blocks"
-
-
-def _why_not_on_nodes(memory: _Memory) -> str:
-    if not memory.topology.spans_nodes:
-        return "a partition group is inside one node"
-    return "" if memory.in_stages else "collectives are flat"
 
 
 def _why_hierarchical(topology: Topology, hierarchical: bool) -> str:

@@ -41,6 +41,9 @@ class PolicyOptions(TypedDict, total=False):
             ``reduce_dtype``, in which they are added up in any case.
         inter_node_prefetch: Number of blocks whose gather between nodes runs ahead, while earlier blocks are gathered
             inside nodes and computed; 0, the default, is none. Takes their unsharded bytes on each node.
+        cache_offload: Whether what is cached and accumulated on nodes waits in host memory between uses, fetched one
+            block ahead, False by default. With True, ``"auto"`` of ``cache_parameters`` and ``accumulate_gradients`` is
+            ``"node"``.
         reduce_dtype: Dtype in which gradients are reduced and added up, or its name; None, the default, follows the
             precision: float32 for float32 and mixed precision, bfloat16 for a model in bfloat16.
         block_classes: Classes of the blocks to shard, or their names; None, the default, takes the model's
@@ -73,6 +76,7 @@ class PolicyOptions(TypedDict, total=False):
     accumulate_gradients: AccumulateGradients
     inter_node_reduce_dtype: torch.dtype | str | None
     inter_node_prefetch: int | Literal["auto"]
+    cache_offload: bool
     reduce_dtype: torch.dtype | str | None
     block_classes: ModuleClasses | None
     activation_checkpointing: bool | float | ModuleClasses

@@ -30,6 +30,9 @@ def memory_advice(choice: Choice, *, recomputes: bool, offloads: bool = False, s
     ways = []
     if on_node and options.inter_node_prefetch:
         ways.append("inter_node_prefetch=0")
+    places = (options.cache_parameters, options.accumulate_gradients)
+    if on_node and not options.cache_offload and any(place == "node" or isinstance(place, float) for place in places):
+        ways.append(f"cache_offload=True, which takes host memory instead ({cached})")
     if options.allow_unused:
         ways.append(f"allow_unused=False ({cached})")
     elif topology.partition_size > 1:

@@ -30,6 +30,7 @@ from lightning_mics.policy.resumed import choice_of_checkpoint
 from lightning_mics.policy.start_report import start_report
 from lightning_mics.sharding.activation_checkpointing import find_recomputed
 from lightning_mics.sharding.blocks import find_blocks
+from lightning_mics.sharding.caches_on_host import check_caches_fit
 from lightning_mics.sharding.modules.initializers import describe_initializers
 from lightning_mics.sharding.optimizers.offload import Offload, check_host_memory, checked_offload
 from lightning_mics.sharding.options import CommunicationOptions, floating_dtype
@@ -70,6 +71,7 @@ class Policy:
             accumulate_gradients=policy.get("accumulate_gradients", "auto"),
             inter_node_reduce_dtype=floating_dtype("inter_node_reduce_dtype", policy.get("inter_node_reduce_dtype")),
             inter_node_prefetch=policy.get("inter_node_prefetch", 0),
+            cache_offload=policy.get("cache_offload", False),
             two_hop=policy.get("two_hop", True),
             allow_unused=policy.get("allow_unused", False),
         )
@@ -130,7 +132,7 @@ class Policy:
             TypeError: If the model cannot be sharded.
             ValueError: If an option does not fit the job or the model, ranks of one node run on several hosts, or
                 weights are in float16, whose gradients cannot be unscaled.
-            HostMemoryError: If model states that go to the host do not fit its memory.
+            HostMemoryError: If model states, or caches and sums, that go to the host do not fit its memory.
         """
         if precision == "16-mixed":
             _check_unscalable(model)
@@ -141,7 +143,7 @@ class Policy:
                 f"activation_offload={self._activation_offload!r} is neither True nor False; only the recipes, whose "
                 'plan knows what activations take, have "auto"'
             )
-        self.communication.check_prefetch_chosen()
+        self.communication.check_not_for_plans()
         # raises before ranks wait for each other
         recomputed = find_recomputed(model, blocks, self._activation_checkpointing)
         size = measure_model(
@@ -176,9 +178,11 @@ class Policy:
         if self._block_classes is None and not blocks and size.gathered_bytes:
             _check_one_unit(model, choice)
         self.communication.check(choice.topology)
-        host_bytes = _smallest(host_memory_bytes(), control, "compares the memory of hosts") if self.offload else 0
+        moves = self.offload or choice.host_bytes
+        host_bytes = _smallest(host_memory_bytes(), control, "compares the memory of hosts") if moves else 0
         rank_host_bytes = size.per_rank_host_bytes(choice.topology.partition_size)
         check_host_memory(self.offload, rank_bytes=rank_host_bytes, host_bytes=host_bytes, processes=local_size)
+        check_caches_fit(choice.host_bytes, states_bytes=rank_host_bytes, host_bytes=host_bytes, processes=local_size)
         initializers = describe_initializers(model)
         frozen_bytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
         groups = create_partition_groups(

@@ -55,6 +55,13 @@ def start_report(
     rows["model states"] = f"about {in_gib(needed_bytes)} of {capacity} per rank (Adam; no activations)"
     if on_host:
         rows["on the host"] = on_host
+    if choice.host_bytes:
+        kinds = {"caches": options.cache_parameters, "sums": options.accumulate_gradients}
+        moved = [kind for kind, place in kinds.items() if place == "node" or isinstance(place, float)]
+        what = " and ".join(moved)
+        rows[f"{what} on the host"] = (
+            f"{in_gib(choice.host_bytes)} per rank (cache_offload=True), fetched one block ahead"
+        )
     if needed_bytes > choice.capacity_bytes:
         rows["warning"] = "the model states alone exceed the device: use more ranks, or a smaller model"
     elif not choice.fits:

@@ -33,9 +33,13 @@ from dataclasses import dataclass
 from lightning_mics.policy.activations import ALL_SAVED, Phase
 from lightning_mics.policy.workload import Elements, Workload
 from lightning_mics.sharding.options import CommunicationOptions, size_of_share
+from lightning_mics.techniques.cache_offload import AT_ONCE
 from lightning_mics.topology import Topology
 
 FORWARD: tuple[Phase, ...] = ("start", "forward", "gather", "loss")
+
+
+LEFT: dict[Phase, int] = {"blocks": 3, "second": 2, "between": 1, "first": 1, "end": 0, "reduced": 0}  # to be reduced
 
 
 STEP_COUNTER_BYTES = 4  # Adam's, for each parameter
@@ -86,6 +90,30 @@ def _on_nodes(place: str | float, elements: Elements) -> int:
     return size_of_share(elements.blocks, place)
 
 
+@dataclass(frozen=True)
+class _Passing:
+    """Bytes of the slices of the root and of a block that pass through the device on their way to and from the host."""
+
+    root: float
+    block: float
+
+    def at_once(self, *, with_root: bool = False, of_blocks: int = AT_ONCE) -> float:
+        """Bytes of the slices that are there.
+
+        Args:
+            with_root: Whether that of the root is one of them.
+            of_blocks: Number of slices of blocks that there were until now.
+        """
+        of_root = 1 if with_root and self.root else 0
+        return of_root * self.root + min(AT_ONCE - of_root, of_blocks) * self.block
+
+
+def _passing(place: str | float, root: float, block: float) -> _Passing:
+    if isinstance(place, str):
+        return _Passing(root, block) if place == "node" else _Passing(0, 0)
+    return _Passing(0, block)
+
+
 class _Step:
     """Bytes in each phase of the micro-steps of an optimizer step, without activations."""
 
@@ -104,6 +132,7 @@ class _Step:
         self._root, self._block, self._all = (
             _Size(count * wide, count * reduced) for count in (elements.root, elements.largest, elements.total)
         )
+        self._blocks = len(elements.blocks)
         self._nearest = [count * reduced for count in elements.nearest]  # of the first and the second block
         padded = elements.total / (work.elements(1).total or 1)
         states = work.size.states_bytes - work.size.gradients_bytes
@@ -113,8 +142,13 @@ class _Step:
         self._cache = communication.cache_parameters if self._ranks > 1 else "never"
         self._sums = communication.accumulate_gradients if self._ranks > 1 and micro_steps > 1 else "shard"
         local = topology.local_ranks_per_partition_group
-        self._states += _on_nodes(self._cache, elements) * wide / local
-        self._states += _on_nodes(self._sums, elements) * reduced / local
+        if communication.cache_offload:
+            self._slices = _passing(self._cache, self._root.gathered / local, self._block.gathered / local)
+            self._slices_of_sums = _passing(self._sums, self._root.reduced / local, self._block.reduced / local)
+        else:
+            self._slices = self._slices_of_sums = _Passing(0, 0)
+            self._states += _on_nodes(self._cache, elements) * wide / local
+            self._states += _on_nodes(self._sums, elements) * reduced / local
         in_stages = topology.spans_nodes and (communication.hierarchical is not False or local == 1)
         self._fetched = communication.inter_node_prefetch * self._block.gathered / local if in_stages else 0.0
         if self._cache == "node":  # slices are fetched into the cache
@@ -161,7 +195,7 @@ class _Step:
             again: Whether it is not the first micro-step, so that cached parameters are there.
         """
         fetched = 0.0 if phase in self._none_left else self._fetched
-        return fetched + self._gathered_by_fsdp2(phase, again=again)
+        return fetched + self._slices.at_once(with_root=phase == "start") + self._gathered_by_fsdp2(phase, again=again)
 
     def _gathered_by_fsdp2(self, phase: Phase, *, again: bool) -> float:
         root, block = self._root.gathered, self._block.gathered
@@ -194,6 +228,9 @@ class _Step:
             taken = self._block.reduced
         elif phase == "reduced":
             taken = self._root.reduced * (1 + 1 / self._ranks)
+        if phase in LEFT:
+            begun = max(1, self._blocks - LEFT[phase])
+            taken += self._slices_of_sums.at_once(with_root=phase == "reduced", of_blocks=begun)
         return taken + self._kept_of_reductions * self._reduced_before(phase) / (self._all.reduced or 1)
 
     def _reduced_before(self, phase: Phase) -> float:

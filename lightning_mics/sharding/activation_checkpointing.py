@@ -71,12 +71,13 @@ def recompute_in_backward(modules: Iterable[nn.Module], *, on_host: SavedOnHost 
         module.forward = _recomputing(module.forward, RecomputedState(module), on_host)
 
 
-def inputs_on_host(recomputed: Sequence[nn.Module], *, processes: int = 1) -> SavedOnHost:
+def inputs_on_host(recomputed: Sequence[nn.Module], *, processes: int = 1, taken_bytes: int = 0) -> SavedOnHost:
     """Where the inputs of recomputed modules wait for the backward, instead of on the device.
 
     Args:
         recomputed: Modules that are recomputed in backward.
         processes: Number of ranks that share the host's memory.
+        taken_bytes: Host memory of this rank that caches and sums take.
 
     Raises:
         ValueError: If no module is recomputed.
@@ -86,7 +87,7 @@ def inputs_on_host(recomputed: Sequence[nn.Module], *, processes: int = 1) -> Sa
             "activation_offload=True moves the inputs of recomputed blocks to host memory, and no block is recomputed: "
             "set activation_checkpointing=True, or leave activation_offload out"
         )
-    limit = int(USABLE_SHARE * host_memory_bytes()) // processes
+    limit = int(USABLE_SHARE * host_memory_bytes()) // processes - taken_bytes
     return SavedOnHost(limit_bytes=limit, what="activation_offload=True: the inputs of recomputed blocks")
 
 

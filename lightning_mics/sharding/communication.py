@@ -35,9 +35,11 @@ from lightning_mics.sharding.ranks.agreement import RankAgreement
 from lightning_mics.sharding.ranks.never_used import NeverUsed
 from lightning_mics.sharding.ranks.unused import UnusedUnits
 from lightning_mics.sharding.schedule import AccumulationSchedule
+from lightning_mics.techniques.cache_offload import HeldOnHost, HostCopies
 from lightning_mics.techniques.flat import FlatAllGather, FlatReduceScatter
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.techniques.inter_node_prefetch import InterNodePrefetch
+from lightning_mics.techniques.micro_step_order import MicroStepOrder
 from lightning_mics.techniques.once_per_step import NodeCache, NodeReduceScatter, RankCache
 from lightning_mics.techniques.owner_exchange import OwnedReduction
 from lightning_mics.techniques.partition_groups import PartitionGroups
@@ -83,7 +85,10 @@ class Communication:
         self._control = groups.control
         self._agreement = RankAgreement(groups)
         ahead = options.inter_node_prefetch if self._rail else 0
-        self._prefetch = InterNodePrefetch(ahead) if ahead else None
+        offload = bool(options.cache_offload) and self._rail is not None
+        self._order = MicroStepOrder() if ahead or offload else None
+        self._prefetch = InterNodePrefetch(ahead, self._order) if self._order is not None else None
+        self._slices_on_host, self._sums_on_host = (HostCopies() if offload else None for _ in range(2))
 
     def install(self, root: FSDPModule) -> AccumulationSchedule:
         """Set the collectives of every parameter group under ``root``; returns the schedule that drives them."""
@@ -105,8 +110,11 @@ class Communication:
                 self._set_second_hop(name, module, self._replication)
         serve_direct_use(root, self._mesh, around=self._around_direct_use)
         self._agreement.follow(root)
-        if self._prefetch is not None:
-            self._prefetch.follow(root)  # before the schedule: see [Note: Hooks on the root, in order]
+        if self._order is not None:
+            self._order.follow(root)  # before the schedule: see [Note: Hooks on the root, in order]
+            for copies in (self._slices_on_host, self._sums_on_host):
+                if copies is not None:
+                    self._order.when_over(copies.release)
         all_ranks = dist.group.WORLD
         assert all_ranks is not None
         schedule = AccumulationSchedule(
@@ -120,9 +128,9 @@ class Communication:
             control=self._control,
             all_ranks=self._counted(all_ranks) if self._broadcast_buffers else None,
         )
-        if self._prefetch is not None:
-            schedule.cache.when_invalidated(self._prefetch.drop_all)
-            schedule.window.when_abandoned(self._prefetch.abandon)
+        if self._order is not None:
+            schedule.cache.when_invalidated(self._order.begin_window)
+            schedule.window.when_abandoned(self._order.abandon)
         schedule.optimizer_hooks.count = self._count_of_optimizer
         if not self._options.allow_unused:
             schedule.window.never_used = NeverUsed(root, self._control)
@@ -148,7 +156,14 @@ class Communication:
         prefetch = self._prefetch.unit(name, module, rail) if self._prefetch is not None else None
         if self._options_of[name].cache_parameters != "node":
             return HierarchicalAllGather(rail=rail, node=node, first_stage=self._gathers_begin_on, prefetch=prefetch)
-        cache = NodeCache(rail=rail, node=node, module=module, first_stage=self._gathers_begin_on, prefetch=prefetch)
+        cache = NodeCache(
+            rail=rail,
+            node=node,
+            module=module,
+            first_stage=self._gathers_begin_on,
+            prefetch=prefetch,
+            held=HeldOnHost(self._slices_on_host) if self._slices_on_host is not None else None,
+        )
         self._on_node[name] = cache
         return cache
 
@@ -164,7 +179,7 @@ class Communication:
         return NodeReduceScatter(
             rail=rail,
             node=node,
-            pending_gradients=self._pending_gradients_of(name, module),
+            pending_gradients=self._pending_gradients_of(name, module, copies=self._sums_on_host),
             first_stage=self._reductions_begin_on,
             wire_dtype=wire_dtype,
         )
@@ -225,8 +240,12 @@ class Communication:
         )
         replace_all_reduce(module, hop)
 
-    def _pending_gradients_of(self, name: str, module: FSDPModule) -> PendingGradients:
-        return self._pending_gradients.setdefault(name, PendingGradients(lambda: sharded_parameters(module)))
+    def _pending_gradients_of(
+        self, name: str, module: FSDPModule, *, copies: HostCopies | None = None
+    ) -> PendingGradients:
+        held = None if copies is None else HeldOnHost(copies)
+        pending_gradients = PendingGradients(lambda: sharded_parameters(module), held=held, order=self._order)
+        return self._pending_gradients.setdefault(name, pending_gradients)
 
     def _around_direct_use(self, kind: Kind, axis: str, total_bytes: int, name: str) -> AbstractContextManager[None]:
         group = self._partition if axis == "shard" else self._replication

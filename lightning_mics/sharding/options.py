@@ -23,6 +23,9 @@ CacheParameters = Literal["auto", "never", "node", "rank"] | float
 AccumulateGradients = Literal["auto", "shard", "node", "rank"] | float
 
 
+CacheOffload = bool | Literal["auto"]
+
+
 WIRE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -61,6 +64,9 @@ class CommunicationOptions:
             takes their bytes / k on each rank. It changes nothing where collectives run in one stage inside a node or
             over several; see :mod:`~lightning_mics.techniques.inter_node_prefetch`. ``"auto"`` is for plans, which take
             one unit where it is worth its memory.
+        cache_offload: Whether what is cached and accumulated on nodes waits in host memory between uses, fetched one
+            unit ahead; takes the memory of the host in place of the device's, but for two units of each kind.
+            ``"auto"`` is for plans. See :mod:`~lightning_mics.techniques.cache_offload`.
         two_hop: Whether gradients are reduced over replicas at the boundary only; False does so in every micro-step,
             as hybrid sharding without MiCS does. For measurements.
         allow_unused: Whether ranks may use different units in training, as with layer drop, early exit or experts by
@@ -76,6 +82,7 @@ class CommunicationOptions:
     accumulate_gradients: AccumulateGradients = "shard"
     inter_node_reduce_dtype: torch.dtype | None = None
     inter_node_prefetch: int | Literal["auto"] = 0
+    cache_offload: CacheOffload = False
     two_hop: bool = True
     allow_unused: bool = False
 
@@ -100,6 +107,8 @@ class CommunicationOptions:
         ahead = self.inter_node_prefetch
         if ahead != "auto" and (type(ahead) is not int or ahead < 0):
             raise ValueError(f"inter_node_prefetch={ahead!r} is neither 0 nor a positive integer")
+        if not isinstance(self.cache_offload, bool) and self.cache_offload != "auto":
+            raise ValueError(f'cache_offload={self.cache_offload!r} is neither True nor False, nor "auto", for a plan')
         if not isinstance(self.two_hop, bool):
             raise ValueError(f"two_hop={self.two_hop!r} is neither True nor False")
         if not isinstance(self.allow_unused, bool):
@@ -115,8 +124,11 @@ class CommunicationOptions:
         """Check that these options fit ``topology``.
 
         Raises:
-            ValueError: If an option needs two stages but collectives are flat, or two stages are required in a node.
+            ValueError: If an option needs two stages but collectives are flat, or two stages are required in a node, or
+                ``cache_offload`` has nothing to move.
         """
+        if self.cache_offload is True:
+            self._check_cached_on_nodes(topology)
         if choose_hierarchical(self.hierarchical, topology) or not topology.spans_nodes:
             return
         if topology.local_ranks_per_partition_group == 1:
@@ -124,6 +136,7 @@ class CommunicationOptions:
         in_stages = {
             f"cache_parameters={self.cache_parameters!r}": _is_on_nodes(self.cache_parameters),
             f"accumulate_gradients={self.accumulate_gradients!r}": _is_on_nodes(self.accumulate_gradients),
+            "cache_offload=True": self.cache_offload is True,
             f"inter_node_reduce_dtype={self.inter_node_reduce_dtype}": self.inter_node_reduce_dtype is not None,
         }
         for option, is_wanted in in_stages.items():
@@ -133,6 +146,24 @@ class CommunicationOptions:
                     f"partition_size={topology.partition_size} spans {topology.nodes_per_partition_group} nodes; use "
                     'hierarchical="auto"'
                 )
+
+    def _check_cached_on_nodes(self, topology: Topology) -> None:
+        given = self.on_ranks() if self.allow_unused else self
+        caches = given.cache_parameters == "auto" or _is_on_nodes(given.cache_parameters)
+        sums = (given.accumulate_gradients == "auto" and given.two_hop) or _is_on_nodes(given.accumulate_gradients)
+        if not caches and not sums:
+            raise ValueError(
+                "cache_offload=True moves to the host what is cached and accumulated on nodes, and with "
+                f"cache_parameters={given.cache_parameters!r} and accumulate_gradients={given.accumulate_gradients!r} "
+                'nothing is; use cache_parameters="node" or accumulate_gradients="node", or a share of the blocks for '
+                "either, or leave cache_offload out"
+            )
+        if not topology.spans_nodes:
+            raise ValueError(
+                f"cache_offload=True moves to the host what is cached on nodes, and partition_size="
+                f"{topology.partition_size} is inside a node of {topology.ranks_per_node} ranks, where nothing is; use "
+                "a partition_size over several nodes, or leave cache_offload out"
+            )
 
     def fitted_to(self, groups: PartitionGroups) -> CommunicationOptions:
         """Return these options with ``hierarchical`` as ``groups`` were made.
@@ -157,25 +188,26 @@ class CommunicationOptions:
         """Check that no option is left to a policy.
 
         Raises:
-            ValueError: If ``cache_parameters``, ``accumulate_gradients`` or ``inter_node_prefetch`` is ``"auto"``.
+            ValueError: If an option is ``"auto"``.
         """
-        self.check_prefetch_chosen()
+        self.check_not_for_plans()
         for option, choices in _CHOICES.items():
             if getattr(self, option) == "auto":
                 allowed = _listed(choice for choice in choices if choice != "auto")
                 raise ValueError(f"{option}='auto' is for policies, which know the model's size; use one of {allowed}")
 
-    def check_prefetch_chosen(self) -> None:
-        """Check that the number of units that are prefetched is not left to a plan.
+    def check_not_for_plans(self) -> None:
+        """Check that no option is left to a plan, which alone knows how long a step takes.
 
         Raises:
-            ValueError: If ``inter_node_prefetch`` is ``"auto"``.
+            ValueError: If ``inter_node_prefetch`` or ``cache_offload`` is ``"auto"``.
         """
-        if self.inter_node_prefetch == "auto":
-            raise ValueError(
-                "inter_node_prefetch='auto' is for the recipes, whose plan knows how long arithmetic takes; use a "
-                "number of blocks, such as 1, or 0"
-            )
+        advice = {"inter_node_prefetch": "a number of blocks, such as 1, or 0", "cache_offload": "True or False"}
+        for option, values in advice.items():
+            if getattr(self, option) == "auto":
+                raise ValueError(
+                    f"{option}='auto' is for the recipes, whose plan knows what a step takes; use {values}"
+                )
 
     def by_unit(self, *, blocks: int) -> tuple[CommunicationOptions, ...]:
         """These options for each parameter group, without shares: the root's own, then those of blocks in order.

@@ -8,7 +8,7 @@ if it holds::
     hook                    registered by                               condition
     enter                   sharding.evaluation                         Fabric, Accelerate
     _drop_cached_weights    sharding.schedule                           parameters are cached
-    _begin_forward          techniques.inter_node_prefetch              units are fetched ahead
+    _begin_forward          techniques.micro_step_order                 units are fetched ahead
     _pre_forward            FSDP2, `fully_shard`
     (the user's)            hooks on the model before it was sharded
     _defer_reductions       sharding.schedule

@@ -35,6 +35,7 @@ from lightning_mics._torch.state_dict import accept_whole_tensors, keep_unsharde
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, inputs_on_host, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, aliased_parameters, find_blocks
+from lightning_mics.sharding.caches_on_host import bytes_on_host, check_caches_fit, smallest_host_bytes
 from lightning_mics.sharding.communication import Communication
 from lightning_mics.sharding.full_state_dict import reject_saving_of_shards
 from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0
@@ -97,18 +98,24 @@ def shard_model(
     Raises:
         TypeError: If the model cannot be sharded: already wrapped, no blocks, tensors that nothing initializes.
         ValueError: If an option does not fit the model or the groups.
+        HostMemoryError: On all ranks, if caches and sums that wait in host memory do not fit it.
     """
     communication, every = communication.fitted_to(groups), checked_every(certify_every_n_steps)
     offload, dtypes = checked_offload(offload), mixed_precision or MixedPrecisionPolicy()
     check_offload(offload, communication=communication, gathered_dtype=dtypes.param_dtype)
     blocks = find_blocks(model, block_classes, may_be_empty=True)
     recomputed = find_recomputed(model, blocks, activation_checkpointing)
+    processes = groups.topology.ranks_per_node
+    cached = bytes_on_host(model, blocks, groups.topology, communication=communication, dtypes=dtypes)
+    host_bytes = smallest_host_bytes(groups.control) if cached else None
+    if host_bytes is not None:
+        check_caches_fit(cached, host_bytes=host_bytes, processes=processes)
     sharding = _Sharding(
         groups=groups,
         communication=communication,
         blocks=list(blocks),
         recomputed=[name for name, module in model.named_modules() if module in set(recomputed)],
-        on_host=inputs_on_host(recomputed, processes=groups.topology.ranks_per_node) if activation_offload else None,
+        on_host=inputs_on_host(recomputed, processes=processes, taken_bytes=cached) if activation_offload else None,
         offload=offload,
         mixed_precision=dtypes,
         broadcast_buffers=broadcast_buffers,

@@ -11,35 +11,35 @@ inside the node. FSDP2 has one gather in flight in a backward, and on gloo each 
 The slice, unsharded bytes / local ranks, is gathered into memory of its own, from which the node's ranks are then given
 theirs: nothing is copied again. Where there is one rank on each node the slice is the unit, and FSDP2 gets its memory.
 
-*Which units are fetched.* A micro-step is expected to gather what the two before it have both gathered, in their order,
-for as long as it does so itself. Micro-steps are compared with those of their kind: the first one of an accumulation
-window, which fills caches, another one, or a forward without a backward. So in steady training as many bytes are sent,
-by as many collectives, as without. What is fetched and then not used is dropped at the end of the micro-step, and
-whenever cached weights are dropped; weights that have changed since are gathered again.
+*Which units are fetched.* Those that the micro-step is expected to gather next, as the two before it did
+(:mod:`~lightning_mics.techniques.micro_step_order`). So in steady training as many bytes are sent, by as many
+collectives, as without. What is fetched and then not used is dropped at the end of the micro-step, and whenever cached
+weights are dropped; weights that have changed since are gathered again.
 
 All of this follows from what a rank has gathered before. The ranks of a partition group agree on that, and on what is
 fetched with it, before each gather: see :mod:`lightning_mics.sharding.ranks.agreement`.
+
+Units whose cached slice waits on the host (:mod:`~lightning_mics.techniques.cache_offload`) are not fetched along the
+rail: the slice of the next one begins to come back to the device instead, which other ranks do not take part in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from itertools import takewhile
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics._torch.fsdp import weights_version
 from lightning_mics._torch.streams import SideStream, current_stream, has_streams
 from lightning_mics._torch.units.gather_inputs import GatherInputs, gather_inputs
-from lightning_mics._torch.units.param_groups import around_end_of_backward, in_backward
+from lightning_mics._torch.units.param_groups import in_backward
 from lightning_mics.collectives.counted_group import CountedGroup
-
-LONGEST = 100_000  # gathers of a micro-step that are remembered
+from lightning_mics.techniques.micro_step_order import MicroStepOrder, UseOrder
 
 Memory = Callable[[int, torch.dtype, torch.device], Tensor]  # of so many elements
 
@@ -84,8 +84,10 @@ class UnitPrefetch:
         self._prefetch = prefetch
         self.cached: Callable[[], bool] | None = None  # whether a cache serves its gathers; None where there is none
         self.memory: Memory = _new_memory
+        self.fetch_from_host: Callable[[], None] | None = None  # a cached slice; None where none waits there
         self._taken: FetchedSlice | None = None
         self._next: Sequence[Next] | None = None  # None before the gather was announced
+        self._next_gathered: UnitPrefetch | None = None
 
     def peek(self) -> FetchedSlice | None:
         """The slice, if it is of the weights as they are."""
@@ -98,7 +100,7 @@ class UnitPrefetch:
         if self._taken is None:
             self._prefetch.drop(self)
         self._prefetch.fetched.pop(self, None)
-        self._next = self._prefetch.next_after(self, backward=in_backward(self.module))
+        self._next, self._next_gathered = self._prefetch.next_after(self, backward=in_backward(self.module))
         words = ", fetched before" if self._taken is not None else ""
         return words + (f", and fetches {', '.join(repr(unit.name) for unit, _ in self._next)}" if self._next else "")
 
@@ -122,6 +124,9 @@ class UnitPrefetch:
             with first_stage.after(after, device):
                 for unit, inputs in units:
                     self._prefetch.fetched[unit] = unit._fetch(inputs, first_stage, device)
+        following, self._next_gathered = self._next_gathered, None
+        if following is not None and following.fetch_from_host is not None:
+            following.fetch_from_host()
 
     def _fetch(self, inputs: GatherInputs, first_stage: SideStream, device: torch.device) -> FetchedSlice:
         values = self.memory(self._rail.size * inputs.numel, inputs.dtype, device)
@@ -134,65 +139,22 @@ class UnitPrefetch:
 Next = tuple[UnitPrefetch, GatherInputs]
 
 
-Gather = tuple[UnitPrefetch, bool] | None  # a unit, and whether it is gathered for a backward; None where one begins
-
-
-@dataclass
-class GatherOrder:
-    """The gathers of the micro-steps of one kind; the module says what is expected of them.
-
-    Attributes:
-        before: Gathers of the micro-step before.
-        expected: First gathers of this one, as far as the two before it agree, and this one with them.
-        now: Gathers of this one.
-    """
-
-    before: list[Gather] = field(default_factory=list)
-    expected: list[Gather] = field(default_factory=list)
-    now: list[Gather] = field(default_factory=list)
-
-    def add(self, gather: Gather) -> None:
-        """Note a gather that runs now."""
-        place = len(self.now)
-        if place < len(self.expected) and self.expected[place] != gather:
-            del self.expected[place:]
-        if place < LONGEST:
-            self.now.append(gather)
-
-    def coming(self, count: int) -> list[UnitPrefetch]:
-        """The units of the next gathers in this forward and its backward, as expected; at most ``count``."""
-        coming = self.expected[len(self.now) : len(self.now) + count]
-        return [gather[0] for gather in takewhile(bool, coming) if gather]
-
-    def end(self) -> None:
-        """End the micro-step."""
-        both = 0
-        while both < min(len(self.before), len(self.now)) and self.before[both] == self.now[both]:
-            both += 1
-        self.before, self.expected, self.now = self.now, self.now[:both], []
-
-    def forget(self) -> None:
-        """End the micro-step, which will not be finished."""
-        self.expected, self.now = [], []
-
-
 class InterNodePrefetch:
     """The prefetch of a model; the module says which units are fetched.
 
     Args:
         units_ahead: Largest number of slices that are held before they are used.
+        order: Order of the gathers of the model.
 
     Attributes:
         fetched: Slices that are not used yet, on their way or there.
     """
 
-    def __init__(self, units_ahead: int) -> None:
+    def __init__(self, units_ahead: int, order: MicroStepOrder) -> None:
         self.fetched: dict[UnitPrefetch, FetchedSlice] = {}
         self._units_ahead = units_ahead
-        self._orders: dict[tuple[bool, bool], GatherOrder] = {}  # by whether it trains, and is the first of a window
-        self._first = True
-        self._training: GatherOrder | None = None  # of the micro-step that has begun
-        self._evaluation: GatherOrder | None = None
+        self._order = order
+        order.when_over(self._drop_slices)
 
     def unit(self, name: str, module: FSDPModule, rail: CountedGroup) -> UnitPrefetch:
         """The prefetch of one unit, which is called in each of its gathers.
@@ -204,20 +166,14 @@ class InterNodePrefetch:
         """
         return UnitPrefetch(name, module, rail, self)
 
-    def follow(self, root: FSDPModule) -> None:
-        """Follow the micro-steps of a model."""
-        assert isinstance(root, nn.Module)
-        root.register_forward_pre_hook(self._begin_forward, prepend=True)
-        around_end_of_backward(root, after=self._end_backward)
-
-    def next_after(self, unit: UnitPrefetch, *, backward: bool) -> Sequence[Next]:
-        """The units to fetch with a gather of ``unit``, with their shards.
+    def next_after(self, unit: UnitPrefetch, *, backward: bool) -> tuple[Sequence[Next], UnitPrefetch | None]:
+        """The units to fetch with a gather of ``unit``, with their shards, and the next one if its slice is cached.
 
         Args:
             unit: Unit that is gathered.
             backward: Whether it is gathered for a backward.
         """
-        order = self._order(backward=backward)
+        order: UseOrder[UnitPrefetch] = self._order.gathers(backward=backward)
         order.add((unit, backward))
         units: dict[UnitPrefetch, GatherInputs] = {}
         for each in order.coming(self._units_ahead):
@@ -226,7 +182,7 @@ class InterNodePrefetch:
                 inputs = gather_inputs(each.module)
                 if inputs is not None:
                     units[each] = inputs
-        return tuple(units.items())
+        return tuple(units.items()), next(iter(order.coming(1)), None)
 
     def drop(self, unit: UnitPrefetch) -> None:
         """Drop a slice, if there is one; what the current stream does next comes after it was read and written.
@@ -236,50 +192,6 @@ class InterNodePrefetch:
         fetched = self.fetched.pop(unit, None)
         if fetched is not None and has_streams(fetched.values.device):
             current_stream(fetched.values.device).wait_event(fetched.arrived)
-
-    def drop_all(self) -> None:
-        """Drop all slices where cached weights are dropped; every rank calls it. A window may begin."""
-        self._end_evaluation()
-        self._drop_slices()
-        self._first = True
-
-    def abandon(self) -> None:
-        """Drop all slices, and forget the micro-steps that have begun."""
-        for order in (self._training, self._evaluation):
-            if order is not None:
-                order.forget()
-        self._training = self._evaluation = None
-        self.drop_all()
-
-    def _order(self, *, backward: bool) -> GatherOrder:
-        if backward:
-            self._end_evaluation()
-        if self._evaluation is not None:
-            return self._evaluation
-        if self._training is None:
-            self._training = self._orders.setdefault((True, self._first), GatherOrder())
-        return self._training
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _begin_forward(self, _module: nn.Module, _inputs: Any) -> None:
-        self._end_evaluation()
-        if not torch.is_grad_enabled():
-            self._evaluation = self._orders.setdefault((False, self._first), GatherOrder())
-        self._order(backward=False).add(None)
-
-    def _end_evaluation(self) -> None:
-        if self._evaluation is not None:
-            self._evaluation.end()
-            self._evaluation, self._first = None, False
-            if self._training is None:
-                self._drop_slices()
-
-    def _end_backward(self) -> None:
-        self._end_evaluation()
-        if self._training is not None:
-            self._training.end()
-            self._training, self._first = None, False
-        self._drop_slices()
 
     def _drop_slices(self) -> None:
         for unit in list(self.fetched):

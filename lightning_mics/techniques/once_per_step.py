@@ -40,6 +40,7 @@ shards are shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -50,20 +51,23 @@ from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from lightning_mics._torch.fsdp import ReusedUnshard, trainable, weights_version
-from lightning_mics._torch.streams import SideStream, current_stream, keep_for_current_stream
+from lightning_mics._torch.streams import SideStream, current_stream, has_streams, keep_for_current_stream
 from lightning_mics._torch.units.gather_inputs import gathered_segments
 from lightning_mics.collectives.counted_group import CountedGroup, ReduceOp
+from lightning_mics.techniques.cache_offload import HeldOnHost
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.techniques.inter_node_prefetch import FetchedSlice, UnitPrefetch
 from lightning_mics.techniques.owner_exchange import OwnedReduction, factor_of_mean
-from lightning_mics.techniques.parameter_cache import ParameterCache
+from lightning_mics.techniques.parameter_cache import ParameterCache, between, joined
 from lightning_mics.techniques.pending_gradients import PendingGradients
 
 
 class NodeCache(ParameterCache, HierarchicalAllGather):
     """All-gather whose inter-node stage runs only if this rank's rail slice is not cached.
 
-    The slice is allocated once, on the stream of the rail: freed memory of that stream would serve nothing else.
+    The slice is allocated once, on the stream of the rail: freed memory of that stream would serve nothing else. Or it
+    waits on the host, and is on the device while it is given to the node
+    (:mod:`~lightning_mics.techniques.cache_offload`).
 
     Args:
         rail: The ranks with this local rank, one per node, in the order of nodes.
@@ -71,6 +75,7 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         module: FSDP module of the parameter group.
         first_stage: Stream of the first stage; see :class:`~lightning_mics.techniques.hierarchical.TwoStages`.
         prefetch: Prefetch of the unit, which may have filled the cache before; None where there is none.
+        held: Place of the slice on the host; None leaves it on the device.
     """
 
     def __init__(
@@ -81,20 +86,31 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         module: FSDPModule,
         first_stage: SideStream | None = None,
         prefetch: UnitPrefetch | None = None,
+        held: HeldOnHost | None = None,
     ) -> None:
         ParameterCache.__init__(self, lambda: weights_version(module), lambda: trainable(module))
         HierarchicalAllGather.__init__(self, rail=rail, node=node, first_stage=first_stage, prefetch=prefetch)
         if prefetch is not None:
-            prefetch.cached, prefetch.memory = lambda: self.gathered != "all", self._memory_to_fetch
+            prefetch.cached = lambda: self.gathered != "all"
+            if held is None:
+                prefetch.memory = self._memory_to_fetch
+            else:
+                prefetch.fetch_from_host = self._fetch_from_host
         self._module = module
-        self._rail_slice: Tensor | None = None  # [nodes * shard]
-        self._gathered: Any = None  # event after the stage along the rail
+        self._held = held
+        self._rail_slice: Tensor | None = None  # [nodes * shard], on the device for as long as it is used at least
+        self._gathered: Any = None  # event after the stage along the rail, or the copy from the host
         self._spread_out: Any = None  # event after the last use
+
+    @property
+    def _kept(self) -> Tensor | None:
+        """Memory of the rail's slice from one use to the next, on the device or on the host: [nodes * shard]."""
+        return self._rail_slice if self._held is None else self._held.values
 
     @property
     def gathered(self) -> Literal["all", "some", "none"]:
         """How many of the parameters the next call gathers along the rail, before all are gathered in the node."""
-        if self._rail_slice is None or self._cached_version is None:
+        if self._kept is None or self._cached_version is None:
             return "all"
         if self.usable:
             return "none"
@@ -108,16 +124,19 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         async_op: bool = False,
     ) -> dist.Work | None:
         """Gather every shard into ``output_tensor``, in the order of ``group`` (rail by rail)."""
-        device, cached = output_tensor.device, self._rail_slice
+        device = output_tensor.device
         fetched = None if self.prefetch is None else self.prefetch.take()
         stale = self._stale_parts(input_tensor)
+        if fetched is None and stale != [(0, input_tensor.numel())]:
+            self._take_from_host()
+        cached = self._rail_slice
         if cached is not None and len(stale) == 0:
             self._compare(cached, input_tensor, [(0, input_tensor.numel())])
             self._fetch_next(output_tensor)
             work = self._spread(cached, output_tensor, async_op=async_op)
         else:
             if cached is not None and fetched is None:
-                self._compare(cached, input_tensor, _between(stale, input_tensor.numel()))
+                self._compare(cached, input_tensor, between(stale, input_tensor.numel()))
             with self.first_stage.after(self.filled_on(output_tensor), device):
                 if fetched is not None:
                     fetched.wait()
@@ -127,6 +146,8 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
                     cached = self._memory(rail_slice.numel(), rail_slice.dtype, device)
                     self._gather_along_rail(cached, input_tensor, stale)
                 self._rail_slice, self._gathered = cached, self.first_stage.record()
+                if self._held is not None:
+                    self._held.put(cached)
                 self.mark_valid()
                 if async_op:
                     work = self._spread(cached, output_tensor, async_op=True) or self.first_stage.work(device)
@@ -134,22 +155,41 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
             if not async_op:
                 current_stream(device).wait_event(self._gathered)
                 work = self._spread(cached, output_tensor, async_op=False)
-        keep_for_current_stream(cached)  # freed, its memory goes back to the stream of the rail
+        if self._held is None or fetched is not None:
+            keep_for_current_stream(cached)  # freed, its memory goes back to the stream of the rail
         self._spread_out = current_stream(device).record_event()
+        with self.first_stage.entered(device) if async_op else nullcontext():
+            self._leave_to_host()
         return work
+
+    def _take_from_host(self) -> None:
+        """Have the rail's slice on the device, if it waits on the host."""
+        if self._held is not None and self._rail_slice is None and self._held.values is not None:
+            self._rail_slice = self._held.take()
+            self._gathered = current_stream(self._rail_slice.device).record_event()
+
+    def _leave_to_host(self) -> None:
+        if self._held is not None and self._rail_slice is not None:
+            self._held.leave(self._rail_slice)
+            self._rail_slice = None
+
+    def _fetch_from_host(self) -> None:
+        """Begin to copy the rail's slice to the device for its next use, if some of it is valid."""
+        if self._held is not None and self.gathered != "all":
+            self._held.fetch()
 
     def _stale_parts(self, shard: Tensor) -> list[tuple[int, int]]:
         """Where in ``shard``, [shard], the parameters are that must be gathered along the rail: begins and ends."""
         if self.gathered == "none":
             return []
-        cached = self._rail_slice
+        cached = self._kept
         whole = [(0, shard.numel())]
         if self.gathered == "all" or cached is None or cached.numel() != self.rail.size * shard.numel():
             return whole
         if cached.dtype != shard.dtype:
             return whole
         segments = gathered_segments(self._module, shard)
-        return whole if segments is None else _joined([segments[index] for index in self.stale()])
+        return whole if segments is None else joined([segments[index] for index in self.stale()])
 
     def _compare(self, cached: Tensor, shard: Tensor, parts: Sequence[tuple[int, int]]) -> None:
         """Compare this rank's part of the cache with its shard, where the cache is used as it is."""
@@ -175,10 +215,12 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
     def _memory(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for the rail's slice, [nodes * shard]: what an earlier gather has filled, after its last use."""
         memory = self._rail_slice
+        if self._held is not None and memory is None:
+            return self._held.allocate((numel,), dtype=dtype, device=device)
         if memory is None or memory.numel() != numel or memory.dtype != dtype:
             with torch.inference_mode(False):  # after an evaluation it may be filled in training
                 return torch.empty(numel, dtype=dtype, device=device)
-        current_stream(device).wait_event(self._spread_out)
+        current_stream(device).wait_event(self._spread_out if self._held is None else self._gathered)
         return memory
 
     def _memory_to_fetch(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -191,6 +233,8 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
     def segment(self, index: int, like: Tensor) -> Tensor | None:
         """The rail's slice of one parameter, to be changed in place: [nodes, shard of the parameter], strided.
 
+        :meth:`close_segments` ends the changes.
+
         Args:
             index: Position of the parameter in the group.
             like: The parameter's shard, [any], with the dtype that the slice must have.
@@ -198,23 +242,39 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         Returns:
             None where nothing valid is cached in this dtype.
         """
-        cached = self._rail_slice
+        cached = self._kept
         if cached is None or cached.dtype != like.dtype or not self.equals_before(index):
             return None
-        rows = cached.view(self.rail.size, -1)
-        segments = gathered_segments(self._module, rows[0])
+        segments = gathered_segments(self._module, cached.view(self.rail.size, -1)[0])
         if segments is None:
             return None
+        self._take_from_host()
+        cached = self._rail_slice
+        assert cached is not None
+        rows = cached.view(self.rail.size, -1)
         current_stream(cached.device).wait_event(self._gathered)
         begin, end = segments[index]
         return rows[:, begin:end]
+
+    def close_segments(self) -> None:
+        """End changes of segments: a slice that waits on the host goes back there."""
+        if self._held is not None and self._rail_slice is not None:
+            self._held.put(self._rail_slice)
+            self._leave_to_host()
 
     @override
     def _whole(self) -> FetchedSlice | None:
         return None  # the cache stays as it is
 
     def _spread(self, cached: Tensor, output: Tensor, *, async_op: bool) -> dist.Work | None:
-        """Give the node this rank's slice, [nodes * shard]: the second stage, on the current stream."""
+        """Give the node this rank's slice, [nodes * shard]: the second stage, on the current stream.
+
+        Where the slice waits on the host an asynchronous one is on the stream of the rail, to know when it is over.
+        """
+        if async_op and self._held is not None and has_streams(output.device):
+            with self.first_stage.after(current_stream(output.device), output.device):
+                self._spread(cached, output, async_op=False)
+                return self.first_stage.work(output.device)
         if self.node is None:
             output.copy_(cached)
             return None
@@ -222,14 +282,16 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
 
     @override
     def tensors(self) -> list[Tensor]:
-        """Memory of the rail's slice, [nodes * shard], once there is some."""
-        return [] if self._rail_slice is None else [self._rail_slice]
+        """Memory of the rail's slice, [nodes * shard], once there is some: of the device, or of the host."""
+        return [] if self._kept is None else [self._kept]
 
     @override
     def free(self) -> None:
         """Drop the rail's slice, and free its memory."""
         super().free()
         self._rail_slice = None
+        if self._held is not None:
+            self._held.drop()
 
 
 class NodeReduceScatter(HierarchicalReduceScatter):
@@ -320,20 +382,3 @@ class RankCache(ParameterCache):
     def _compare_in_forward(self, *, in_forward: bool) -> None:
         if in_forward:  # a backward uses the weights of its forward, even if they have changed since
             self.compare(self._unsharded.own_parts())
-
-
-def _joined(segments: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same segments, in order, with neighbors as one; empty ones are left out."""
-    joined: list[tuple[int, int]] = []
-    for begin, end in segments:
-        if joined and joined[-1][1] == begin:
-            joined[-1] = (joined[-1][0], end)
-        elif begin < end:
-            joined.append((begin, end))
-    return joined
-
-
-def _between(segments: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    """What is between segments of a tensor of ``size`` elements."""
-    begins, ends = [0, *(end for _, end in segments)], [*(begin for begin, _ in segments), size]
-    return list(zip(begins, ends, strict=True))

@@ -150,3 +150,25 @@ def _bits_differ(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         torch._foreach_copy_([*one.split(sizes), *other.split(sizes)], [*ones, *others])
     differs: Tensor = (one != other).any()
     return differs
+
+
+def joined(segments: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same segments, in order, with neighbors as one; empty ones are left out."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in segments:
+        if joined and joined[-1][1] == begin:
+            joined[-1] = (joined[-1][0], end)
+        elif begin < end:
+            joined.append((begin, end))
+    return joined
+
+
+def between(segments: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """What is between segments of a tensor.
+
+    Args:
+        segments: Begins and ends, in order.
+        size: Number of elements of the tensor.
+    """
+    begins, ends = [0, *(end for _, end in segments)], [*(begin for begin, _ in segments), size]
+    return list(zip(begins, ends, strict=True))

@@ -96,6 +96,8 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
         _take_way(config, planned)
         chosen = planned.chosen
         workload = workload.way(chosen.recomputed_share, activation_offload=chosen.activation_offload)
+    elif config.strategy.cache_offload == "auto":
+        config.strategy.cache_offload = False
     sharding = policy_of(config).choose(
         workload.size,
         world_size=cluster.num_nodes * cluster.devices,
@@ -116,9 +118,14 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
             workload, why = _fewest_recomputed(sharding, workload, config), "the fewest with which the micro-batch fits"
         choices.rows["recomputed blocks"] = f'{workload.recomputed_share:.0%} ("auto": {why})'
         config.strategy.activation_checkpointing = _share(workload)
+    unknown = "the rates of the cluster are unknown"
+    if asked.strategy.cache_offload == "auto":
+        where = "host" if config.strategy.cache_offload else "device"
+        why = unknown if planned is None else "as fast as any that fits"
+        choices.rows["caches and sums of nodes"] = f'on the {where} ("auto": {why})'
     if asked.strategy.activation_offload == "auto":
         where = "host" if workload.activation_offload else "device"
-        why = "the rates of the cluster are unknown" if planned is None else "as fast as any that fits"
+        why = unknown if planned is None else "as fast as any that fits"
         choices.rows["inputs of recomputed blocks"] = f'on the {where} ("auto": {why})'
         config.strategy.activation_offload = workload.activation_offload
     if planned is None:
@@ -138,6 +145,7 @@ def _take_way(config: DictConfig, planned: Plan) -> None:
     strategy.cache_parameters = way.communication.cache_parameters
     strategy.accumulate_gradients = way.communication.accumulate_gradients
     strategy.inter_node_prefetch = way.communication.inter_node_prefetch
+    strategy.cache_offload = way.communication.cache_offload
     if way.topology.spans_nodes and strategy.hierarchical == "auto":
         strategy.hierarchical = way.in_stages
 

@@ -79,8 +79,9 @@ def _short(value: float) -> str:
 def places(candidate: Candidate) -> str:
     """Where parameters are cached, where gradients are accumulated, or for how many of the blocks; what runs ahead."""
     options = candidate.communication
+    on_host = " (host)" if options.cache_offload else ""
     ahead = f", {options.inter_node_prefetch} ahead" if options.inter_node_prefetch else ""
-    return f"{place_label(options.cache_parameters)}, {place_label(options.accumulate_gradients)}{ahead}"
+    return f"{place_label(options.cache_parameters)}, {place_label(options.accumulate_gradients)}{on_host}{ahead}"
 
 
 def place_label(place: str | float) -> str:

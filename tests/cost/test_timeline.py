@@ -14,7 +14,9 @@ BLOCKS = 6
 
 
 def stages(**seconds: float) -> tuple[Stage, ...]:
-    links: dict[str, Link] = {"rail": "between", "flat": "between", "node": "inside"}
+    links: dict[str, Link] = {
+        "rail": "between", "flat": "between", "node": "inside", "fetch": "from host", "store": "to host"
+    }  # fmt: skip
     return tuple(Stage(links[name], of_one) for name, of_one in seconds.items())
 
 
@@ -130,3 +132,47 @@ def test_inputs_on_the_host_travel_beside_arithmetic_as_long_as_they_are_faster(
     # links to the host slower than the backward: each fetch takes its time, after the last input has arrived
     assert seconds(UnitStages(), **arithmetic, host=5.0) == pytest.approx(2 * 5 * BLOCKS + 3)
     assert seconds(UnitStages(), host=2.0) == pytest.approx(2 * 2 * BLOCKS)
+
+
+def test_slices_on_the_host_are_fetched_one_unit_ahead() -> None:
+    unit = UnitStages(forward=stages(fetch=0.5, node=0.25), backward=stages(fetch=0.5, node=0.25))
+    arithmetic = {"forward": 1.0, "backward": 2.0}
+    # only the first slice of the forward and of the backward is waited for
+    assert seconds(unit, **arithmetic) == pytest.approx(3 * BLOCKS + 0.25 + 0.75, abs=0.5)
+    slow = UnitStages(forward=stages(fetch=4, node=0.25), backward=stages(fetch=4, node=0.25))
+    found = seconds(slow, **arithmetic)
+    assert 2 * 4 * BLOCKS <= found <= 2 * 4 * BLOCKS + 2 * (0.25 + 2) + 1e-9  # the link is always busy
+
+
+def test_sums_on_the_host_travel_both_ways_beside_arithmetic() -> None:
+    reduction = stages(node=0.25)
+    plain = seconds(UnitStages(reduction=reduction), forward=1.0, backward=2.0)
+    both = UnitStages(reduction=reduction, sum_before=stages(fetch=0.5), sum_after=stages(store=0.5))
+    # the first sum is not fetched ahead, and the last goes back after the backward
+    assert plain <= seconds(both, forward=1.0, backward=2.0) <= plain + 0.5 + 0.5 + 1e-9
+    slow = UnitStages(reduction=reduction, sum_before=stages(fetch=5), sum_after=stages(store=5))
+    assert seconds(slow, forward=1.0, backward=2.0) == pytest.approx(BLOCKS + 2 + 5 * (BLOCKS + 1), abs=0.5)
+
+
+def test_everything_on_the_host_shares_its_links() -> None:
+    """In backward inputs, slices and sums come from the host: three seconds for each block."""
+    unit = UnitStages(
+        backward=stages(fetch=1, node=0),
+        reduction=stages(node=0),
+        sum_before=stages(fetch=1),
+        sum_after=stages(store=1),
+    )
+    assert seconds(unit, host=1.0) >= 3 * BLOCKS
+    apart = (
+        seconds(UnitStages(backward=stages(fetch=1, node=0))),
+        seconds(UnitStages(), host=1.0),
+        seconds(UnitStages(reduction=stages(node=0), sum_before=stages(fetch=1), sum_after=stages(store=1))),
+    )
+    assert max(apart) < 2.5 * BLOCKS
+
+
+def test_a_cache_that_is_filled_goes_to_the_host_beside_the_gathers() -> None:
+    rail, filled = stages(rail=1, node=0.25), stages(store=0.75)
+    plain = seconds(UnitStages(forward=rail))
+    assert seconds(UnitStages(forward=rail, filled=filled)) == pytest.approx(plain + 0.75 - 0.25, abs=0.3)
+    assert seconds(UnitStages(forward=rail, filled=stages(store=3))) == pytest.approx(1.25 + 3 * BLOCKS, abs=0.3)

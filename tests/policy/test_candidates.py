@@ -291,3 +291,48 @@ def test_as_many_blocks_are_cached_as_fit_and_each_of_them_is_worth_its_bytes() 
     crossings = 40 * 7 + 3  # saved of the blocks, gathered twice in each micro-step, and of the root, gathered once
     assert saved / of_all == pytest.approx(sum(spread_over(40, share)) * 7 / crossings, rel=1e-6)
     assert node.seconds.expected < part.seconds.expected < never.seconds.expected
+
+
+SMALL = replace(P4D, memory_gib=12)  # the caches of 2.6 GiB, and sums of as much, do not fit beside the rest
+TIGHT = {"global_batch_size": 512, "micro_batch": 4, "hardware": SMALL}
+
+
+def on_host(**options: Any) -> Candidate:
+    return taken(job(**{**TIGHT, **options}), cache_offload="auto")
+
+
+def test_caches_and_sums_go_to_the_host_where_that_is_faster_and_fits_it() -> None:
+    slow = replace(SMALL, network_rate_gbits_per_s=50)
+    plain, moved = taken(job(**{**TIGHT, "hardware": slow})), on_host(hardware=slow)
+    assert not plain.communication.cache_offload and moved.communication.cache_offload is True
+    assert moved.fits and moved.seconds.expected < plain.seconds.expected / 1.01
+    assert moved.node_sent.between_bytes < plain.node_sent.between_bytes
+    for poor in (replace(slow, host_memory_gib=8), replace(slow, host_rate_gbytes_per_s=0.01)):
+        found = on_host(hardware=poor)
+        assert found.fits and not found.communication.cache_offload
+    assert not on_host(hardware=replace(slow, memory_gib=10**4)).communication.cache_offload  # nothing is gained
+
+
+def test_only_what_does_not_fit_the_device_is_priced_on_the_host() -> None:
+    every = list(job(**TIGHT).candidates("auto", replace(AUTO, cache_offload="auto")))
+    tight = {key(c) for c in every if not c.fits and not c.communication.cache_offload}
+    moved = [c for c in every if c.communication.cache_offload]
+    assert moved and all(key(c) in tight and "node" in key(c)[3:5] for c in moved)
+    assert len(moved) == len({key(c) for c in moved})
+    as_before = list(job(**TIGHT).candidates("auto", AUTO))
+    assert [c for c in every if not c.communication.cache_offload] == as_before
+
+
+def key(candidate: Candidate) -> tuple[Any, ...]:
+    options = candidate.communication
+    size = candidate.topology.partition_size
+    return size, candidate.batches, options.hierarchical, options.cache_parameters, options.accumulate_gradients
+
+
+def test_what_must_be_on_the_host_is_in_all_candidates() -> None:
+    for size in ("auto", 32):
+        every = list(job(**TIGHT).candidates(size, replace(AUTO, cache_offload=True)))  # type: ignore[arg-type]
+        assert every and all(c.communication.cache_offload is True and c.topology.spans_nodes for c in every)
+        assert {c.communication.cache_parameters for c in every} == {"never", "node", "rank"}
+    with pytest.raises(ValueError, match="partition_size=8 is inside a node"):
+        list(job(**TIGHT).candidates(8, replace(AUTO, cache_offload=True)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,5 +94,8 @@ def test_advice_begins_with_caches_and_leaves_out_what_is_done_already() -> None
     assert advice(8, CommunicationOptions.RANK).startswith(
         'cache_parameters="node" in place of "rank" (caches take 3 GiB per rank); accumulate_gradients="node"'
     )
-    assert advice(8, CommunicationOptions.NODE).startswith('cache_parameters="never" in place of "node"')
+    on_nodes = 'cache_parameters="never" in place of "node"'
+    moved = "cache_offload=True, which takes host memory instead (caches take 0.75 GiB per rank); "
+    assert advice(8, CommunicationOptions.NODE).startswith(moved + on_nodes)
+    assert advice(8, replace(CommunicationOptions.NODE, cache_offload=True)).startswith(on_nodes)
     assert advice(1, CommunicationOptions.RANK).startswith("activation_checkpointing=True; partition_size=2")

@@ -31,6 +31,11 @@ pytestmark = pytest.mark.rehearsal
         ("mixed precision", 3),
         ("half precision", 2),
         ("hierarchical, fetched ahead", 4),
+        ("once per step, on the host", 3),
+        campaign("once per step, on the host", 1),  # sums of one micro-step are nowhere, as with parameters alone
+        ("parameters once per step, on the host", 1),
+        ("mixed precision, on the host", 3),
+        ("half of the blocks, on the host", 3),
     ],
 )
 def test_a_step_takes_what_its_rehearsal_allocates_however_it_runs(job: str, micro_steps: int) -> None:
@@ -81,8 +86,18 @@ def test_a_step_with_states_on_the_host_takes_what_its_rehearsal_allocates(
             ],
         ),
         ("gpt2", ["model.network.n_layer=5", "strategy.offload=true"]),
+        (
+            "gpt-tiny",
+            [
+                "model.network.num_hidden_layers=7",
+                "strategy.partition_size=16",
+                "strategy.cache_parameters=node",
+                "strategy.accumulate_gradients=node",
+                "strategy.cache_offload=true",
+            ],
+        ),
     ],
-    ids=["gpt2", None, "inputs on the host", "all on the host"],
+    ids=["gpt2", None, "inputs on the host", "all on the host", "caches on the host"],
 )
 def test_a_plan_counts_the_memory_of_three_micro_batches_within_three_percent(model: str, overrides: list[str]) -> None:
     rows = list(compared(model, "p4d_2", *overrides))

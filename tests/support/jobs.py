@@ -65,6 +65,15 @@ JOBS = {
     "gradients once per step": Job((4, 2, 4), CommunicationOptions(accumulate_gradients="node")),
     "once per step": Job((4, 2, 4), NODE),
     "once per step everywhere": Job((4, 2, 4), RANK),
+    "once per step, on the host": Job((4, 2, 4), replace(NODE, cache_offload=True)),
+    "parameters once per step, on the host": Job(
+        (4, 2, 4), CommunicationOptions(cache_parameters="node", cache_offload=True)
+    ),
+    "mixed precision, on the host": Job((4, 2, 4), replace(NODE, cache_offload=True), precision="bf16-mixed"),
+    "replicas over nodes, on the host": Job((8, 2, 4), replace(NODE, cache_offload=True)),
+    "half of the blocks, on the host": Job(
+        (4, 2, 4), CommunicationOptions(cache_parameters=0.5, accumulate_gradients=0.5, cache_offload=True)
+    ),
     "a rank a node": Job((4, 1, 4), NODE),
     "half of the bytes between nodes": Job((4, 2, 4), replace(NODE, inter_node_reduce_dtype=torch.bfloat16)),
     "replicas over nodes": Job((8, 2, 4), NODE),
@@ -75,14 +84,14 @@ JOBS = {
 }
 
 
-def language_model(name: str) -> Any:
-    return train.make_model(_config(name))
+def language_model(name: str, layers: int = 2) -> Any:
+    return train.make_model(_config(name, layers))
 
 
 @cache
-def _config(name: str) -> Any:
-    layers = "model.network.num_hidden_layers=2"
-    return composed(f"model={MODELS[name]}", layers, f"data.sequence_length={LENGTH}")
+def _config(name: str, layers: int) -> Any:
+    of_depth = f"model.network.num_hidden_layers={layers}"
+    return composed(f"model={MODELS[name]}", of_depth, f"data.sequence_length={LENGTH}")
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -106,8 +115,8 @@ def measured(name: str, job: Job, **options: Any) -> Workload:
     )
 
 
-def rehearsed(name: str, job: Job, **options: Any) -> Rehearsal:
-    model = language_model(name)
+def rehearsed(name: str, job: Job, *, layers: int = 2, **options: Any) -> Rehearsal:
+    model = language_model(name, layers)
     return rehearse(
         lambda: Training(model),
         model.example_batch(SEQUENCES, LENGTH),

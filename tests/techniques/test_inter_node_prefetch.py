@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_mics import CommunicationOptions, Topology
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.policy.policy import Policy
-from lightning_mics.techniques.inter_node_prefetch import GatherOrder
+from lightning_mics.techniques.micro_step_order import UseOrder
 from tests.support.beside_ddp import unsharded_state
 from tests.support.fetched_ahead import TWO_BY_TWO, WIDTHS, Job, Network, counted_fetches, samples_of
 from tests.support.forked import run_cases
@@ -166,8 +166,8 @@ def test_a_stage_along_rails_begins_before_the_arithmetic_of_the_unit_before_and
 # -- the order that is expected ----------------------------------------------------------------------------------------
 
 
-def order_of(*micro_steps: str) -> GatherOrder:
-    order = GatherOrder()
+def order_of(*micro_steps: str) -> UseOrder:
+    order = UseOrder()
     for micro_step in micro_steps:
         for unit in micro_step:
             order.add((unit, False))  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_mics import CommunicationOptions
 from lightning_mics.cost.step_traffic import find_units, step_traffic
-from lightning_mics.policy.choice import bytes_of_share, largest_share
 from lightning_mics.policy.memory import measure_model
+from lightning_mics.policy.places import bytes_of_share, largest_share
 from lightning_mics.sharding.blocks import find_blocks
 from lightning_mics.sharding.options import share_of, spread_over
 from lightning_mics.sharding.shard_model import shard_model

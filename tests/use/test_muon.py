@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -198,7 +199,12 @@ def name_of(size: int, nodes: int, options: str, micro_steps: int, change: Chang
 
 
 Case = tuple[int, int, str, int, Changes | None]
-OPTIONS = {"node": NODE, "paper": PAPER, "rank": CommunicationOptions.RANK}
+OPTIONS = {
+    "node": NODE,
+    "paper": PAPER,
+    "rank": CommunicationOptions.RANK,
+    "node, on the host": replace(NODE, cache_offload=True),
+}
 ONCE: list[Case] = [(1, 2, "node", 1, None), (2, 2, "node", 4, None), (4, 2, "node", 1, None), (4, 2, "node", 4, None)]
 CASES: dict[str, Case] = {
     name_of(*case): case
@@ -209,6 +215,7 @@ CASES: dict[str, Case] = {
         (4, 2, "rank", 2, None),
         (1, 1, "node", 2, None),
         (2, 4, "node", 2, None),
+        (4, 2, "node, on the host", 2, None),
         (2, 2, "node", 2, clip),
         (2, 2, "node", 2, use),
         *((4, 2, "node", 2, change) for change in (clip, clip_values, use, leave_out)),

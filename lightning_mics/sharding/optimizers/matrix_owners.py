@@ -213,6 +213,8 @@ class MatrixOwners:
             shard.copy_(mine)
         if in_cache and cache is not None:
             cache.mark_updated([matrix.index for matrix in matrices])
+        if cache is not None:
+            cache.close_segments()
 
     def _reduction(self, name: str) -> OwnedReduction:
         if name not in self._reductions:

@@ -123,6 +123,17 @@ def test_the_strategy_takes_what_was_chosen(overrides: list[str]) -> None:
     assert instantiate(config.strategy)
 
 
+def test_caches_go_to_the_host_where_that_is_faster_and_the_strategy_does_the_same() -> None:
+    config, table = chosen("model=gpt-100b", "cluster=p4d_64", "strategy.cache_offload=auto")
+    assert config.strategy.cache_offload is True and config.strategy.cache_parameters == "node"
+    assert 'caches and sums of nodes  on the host ("auto": as fast as any that fits)' in table
+    assert "of the host per rank" in table
+    assert instantiate(config.strategy)
+    config, table = chosen("strategy.cache_offload=auto")
+    assert config.strategy.cache_offload is False
+    assert 'caches and sums of nodes  on the device ("auto": the rates of the cluster are unknown)' in table
+
+
 def test_recomputation_is_chosen_with_the_rest() -> None:
     config, table = chosen("model=gpt2", "cluster=p4d_2", "strategy.activation_checkpointing=auto")
     assert config.strategy.activation_checkpointing is False

@@ -13,6 +13,7 @@ from lightning_mics._torch import streams
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
 from lightning_mics.techniques import two_hop
+from lightning_mics.techniques.cache_offload import HeldOnHost, HostCopies
 from lightning_mics.techniques.hierarchical import HierarchicalReduceScatter
 from lightning_mics.techniques.inter_node_prefetch import FetchedSlice, UnitPrefetch
 from lightning_mics.techniques.pending_gradients import PendingGradients
@@ -159,6 +160,44 @@ def test_a_unit_in_memory_that_is_still_being_fetched(plant: Plant) -> None:
     plant.replace(FetchedSlice, "wait", lambda _original, _fetched: None)
     found = found_in(plant, "one rank a node, one ahead", "32-true", three_steps)
     assert any(each.startswith("race") for each in found.order)
+
+
+ON_HOST = ("node cache and sums, on the host", "one rank a node, node cache and sums, on the host")
+
+
+def four_windows(job: Job) -> None:
+    for _ in range(4):
+        job.window()
+
+
+@pytest.mark.parametrize("options", ON_HOST)
+def test_caches_and_sums_on_the_host_without_a_fault(plant: Plant, options: str) -> None:
+    ahead = []
+
+    def counted(original: Any, self: HeldOnHost) -> Any:
+        ahead.append(self._fetched is not None)
+        return original(self)
+
+    plant.replace(HeldOnHost, "take", counted)
+    assert found_in(plant, options, "bf16-mixed", four_windows) == Findings(order=(), waits=())
+    assert ahead.count(True) > ahead.count(False) > 0  # both ways are ordered
+
+
+@pytest.mark.parametrize("options", ON_HOST)
+@pytest.mark.parametrize("part", ["take", "put"])
+def test_a_copy_from_or_to_the_host_that_nothing_waits_for(plant: Plant, options: str, part: str) -> None:
+    def beside(original: Any, *args: Any) -> Any:
+        with streams.on_stream(streams.new_stream(CPU), CPU):
+            return original(*args)
+
+    plant.replace(HeldOnHost, part, beside)
+    assert any(each.startswith("race") for each in found_in(plant, options, "32-true", four_windows).order)
+
+
+@pytest.mark.parametrize("options", ON_HOST)
+def test_memory_of_a_slice_that_is_used_again_before_its_last_use_is_over(plant: Plant, options: str) -> None:
+    plant.replace(HostCopies, "leave", lambda original, self, values, _over: original(self, values, []))
+    assert any(each.startswith("reused") for each in found_in(plant, options, "32-true", four_windows).order)
 
 
 def test_a_fault_that_is_not_executed_fails(plant: Plant) -> None:

@@ -56,6 +56,17 @@ OPTIONS |= {
     for name in ("two stages", "node cache and sums", "rank cache", "one rank a node")
 }
 
+OPTIONS |= {
+    f"{name}, on the host": (OPTIONS[name][0], replace(OPTIONS[name][1], cache_offload=True))
+    for name in (
+        "node cache",
+        "node cache and sums",
+        "node cache and sums, wire dtype",
+        "node cache and sums, one ahead",
+        "one rank a node, node cache and sums",
+    )
+}
+
 PRECISIONS = {"32-true": None, "bf16-mixed": None, "bf16-true": torch.float32}  # with the dtype of reductions
 
 
