@@ -21,9 +21,10 @@ from lightning_mics.policy.memory import measure_model
 from lightning_mics.policy.places import bytes_of_share
 from lightning_mics.policy.policy import Policy
 from lightning_mics.policy.start_report import start_report
-from lightning_mics.sharding import activation_checkpointing, caches_on_host
+from lightning_mics.sharding import activation_checkpointing
 from lightning_mics.sharding.blocks import find_blocks
-from lightning_mics.sharding.caches_on_host import bytes_on_host, check_caches_fit
+from lightning_mics.sharding.modules import caches_on_host
+from lightning_mics.sharding.modules.caches_on_host import bytes_on_host, check_caches_fit
 from lightning_mics.sharding.shard_model import mixed_precision_policy
 from tests.support.models import TinyLM, tokens
 
