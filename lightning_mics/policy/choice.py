@@ -176,7 +176,7 @@ def fitting_ways(job: ShardingJob) -> list[Choice]:
         except ValueError:  # an option that is given needs another one
             continue
         way = _by_memory(replace(job, partition_size=ranks, communication=options))
-        if way.fits:
+        if way.fits and (way.host_bytes or not options.cache_offload):
             found.setdefault((ranks, way.communication), way)
     return list(found.values())
 

@@ -30,7 +30,7 @@ from lightning_mics.policy.resumed import choice_of_checkpoint
 from lightning_mics.policy.start_report import start_report
 from lightning_mics.sharding.activation_checkpointing import find_recomputed
 from lightning_mics.sharding.blocks import find_blocks
-from lightning_mics.sharding.caches_on_host import check_caches_fit
+from lightning_mics.sharding.modules.caches_on_host import check_caches_fit
 from lightning_mics.sharding.modules.initializers import describe_initializers
 from lightning_mics.sharding.optimizers.offload import Offload, check_host_memory, checked_offload
 from lightning_mics.sharding.options import CommunicationOptions, floating_dtype

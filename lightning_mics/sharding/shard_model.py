@@ -35,10 +35,10 @@ from lightning_mics._torch.state_dict import accept_whole_tensors, keep_unsharde
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, inputs_on_host, recompute_in_backward
 from lightning_mics.sharding.blocks import ModuleClasses, aliased_parameters, find_blocks
-from lightning_mics.sharding.caches_on_host import bytes_on_host, check_caches_fit, smallest_host_bytes
 from lightning_mics.sharding.communication import Communication
 from lightning_mics.sharding.full_state_dict import reject_saving_of_shards
 from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0
+from lightning_mics.sharding.modules.caches_on_host import bytes_on_host, check_caches_fit, smallest_host_bytes
 from lightning_mics.sharding.modules.changes import keep_changes
 from lightning_mics.sharding.modules.checks import warn_of_values_beside_weights
 from lightning_mics.sharding.modules.copying import allow_copies

@@ -16,14 +16,15 @@ from torch import nn
 from lightning_mics import CommunicationOptions, Topology
 from lightning_mics._torch.host_memory import HostMemoryError
 from lightning_mics.policy import policy as policies
-from lightning_mics.policy.choice import Choice, ShardingJob, choose
+from lightning_mics.policy.choice import Choice, ShardingJob, choose, fitting_ways
 from lightning_mics.policy.memory import measure_model
 from lightning_mics.policy.places import bytes_of_share
 from lightning_mics.policy.policy import Policy
 from lightning_mics.policy.start_report import start_report
-from lightning_mics.sharding import activation_checkpointing, caches_on_host
+from lightning_mics.sharding import activation_checkpointing
 from lightning_mics.sharding.blocks import find_blocks
-from lightning_mics.sharding.caches_on_host import bytes_on_host, check_caches_fit
+from lightning_mics.sharding.modules import caches_on_host
+from lightning_mics.sharding.modules.caches_on_host import bytes_on_host, check_caches_fit
 from lightning_mics.sharding.shard_model import mixed_precision_policy
 from tests.support.models import TinyLM, tokens
 
@@ -66,6 +67,18 @@ def test_shares_are_as_given_and_only_their_blocks_are_on_the_host() -> None:
     assert choice.communication.cache_parameters == 0.67
     assert choice.host_bytes == bytes_of_share(0.67, size.blocks_gathered_bytes, 2) > 0
     assert choice.cached_bytes == min(choice.host_bytes, 2 * -(-size.block_bytes // 2))
+
+
+def test_all_ways_to_choose_from_by_time_have_something_on_the_host() -> None:
+    model = lm()
+    job = ShardingJob(
+        size=measure_model(model, find_blocks(model).values()), world_size=4, ranks_per_node=2, capacity_bytes=10**9,
+        communication=replace(AUTO, cache_offload=True),
+    )  # fmt: skip
+    ways = fitting_ways(job)
+    assert {way.topology.partition_size for way in ways} == {4}
+    assert {way.communication.cache_parameters for way in ways} == {"node", "never"}
+    assert all(way.host_bytes > 0 for way in ways)
 
 
 def test_the_start_report_names_what_is_on_the_host() -> None:
