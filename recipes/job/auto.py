@@ -134,6 +134,7 @@ def _take_way(config: DictConfig, planned: Plan) -> None:
     strategy.partition_size = way.topology.partition_size
     strategy.cache_parameters = way.communication.cache_parameters
     strategy.accumulate_gradients = way.communication.accumulate_gradients
+    strategy.frozen_on_ranks = way.communication.frozen_on_ranks
     if way.topology.spans_nodes and strategy.hierarchical == "auto":
         strategy.hierarchical = way.in_stages
 
