@@ -82,8 +82,8 @@ def step_bytes(
 class _Size:
     """Bytes of parameter groups, unsharded and as they are reduced."""
 
-    gathered: int
-    reduced: int
+    gathered: float
+    reduced: float
 
 
 def _on_nodes(place: str | float, elements: Elements) -> int:
@@ -109,18 +109,18 @@ class _Freed:
         held_behind: Number of blocks after the last that is freed.
     """
 
-    root: int
-    any: int
-    several: int
-    last: int
-    ahead: int
-    pair: int
-    first: int
-    second: int
+    root: float
+    any: float
+    several: float
+    last: float
+    ahead: float
+    pair: float
+    first: float
+    second: float
     held_behind: int = 0
 
     @classmethod
-    def of(cls, root: int, blocks: Sequence[int]) -> _Freed:
+    def of(cls, root: float, blocks: Sequence[float]) -> _Freed:
         """The bytes of a model some of whose blocks are cached on ranks, and have 0 here."""
         largest = max(blocks, default=0)
         count = sum(map(bool, blocks))
@@ -139,11 +139,19 @@ class _Freed:
         )
 
     @classmethod
-    def alike(cls, root: int, block: int) -> _Freed:
+    def alike(cls, root: float, block: float) -> _Freed:
         """The bytes of a model in which nothing is cached on ranks."""
         return cls(
             root=root, any=block, several=block, last=block, ahead=block, pair=2 * block, first=block, second=block
         )
+
+
+def _itemsizes(work: Workload) -> tuple[float, float]:
+    """Bytes of an element as it is gathered, and as it is reduced: the mean where frozen ones may have other dtypes."""
+    all_elements, trained = work.elements(1), work.elements(1, trained=True)
+    if trained.total in (0, all_elements.total):
+        return work.gathered_dtype.itemsize, work.reduce_dtype.itemsize
+    return work.size.gathered_bytes / all_elements.total, work.size.reduced_bytes / trained.total
 
 
 def _saved_behind(work: Workload, samples: int, *, blocks: int) -> float:
@@ -173,7 +181,7 @@ class _Step:
         reshard: bool | int = True,
     ) -> None:
         self._ranks, self._micro_steps, self._reshard = topology.partition_size, micro_steps, reshard
-        wide, reduced = work.gathered_dtype.itemsize, work.reduce_dtype.itemsize
+        wide, reduced = _itemsizes(work)
         elements, trained = work.elements(self._ranks), work.elements(self._ranks, trained=True)
         self._root = _Size(elements.root * wide, trained.root * reduced)
         self._block = _Size(elements.largest * wide, trained.largest * reduced)
@@ -211,7 +219,7 @@ class _Step:
             else:
                 self._kept_of_reductions = self._all.reduced / self._ranks  # FSDP2 keeps results of hop 2
 
-    def _place(self, work: Workload, communication: CommunicationOptions, *, wide: int, local: int) -> None:
+    def _place(self, work: Workload, communication: CommunicationOptions, *, wide: float, local: int) -> None:
         """Count what is cached, on nodes and on ranks, and what is left to gather and free."""
         elements, trained = work.elements(self._ranks), work.elements(self._ranks, trained=True)
         of_units, trained_of = (elements.root, *elements.blocks), (trained.root, *trained.blocks)
@@ -233,10 +241,10 @@ class _Step:
             self._freed = _Freed.alike(self._root.gathered, self._block.gathered)
             self._states += _on_nodes(self._cache, elements) * wide / local
             return
-        left = [0 if on_rank else wide * count for count, on_rank in zip(of_units, on_ranks, strict=True)]
-        self._freed = _Freed.of(left[0], left[1:])
+        left = [0 if on_rank else count for count, on_rank in zip(of_units, on_ranks, strict=True)]
+        self._freed = _Freed.of(wide * left[0], [wide * count for count in left[1:]])
         if self._cache != "rank":
-            self._states += _on_nodes(self._cache, Elements.of(left[0], tuple(left[1:]))) / local
+            self._states += _on_nodes(self._cache, Elements.of(left[0], tuple(left[1:]))) * wide / local
 
     @property
     def update(self) -> float:

@@ -24,6 +24,9 @@ MODELS = {"gpt": "gpt-tiny", "bert": "bert-tiny"}
 SEQUENCES, LENGTH = 2, 48
 
 
+ADAPTED = " with adapters"  # after the name of a model
+
+
 @dataclass(frozen=True)
 class Job:
     """What is rehearsed, and run.
@@ -81,8 +84,11 @@ def language_model(name: str) -> Any:
 
 @cache
 def _config(name: str) -> Any:
-    layers = "model.network.num_hidden_layers=2"
-    return composed(f"model={MODELS[name]}", layers, f"data.sequence_length={LENGTH}")
+    layers, model = "model.network.num_hidden_layers=2", MODELS.get(name)
+    if model is None:  # adapters on more blocks, so that a share of them can be on ranks
+        layers, model = "model.network.num_hidden_layers=6", MODELS[name.removesuffix(ADAPTED)]
+    adapters = ["+model.adapters={r: 4, target_modules: all-linear}"] if name.endswith(ADAPTED) else []
+    return composed(f"model={model}", layers, f"data.sequence_length={LENGTH}", *adapters)
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
