@@ -107,6 +107,10 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
     for option in ("partition_size", "cache_parameters", "accumulate_gradients"):
         why = reasons[option]
         config.strategy[option] = choices.take(option.replace("_", " "), asked.strategy[option], options[option], why)
+    if "frozen_on_ranks" in reasons:
+        given, why = asked.strategy.frozen_on_ranks, reasons["frozen_on_ranks"]
+        choices.take("frozen on ranks", given, options["frozen_on_ranks"], why)
+    config.strategy.frozen_on_ranks = options["frozen_on_ranks"]
     if asked.strategy.activation_checkpointing == "auto":
         why = "as fast as any that fits"
         if planned is None:

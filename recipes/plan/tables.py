@@ -77,9 +77,10 @@ def _short(value: float) -> str:
 
 
 def places(candidate: Candidate) -> str:
-    """Where parameters are cached, and where gradients are accumulated, or for how many of the blocks they are."""
+    """Where parameters are cached, gradients accumulated, and for how many blocks ranks hold frozen weights."""
     options = candidate.communication
-    return f"{place_label(options.cache_parameters)}, {place_label(options.accumulate_gradients)}"
+    frozen = f"; {options.frozen_on_ranks:.0%} frozen" if options.frozen_on_ranks else ""
+    return f"{place_label(options.cache_parameters)}, {place_label(options.accumulate_gradients)}{frozen}"
 
 
 def place_label(place: str | float) -> str:
