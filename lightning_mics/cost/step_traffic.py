@@ -8,7 +8,7 @@ ranks, and FSDP2 gathers and reduces all of a parameter group at once. The root 
 micro-step only; blocks are gathered in forward and in backward, with ``allow_unused`` in forward only. Gradients of
 frozen parameters are not reduced, and where these are cached, they are not gathered in any step but the first, which is
 not counted. Blocks that no gradient reaches are gathered in forward only
-(:func:`~lightning_mics.sharding.frozen_blocks.used_in_backward`).
+(:func:`~lightning_mics.sharding.modules.frozen_blocks.used_in_backward`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 from lightning_mics.collectives.traffic import Kind, Sent, part_of, sent_by
 from lightning_mics.cost.collective import Collective
 from lightning_mics.sharding.blocks import group_modules
-from lightning_mics.sharding.frozen_blocks import UnitSize, used_in_backward
+from lightning_mics.sharding.modules.frozen_blocks import UnitSize, used_in_backward
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.techniques.sharded_dim import padded_numel

@@ -19,7 +19,7 @@ from lightning_mics.policy.choice import Choice, ShardingJob, choose, largest_sh
 from lightning_mics.policy.memory import usable_bytes
 from lightning_mics.policy.step_memory import step_bytes
 from lightning_mics.policy.workload import Workload
-from lightning_mics.sharding.frozen_blocks import frozen_blocks
+from lightning_mics.sharding.modules.frozen_blocks import frozen_blocks
 from lightning_mics.sharding.options import CommunicationOptions, share_of
 from lightning_mics.topology import Topology, partition_sizes
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_mics.policy.memory import ModelSize, in_gib
-from lightning_mics.sharding.frozen_blocks import frozen_blocks, units_on_ranks
+from lightning_mics.sharding.modules.frozen_blocks import frozen_blocks, units_on_ranks
 from lightning_mics.sharding.options import share_of, spread_over
 from lightning_mics.topology import Topology
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_mics._torch.host_memory import host_memory_bytes
 from lightning_mics.sharding.blocks import group_modules
-from lightning_mics.sharding.frozen_blocks import UnitSize
+from lightning_mics.sharding.modules.frozen_blocks import UnitSize
 from lightning_mics.sharding.optimizers.offload import Offload
 from lightning_mics.topology import partition_sizes
 

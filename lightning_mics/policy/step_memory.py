@@ -38,7 +38,7 @@ from operator import and_
 
 from lightning_mics.policy.activations import ALL_SAVED, Phase
 from lightning_mics.policy.workload import Elements, Workload
-from lightning_mics.sharding.frozen_blocks import units_on_ranks
+from lightning_mics.sharding.modules.frozen_blocks import units_on_ranks
 from lightning_mics.sharding.options import CommunicationOptions, size_of_share
 from lightning_mics.topology import Topology
 

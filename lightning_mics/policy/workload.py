@@ -11,7 +11,7 @@ import torch
 from lightning_mics.cost.step_traffic import Unit, unit_sizes
 from lightning_mics.policy.activations import Activations
 from lightning_mics.policy.memory import ADAM_STATES, ModelSize, saved_by_low_bits
-from lightning_mics.sharding.frozen_blocks import UnitSize
+from lightning_mics.sharding.modules.frozen_blocks import UnitSize
 from lightning_mics.techniques.sharded_dim import padded_numel
 
 

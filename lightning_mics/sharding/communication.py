@@ -29,7 +29,7 @@ from lightning_mics._torch.units.unit_hooks import UnitHooks
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Kind, Traffic, sent_by
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
-from lightning_mics.sharding.frozen_blocks import UnitSize
+from lightning_mics.sharding.modules.frozen_blocks import UnitSize
 from lightning_mics.sharding.optimizers.matrix_owners import MatrixOwners
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.ranks.agreement import RankAgreement

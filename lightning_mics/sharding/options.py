@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from lightning_mics.sharding.blocks import evenly
-from lightning_mics.sharding.frozen_blocks import UnitSize, units_on_ranks
+from lightning_mics.sharding.modules.frozen_blocks import UnitSize, units_on_ranks
 from lightning_mics.techniques.partition_groups import PartitionGroups, check_hierarchical, choose_hierarchical
 from lightning_mics.topology import Topology
 
@@ -62,7 +62,7 @@ class CommunicationOptions:
         frozen_on_ranks: Share of the blocks with frozen weights, 0 to 1, that each rank holds unsharded for the whole
             job, wherever others are cached: frozen weights of these, and of the root, are gathered once per job, and
             what trains in them once per step. Those come first that save the most traffic for their memory; see
-            :mod:`~lightning_mics.sharding.frozen_blocks`. Takes their bytes on each rank; changes nothing where nothing
+            :mod:`~lightning_mics.sharding.modules.frozen_blocks`. Takes their bytes on each rank; changes nothing where nothing
             is frozen.
         inter_node_reduce_dtype: Dtype in which gradients are sent between nodes, float32 or bfloat16; None is the
             dtype in which they are reduced.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
 from lightning_mics.cost.step_traffic import find_units, step_traffic, unit_sizes
 from lightning_mics.sharding.blocks import find_blocks
-from lightning_mics.sharding.frozen_blocks import units_on_ranks, used_in_backward
+from lightning_mics.sharding.modules.frozen_blocks import units_on_ranks, used_in_backward
 from tests.support.forked import run_cases
 
 DIM, STEPS, MICRO_STEPS = 16, 4, 3

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mics._torch.state_dict import frozen_names, named_shards
+from lightning_mics._torch.state_dict import named_shards
 
 
 class BaseWeights:
@@ -18,8 +18,8 @@ class BaseWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        on_meta = {name for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
-        self._names = frozen_names(model) & {name.replace("_orig_mod.", "") for name in on_meta}
+        frozen = [name for name, p in model.named_parameters() if p.is_meta and not p.requires_grad]
+        self._names = {name.replace("_orig_mod.", "") for name in frozen}
         self._initialized: dict[str, tuple[Any, int]] = {}  # parameters by FQN, with their version then
 
     def sharded(self, model: nn.Module, *, read: Collection[str]) -> None:
@@ -29,7 +29,7 @@ class BaseWeights:
             model: The sharded model.
             read: FQNs of parameters that were read from a folder.
         """
-        shards = named_shards(model)
+        shards = named_shards(model) if self._names else {}
         for name in self._names - set(read):
             if name in shards:
                 self._initialized[name] = (shards[name], shards[name]._version)
