@@ -62,8 +62,8 @@ class CommunicationOptions:
         frozen_on_ranks: Share of the blocks with frozen weights, 0 to 1, that each rank holds unsharded for the whole
             job, wherever others are cached: frozen weights of these, and of the root, are gathered once per job, and
             what trains in them once per step. Those come first that save the most traffic for their memory; see
-            :mod:`~lightning_mics.sharding.modules.frozen_blocks`. Takes their bytes on each rank; changes nothing where nothing
-            is frozen.
+            :mod:`~lightning_mics.sharding.modules.frozen_blocks`. Takes their bytes on each rank; changes nothing where
+            nothing is frozen.
         inter_node_reduce_dtype: Dtype in which gradients are sent between nodes, float32 or bfloat16; None is the
             dtype in which they are reduced.
         inter_node_prefetch: Number of units whose stage between nodes runs ahead of their gather, beside arithmetic;
