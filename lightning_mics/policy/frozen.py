@@ -40,7 +40,7 @@ def place_frozen(
     """
     blocks = len(frozen_blocks(size.units))
     if not blocks:
-        return FrozenPlace(0.0 if wanted == "auto" else wanted)
+        return FrozenPlace(0.0)
     if topology.partition_size == 1:
         return FrozenPlace(0.0, "a partition group is one rank")
     if cached == "rank":
