@@ -47,6 +47,12 @@ def named_shards(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def frozen_names(model: nn.Module) -> set[str]:
+    """The FQNs of parameters that do not require gradients; tied ones under each name."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for spelled, p in named if not p.requires_grad for name in _get_fqns(model, spelled)}
+
+
 def accept_whole_tensors(model: nn.Module) -> None:
     """Let ``load_state_dict`` of ``model``, and of any module in it, take unsharded tensors too.
 

@@ -118,6 +118,9 @@ def _job(name: str, options: Mapping[str, Any], shape: tuple[int, int], *, size:
             scaled[option] = "node" if topology.spans_nodes else otherwise
         elif isinstance(chosen, float) and chosen < 1:
             scaled[option] = 0.5  # of two blocks, one
+    share = scaled.get("frozen_on_ranks", 0.0)
+    if share == "auto" or 0 < share < 1:
+        scaled["frozen_on_ranks"] = 0.5  # of two blocks, one, if something is frozen
     if not scaled.get("two_hop", True):
         scaled["accumulate_gradients"] = "shard"
     return ScaledJob(name, topology, scaled, lifted)

@@ -32,6 +32,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_mics.checkpoint.content.trained_only import left_out
 from lightning_mics.checkpoint.errors import DamagedCheckpointError, UnsafeCheckpointError
 from lightning_mics.checkpoint.foreign.folders import holds_shards
 from lightning_mics.checkpoint.opening import OpenCheckpoint, open_checkpoint
@@ -91,7 +92,7 @@ def export(
         The folder that the tokenizer's files were copied from, if any.
 
     Raises:
-        ValueError: If ``checkpoint`` is not a sharded checkpoint, or an option does not fit it.
+        ValueError: If ``checkpoint`` is not a sharded checkpoint, holds only what trains, or an option does not fit it.
         FileExistsError: If ``out`` is not empty.
         FileNotFoundError: If a file that an option names is missing.
         DamagedCheckpointError: If files of the checkpoint are missing, cut short or altered.
@@ -100,6 +101,12 @@ def export(
     _check_options(checkpoint, out, dtype)
     opened = open_checkpoint(checkpoint)
     opened.check()
+    if said := left_out(_meta(opened, needed=False)):
+        raise ValueError(
+            f"{checkpoint} holds only what trains: it was saved with save_frozen=False, without {said}. An export "
+            "needs the base model too: resume from it over the base model and save with save_frozen=True, or call "
+            "`save_pretrained` of the model of peft, which writes the adapters alone"
+        )
     stored = stored_current_model(opened) if current else stored_model(opened)
     network = _network(opened, sorted(stored.shapes), config=config, prefix=prefix, tokenizer=tokenizer)
     weights = _weights(stored.shapes, network, dtype)

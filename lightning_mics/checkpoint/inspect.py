@@ -18,6 +18,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lightning_mics.checkpoint.content.trained_only import left_out
 from lightning_mics.checkpoint.errors import DamagedCheckpointError, UnsafeCheckpointError
 from lightning_mics.checkpoint.keys import MODEL_KEY
 from lightning_mics.checkpoint.opening import OpenCheckpoint, open_checkpoint
@@ -46,6 +47,7 @@ def describe(path: StoragePath) -> list[tuple[str, str]]:
         ("saved", f"{manifest.saved}, {_age(datetime.now(timezone.utc) - written)} ago"),
         ("written by", f"{manifest.world_size} {_plural('rank', manifest.world_size)}"),
         *_topology(saved_topology(meta)),
+        *([("left out", f"{left_out(meta)}: save_frozen=False")] if left_out(meta) else []),
     ]
     for name, part in parts(checkpoint).items():
         dtypes = ", ".join(dtype for dtype, _ in part.dtypes.most_common())

@@ -26,6 +26,7 @@ from lightning_mics.checkpoint.content.containers import leaves, mapped, nested
 from lightning_mics.checkpoint.content.layout import FullNames
 from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
 from lightning_mics.checkpoint.content.stored_tensor import StoredTensor, StoredValue, untouched
+from lightning_mics.checkpoint.content.trained_only import check_base, left_out, with_base
 from lightning_mics.checkpoint.foreign.folders import holds_shards, open_files, why_not
 from lightning_mics.checkpoint.foreign.states import regrouped
 from lightning_mics.checkpoint.full_file import open_full
@@ -47,6 +48,7 @@ def load(
     rank_state: dict[str, Tensor] | None = None,
     names: FullNames | None = None,
     needed: Collection[str] = (),
+    unset: Collection[str] = (),
     show_progress: bool = False,
 ) -> dict[str, Any]:
     """Load a checkpoint into a sharded model and its optimizers, in place; every rank calls it.
@@ -61,6 +63,7 @@ def load(
             Tensors that the checkpoint lacks keep their values.
         names: Keys of the model and the optimizers; None for the Trainer's.
         needed: Keys of other entries that the checkpoint must have.
+        unset: FQNs of frozen parameters without weights, which a checkpoint of what trains alone does not give.
         show_progress: Whether this rank displays progress bars for long operations.
 
     Returns:
@@ -73,7 +76,8 @@ def load(
             is ``needed`` is missing.
         DamagedCheckpointError: If files of a directory are missing, cut short or altered.
         UnsafeCheckpointError: If loading would run code of the checkpoint that ``weights_only`` does not allow.
-        RuntimeError: If ``strict`` and the parameters differ, or the optimizers are not those of the checkpoint.
+        RuntimeError: If ``strict`` and the parameters differ, the optimizers are not those of the checkpoint, or it
+            holds only what trains and frozen parameters are ``unset``.
     """
     opened = open_to_load(
         path, mesh=lambda: mesh_of(model), weights_only=weights_only, names=names, show_progress=show_progress
@@ -87,6 +91,7 @@ def load(
         rank_state=rank_state,
         names=names,
         needed=needed,
+        unset=unset,
     )
 
 
@@ -100,6 +105,7 @@ def load_opened(
     rank_state: dict[str, Tensor] | None = None,
     names: FullNames | None = None,
     needed: Collection[str] = (),
+    unset: Collection[str] = (),
 ) -> dict[str, Any]:
     """Load all of an opened checkpoint; every rank calls it. For the other arguments and the errors see :func:`load`.
 
@@ -112,7 +118,9 @@ def load_opened(
         rank_state: Tensors to fill with those that this rank has saved.
         names: Keys of the model and the optimizers.
         needed: Keys of other entries that the checkpoint must have.
+        unset: FQNs of frozen parameters without weights.
     """
+    check_base(opened.entries, unset, path=path)
     states = _states_by_key(opened, names, optimizers, strict=strict, path=path)
     missing = sorted(set(needed) - opened.entries.keys())
     if missing:
@@ -204,6 +212,8 @@ def load_model(opened: OpenedCheckpoint, *, model: nn.Module, strict: bool) -> N
         RuntimeError: If a shape differs, or if names differ and ``strict``.
     """
     own, state = get_model_state_dict(model), _with_tied(opened.model, model)
+    if left_out(opened.entries):
+        state = with_base(state, own, model)
     check_model(own, state, strict=strict)
     targets: dict[tuple[Any, ...], Any] = {}
     whole: dict[str, Any] = {}

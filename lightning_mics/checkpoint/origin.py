@@ -16,12 +16,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics._torch.fsdp import OptimizedModule
+from lightning_mics.checkpoint.content.trained_only import TRAINED_ONLY_KEY
 from lightning_mics.topology import Topology
 
 TOPOLOGY_KEY = "mics_topology"
 CHOICE_KEY = "mics_choice"
 NETWORK_KEY = "mics_network"
-ORIGIN_KEYS = (TOPOLOGY_KEY, CHOICE_KEY, NETWORK_KEY)
+ORIGIN_KEYS = (TOPOLOGY_KEY, CHOICE_KEY, NETWORK_KEY, TRAINED_ONLY_KEY)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ Each parameter is sharded along one dim (:mod:`~lightning_mics.techniques.sharde
 ranks, and FSDP2 gathers and reduces all of a parameter group at once. The root is gathered in the first forward of each
 micro-step only; blocks are gathered in forward and in backward, with ``allow_unused`` in forward only. Gradients of
 frozen parameters are not reduced, and where these are cached, they are not gathered in any step but the first, which is
-not counted.
+not counted. Blocks that no gradient reaches are gathered in forward only
+(:func:`~lightning_mics.sharding.modules.frozen_blocks.used_in_backward`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import nn
 from lightning_mics.collectives.traffic import Kind, Sent, part_of, sent_by
 from lightning_mics.cost.collective import Collective
 from lightning_mics.sharding.blocks import group_modules
+from lightning_mics.sharding.modules.frozen_blocks import UnitSize, used_in_backward
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.techniques.sharded_dim import padded_numel
@@ -72,6 +74,11 @@ def _unit(module: nn.Module, blocks: set[nn.Module], is_root: bool) -> Unit:
     own = {parameter for inner in group_modules(module, blocks) for parameter in inner.parameters(recurse=False)}
     trained = {parameter for parameter in own if parameter.requires_grad}
     return Unit(_shapes(own), is_root, None if trained == own else _shapes(trained))
+
+
+def unit_sizes(units: Iterable[Unit]) -> list[UnitSize]:
+    """Elements of each parameter group, and those of them that require gradients."""
+    return [(unit.elements(1), unit.trained_elements(1)) for unit in units]
 
 
 def _shapes(parameters: Iterable[nn.Parameter]) -> tuple[tuple[int, ...], ...]:
@@ -175,11 +182,13 @@ def step_traffic(
     """
     communication.check_chosen()
     in_stages = choose_hierarchical(communication.hierarchical, topology)
-    of_kind: dict[tuple[Unit, CommunicationOptions], UnitTraffic] = {}  # blocks are alike
-    for unit, options in (kinds := list(zip(units, communication.by_unit(blocks=len(units) - 1), strict=True))):
-        if (unit, options) not in of_kind:
-            step = _Step(topology, options, in_stages)
-            of_kind[unit, options] = _more_than_one_rank(
+    sizes = unit_sizes(units)
+    of_kind: dict[tuple[Unit, CommunicationOptions, bool], UnitTraffic] = {}  # blocks are alike
+    kinds = list(zip(units, communication.by_unit(sizes=sizes), used_in_backward(sizes), strict=True))
+    for unit, options, in_backward in kinds:
+        if (unit, options, in_backward) not in of_kind:
+            step = _Step(topology, options, in_stages, in_backward=in_backward)
+            of_kind[unit, options, in_backward] = _more_than_one_rank(
                 unit, [*step.gathers(unit, gathered_dtype), *step.reductions(unit, reduce_dtype)]
             )
             if options.cache_offload:
@@ -243,6 +252,7 @@ class _Step:
     topology: Topology
     options: CommunicationOptions
     hierarchical: bool
+    in_backward: bool = True  # whether the backward uses the weights
 
     @property
     def _in_stages(self) -> bool:
@@ -254,7 +264,7 @@ class _Step:
         if self.options.cache_parameters == "rank":
             elements = trained
         once = _Uses(("forward",), "first")
-        stays = unit.is_root or self.options.allow_unused
+        stays = unit.is_root or self.options.allow_unused or not self.in_backward
         always = _Uses(("forward",) if stays else ("forward", "backward"), "every")
         every = once if self.options.cache_parameters == "rank" else always
         if not self._in_stages:

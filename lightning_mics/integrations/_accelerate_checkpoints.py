@@ -11,10 +11,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import get_int_from_env
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.optim import Optimizer
 
 from lightning_mics import checkpoint
+from lightning_mics.checkpoint.content.trained_only import model_state, trained_only_entry
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.opening import open_sharded
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
@@ -34,6 +34,7 @@ class PluginCheckpoints:
 
     _timeout: timedelta | None
     _in_memory: InMemoryLoop | None
+    _save_frozen: bool
 
     def save_checkpoint(self, accelerator: Accelerator, path: str | Path, **state: Any) -> None:
         """Save the model and optimizers as the Trainer and Fabric do; every rank calls it.
@@ -49,7 +50,7 @@ class PluginCheckpoints:
             ValueError: If no model was prepared with a :class:`MiCSPlugin`.
         """
         with all_ranks_answer(f"saving {path}", timeout=self._timeout):
-            checkpoint.save_sharded(storage_path(path), **_states(accelerator, state))
+            checkpoint.save_sharded(storage_path(path), **_states(accelerator, state, save_frozen=self._save_frozen))
 
     def load_checkpoint(
         self, accelerator: Accelerator, path: str | Path, *, weights_only: bool = True
@@ -79,6 +80,7 @@ class PluginCheckpoints:
                 optimizers=optimizers_of(accelerator),
                 strict=True,
                 weights_only=weights_only,
+                unset=sharded(model).without_weights(),
             )
         verify_replicas(model, sharded(model).groups)
         return _without_scaler(accelerator, rest)
@@ -153,15 +155,22 @@ def ranks_on_this_host() -> int:
     return local_size
 
 
-def _states(accelerator: Accelerator, state: dict[str, Any], *, beside: bool = False) -> dict[str, Any]:
+def _states(
+    accelerator: Accelerator, state: dict[str, Any], *, beside: bool = False, save_frozen: bool = True
+) -> dict[str, Any]:
     """What is saved of the model, the optimizers and ``state``, perhaps beside the training; every rank calls it."""
     model = _prepared_model(accelerator)
     handle = sharded(model)
     handle.prepare_to_save(beside=beside)
     return {
-        "model_state": get_model_state_dict(model),
+        "model_state": model_state(model, full=False, save_frozen=save_frozen),
         "optimizer_states": [optimizer_state(model, each, sharded=True) for each in optimizers_of(accelerator)],
-        "meta": {**_scaler_state(accelerator), **state, **origin(model, handle.groups.topology, handle.chosen)},
+        "meta": {
+            **_scaler_state(accelerator),
+            **state,
+            **({} if save_frozen else trained_only_entry(model)),
+            **origin(model, handle.groups.topology, handle.chosen),
+        },
     }
 
 

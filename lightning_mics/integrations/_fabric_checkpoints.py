@@ -10,12 +10,12 @@ from lightning.fabric.utilities.load import _move_state_into
 from lightning.fabric.utilities.types import _Stateful
 from lightning.fabric.wrappers import _unwrap_objects
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_mics import checkpoint
 from lightning_mics._torch.fsdp import is_in_iteration
+from lightning_mics.checkpoint.content.trained_only import model_state, trained_only_entry
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.foreign.folders import holds_shards
 from lightning_mics.checkpoint.opening import open_sharded
@@ -69,11 +69,12 @@ class FabricCheckpoints:
 
     def _save(self: Any, path: StoragePath, parts: Parts, filter: Filter) -> None:
         full = not self._save_distributed_checkpoint
-        model_state, optimizers, rest = _contents(parts, full=full)
-        contents = {**parts.divided(model_state), **optimizers, **rest}
+        states, optimizers, rest = _contents(parts, full=full, save_frozen=self._save_frozen)
+        left_out = {} if self._save_frozen else trained_only_entry(parts.model)
+        contents = {**parts.divided(states), **optimizers, **rest}
         contents = {key: filtered(value, filter.get(key)) for key, value in contents.items()}
         if full:
-            checkpoint.save_whole(path, contents, write=torch.save)
+            checkpoint.save_whole(path, {**contents, **left_out}, write=torch.save)
             return
         self._saving.save(
             path,
@@ -81,6 +82,7 @@ class FabricCheckpoints:
             optimizer_states=[contents[key] for key in optimizers],
             meta={
                 **{key: contents[key] for key in rest},
+                **left_out,
                 **origin(parts.model, parts.first.groups.topology, parts.first.chosen),
             },
             names=parts.names,
@@ -101,9 +103,9 @@ class FabricCheckpoints:
             ValueError: If no model in it was set up.
         """
         parts = Parts.of({**self._scaler(), **_unwrap_objects(state)}, doing="strategy.save_in_memory")
-        model_state, optimizers, rest = _contents(parts, full=False, beside=True)
+        states, optimizers, rest = _contents(parts, full=False, beside=True)
         self._loop_of(parts).save(
-            model_state=model_state,
+            model_state=states,
             optimizer_states=list(optimizers.values()),
             meta={**rest, **origin(parts.model, parts.first.groups.topology, parts.first.chosen)},
             optimizers=parts.optimizers.values(),
@@ -224,6 +226,7 @@ class FabricCheckpoints:
                 weights_only=self._reads_weights_only(weights_only),
                 names=parts.names,
                 needed=parts.rest if strict else (),
+                unset=_without_weights(parts),
             )
             for model in parts.models.values():
                 _reset_after_load(model)
@@ -240,18 +243,22 @@ class FabricCheckpoints:
 
 
 def _contents(
-    parts: Parts, *, full: bool, beside: bool = False
+    parts: Parts, *, full: bool, beside: bool = False, save_frozen: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The states to save of the model, of optimizers by key, and of all else by key; every rank calls it."""
     for model in parts.models.values():
         sharded(model).prepare_to_save(beside=beside)
-    options = StateDictOptions(full_state_dict=full, cpu_offload=full)
-    model_state = get_model_state_dict(parts.model, options=options)
+    states = model_state(parts.model, full=full, save_frozen=save_frozen)
     optimizers = {
         key: optimizer_state(parts.model, optimizer, sharded=not full) for key, optimizer in parts.optimizers.items()
     }
     rest = {key: value.state_dict() if isinstance(value, _Stateful) else value for key, value in parts.rest.items()}
-    return model_state, optimizers, rest
+    return states, optimizers, rest
+
+
+def _without_weights(parts: Parts) -> list[str]:
+    """FQNs in :attr:`Parts.model` of the frozen parameters to which nothing has given weights."""
+    return list(parts.joined({key: dict.fromkeys(sharded(m).without_weights()) for key, m in parts.models.items()}))
 
 
 def _reset_after_load(model: nn.Module) -> None:

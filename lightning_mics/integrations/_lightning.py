@@ -37,6 +37,7 @@ class LightningStrategy:
         state_dict_type: StateDictType = "sharded",
         async_save: bool = False,
         weights_only: bool = True,
+        save_frozen: bool = True,
         in_memory_checkpoint: int | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
@@ -51,6 +52,9 @@ class LightningStrategy:
                 :meth:`wait_for_checkpoints` and the end of a fit wait for them. Needs sharded checkpoints.
             weights_only: Whether loading a checkpoint reads plain data and tensors only. False unpickles any object,
                 which may run code. An explicit ``weights_only`` of a loading call overrides it.
+            save_frozen: Whether checkpoints hold parameters that do not require gradients. False saves what trains and
+                buffers, as adapters without their base model; such a checkpoint resumes over the base weights that the
+                model has.
             in_memory_checkpoint: Number of optimizer steps between two checkpoints in the memory of two nodes, from
                 which a job resumes that is started again after a death; 1 is every step, None never. For a Trainer.
             process_group_backend: Backend of the process groups; None is nccl for CUDA, gloo for CPU.
@@ -64,6 +68,7 @@ class LightningStrategy:
         """
         check_names(type(self), policy)
         check_saving(state_dict_type=state_dict_type, async_save=async_save)
+        self._save_frozen = checked_flag("save_frozen", save_frozen)
         super().__init__(  # type: ignore[call-arg]  # Lightning's
             save_distributed_checkpoint=state_dict_type == "sharded",
             process_group_backend=process_group_backend,
@@ -197,6 +202,21 @@ def check_job(device: torch.device, *, backend: str) -> None:
         raise ValueError(f"strategy 'mics' runs on CUDA and CPU devices, not on {device.type!r}")
     if device.type == "cpu" and "gloo" not in backend:
         raise ValueError(f"process_group_backend={backend!r} cannot serve CPU devices; use 'gloo' or None")
+
+
+def checked_flag(option: str, value: bool) -> bool:
+    """The value of an option that is True or False.
+
+    Args:
+        option: Name of the option, for the message.
+        value: Value that was given.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{option}={value!r} is neither True nor False")
+    return value
 
 
 def checked_interval(steps: int | None) -> int | None:

@@ -74,6 +74,9 @@ class MiCSPlugin(PluginCheckpoints, FullyShardedDataParallelPlugin):  # type: ig
         state_dict_type: Kind of model file that ``save_state`` writes, ``"sharded"`` or ``"full"``. None takes
             ``fsdp_state_dict_type`` of the config file of ``accelerate launch``, and ``"sharded"`` without one; the
             defaults of ``activation_checkpointing`` and ``offload`` are also read from there.
+        save_frozen: Whether checkpoints of ``save_checkpoint`` hold parameters that do not require gradients. False
+            saves what trains and buffers, as adapters without their base model. ``save_state`` is Accelerate's own, and
+            saves all.
         timeout: Longest duration of a collective of any group; None is the backend's default: 10 minutes with NCCL, 30
             with gloo, over which ranks agree and save.
         policy: Options of sharding; see :class:`~lightning_mics.policy.options.PolicyOptions`.
@@ -87,6 +90,7 @@ class MiCSPlugin(PluginCheckpoints, FullyShardedDataParallelPlugin):  # type: ig
         self,
         *,
         state_dict_type: Literal["sharded", "full"] | None = None,
+        save_frozen: bool = True,
         timeout: timedelta | None = None,
         **policy: Unpack[PolicyOptions],
     ) -> None:
@@ -96,6 +100,9 @@ class MiCSPlugin(PluginCheckpoints, FullyShardedDataParallelPlugin):  # type: ig
         policy.setdefault("offload", bool(parse_flag_from_env("FSDP_OFFLOAD_PARAMS")))
         policy.setdefault("activation_checkpointing", bool(parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")))
         self.policy = Policy(timeout=timeout, **policy)
+        if not isinstance(save_frozen, bool):
+            raise ValueError(f"save_frozen={save_frozen!r} is neither True nor False")
+        self._save_frozen = save_frozen
         self._timeout = timeout
         self._in_memory = None
         super().__init__(

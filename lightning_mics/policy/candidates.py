@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +20,8 @@ from lightning_mics.policy.memory import usable_bytes
 from lightning_mics.policy.places import largest_share
 from lightning_mics.policy.step_memory import step_bytes
 from lightning_mics.policy.workload import Workload
-from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics.sharding.modules.frozen_blocks import frozen_blocks
+from lightning_mics.sharding.options import CommunicationOptions, share_of
 from lightning_mics.topology import Topology, partition_sizes
 
 LEAST_TOKENS = 2048  # tokens of a micro-step below which kernels lose their share of the peak, which is not modeled
@@ -142,7 +144,10 @@ class Job:
                 whole = list(self.priced("MiCS", topology, choice.communication))
                 yield from whole
                 for candidate in whole:
-                    yield from self._in_part(candidate, communication)
+                    in_part = list(self._in_part(candidate, communication))
+                    yield from in_part
+                    for each in (candidate, *in_part):
+                        yield from self._with_frozen(each, communication)
                 if communication.cache_offload == "auto":
                     yield from self._on_host(whole)
 
@@ -185,6 +190,29 @@ class Job:
             options = replace(options, cache_parameters=part or "never")
         if part is not None:
             yield from self.priced("MiCS", topology, options, only=[(work, whole.batches)])
+
+    def _with_frozen(self, candidate: Candidate, asked: CommunicationOptions) -> Iterator[Candidate]:
+        """A candidate that fits, with frozen weights of as many blocks on ranks as fit beside it.
+
+        Args:
+            candidate: A way to run the job.
+            asked: Options of the user.
+        """
+        options, topology, batches = candidate.communication, candidate.topology, candidate.batches
+        blocks = len(frozen_blocks(self.workload.sizes)) if asked.frozen_on_ranks == "auto" else 0
+        on_ranks = topology.partition_size == 1 or options.cache_parameters == "rank" or options.allow_unused
+        if not blocks or on_ranks or not candidate.fits:
+            return
+        work = self._work_of(candidate)
+
+        def taken(count: int) -> int:
+            wanted = replace(options, frozen_on_ranks=share_of(count, blocks))
+            return step_bytes(work, topology, wanted, samples=batches.micro, micro_steps=batches.accumulation)
+
+        count = bisect_right(range(1, blocks + 1), self._usable_bytes, key=taken)
+        if count:
+            wanted = replace(options, frozen_on_ranks=share_of(count, blocks))
+            yield from self.priced("MiCS", topology, wanted, only=[(work, batches)])
 
     def _left_bytes(self, work: Workload, candidate: Candidate, options: CommunicationOptions) -> int:
         """Memory that a candidate with other options leaves, in bytes."""
@@ -339,6 +367,7 @@ def _is_risky(candidate: Candidate, baseline: Candidate) -> bool:
 def _simplicity(candidate: Candidate) -> tuple[float, ...]:
     options = candidate.communication
     on_ranks = (options.cache_parameters == "rank") + (options.accumulate_gradients == "rank")
+    on_ranks += bool(options.frozen_on_ranks)
     return (
         candidate.activation_offload + bool(options.cache_offload),
         on_ranks,
@@ -388,6 +417,8 @@ def _allowed(
                 inter_node_prefetch=units_ahead,
                 cache_offload=offload,
             )
+            if options.frozen_on_ranks == "auto":  # as much as fits beside all else, later
+                options = replace(options, frozen_on_ranks=0.0)
             if communication.allow_unused:
                 options = options.on_ranks()
             try:

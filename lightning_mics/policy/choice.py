@@ -7,7 +7,8 @@ ranks of a partition group per node, the cache takes M/k bytes of each rank, and
 / k. If memory is left for only one of them, parameters take precedence: over s micro-steps their cache saves 2s-1
 times M bytes of inter-node traffic, accumulated gradients save s-1 times.
 
-If neither fits, as many blocks as fit are cached on nodes, spread over the depth, and then as many accumulated.
+If neither fits, as many blocks as fit are cached on nodes, spread over the depth, and then as many accumulated. What is
+left then is for frozen weights on each rank (:mod:`lightning_mics.policy.frozen`).
 
 With ``cache_offload=True`` they wait in host memory, and all are cached and accumulated on nodes.
 
@@ -29,6 +30,7 @@ from itertools import product
 from typing import Any, Literal
 
 from lightning_mics.cost.communication_time import CommunicationTime, Pricing
+from lightning_mics.policy.frozen import place_frozen
 from lightning_mics.policy.memory import USABLE_SHARE, ModelSize, fits, smallest_partition_size
 from lightning_mics.policy.places import Memory, Place, weigh
 from lightning_mics.sharding.options import CommunicationOptions
@@ -74,20 +76,23 @@ class Choice:
     @property
     def options(self) -> dict[str, Any]:
         """The options that may be "auto", with what they are here, as a strategy takes them."""
-        return options_that_may_be_auto(self.topology.partition_size, self.communication)
+        options = options_that_may_be_auto(self.topology.partition_size, self.communication)
+        frozen = self.communication.frozen_on_ranks
+        return {**options, "frozen_on_ranks": frozen} if "frozen_on_ranks" in self.reasons else options
 
 
 def options_that_may_be_auto(
     partition_size: int | Literal["auto"], communication: CommunicationOptions
 ) -> dict[str, Any]:
-    """The options that may be "auto", by name.
+    """The options that may be "auto", by name; ``frozen_on_ranks`` if it is.
 
     Args:
         partition_size: Ranks per partition group, or "auto".
         communication: Options of the collectives.
     """
     names = ("hierarchical", "cache_parameters", "accumulate_gradients")
-    return {"partition_size": partition_size, **{name: getattr(communication, name) for name in names}}
+    options = {"partition_size": partition_size, **{name: getattr(communication, name) for name in names}}
+    return {**options, "frozen_on_ranks": "auto"} if communication.frozen_on_ranks == "auto" else options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,14 +165,16 @@ def fitting_ways(job: ShardingJob) -> list[Choice]:
         if job.partition_size == "auto"
         else (job.partition_size,)
     )
-    alternatives = {  # "auto" is as much as memory allows
+    alternatives: dict[str, tuple[Any, ...]] = {  # "auto" is as much as memory allows
         "hierarchical": ("auto", False),
         "cache_parameters": ("auto", "node", "never"),
         "accumulate_gradients": ("auto", "node", "shard"),
+        "frozen_on_ranks": ("auto", 0.0),
     }
     if job.communication.allow_unused:  # they take the memory in any case
         job = replace(job, communication=job.communication.on_ranks())
-    values = [others if job.given[name] == "auto" else (job.given[name],) for name, others in alternatives.items()]
+    given = job.communication.keywords()
+    values = [others if given[name] == "auto" else (given[name],) for name, others in alternatives.items()]
     found: dict[tuple[int, CommunicationOptions], Choice] = {}
     for ranks, ways in product(sizes, product(*values)):
         try:
@@ -213,7 +220,9 @@ def _by_memory(job: ShardingJob) -> Choice:
         accumulate = weigh(communication.accumulate_gradients, size.reduced_bytes, size.blocks_reduced_bytes, memory)
     else:
         accumulate = Place(None, "two_hop=False reduces in every micro-step")
-    cached_bytes = cache.bytes + accumulate.bytes
+    left_bytes = memory.free_bytes - accumulate.bytes
+    frozen = place_frozen(communication.frozen_on_ranks, size, topology, cached=cache.level, free_bytes=left_bytes)
+    cached_bytes = cache.bytes + accumulate.bytes + frozen.bytes
     if communication.allow_unused and partition_size > 1:
         cached_bytes = size.gathered_bytes + size.reduced_bytes
     return Choice(
@@ -223,12 +232,14 @@ def _by_memory(job: ShardingJob) -> Choice:
             hierarchical=hierarchical,
             cache_parameters=cache.level or "never",
             accumulate_gradients=accumulate.level or "shard",
+            frozen_on_ranks=frozen.share,
         ),
         reasons={
             **reasons,
             "hierarchical": _why_hierarchical(topology, hierarchical),
             "cache_parameters": cache.why,
             "accumulate_gradients": accumulate.why,
+            **({"frozen_on_ranks": frozen.why} if frozen.why else {}),
         },
         states_bytes=states_bytes,
         cached_bytes=cached_bytes,
@@ -254,7 +265,7 @@ def _fastest(ways: Sequence[Choice], given: Mapping[str, Any]) -> Choice:
         instead["full sharding"] = full
     reasons = dict(chosen.reasons)
     for name, value in given.items():
-        if value == "auto":
+        if value == "auto" and name in reasons:
             reasons[name] = _why_fastest(name, chosen)
     return replace(chosen, instead=instead, reasons=reasons)
 
@@ -272,7 +283,7 @@ def _is_full_sharding(way: Choice) -> bool:
     """Whether it is what FSDP2 does with its defaults."""
     options = way.communication
     plain = (options.hierarchical, options.cache_parameters, options.accumulate_gradients) == (False, "never", "shard")
-    return plain and way.topology.replicas == 1
+    return plain and not options.frozen_on_ranks and way.topology.replicas == 1
 
 
 def _simplicity(way: Choice) -> tuple[float, ...]:
@@ -280,7 +291,7 @@ def _simplicity(way: Choice) -> tuple[float, ...]:
     assert way.time is not None
     options = way.communication
     return (
-        (options.cache_parameters == "rank") + (options.accumulate_gradients == "rank"),
+        (options.cache_parameters == "rank") + (options.accumulate_gradients == "rank") + bool(options.frozen_on_ranks),
         round(way.time.between_bytes, -6),
         way.states_bytes + way.cached_bytes,
         way.topology.partition_size,

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_mics._torch.host_memory import host_memory_bytes
 from lightning_mics.sharding.blocks import group_modules
+from lightning_mics.sharding.modules.frozen_blocks import UnitSize
 from lightning_mics.sharding.optimizers.offload import Offload
 from lightning_mics.topology import partition_sizes
 
@@ -63,6 +64,7 @@ class ModelSize:
         cast_bytes: Gradients in the dtype of parameters, where they are reduced in another.
         blocks_gathered_bytes: Unsharded parameters of each block, in order.
         blocks_reduced_bytes: Gradients of each block, in the dtype of the reduction.
+        units: Elements of each parameter group, and those of them that require gradients; the root's first.
     """
 
     states_bytes: int
@@ -79,6 +81,7 @@ class ModelSize:
     cast_bytes: int = 0
     blocks_gathered_bytes: tuple[int, ...] = ()
     blocks_reduced_bytes: tuple[int, ...] = ()
+    units: tuple[UnitSize, ...] = ()
 
     def per_rank_host_bytes(self, partition_size: int) -> int:
         """Bytes of model states that each rank has in host memory at most.
@@ -150,6 +153,7 @@ def measure_model(
         cast_bytes=sum(p.nbytes for p in trainable if reduce_dtype not in (None, p.dtype)),
         blocks_gathered_bytes=gathered,
         blocks_reduced_bytes=reduced,
+        units=tuple(map(_elements, (root, *units))),
     )
 
 
@@ -221,6 +225,11 @@ def in_gib(size_bytes: int) -> str:
 
 def _unit_parameters(unit: nn.Module, blocks: set[nn.Module]) -> set[nn.Parameter]:
     return {parameter for module in group_modules(unit, blocks) for parameter in module.parameters(recurse=False)}
+
+
+def _elements(parameters: Iterable[nn.Parameter]) -> UnitSize:
+    listed = list(parameters)
+    return sum(p.numel() for p in listed), sum(p.numel() for p in listed if p.requires_grad)
 
 
 def _bytes_in(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None) -> int:

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from lightning_mics.sharding.blocks import ModuleClasses
 from lightning_mics.sharding.optimizers.offload import Offload
-from lightning_mics.sharding.options import AccumulateGradients, CacheParameters
+from lightning_mics.sharding.options import AccumulateGradients, CacheParameters, FrozenOnRanks
 
 
 class PolicyOptions(TypedDict, total=False):
@@ -37,6 +37,10 @@ class PolicyOptions(TypedDict, total=False):
             in every micro-step; on each ``"node"``, reduced between nodes once per step; on each ``"rank"``, reduced
             once per step. A share, as 0.25, is ``"node"`` for so many of the blocks. ``"auto"``, the default, chooses
             as for ``cache_parameters``, from the memory it leaves.
+        frozen_on_ranks: Share of the blocks with frozen weights, 0 to 1, that each rank holds unsharded for the whole
+            job, those first that save the most traffic for their memory; then nothing of them is sent again, also
+            inside nodes. ``"auto"``, the default, is as much as memory allows after the options above, where that
+            communicates for a shorter time.
         inter_node_reduce_dtype: Dtype in which gradients are sent between nodes, or its name; None, the default, is
             ``reduce_dtype``, in which they are added up in any case.
         inter_node_prefetch: Number of blocks whose gather between nodes runs ahead, while earlier blocks are gathered
@@ -74,6 +78,7 @@ class PolicyOptions(TypedDict, total=False):
     hierarchical: bool | Literal["auto"]
     cache_parameters: CacheParameters
     accumulate_gradients: AccumulateGradients
+    frozen_on_ranks: FrozenOnRanks
     inter_node_reduce_dtype: torch.dtype | str | None
     inter_node_prefetch: int | Literal["auto"]
     cache_offload: bool

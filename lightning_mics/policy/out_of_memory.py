@@ -36,6 +36,8 @@ def memory_advice(choice: Choice, *, recomputes: bool, offloads: bool = False, s
     if options.allow_unused:
         ways.append(f"allow_unused=False ({cached})")
     elif topology.partition_size > 1:
+        if options.frozen_on_ranks:
+            ways.append(f"frozen_on_ranks=0 in place of {options.frozen_on_ranks} ({cached})")
         for option, now, lowest in (
             ("cache_parameters", options.cache_parameters, "never"),
             ("accumulate_gradients", options.accumulate_gradients, "shard"),

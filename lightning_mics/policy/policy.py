@@ -69,6 +69,7 @@ class Policy:
             hierarchical=policy.get("hierarchical", "auto"),
             cache_parameters=policy.get("cache_parameters", "auto"),
             accumulate_gradients=policy.get("accumulate_gradients", "auto"),
+            frozen_on_ranks=policy.get("frozen_on_ranks", "auto"),
             inter_node_reduce_dtype=floating_dtype("inter_node_reduce_dtype", policy.get("inter_node_reduce_dtype")),
             inter_node_prefetch=policy.get("inter_node_prefetch", 0),
             cache_offload=policy.get("cache_offload", False),
@@ -216,7 +217,7 @@ class Policy:
             choice, recomputes=bool(recomputed), offloads=self._activation_offload, states_on_host=self.offload
         )
         asked = options_that_may_be_auto(self.partition_size, self.communication)
-        chosen = {name: value for name, value in choice.options.items() if asked[name] == "auto"}
+        chosen = {name: value for name, value in choice.options.items() if asked.get(name) == "auto"}
         return Sharded(groups, schedule, report, tuple(blocks.values()), advice, chosen)
 
     def choose(

@@ -32,8 +32,12 @@ def choice_of_checkpoint(meta: Mapping[str, Any], job: ShardingJob) -> tuple[Cho
     if topology is None or (topology.world_size, topology.ranks_per_node) != (job.world_size, job.ranks_per_node):
         before = f"{topology.world_size} ranks, {topology.ranks_per_node} per node" if topology else "another job"
         return None, f"chosen anew: the checkpoint is of {before}"
-    if saved.keys() != {name for name, value in job.given.items() if value == "auto"}:
+    frozen = saved.pop("frozen_on_ranks", 0.0)  # where it is not "auto" now it is given; it changes no sums
+    asked = {name for name, value in job.given.items() if value == "auto"}
+    if saved.keys() != asked - {"frozen_on_ranks"}:
         return None, 'chosen anew: other options are "auto" than in the run that saved the checkpoint'
+    if "frozen_on_ranks" in asked:
+        saved["frozen_on_ranks"] = frozen
     options = dict(saved)
     try:
         partition_size = options.pop("partition_size", job.partition_size)

@@ -40,10 +40,12 @@ def start_report(
     if t.partition_size > 1:
         for option in ("cache_parameters", "accumulate_gradients"):
             rows[option.replace("_", " ")] = f"{getattr(options, option)} ({why[option]})"
+        if "frozen_on_ranks" in why:
+            rows["frozen on ranks"] = f"{options.frozen_on_ranks:g} ({why['frozen_on_ranks']})"
+    if frozen_bytes and t.partition_size > 1:
+        rows["frozen weights"] = f"{in_gib(frozen_bytes)} {_frozen_gathers(t, options)}"
     if t.nodes > 1:
         rows["inter-node gathers"] = _inter_node_gathers(t, options)
-        if frozen_bytes and t.spans_nodes and options.cache_parameters == "node":
-            rows["frozen weights"] = f"{in_gib(frozen_bytes)} cross nodes once per job, and stay cached on nodes"
         rows["inter-node reductions"] = _inter_node_reductions(t, options)
     rows |= _by_time(choice)
     if choice.resumed:
@@ -108,6 +110,20 @@ def _why_two_hop(topology: Topology, two_hop: bool) -> str:
     if not two_hop:
         return "off: two_hop=False, so gradients are reduced over replicas in every micro-step"
     return "on: gradients are reduced over replicas at the boundary only"
+
+
+def _frozen_gathers(topology: Topology, options: CommunicationOptions) -> str:
+    place = options.cache_parameters
+    once = "are gathered once per job, and stay cached on ranks"
+    if place == "rank" or options.frozen_on_ranks == 1:
+        return once
+    if place == "never" or not topology.spans_nodes:
+        others = "are gathered at every use"
+    elif place == "node":
+        others = "cross nodes once per job, and stay cached on nodes"
+    else:
+        others = "cross nodes once per job, and stay cached there, for cached blocks, and at every use for others"
+    return f"{once}, for blocks on ranks; those of others {others}" if options.frozen_on_ranks else others
 
 
 def _inter_node_gathers(topology: Topology, options: CommunicationOptions) -> str:

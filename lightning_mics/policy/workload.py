@@ -8,9 +8,10 @@ from math import prod
 
 import torch
 
-from lightning_mics.cost.step_traffic import Unit
+from lightning_mics.cost.step_traffic import Unit, unit_sizes
 from lightning_mics.policy.activations import Activations
 from lightning_mics.policy.memory import ADAM_STATES, ModelSize, saved_by_low_bits
+from lightning_mics.sharding.modules.frozen_blocks import UnitSize
 from lightning_mics.techniques.sharded_dim import padded_numel
 
 
@@ -31,6 +32,12 @@ class Elements:
     total: int
     nearest: tuple[int, ...]
     blocks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, root: int, blocks: tuple[int, ...]) -> Elements:
+        """The elements of a root and of its blocks, in order."""
+        largest, total = max(blocks, default=0), root + sum(blocks)
+        return cls(root=root, largest=largest, total=total, nearest=blocks[:2], blocks=blocks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +73,24 @@ class Workload:
     activation_offload: bool = False
     alternatives: tuple[Workload, ...] = ()
 
-    def elements(self, ranks: int) -> Elements:
-        """Elements of the parameter groups over ``ranks`` ranks; computed once."""
-        if ranks not in self._elements:
-            root = sum(unit.elements(ranks) for unit in self.units if unit.is_root)
-            blocks = tuple(unit.elements(ranks) for unit in self.units if not unit.is_root)
-            largest, total = max(blocks, default=0), root + sum(blocks)
-            self._elements[ranks] = Elements(root=root, largest=largest, total=total, nearest=blocks[:2], blocks=blocks)
-        return self._elements[ranks]
+    def elements(self, ranks: int, *, trained: bool = False) -> Elements:
+        """Elements of the parameter groups; computed once.
+
+        Args:
+            ranks: Ranks that have equal shards.
+            trained: Whether those that require gradients are counted alone.
+        """
+        if (ranks, trained) not in self._elements:
+            count = [unit.trained_elements(ranks) if trained else unit.elements(ranks) for unit in self.units]
+            root = sum(elements for elements, unit in zip(count, self.units, strict=True) if unit.is_root)
+            blocks = tuple(elements for elements, unit in zip(count, self.units, strict=True) if not unit.is_root)
+            self._elements[ranks, trained] = Elements.of(root, blocks)
+        return self._elements[ranks, trained]
+
+    @cached_property
+    def sizes(self) -> list[UnitSize]:
+        """Elements of each parameter group, and those of them that require gradients; the root's first."""
+        return unit_sizes(self.units)
 
     @cached_property
     def parameter_tensors(self) -> int:
@@ -98,7 +115,7 @@ class Workload:
         return sum(saved_by_low_bits(elements, bits=bits) for elements in shards)
 
     @cached_property
-    def _elements(self) -> dict[int, Elements]:
+    def _elements(self) -> dict[tuple[int, bool], Elements]:
         return {}
 
     @property

@@ -29,6 +29,7 @@ from lightning_mics._torch.units.unit_hooks import UnitHooks
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Kind, Traffic, sent_by
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
+from lightning_mics.sharding.modules.frozen_blocks import UnitSize
 from lightning_mics.sharding.optimizers.matrix_owners import MatrixOwners
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.ranks.agreement import RankAgreement
@@ -93,12 +94,14 @@ class Communication:
     def install(self, root: FSDPModule) -> AccumulationSchedule:
         """Set the collectives of every parameter group under ``root``; returns the schedule that drives them."""
         modules = fsdp_modules(root)
-        self._options_of = dict(zip(modules, self._options.by_unit(blocks=len(modules) - 1), strict=True))
+        self._options_of = dict(
+            zip(modules, self._options.by_unit(sizes=[_size_of(module) for module in modules.values()]), strict=True)
+        )
         for name, module in modules.items():
             if self._topology.partition_size > 1:
                 gather, reduce = self._all_gather(name, module), self._reduce_scatter(name, module)
                 module.set_custom_all_gather(self._agreement.before_gathers(name, module, gather))
-                if self._options.cache_parameters == "rank" or self._options.allow_unused:
+                if self._options_of[name].cache_parameters == "rank" or self._options.allow_unused:
                     self._on_rank[name] = RankCache(module, self._agreement.before_some(name, gather))
                 module.set_custom_reduce_scatter(reduce)
                 self._reduce_scatters[name] = reduce
@@ -137,7 +140,8 @@ class Communication:
             around_end_of_backward(root, after=schedule.window.after_reductions)
             schedule.optimizer_hooks.owners = self._matrix_owners(root, schedule)
         else:
-            dropped = [] if self._options.cache_parameters == "rank" else list(self._on_rank.values())
+            kept = {name for name, options in self._options_of.items() if options.cache_parameters == "rank"}
+            dropped = [cache for name, cache in self._on_rank.items() if name not in kept]
             unused = UnusedUnits(
                 root,
                 control=self._control,
@@ -268,3 +272,8 @@ class Communication:
         ranks = dist.get_process_group_ranks(group)
         nodes = [self._topology.node_of(rank) for rank in ranks]
         return CountedGroup(group, nodes=nodes, traffic=self._traffic, backend=self._backend)
+
+
+def _size_of(module: FSDPModule) -> UnitSize:
+    parameters = sharded_parameters(module)
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)

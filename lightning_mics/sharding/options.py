@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from lightning_mics.sharding.blocks import evenly
+from lightning_mics.sharding.modules.frozen_blocks import UnitSize, units_on_ranks
 from lightning_mics.techniques.partition_groups import PartitionGroups, check_hierarchical, choose_hierarchical
 from lightning_mics.topology import Topology
 
@@ -24,6 +25,9 @@ AccumulateGradients = Literal["auto", "shard", "node", "rank"] | float
 
 
 CacheOffload = bool | Literal["auto"]
+
+
+FrozenOnRanks = Literal["auto"] | float
 
 
 WIRE_DTYPES = (torch.float32, torch.bfloat16)
@@ -58,6 +62,11 @@ class CommunicationOptions:
             a partition group is inside one node. A share of the blocks, as 0.25, is ``"node"`` for so many, spread over
             the depth, and ``"shard"`` for the others. ``"rank"``: reduced once per step; takes their bytes on each
             rank.
+        frozen_on_ranks: Share of the blocks with frozen weights, 0 to 1, that each rank holds unsharded for the whole
+            job, wherever others are cached: frozen weights of these, and of the root, are gathered once per job, and
+            what trains in them once per step. Those come first that save the most traffic for their memory; see
+            :mod:`~lightning_mics.sharding.modules.frozen_blocks`. Takes their bytes on each rank; changes nothing where
+            nothing is frozen.
         inter_node_reduce_dtype: Dtype in which gradients are sent between nodes, float32 or bfloat16; None is the
             dtype in which they are reduced.
         inter_node_prefetch: Number of units whose stage between nodes runs ahead of their gather, beside arithmetic;
@@ -80,6 +89,7 @@ class CommunicationOptions:
     hierarchical: Hierarchical = "auto"
     cache_parameters: CacheParameters = "never"
     accumulate_gradients: AccumulateGradients = "shard"
+    frozen_on_ranks: FrozenOnRanks = 0.0
     inter_node_reduce_dtype: torch.dtype | None = None
     inter_node_prefetch: int | Literal["auto"] = 0
     cache_offload: CacheOffload = False
@@ -99,6 +109,10 @@ class CommunicationOptions:
                 raise ValueError(
                     f"{option}={value!r} is neither one of {_listed(choices)} nor a share of the blocks, such as 0.5"
                 )
+        if not (self.frozen_on_ranks == "auto" or _is_part(self.frozen_on_ranks)):
+            raise ValueError(
+                f"frozen_on_ranks={self.frozen_on_ranks!r} is neither 'auto' nor a share of the blocks, from 0 to 1"
+            )
         if self.inter_node_reduce_dtype not in (None, *WIRE_DTYPES):
             raise ValueError(
                 f"inter_node_reduce_dtype={self.inter_node_reduce_dtype!r} is not one of None, "
@@ -195,6 +209,8 @@ class CommunicationOptions:
             if getattr(self, option) == "auto":
                 allowed = _listed(choice for choice in choices if choice != "auto")
                 raise ValueError(f"{option}='auto' is for policies, which know the model's size; use one of {allowed}")
+        if self.frozen_on_ranks == "auto":
+            raise ValueError("frozen_on_ranks='auto' is for policies, which know the model's size; use a share, 0 to 1")
 
     def check_not_for_plans(self) -> None:
         """Check that no option is left to a plan, which alone knows how long a step takes.
@@ -209,17 +225,22 @@ class CommunicationOptions:
                     f"{option}='auto' is for the recipes, whose plan knows what a step takes; use {values}"
                 )
 
-    def by_unit(self, *, blocks: int) -> tuple[CommunicationOptions, ...]:
+    def by_unit(self, *, sizes: Sequence[UnitSize]) -> tuple[CommunicationOptions, ...]:
         """These options for each parameter group, without shares: the root's own, then those of blocks in order.
 
         Args:
-            blocks: Number of blocks.
+            sizes: Elements of each parameter group, and those of them that require gradients.
         """
+        blocks = len(sizes) - 1
         cached = _units_on_nodes(self.cache_parameters, blocks, otherwise="never")
         accumulated = _units_on_nodes(self.accumulate_gradients, blocks, otherwise="shard")
+        if self.frozen_on_ranks:
+            on_ranks = units_on_ranks(sizes, float(self.frozen_on_ranks))
+            cached = ["rank" if whole else place for whole, place in zip(on_ranks, cached, strict=True)]
         places = list(zip(cached, accumulated, strict=True))
+        whole = replace(self, frozen_on_ranks=0.0)
         kinds = {
-            (cache, accumulate): replace(self, cache_parameters=cache, accumulate_gradients=accumulate)
+            (cache, accumulate): replace(whole, cache_parameters=cache, accumulate_gradients=accumulate)
             for cache, accumulate in set(places)
         }
         return tuple(kinds[each] for each in places)
@@ -228,7 +249,8 @@ class CommunicationOptions:
         """Return these options with "rank" in place of "auto", where it fits the others."""
         accumulate = "rank" if self.accumulate_gradients == "auto" and self.two_hop else self.accumulate_gradients
         cache = "rank" if self.cache_parameters == "auto" else self.cache_parameters
-        return replace(self, cache_parameters=cache, accumulate_gradients=accumulate)
+        frozen = 0.0 if self.frozen_on_ranks == "auto" else self.frozen_on_ranks
+        return replace(self, cache_parameters=cache, accumulate_gradients=accumulate, frozen_on_ranks=frozen)
 
     def keywords(self) -> dict[str, Any]:
         """These options as keyword arguments of a strategy, by name."""
@@ -287,6 +309,10 @@ def _is_share(value: object) -> bool:
     return isinstance(value, float) and 0 < value <= 1
 
 
+def _is_part(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 def _is_on_nodes(value: str | float) -> bool:
     return value == "node" or _is_share(value)
 
@@ -304,4 +330,6 @@ def _listed(choices: Iterable[str]) -> str:
 CommunicationOptions.PAPER = CommunicationOptions()
 CommunicationOptions.NODE = CommunicationOptions(cache_parameters="node", accumulate_gradients="node")
 CommunicationOptions.RANK = CommunicationOptions(cache_parameters="rank", accumulate_gradients="rank")
-CommunicationOptions.AUTO = CommunicationOptions(cache_parameters="auto", accumulate_gradients="auto")
+CommunicationOptions.AUTO = CommunicationOptions(
+    cache_parameters="auto", accumulate_gradients="auto", frozen_on_ranks="auto"
+)

@@ -92,12 +92,21 @@ def load_pretrained(network: nn.Module, folder: str | Path, *, strict: bool = Tr
     return _load_on_all_ranks(network, source)
 
 
-def load_sources(model: nn.Module) -> None:
-    """Load the weights that :func:`load_pretrained` has deferred until ``model`` is sharded; every rank calls it."""
-    for module in list(model.modules()):
+def load_sources(model: nn.Module) -> set[str]:
+    """Load the weights that :func:`load_pretrained` has deferred until ``model`` is sharded; every rank calls it.
+
+    Returns:
+        FQNs of the parameters that were read.
+    """
+    read: set[str] = set()
+    for prefix, module in list(model.named_modules()):
         source = vars(module).pop(_SOURCE, None)
         if source is not None:
-            _load_on_all_ranks(module, source)
+            missing = set(_load_on_all_ranks(module, source).missing)
+            names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+            found = [name for name in names if name.replace(f".{_BASE}", "").replace("_orig_mod.", "") not in missing]
+            read.update(f"{prefix}.{name}".lstrip(".").replace("_orig_mod.", "") for name in found)
+    return read
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ from lightning_mics.collectives.control_plane import ControlPlane
 from lightning_mics.collectives.counted_group import CountedGroup
 from lightning_mics.collectives.traffic import Traffic
 from lightning_mics.sharding.accumulation_window import AccumulationWindow
+from lightning_mics.sharding.modules.base_weights import BaseWeights
 from lightning_mics.sharding.modules.broadcast_buffers import BufferBroadcast
 from lightning_mics.sharding.optimizer_hooks import OptimizerHooks
 from lightning_mics.sharding.ranks.replicas import ReplicaCheck
@@ -81,6 +82,7 @@ class AccumulationSchedule:
         buffers: Broadcast of buffers that ranks change from their own samples, for integrations.
         replicas: Comparison of the replicas while training; None if there is none.
         units: Parameter groups left unsharded for another backward, for integrations; set when all else is.
+        base_weights: Frozen parameters without weights of a base model, for integrations; None for a copy.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class AccumulationSchedule:
     ) -> None:
         self.units: UnitHooks
         self.replicas: ReplicaCheck | None = None
+        self.base_weights: BaseWeights | None = None
         self.traffic = traffic
         self.cache = WeightCache(caches)
         self.window = AccumulationWindow(

@@ -38,6 +38,7 @@ from lightning_mics.sharding.blocks import ModuleClasses, aliased_parameters, fi
 from lightning_mics.sharding.communication import Communication
 from lightning_mics.sharding.full_state_dict import reject_saving_of_shards
 from lightning_mics.sharding.initialization import InitialWeights, seeded_by_rank_0
+from lightning_mics.sharding.modules.base_weights import BaseWeights
 from lightning_mics.sharding.modules.caches_on_host import bytes_on_host, check_caches_fit, smallest_host_bytes
 from lightning_mics.sharding.modules.changes import keep_changes
 from lightning_mics.sharding.modules.checks import warn_of_values_beside_weights
@@ -124,14 +125,16 @@ def shard_model(
     warn_of_values_beside_weights(model)
     unsharded = UnshardedParameters(model)
     make_gradients_dense(model)
+    base_weights = BaseWeights(model)
     initial_weights = InitialWeights(model, blocks.values(), groups.device)
     with seeded_by_rank_0(groups.device):
         sharding.shard(model, place=initial_weights.place)
     read_whole_numbers()
-    load_sources(model)
+    base_weights.sharded(model, read=load_sources(model))
     verify_replicas(model, groups)
     schedule = sharding.install(model)
     schedule.optimizer_hooks.unsharded = unsharded
+    schedule.base_weights = base_weights
     if every is not None:
         trains_with = schedule.optimizer_hooks.trains_with
         schedule.replicas = ReplicaCheck(model, groups, every=every, trains_with=trains_with)

@@ -32,6 +32,11 @@ class Sharded:
     memory_advice: str = ""
     chosen: Mapping[str, Any] = field(default_factory=dict)
 
+    def without_weights(self) -> list[str]:
+        """FQNs of the frozen parameters that were on the meta device, and to which nothing has given weights."""
+        base = self.schedule.base_weights
+        return [] if base is None else base.unset()
+
     def prepare_to_save(self, *, beside: bool = False) -> None:
         """Check cached weights and give all ranks rank 0's buffers before a checkpoint is saved; every rank calls it.
 

@@ -112,6 +112,10 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
     for option in ("partition_size", "cache_parameters", "accumulate_gradients", "inter_node_prefetch"):
         why = reasons[option]
         config.strategy[option] = choices.take(option.replace("_", " "), asked.strategy[option], options[option], why)
+    if "frozen_on_ranks" in reasons:
+        given, why = asked.strategy.frozen_on_ranks, reasons["frozen_on_ranks"]
+        choices.take("frozen on ranks", given, options["frozen_on_ranks"], why)
+    config.strategy.frozen_on_ranks = options["frozen_on_ranks"]
     if asked.strategy.activation_checkpointing == "auto":
         why = "as fast as any that fits"
         if planned is None:
@@ -146,6 +150,7 @@ def _take_way(config: DictConfig, planned: Plan) -> None:
     strategy.accumulate_gradients = way.communication.accumulate_gradients
     strategy.inter_node_prefetch = way.communication.inter_node_prefetch
     strategy.cache_offload = way.communication.cache_offload
+    strategy.frozen_on_ranks = way.communication.frozen_on_ranks
     if way.topology.spans_nodes and strategy.hierarchical == "auto":
         strategy.hierarchical = way.in_stages
 

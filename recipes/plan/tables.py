@@ -77,11 +77,13 @@ def _short(value: float) -> str:
 
 
 def places(candidate: Candidate) -> str:
-    """Where parameters are cached, where gradients are accumulated, or for how many of the blocks; what runs ahead."""
+    """Where parameters are cached and gradients accumulated, and what else a plan may choose of them."""
     options = candidate.communication
     on_host = " (host)" if options.cache_offload else ""
     ahead = f", {options.inter_node_prefetch} ahead" if options.inter_node_prefetch else ""
-    return f"{place_label(options.cache_parameters)}, {place_label(options.accumulate_gradients)}{on_host}{ahead}"
+    frozen = f"; {options.frozen_on_ranks:.0%} frozen" if options.frozen_on_ranks else ""
+    places = f"{place_label(options.cache_parameters)}, {place_label(options.accumulate_gradients)}"
+    return f"{places}{on_host}{ahead}{frozen}"
 
 
 def place_label(place: str | float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,8 @@ OF_ADAPTERS = {
     "at every use": CommunicationOptions(cache_parameters="never", accumulate_gradients="shard"),
     "once per step": CommunicationOptions.NODE,
     "once per step everywhere": CommunicationOptions.RANK,
+    "some on ranks": replace(CommunicationOptions.NODE, frozen_on_ranks=0.67),
+    "some on ranks, at every use else": CommunicationOptions(frozen_on_ranks=0.67),
 }
 
 

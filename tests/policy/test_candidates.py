@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.auto.pairs import planned_pairs, ratio
 from lightning_mics import CommunicationOptions
 from lightning_mics.cost.hardware import find_instance
-from lightning_mics.cost.step_traffic import Unit
+from lightning_mics.cost.step_traffic import Unit, find_units
 from lightning_mics.policy.activations import ALL_SAVED, Activations, Line
 from lightning_mics.policy.baselines import full_sharding, full_sharding_tuned
 from lightning_mics.policy.candidates import Candidate, Job, fastest
-from lightning_mics.policy.memory import ModelSize, usable_bytes
+from lightning_mics.policy.memory import ModelSize, measure_model, usable_bytes
 from lightning_mics.policy.workload import Workload
-from lightning_mics.sharding.options import spread_over
+from lightning_mics.sharding.blocks import find_blocks
+from lightning_mics.sharding.options import share_of, spread_over
 
 GIB = 2**30
 P4D = find_instance("p4d.24xlarge")
@@ -70,7 +72,7 @@ def test_full_sharding_is_always_among_the_candidates() -> None:
         candidate
         for candidate in job().candidates("auto", AUTO)
         if (candidate.topology, candidate.batches, candidate.communication)
-        == (baseline.topology, baseline.batches, replace(AUTO, hierarchical=False, **paper()))
+        == (baseline.topology, baseline.batches, replace(AUTO, hierarchical=False, frozen_on_ranks=0.0, **paper()))
     ]
     assert len(same) == 1
     assert same[0].seconds == baseline.seconds and same[0].memory_bytes == baseline.memory_bytes
@@ -336,3 +338,57 @@ def test_what_must_be_on_the_host_is_in_all_candidates() -> None:
         assert {c.communication.cache_parameters for c in every} == {"never", "node", "rank"}
     with pytest.raises(ValueError, match="partition_size=8 is inside a node"):
         list(job(**TIGHT).candidates(8, replace(AUTO, cache_offload=True)))
+
+
+class AdaptedBlock(nn.Module):
+    """Half a GiB of frozen weights, and adapters of 16 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Parameter(torch.empty(2**14, 2**13), requires_grad=False)
+        self.down, self.up = nn.Parameter(torch.empty(16, 2**13)), nn.Parameter(torch.empty(2**14, 16))
+
+
+def adapted(**options: Any) -> Workload:
+    """The same blocks, frozen, with adapters."""
+    with torch.device("meta"):
+        model = nn.Module()
+        model.layers = nn.ModuleList(AdaptedBlock() for _ in range(40))
+        model.embed = nn.Parameter(torch.empty(2**14, 2**13), requires_grad=False)
+    blocks = find_blocks(model)
+    units, size = tuple(find_units(model, blocks)), measure_model(model, blocks.values())
+    return work(units=units, size=size, parameters=sum(p.numel() for p in model.parameters()), **options)
+
+
+@pytest.mark.parametrize("partition_size", [8, 16])
+def test_ranks_hold_frozen_weights_of_as_many_blocks_as_fit(partition_size: int) -> None:
+    tuned = job(workload=adapted())
+    candidates = list(tuned.candidates(partition_size, AUTO))
+    with_share = [c for c in candidates if c.communication.frozen_on_ranks]
+    assert with_share
+    for candidate in with_share:
+        options = candidate.communication
+        assert candidate.fits and options.cache_parameters != "rank"
+        (beside,) = (
+            c
+            for c in candidates
+            if (c.batches, c.communication) == (candidate.batches, replace(options, frozen_on_ranks=0.0))
+        )
+        assert candidate.seconds.expected < beside.seconds.expected
+        assert candidate.node_sent.inside_bytes < beside.node_sent.inside_bytes
+        count = sum(spread_over(40, float(options.frozen_on_ranks)))
+        if count < 40:
+            more = replace(options, frozen_on_ranks=share_of(count + 1, 40))
+            (larger,) = tuned.priced("MiCS", candidate.topology, more, only=[(tuned.workload, candidate.batches)])
+            assert larger.memory_bytes > usable_bytes(P4D.memory_bytes)
+    without = taken(tuned, frozen_on_ranks=0.0)
+    best = taken(tuned)
+    assert without.communication.frozen_on_ranks == 0.0
+    assert best.seconds.expected <= without.seconds.expected
+
+
+def test_a_model_without_frozen_weights_has_none_on_ranks() -> None:
+    assert not any(c.communication.frozen_on_ranks for c in job().candidates("auto", AUTO))
+    given = list(job(workload=adapted()).candidates(16, replace(AUTO, frozen_on_ranks=0.25)))
+    assert {c.communication.frozen_on_ranks for c in given} == {0.25, 0.0}  # none beside caches of all on ranks
+    assert all((c.communication.cache_parameters == "rank") == (not c.communication.frozen_on_ranks) for c in given)

@@ -12,6 +12,7 @@ from lightning_mics import CommunicationOptions
 from lightning_mics.policy.choice import Choice, ShardingJob, choose
 from lightning_mics.policy.memory import ModelSize
 from lightning_mics.policy.policy import Policy
+from lightning_mics.policy.resumed import choice_of_checkpoint
 from lightning_mics.topology import Topology
 
 GIB = 2**30
@@ -201,3 +202,55 @@ def test_where_not_all_blocks_fit_on_nodes_as_many_as_fit_are_there(
     assert choice.cached_bytes == cached_gib * GIB
     if isinstance(cache, float):
         assert "4 of 8 blocks on nodes, for 0.5 GiB" in choice.reasons["cache_parameters"]
+
+
+FROZEN = ModelSize(  # four frozen blocks of 1 GiB, two of them with adapters
+    states_bytes=8 * GIB,
+    root_bytes=0,
+    root_reduced_bytes=0,
+    block_bytes=0,
+    block_reduced_bytes=0,
+    gathered_bytes=4 * GIB,
+    reduced_bytes=0,
+    blocks_gathered_bytes=(GIB,) * 4,
+    blocks_reduced_bytes=(0,) * 4,
+    units=((10, 0), (1000, 1), (1000, 1), (1000, 0), (1000, 0)),
+)
+
+
+@pytest.mark.parametrize(
+    ("usable_gib", "topology", "share", "cached_gib"),
+    [
+        (5, OVER_NODES, 1.0, 4),  # all on nodes for 1 GiB, and each block on ranks for 0.75 GiB more
+        (4.9, OVER_NODES, 0.75, 3.25),
+        (2.7, OVER_NODES, 0.0, 1),
+        (5, ON_A_NODE, 0.75, 3),  # nothing is cached on nodes
+        (2.9, ON_A_NODE, 0.0, 0),
+    ],
+)
+def test_auto_holds_frozen_weights_on_ranks_in_the_memory_that_other_caches_leave(
+    usable_gib: float, topology: Topology, share: float, cached_gib: float
+) -> None:
+    choice = chosen(usable_gib, size=FROZEN, topology=topology)
+    assert (choice.communication.frozen_on_ranks, choice.cached_bytes / GIB) == (share, cached_gib)
+    assert choice.options["frozen_on_ranks"] == share
+    given = chosen(usable_gib, size=FROZEN, topology=topology, frozen_on_ranks=0.25)
+    assert given.communication.frozen_on_ranks == 0.25
+    assert "1 of 4 blocks" in given.reasons["frozen_on_ranks"]
+
+
+def test_a_model_without_frozen_weights_has_no_such_option() -> None:
+    choice = chosen(11)
+    assert choice.communication.frozen_on_ranks == 0.0
+    assert "frozen_on_ranks" not in choice.options and "frozen_on_ranks" not in choice.reasons
+
+
+@pytest.mark.parametrize("saved", [{"frozen_on_ranks": 0.25}, {}], ids=["saved", "of an earlier version"])
+def test_a_job_that_resumes_keeps_what_ranks_held(saved: dict[str, float]) -> None:
+    job = ShardingJob(size=FROZEN, world_size=16, ranks_per_node=4, partition_size=8, capacity_bytes=16 * GIB)
+    options = {"hierarchical": True, "cache_parameters": "node", "accumulate_gradients": "node", **saved}
+    topology = {"world_size": 16, "ranks_per_node": 4, "partition_size": 8}
+    kept, note = choice_of_checkpoint({"mics_topology": topology, "mics_choice": options}, job)
+    assert note == "the choice of the checkpoint is kept"
+    assert kept is not None and kept.communication.frozen_on_ranks == saved.get("frozen_on_ranks", 0.0)
+    assert choose(job).communication.frozen_on_ranks != 0.25

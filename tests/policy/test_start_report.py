@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -126,3 +126,76 @@ def test_hops_that_are_not_two_are_named():
     )
     assert "inter-node reductions  in every micro-step, by the second hop\n" in rows
     assert "accumulate gradients   shard (two_hop=False reduces in every micro-step)\n" in rows
+
+
+FROZEN = ModelSize(  # a root and three blocks, of which one has nothing frozen
+    states_bytes=8 * GIB,
+    root_bytes=GIB // 4,
+    root_reduced_bytes=0,
+    block_bytes=GIB // 4,
+    block_reduced_bytes=0,
+    gathered_bytes=GIB,
+    reduced_bytes=GIB // 4,
+    blocks_gathered_bytes=(GIB // 4,) * 3,
+    blocks_reduced_bytes=(0, 0, GIB // 4),
+    units=((100, 0), (100, 0), (100, 0), (100, 100)),
+)
+
+
+@pytest.mark.parametrize(
+    ("k", "p", "given", "on_ranks", "said"),
+    [
+        (4, 8, {}, "0 (parameters are cached on ranks)", "are gathered once per job, and stay cached on ranks"),
+        (
+            4,
+            8,
+            {"cache_parameters": "node"},
+            '1 ("auto": 2 of 2 blocks, for 0.375 GiB per rank)',
+            "are gathered once per job, and stay cached on ranks",
+        ),
+        (
+            4,
+            8,
+            {"cache_parameters": "node", "frozen_on_ranks": 0.5},
+            "0.5 (1 of 2 blocks, for 0.188 GiB per rank)",
+            "are gathered once per job, and stay cached on ranks, for blocks on ranks; those of others cross nodes "
+            "once per job, and stay cached on nodes",
+        ),
+        (
+            8,
+            8,
+            {"cache_parameters": "never", "frozen_on_ranks": 0.5},
+            "0.5 (1 of 2 blocks, for 0.25 GiB per rank)",
+            "are gathered once per job, and stay cached on ranks, for blocks on ranks; those of others are gathered "
+            "at every use",
+        ),
+        (
+            4,
+            8,
+            {"cache_parameters": "never", "frozen_on_ranks": 0.0},
+            "0 (0 of 2 blocks, for 0 GiB per rank)",
+            "are gathered at every use",
+        ),
+        (
+            4,
+            8,
+            {"cache_parameters": 0.5, "frozen_on_ranks": 0.0},
+            "0 (0 of 2 blocks, for 0 GiB per rank)",
+            "cross nodes once per job, and stay cached there, for cached blocks, and at every use for others",
+        ),
+    ],
+)
+def test_frozen_weights_are_said_wherever_they_are_cached(
+    k: int, p: int, given: dict[str, Any], on_ranks: str, said: str
+) -> None:
+    job = ShardingJob(
+        size=FROZEN,
+        world_size=8,
+        ranks_per_node=k,
+        capacity_bytes=16 * GIB,
+        partition_size=p,
+        communication=replace(CommunicationOptions.AUTO, accumulate_gradients="shard", **given),
+    )
+    rows = start_report(choose(job), reduce_dtype=torch.float32, frozen_bytes=GIB).splitlines()
+    assert [row.split("  ")[-1].strip() for row in rows if row.startswith("  frozen on ranks ")] == [on_ranks]
+    assert [row.split("  ")[-1].strip() for row in rows if row.startswith("  frozen weights ")] == [f"1 GiB {said}"]

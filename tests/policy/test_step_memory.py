@@ -73,6 +73,32 @@ def test_a_step_with_states_on_the_host_takes_what_its_rehearsal_allocates(
 
 
 @pytest.mark.parametrize(
+    ("job", "share", "micro_steps"),
+    [
+        ("once per step", 0.0, 3),
+        ("once per step", 0.5, 3),
+        ("a node a group", 0.17, 1),
+        ("half precision", 0.5, 2),
+        campaign("once per step everywhere", 0.0, 3),
+        campaign("once per step", 0.17, 1),
+        campaign("once per step", 0.84, 3),
+        campaign("a node a group", 0.34, 3),
+        campaign("a node a group", 1.0, 1),
+        campaign("recomputed", 0.5, 1),
+        campaign("mixed precision", 0.5, 3),
+    ],
+)
+def test_a_step_with_frozen_weights_on_ranks_takes_what_its_rehearsal_allocates(
+    job: str, share: float, micro_steps: int
+) -> None:
+    facts = replace(JOBS[job], communication=replace(JOBS[job].communication, frozen_on_ranks=share))
+    workload = measured("gpt with adapters", facts)
+    closed = step_bytes(workload, facts.topology, facts.communication, samples=SEQUENCES, micro_steps=micro_steps)
+    real = rehearsed("gpt with adapters", facts, backend="nccl", micro_steps=micro_steps).peak_bytes
+    assert real <= closed <= 1.03 * real
+
+
+@pytest.mark.parametrize(
     ("model", "overrides"),
     [
         ("gpt2", ["model.network.n_layer=5"]),

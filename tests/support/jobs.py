@@ -24,6 +24,9 @@ MODELS = {"gpt": "gpt-tiny", "bert": "bert-tiny"}
 SEQUENCES, LENGTH = 2, 48
 
 
+ADAPTED = " with adapters"  # after the name of a model
+
+
 @dataclass(frozen=True)
 class Job:
     """What is rehearsed, and run.
@@ -90,8 +93,12 @@ def language_model(name: str, layers: int = 2) -> Any:
 
 @cache
 def _config(name: str, layers: int) -> Any:
+    model, adapters = MODELS[name.removesuffix(ADAPTED)], []
+    if name.endswith(ADAPTED):
+        adapters = ["+model.adapters={r: 4, target_modules: all-linear}"]
+        layers = max(layers, 6)  # so that a share of the blocks can be on ranks
     of_depth = f"model.network.num_hidden_layers={layers}"
-    return composed(f"model={MODELS[name]}", of_depth, f"data.sequence_length={LENGTH}")
+    return composed(f"model={model}", of_depth, f"data.sequence_length={LENGTH}", *adapters)
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:

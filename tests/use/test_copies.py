@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import pickle
 import weakref
 from functools import partial
 from pathlib import Path
@@ -154,6 +156,9 @@ def refused() -> dict[str, str]:
         model(tokens(2)).backward()
     handle.remove()
     assert isinstance(copy.deepcopy(model), FSDPModule)
+    assert isinstance(copy.copy(model), FSDPModule)  # the same tensors
+    said["pickled"] = refusal(partial(pickle.dumps, model))
+    said["pickled inside"] = refusal(partial(torch.save, {"models": [model]}, io.BytesIO()))
     return said
 
 
@@ -191,6 +196,9 @@ def test_copies_that_could_not_be_right_are_refused(results: dict[Any, list[Any]
         assert said["block"].startswith("TypeError: Block is a block of a sharded model")
         assert "is in a forward or backward" in said["forward"]
         assert "in an accumulation window" in said["window"] and "copy it at a boundary" in said["window"]
+        for how in ("pickled", "pickled inside"):
+            assert "is sharded, and cannot be pickled" in said[how]
+            assert all(way in said[how] for way in ("deepcopy", "full_state_dict", "trainer.save_checkpoint"))
 
 
 # -- Fabric and Accelerate --------------------------------------------------------------------------------------------

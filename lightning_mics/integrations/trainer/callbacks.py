@@ -90,12 +90,13 @@ def announce_averages(trainer: pl.Trainer) -> None:
         vars(module)["configure_model"] = configure_model
 
 
-def shard_averages(trainer: pl.Trainer, *, reshard: Callable[[], None]) -> None:
+def shard_averages(trainer: pl.Trainer, *, prepare: Callable[[], None]) -> None:
     """Give callbacks that average weights sharded copies of the sharded module; does not communicate.
 
     Args:
         trainer: The Trainer, whose module is sharded.
-        reshard: Reshards the root, which is unsharded after a forward of a validation.
+        prepare: Called before weights are exchanged, or an average changes between optimizer steps: shows the shards of
+            the root, which is unsharded after a forward of a validation, and waits for copies that are being made.
 
     Raises:
         MisconfigurationException: If an average needs statistics of the data that no rank has for the whole model.
@@ -108,7 +109,7 @@ def shard_averages(trainer: pl.Trainer, *, reshard: Callable[[], None]) -> None:
     if trainer.state.fn == TrainerFn.FITTING:
         for callback in _averaging(trainer):
             _shard_average(callback, module)
-    trainer.callbacks = [_ShardsShown(reshard), *_callbacks(trainer)]  # type: ignore[attr-defined]
+    trainer.callbacks = [_Prepared(prepare), *_callbacks(trainer)]  # type: ignore[attr-defined]
 
 
 def _shard_average(callback: WeightAveraging | StochasticWeightAveraging, module: pl.LightningModule) -> None:
@@ -141,8 +142,8 @@ def forget_averages(trainer: pl.Trainer) -> None:
     Args:
         trainer: The Trainer.
     """
-    if any(isinstance(callback, _ShardsShown) for callback in _callbacks(trainer)):
-        others = [callback for callback in _callbacks(trainer) if not isinstance(callback, _ShardsShown)]
+    if any(isinstance(callback, _Prepared) for callback in _callbacks(trainer)):
+        others = [callback for callback in _callbacks(trainer) if not isinstance(callback, _Prepared)]
         trainer.callbacks = others  # type: ignore[attr-defined]
 
 
@@ -164,19 +165,31 @@ def is_averaged(trainer: pl.Trainer) -> bool:
     return bool(_averaging(trainer))
 
 
-class _ShardsShown(Callback):
-    """The first callback of a run: the module shows its shards when those that average exchange weights with it."""
+class _Prepared(Callback):
+    """The first callback of a run: prepares for what those that average do between two steps of an optimizer."""
 
-    def __init__(self, reshard: Callable[[], None]) -> None:
-        self._reshard = reshard
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        self._prepare = prepare
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._prepare()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._prepare()
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._reshard()
+        self._prepare()
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._reshard()
+        self._prepare()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._prepare()
 
 
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:

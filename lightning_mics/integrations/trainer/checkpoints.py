@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,14 @@ from lightning_mics.checkpoint import random_states
 from lightning_mics.checkpoint.compare import check_optimizer_count
 from lightning_mics.checkpoint.content.hyperparameters import copies_without_values, to_save
 from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
+from lightning_mics.checkpoint.content.trained_only import (
+    check_base,
+    left_out,
+    model_state,
+    trained_only_entry,
+    with_base,
+    without_frozen,
+)
 from lightning_mics.checkpoint.errors import all_ranks_answer
 from lightning_mics.checkpoint.loading import (
     entries_of_open,
@@ -52,6 +61,7 @@ from lightning_mics.checkpoint.optimizer_states import optimizer_state
 from lightning_mics.checkpoint.origin import origin
 from lightning_mics.checkpoint.storage.path import StoragePath, storage_path
 from lightning_mics.checkpoint.storage.store import CheckpointStore
+from lightning_mics.checkpoint.whole_model import CURRENT_MODEL_KEY
 from lightning_mics.in_memory.reading import InMemoryCheckpoint
 from lightning_mics.integrations._in_memory import StepInMemory
 from lightning_mics.integrations.trainer import resuming
@@ -104,10 +114,17 @@ class SavesAndLoads:
         sharded = self._shard_now()
         with WithoutOtherRanks(self._control), self._together("prepares the model's state"):
             sharded.prepare_to_save(beside=self._saves_beside)
+            if self._leaves_out_frozen:
+                return model_state(self._root(), full=not self._save_distributed_checkpoint, save_frozen=False)
             if self._save_distributed_checkpoint:  # no copy: saving copies this rank's rows only
                 return get_model_state_dict(self._root())
             return super().lightning_module_state_dict()  # type: ignore[misc, no-any-return]
         return {}
+
+    @property
+    def _leaves_out_frozen(self: Any) -> bool:
+        """Whether what is being saved has only what trains; in-memory checkpoints have all."""
+        return not self._save_frozen and not self._saves_beside
 
     def save_checkpoint(self: Any, state: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Save what the Trainer has collected; every rank calls it.
@@ -126,6 +143,11 @@ class SavesAndLoads:
 
     def _save(self: Any, path: StoragePath, state: dict[str, Any]) -> None:
         random_state = self._complete(state)
+        if self._leaves_out_frozen:
+            for key in ("state_dict", CURRENT_MODEL_KEY):  # an average has them too
+                if key in state:
+                    state[key] = without_frozen(state[key], self._root())
+            state.update(trained_only_entry(self._root()))
         if not self._save_distributed_checkpoint:
             state.update(checkpoint.gather_rank_states(random_state) if random_state else {})
             checkpoint.save_whole(
@@ -215,6 +237,8 @@ class SavesAndLoads:
                 opened = open_to_load(path, mesh=mesh, weights_only=plain, show_progress=self._shows_progress())
             else:
                 opened = open_sharded(stored, mesh=mesh, weights_only=plain)
+            if left_out(opened.entries):
+                opened = self._over_base(opened, checkpoint_path)
             if _hooks_look(self._trainer):
                 opened = shown_to_hooks(opened)
         self._opened = opened
@@ -226,6 +250,16 @@ class SavesAndLoads:
             if self._trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in loaded:
                 self.load_optimizer_state_dict(loaded)
         return loaded if VERSION in loaded else {VERSION: lightning.__version__, "lr_schedulers": [], **loaded}
+
+    def _over_base(self: Any, opened: OpenedCheckpoint, path: Any) -> OpenedCheckpoint:
+        """A checkpoint of what trains, with the base weights that the model has, in its average too."""
+        self._opened = opened
+        check_base(opened.entries, self._shard_now().without_weights(), path=path)
+        own = get_model_state_dict(self._root())
+        entries = dict(opened.entries)
+        if CURRENT_MODEL_KEY in entries:
+            entries[CURRENT_MODEL_KEY] = with_base(entries[CURRENT_MODEL_KEY], own, self._root())
+        return replace(opened, model=with_base(opened.model, own, self._root()), entries=entries)
 
     def load_model_state_dict(self: Any, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the model from an opened checkpoint, whose ``state_dict`` hooks may have changed.

@@ -40,3 +40,33 @@ def read_directories_too(saving: Any) -> None:
 
     setattr(load_either, _MARK, True)
     saving.pl_load = load_either
+    _explain_missing_weights(saving)
+
+
+def _explain_missing_weights(saving: Any) -> None:
+    """Say what a checkpoint of what trains alone lacks, where the module is loaded strictly.
+
+    Args:
+        saving: The module ``lightning.pytorch.core.saving``, with its function ``_load_state``.
+    """
+    load_state = getattr(saving, "_load_state", None)
+    if load_state is None:
+        return
+
+    @wraps(load_state)
+    def load_state_or_explain(cls: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load_state(cls, checkpoint, *args, **kwargs)
+        except RuntimeError as error:
+            from lightning_mics.checkpoint.content.trained_only import HOW_TO_GIVE, left_out
+
+            said = left_out(checkpoint)
+            if not said:
+                raise
+            raise RuntimeError(
+                f"the checkpoint holds only what trains: it was saved with save_frozen=False, without {said}. If "
+                f"{cls.__name__} has them when it is built, call load_from_checkpoint(..., strict=False); else "
+                f"{HOW_TO_GIVE}"
+            ) from error
+
+    saving._load_state = load_state_or_explain

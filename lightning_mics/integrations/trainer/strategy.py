@@ -166,7 +166,7 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
             with torch.inference_mode(False):
                 vars(module)["_mics"] = self._shard(module, fitting=trainer.state.fn == TrainerFn.FITTING)
         self.model, self._sharded = module, vars(module)["_mics"]
-        shard_averages(trainer, reshard=self._reshard_root)
+        shard_averages(trainer, prepare=self._prepare_exchange)
         return self._state()
 
     def _shard(self, module: nn.Module, *, fitting: bool) -> Sharded:
@@ -288,6 +288,12 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
         """Reshard the root, which FSDP2 leaves unsharded after a forward, for the backward that follows in training."""
         self._root().reshard()
         self._state().schedule.units.reshard()
+
+    def _prepare_exchange(self) -> None:
+        """Show shards, and let the in-memory checkpoint that is being copied have them as the step has left them."""
+        self._reshard_root()
+        if self._in_memory is not None:
+            self._in_memory.before_optimizer_step()
 
     @property
     def _trainer(self) -> pl.Trainer:

@@ -60,14 +60,14 @@ def measure_activations(
         _follow(blocks, moments)
         with moments, WithoutValues(moments), torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
             value = loss(model, batch)
-            saved = moments.live.get(UNKNOWN, 0)
+            saved = moments.saved_by(len(blocks))
             moments.begin("head")
             value.backward()  # type: ignore[no-untyped-call]
             del value
             moments.begin("reduced")
     return Activations(
         moments.lines(samples),
-        saved=saved / samples / max(1, len(blocks)),
+        saved=saved / samples,
         on_host=moments.on_host_bytes / samples,
     )
 
@@ -78,12 +78,18 @@ class _Moments(Allocations):
     def __init__(self, category: Callable[[Tensor], str]) -> None:
         self._phases: dict[Phase, dict[int, int]] = {}  # bytes of activations by those of gradients
         super().__init__(category=category)
+        self.around_blocks = [0, 0]  # bytes of activations before the first block's forward, and after the last's
         self.begin("start")
 
     def begin(self, phase: Phase) -> None:
         """Count what follows to ``phase``, and what is there now."""
         self._moments = self._phases.setdefault(phase, {})
         self._note()
+
+    def saved_by(self, blocks: int) -> float:
+        """Bytes of activations that a block saves, if there are so many; those of all the model without blocks."""
+        before, after = self.around_blocks
+        return (after - before) / blocks if blocks else self.live.get(UNKNOWN, 0)
 
     def lines(self, samples: int) -> dict[Phase, tuple[Line, ...]]:
         """Bytes in each phase as functions of the number of samples, measured with ``samples``."""
@@ -111,6 +117,7 @@ def _follow(blocks: Sequence[nn.Module], moments: _Moments) -> None:
 
     def forward_begins(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         moments.begin("forward")
+        moments.around_blocks[0] = moments.live.get(UNKNOWN, 0)
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(lambda _: backward_begins(-1))  # type: ignore[no-untyped-call]
@@ -118,6 +125,7 @@ def _follow(blocks: Sequence[nn.Module], moments: _Moments) -> None:
     def forward_ends(number: int, output: Any) -> None:
         if number == len(blocks) - 1:
             moments.begin("loss")
+            moments.around_blocks[1] = moments.live.get(UNKNOWN, 0)
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(lambda _: backward_begins(number))  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ Nothing is communicated, and no tensor is whole. A copy takes the memory of the 
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -128,6 +129,8 @@ def allow_copies(root: FSDPModule, mesh: DeviceMesh, window: AccumulationWindow,
     vars(root)["_copies"] = Copies(root, mesh, window, shard)
     for module in fsdp_modules(root).values():
         type(module).__deepcopy__ = _copy  # type: ignore[attr-defined]
+        if type(module).__reduce_ex__ is object.__reduce_ex__:
+            type(module).__reduce_ex__ = _reduce  # type: ignore[method-assign,assignment]
 
 
 def prepare_copies(root: nn.Module, function: Prepare, *, without: Iterable[str] = ()) -> None:
@@ -164,6 +167,17 @@ def _reject(module: nn.Module) -> NoReturn:
         f"{class_before_sharding(module).__name__} is a block of a sharded model, whose process groups and schedule a "
         "part cannot have for itself: copy the whole model, or make the copy before it is sharded, in `__init__` or "
         "before `setup` or `prepare`, so that the copy is sharded too"
+    )
+
+
+def _reduce(module: nn.Module, protocol: Any) -> Any:
+    if sys._getframe(1).f_globals.get("__name__") in ("copy", __name__):
+        return object.__reduce_ex__(module, protocol)
+    raise TypeError(
+        f"{class_before_sharding(module).__name__} is sharded, and cannot be pickled: its shards, hooks and process "
+        "groups are this rank's. Copy it with `copy.deepcopy(model)`; for its weights, call `state = "
+        "lightning_mics.full_state_dict(model)` on every rank and save that on rank 0; or save a checkpoint, with "
+        "`trainer.save_checkpoint`, `fabric.save` or `accelerator.save_state`"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -95,12 +95,17 @@ def fit(
     ckpt_path: str | None = None,
     saves_at: int | None = None,
     accumulate: int = 1,
+    averages: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """What one rank saw of a run: losses by step, the step it began at, weights at the end, warnings and the error."""
-    callbacks = (
+    callbacks: list[Any] = (
         [ModelCheckpoint(folder, every_n_train_steps=saves_at, save_last=True, save_top_k=-1)] if saves_at else []
     )
+    validation: dict[str, Any] = {}
+    if averages:  # exchanged with the weights around a validation after every second step
+        callbacks.append(EMAWeightAveraging(decay=0.9))
+        validation = {"val_check_interval": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0}
     model = make(dies_at=dies_at, rescales=rescales)
     trainer = make_trainer(
         folder,
@@ -110,14 +115,16 @@ def fit(
         callbacks=callbacks,
         accumulate_grad_batches=accumulate,
         use_distributed_sampler=False,
-        enable_checkpointing=bool(callbacks),
+        enable_checkpointing=bool(saves_at),
+        **validation,
     )
     pl.seed_everything(1, verbose=False)
     error = ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            trainer.fit(model, loader(2 * devices * accumulate), ckpt_path=ckpt_path)
+            validated = loader(2 * devices) if averages else None
+            trainer.fit(model, loader(2 * devices * accumulate), validated, ckpt_path=ckpt_path)
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
     weights = {} if error else {name: value.cpu() for name, value in full_state_dict(model).items()}  # on rank 0
@@ -165,6 +172,19 @@ def test_a_restarted_run_has_the_same_losses_and_weights(token: str, kind: Any, 
     assert same_weights(calm[0], again[0])
     with pytest.raises(ConnectionRefusedError):  # the keeper has ended with the job
         KeeperConnection.local(keeper_settings({"MICS_KEEPER_TOKEN": token}, nodes=1))
+
+
+@pytest.mark.usefixtures("token")
+def test_averages_that_are_exchanged_around_a_validation_cost_no_step(tmp_path: Path) -> None:
+    calm = on_ranks(partial(fit, tmp_path, every=None, averages=True))
+    died = on_ranks(partial(fit, tmp_path, dies_at=5, averages=True))
+    again = on_ranks(partial(fit, tmp_path, averages=True))
+    for before, first, second in zip(calm, died, again, strict=True):
+        assert first["error"].startswith("DiesError")
+        assert second["started_at"] in (4, 5)
+        assert not any("dropped" in warning for warning in first["warnings"] + second["warnings"])
+        assert dict(first["losses"] + second["losses"]) == dict(before["losses"])
+    assert same_weights(calm[0], again[0])  # after a fit the model is the average
 
 
 def fit_wide(folder: Path, **options: Any) -> dict[str, Any]:
