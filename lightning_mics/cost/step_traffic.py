@@ -185,14 +185,14 @@ def step_traffic(
     sizes = unit_sizes(units)
     of_kind: dict[tuple[Unit, CommunicationOptions, bool], UnitTraffic] = {}  # blocks are alike
     kinds = list(zip(units, communication.by_unit(sizes=sizes), used_in_backward(sizes), strict=True))
-    for unit, options, in_backward in kinds:
-        if (unit, options, in_backward) not in of_kind:
+    for kind in kinds:
+        if kind not in of_kind:
+            unit, options, in_backward = kind
             step = _Step(topology, options, in_stages, in_backward=in_backward)
-            of_kind[unit, options, in_backward] = _more_than_one_rank(
-                unit, [*step.gathers(unit, gathered_dtype), *step.reductions(unit, reduce_dtype)]
-            )
+            collectives = [*step.gathers(unit, gathered_dtype), *step.reductions(unit, reduce_dtype)]
+            of_kind[kind] = _more_than_one_rank(unit, collectives)
             if options.cache_offload:
-                of_kind[unit, options] = step.on_host(of_kind[unit, options], gathered_dtype, reduce_dtype)
+                of_kind[kind] = step.on_host(of_kind[kind], gathered_dtype, reduce_dtype)
     return StepTraffic(tuple(of_kind[kind] for kind in kinds))
 
 

@@ -78,7 +78,8 @@ class _Moments(Allocations):
     def __init__(self, category: Callable[[Tensor], str]) -> None:
         self._phases: dict[Phase, dict[int, int]] = {}  # bytes of activations by those of gradients
         super().__init__(category=category)
-        self.around_blocks = [0, 0]  # bytes of activations before the first block's forward, and after the last's
+        self._before_blocks = 0  # bytes of activations
+        self._after_blocks: int | None = None
         self.begin("start")
 
     def begin(self, phase: Phase) -> None:
@@ -86,10 +87,15 @@ class _Moments(Allocations):
         self._moments = self._phases.setdefault(phase, {})
         self._note()
 
+    def note_before_blocks(self) -> None:
+        """Note that the forward of the first block begins."""
+        self._before_blocks = self._live[UNKNOWN]
+
     def saved_by(self, blocks: int) -> float:
         """Bytes of activations that a block saves, if there are so many; those of all the model without blocks."""
-        before, after = self.around_blocks
-        return (after - before) / blocks if blocks else self.live.get(UNKNOWN, 0)
+        now = self._live[UNKNOWN]
+        after = now if self._after_blocks is None else self._after_blocks
+        return (after - self._before_blocks) / blocks if blocks else now
 
     def lines(self, samples: int) -> dict[Phase, tuple[Line, ...]]:
         """Bytes in each phase as functions of the number of samples, measured with ``samples``."""
@@ -100,6 +106,8 @@ class _Moments(Allocations):
 
     @override
     def _grow(self, category: str, size_bytes: int) -> None:
+        if self._after_blocks is None and "loss" in self._phases:  # the frames of the last block are gone
+            self._after_blocks = self._live[UNKNOWN]
         super()._grow(category, size_bytes)
         self._note()
 
@@ -117,7 +125,7 @@ def _follow(blocks: Sequence[nn.Module], moments: _Moments) -> None:
 
     def forward_begins(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         moments.begin("forward")
-        moments.around_blocks[0] = moments.live.get(UNKNOWN, 0)
+        moments.note_before_blocks()
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(lambda _: backward_begins(-1))  # type: ignore[no-untyped-call]
@@ -125,7 +133,6 @@ def _follow(blocks: Sequence[nn.Module], moments: _Moments) -> None:
     def forward_ends(number: int, output: Any) -> None:
         if number == len(blocks) - 1:
             moments.begin("loss")
-            moments.around_blocks[1] = moments.live.get(UNKNOWN, 0)
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(lambda _: backward_begins(number))  # type: ignore[no-untyped-call]

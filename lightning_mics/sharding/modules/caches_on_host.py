@@ -35,10 +35,13 @@ def bytes_on_host(
     """
     if not communication.cache_offload:
         return 0
-    units = [model, *reversed(list(blocks.values()))]
+    units = [
+        {p for each in group_modules(unit, set(blocks.values())) for p in each.parameters(recurse=False)}
+        for unit in (model, *reversed(list(blocks.values())))
+    ]
+    sizes = [(sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)) for own in units]
     found = 0
-    for unit, options in zip(units, communication.by_unit(blocks=len(blocks)), strict=True):
-        own = {p for each in group_modules(unit, set(blocks.values())) for p in each.parameters(recurse=False)}
+    for own, options in zip(units, communication.by_unit(sizes=sizes), strict=True):
         if options.cache_parameters == "node":
             found += _bytes(own, topology, dtypes.param_dtype)
         if options.accumulate_gradients == "node":
