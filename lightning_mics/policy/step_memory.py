@@ -52,7 +52,7 @@ LEFT: dict[Phase, int] = {"blocks": 3, "second": 2, "between": 1, "first": 1, "e
 STEP_COUNTER_BYTES = 4  # Adam's, for each parameter
 
 
-SCALARS_BYTES = 4096  # the loss, norms, and other tensors of a few numbers
+SCALARS_BYTES = 2**14  # the loss, norms, a batch of a few numbers, and other small tensors
 
 
 def step_bytes(
