@@ -76,8 +76,7 @@ class SavedOnHost:
         if self._limit_bytes is not None and size_bytes > self._limit_bytes and not is_fake(tensor):
             raise HostMemoryError(
                 f"{self._what} take more than {self._limit_bytes / 2**30:.3g} GiB of host memory per rank, its part of "
-                f"{USABLE_SHARE:.0%} of what this host has, without caches and sums that wait there; use a smaller "
-                "micro-batch, or leave the option out"
+                f"{USABLE_SHARE:.0%} of what this host has; use a smaller micro-batch, or leave the option out"
             )
         moved = _OnHost(tensor, to_host=self._to_host, from_host=self._from_host, before=self._last)
         self._size_bytes = size_bytes

@@ -88,7 +88,8 @@ def inputs_on_host(recomputed: Sequence[nn.Module], *, processes: int = 1, taken
             "set activation_checkpointing=True, or leave activation_offload out"
         )
     limit = int(USABLE_SHARE * host_memory_bytes()) // processes - taken_bytes
-    return SavedOnHost(limit_bytes=limit, what="activation_offload=True: the inputs of recomputed blocks")
+    beside = f", beside {taken_bytes / 2**30:.3g} GiB of caches and sums (cache_offload=True)," if taken_bytes else ""
+    return SavedOnHost(limit_bytes=limit, what=f"activation_offload=True: the inputs of recomputed blocks{beside}")
 
 
 def _spread(blocks: list[nn.Module], share: float) -> list[nn.Module]:

@@ -28,6 +28,7 @@ TWO_REPLICAS = Topology(world_size=4, ranks_per_node=1, partition_size=2)
 FOUR_NODES = Topology(world_size=8, ranks_per_node=2, partition_size=8)
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
 UNITS = 1 + len(WIDTHS)
+FORKS = 5  # of ranks, each of which runs some cases
 
 Usage = Callable[[Job], None]
 
@@ -191,10 +192,11 @@ def watched() -> Iterator[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def ran() -> Any:
     """By places, usage and whether they are on the host, what each rank of a job has seen."""
-    cases = {(*case, offload): partial(run, *case, offload=offload) for case in CASES for offload in (True, False)}
-    large = {("four nodes", "windows", offload): partial(run, "four nodes", "windows", offload=offload)
-             for offload in (True, False)}  # fmt: skip
-    return {**run_cases(4, cases), **run_cases(8, large)}
+    found: dict[Any, Any] = {}
+    for ranks, each in (*((4, CASES[part::FORKS]) for part in range(FORKS)), (8, [("four nodes", "windows")])):
+        cases = {(*case, offload): partial(run, *case, offload=offload) for case in each for offload in (True, False)}
+        found |= run_cases(ranks, cases)
+    return found
 
 
 @pytest.mark.parametrize(("places", "usage"), [*CASES, ("four nodes", "windows")])
