@@ -35,7 +35,12 @@ class Elements:
 
     @classmethod
     def of(cls, root: int, blocks: tuple[int, ...]) -> Elements:
-        """The elements of a root and of its blocks, in order."""
+        """The elements of a model.
+
+        Args:
+            root: Elements of the root.
+            blocks: Elements of each block, in order.
+        """
         largest, total = max(blocks, default=0), root + sum(blocks)
         return cls(root=root, largest=largest, total=total, nearest=blocks[:2], blocks=blocks)
 

@@ -200,7 +200,7 @@ def of_large_adapters(folder: Path) -> int:
         config = LlamaConfig(
             vocab_size=32, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2
         )
-        module.model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=128, target_modules="all-linear"))
+        module.model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=256, target_modules="all-linear"))
         strategy = mics(**OVER_NODES, save_frozen=False, state_dict_type=kind)
         trainer = make_trainer(folder, strategy=strategy, use_distributed_sampler=False, max_steps=1)
         trainer.fit(module, data(4))
