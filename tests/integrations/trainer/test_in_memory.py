@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lightning_mics import MiCSFabricStrategy, MiCSStrategy, ResumableSampler, full_state_dict
 from lightning_mics.in_memory import job
 from lightning_mics.in_memory.keeper.client import KeeperConnection
-from lightning_mics.integrations._keeper import keeper_settings
+from lightning_mics.integrations._in_memory import UnfitRanksError, fits_the_ranks
+from lightning_mics.integrations._keeper import keeper_settings, launcher_process
+from lightning_mics.topology import Topology
 from tests.support.models import TinyModule, tokens
 from tests.support.quantizing import WideLM, quantizing, uncompiled
 from tests.support.trainers import make_trainer, mics, on_ranks
@@ -278,6 +281,24 @@ def test_other_intervals_are_rejected() -> None:
         MiCSStrategy(in_memory_checkpoint=True)
     with pytest.raises(ValueError, match="in_memory_checkpoint is for a Trainer"):
         MiCSFabricStrategy(in_memory_checkpoint=1)
+
+
+def test_options_that_do_not_fit_the_ranks_that_are_left_say_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which is replaced
+    error = "partition_size=4 does not divide world_size=6"
+    with pytest.raises(ValueError, match=f"{error}; with 2 ranks per node use one of 1, 2, 6$"), fits_the_ranks():
+        Topology(world_size=6, ranks_per_node=2, partition_size=4)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    match = f"{error}.* If nodes have died: .* keep --nnodes at one number, and start spare nodes"
+    with pytest.raises(UnfitRanksError, match=match), fits_the_ranks():
+        Topology(world_size=6, ranks_per_node=2, partition_size=4)
+
+
+def test_the_launcher_is_torchrun_where_it_starts_ranks_again() -> None:
+    assert launcher_process({}) is None
+    assert launcher_process({"TORCHELASTIC_MAX_RESTARTS": "0"}) is None
+    assert launcher_process({"TORCHELASTIC_MAX_RESTARTS": "3"}) == os.getppid()
+    assert launcher_process({"TORCHELASTIC_MAX_RESTARTS": "3", "MICS_LAUNCHER_PROCESS": "7"}) == 7  # of a warm rank
 
 
 def test_several_nodes_need_a_token_and_an_interface() -> None:
