@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks.kill_node.campaign import MOMENTS, MOMENTS_WITH_DISK, Campaign, Death, Job
 from benchmarks.kill_node.nodes import preload
 from benchmarks.kill_node.page import write_page
+from benchmarks.kill_node.sent import rests_of, sends_enough
 
 STEPS_PER_DEATH = 4
 STEPS_BETWEEN_SAVES = 2  # on a disk
@@ -65,18 +66,15 @@ def run_job(
         What was found, as plain data.
     """
     campaign = Campaign(job, folder)
-    with campaign.running("undisturbed") as calm:
-        statuses = calm.finish()
-        found: dict[str, Any] = {
-            "job": asdict(job),
-            "sent_bytes": calm.sent_bytes(),
-            "keepers_left": len(calm.keepers()),
-        }
-        found["statuses"] = list(statuses.values())
+    found: dict[str, Any] = {"job": asdict(job)}
+    with campaign.running("undisturbed", rest_at=rests_of(job)) as calm:
+        found["sent_per_step"] = calm.sent_per_step()
+        found["statuses"] = list(calm.finish().values())
+        found["keepers_left"] = len(calm.keepers())
     if not job.save_every:
-        with campaign.running("without", options={"in_memory_checkpoint": None}) as without:
+        with campaign.running("without", rest_at=rests_of(job), in_memory_checkpoint=None) as without:
+            found["sent_per_step_without"] = without.sent_per_step()
             without.finish()
-            found["sent_bytes_without"] = without.sent_bytes()
     outcomes = []
     with campaign.running("disturbed") as run:
         after = 2
@@ -91,11 +89,7 @@ def run_job(
             outcomes.append({**asdict(outcome), "ok": outcome.ok})
         found["statuses"] += list(run.finish().values())
         found["keepers_left"] += len(run.keepers())
-    expected, seen = calm.diaries.losses(), run.diaries.losses()
-    found["losses"] = len(expected)
-    found["different_losses"] = sum(expected[key] != seen.get(key) for key in expected) + len(seen.keys() - expected)
-    pairs = zip(calm.diaries.digests(), run.diaries.digests(), strict=True)
-    found["different_ends"] = sum(not one or one != other for one, other in pairs)
+    found |= calm.diaries.differences(run.diaries)
     found["disk_bytes"] = max(
         line["disk_bytes"] for lines in run.diaries.lines() for line in lines if "disk_bytes" in line
     )
@@ -107,7 +101,7 @@ def run_job(
 def is_ok(found: dict[str, Any]) -> bool:
     """Whether a job went on as it should."""
     equal = not (found["different_losses"] or found["different_ends"] or any(found["statuses"]))
-    return equal and not found["keepers_left"] and all(outcome["ok"] for outcome in found["outcomes"])
+    return equal and not found["keepers_left"] and sends_enough(found) and all(o["ok"] for o in found["outcomes"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -120,9 +120,7 @@ class InMemoryJob:
         node, offset = self._rank // self._local_size, Holders.of(topology).node_offset
         copies, watched = (self._address(node + distance) if offset else None for distance in (offset, 1))
         if self._rank % self._local_size == 0:
-            self._connection.ask(
-                {"do": "peers", "target": copies, "watched": watched, "generation": self._generation}
-            )
+            self._connection.ask({"do": "peers", "target": copies, "watched": watched, "generation": self._generation})
         self._saver = StepSaver(
             self._connection,
             rank=self._rank,

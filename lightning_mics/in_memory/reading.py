@@ -175,7 +175,9 @@ class StoredPart:
             f"step {self._step} in memory is corrupted: {what} of rank {self._what['rank']}: "
             f"{'; '.join(map(str, problems))}"
         )
-        error.comes_again = all(isinstance(problem, _DamagedError) for problem in problems)  # no node has died meanwhile
+        error.comes_again = all(
+            isinstance(problem, _DamagedError) for problem in problems
+        )  # no node has died meanwhile
         raise error
 
 

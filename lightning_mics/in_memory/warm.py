@@ -30,8 +30,8 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-from lightning_mics.in_memory.launcher import PROCESS
 from lightning_mics.in_memory.keeper.wire import receive, receive_header, send_header
+from lightning_mics.in_memory.launcher import PROCESS
 
 IMPORTED = (
     "torch",
