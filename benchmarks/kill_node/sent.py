@@ -124,9 +124,9 @@ def _page(typed: Sequence[str], steps: int, results: Sequence[dict[str, Any]]) -
 
 **Method.** The job of `benchmarks.kill_node` without deaths, {job.parameters} parameters, with and without
 in-memory checkpoints. Counters of all links, with the headers of packets and what launchers and keepers send by
-themselves, are read after two steps, {steps} steps apart, after which all ranks rest: what is sent before the first one, such as to
-measure the links, is not in them. Allowed are 24 KiB of a rank for what no replica has, and, with one replica,
-{STATE_BYTES} bytes per parameter, divided by all ranks, within {TOLERANCE:.0%}.
+themselves, are read after two steps, {steps} steps apart, after which all ranks rest: what is sent before the first
+one, such as to measure the links, is not in them. Allowed are 24 KiB of a rank for what no replica has, and, with one
+replica, {STATE_BYTES} bytes per parameter, divided by all ranks, within {TOLERANCE:.0%}.
 
 **Result.** {sum(map(sends_enough, results))} of {len(results)} jobs send what is allowed. Measured.
 

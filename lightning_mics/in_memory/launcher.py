@@ -1,8 +1,8 @@
 """An error that another start would raise again ends the launcher, which would start all ranks again and again.
 
-torchrun starts ranks again whatever has ended them, as often as ``--max-restarts`` says, and nothing that a rank returns
-tells it that there is no point in it (torch 2.13). At SIGTERM it ends, with a status other than zero. So a rank that such
-an error ends sends it that signal, once the error is in the output; a script that handles the error goes on.
+torchrun starts ranks again whatever has ended them, as often as ``--max-restarts`` says, and nothing that a rank
+returns tells it that there is no point in it (torch 2.13). At SIGTERM it ends, with a status other than zero. So a rank
+that such an error ends sends it that signal, once the error is in the output; a script that handles the error goes on.
 """
 
 from __future__ import annotations

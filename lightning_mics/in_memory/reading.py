@@ -171,14 +171,12 @@ class StoredPart:
                 return ask(node)
             except (_DamagedError, KeeperError) as error:
                 problems.append(error)
-        error = DamagedCheckpointError(
+        corrupted = DamagedCheckpointError(
             f"step {self._step} in memory is corrupted: {what} of rank {self._what['rank']}: "
             f"{'; '.join(map(str, problems))}"
         )
-        error.comes_again = all(
-            isinstance(problem, _DamagedError) for problem in problems
-        )  # no node has died meanwhile
-        raise error
+        corrupted.comes_again = all(isinstance(problem, _DamagedError) for problem in problems)  # no node has died
+        raise corrupted
 
 
 class _DamagedError(Exception):

@@ -1,9 +1,9 @@
 """Noticing nodes and processes that do not answer, long before a collective times out.
 
 Each keeper asks the next node's once a second. If that one has not answered for some seconds, or a rank of this node is
-stopped, the keeper says so in the output of its ranks and ends them. It answers the node before it with the reason, which
-ends its ranks in turn, and so on around the ring: ranks that wait for a node that is cut off would wait for long. The
-launcher starts all again.
+stopped, the keeper says so in the output of its ranks and ends them. It answers the node before it with the reason,
+which ends its ranks in turn, and so on around the ring: ranks that wait for a node that is cut off would do so for
+long. The launcher starts all again.
 
 A node that was cut off may come back when the job has gone on without it. Its keeper is told so by the next one, whose
 steps are of a later start, and ends: what it holds is outdated.
