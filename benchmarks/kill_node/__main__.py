@@ -25,10 +25,11 @@ from typing import Any
 from benchmarks.kill_node.campaign import MOMENTS, MOMENTS_WITH_DISK, Campaign, Death, Job
 from benchmarks.kill_node.nodes import preload
 from benchmarks.kill_node.page import write_page
-from benchmarks.kill_node.sent import rests_of, sends_enough
+from benchmarks.kill_node.sent import sends_enough, sent_by
 
 STEPS_PER_DEATH = 4
 STEPS_BETWEEN_SAVES = 2  # on a disk
+STEPS_COUNTED = 20  # of which bytes are compared
 SLOW_SECONDS = 15.0  # from a death to the next step, after which logs are kept
 
 
@@ -67,14 +68,11 @@ def run_job(
     """
     campaign = Campaign(job, folder)
     found: dict[str, Any] = {"job": asdict(job)}
-    with campaign.running("undisturbed", rest_at=rests_of(job)) as calm:
-        found["sent_per_step"] = calm.sent_per_step()
+    with campaign.running("undisturbed") as calm:
         found["statuses"] = list(calm.finish().values())
         found["keepers_left"] = len(calm.keepers())
     if not job.save_every:
-        with campaign.running("without", rest_at=rests_of(job), in_memory_checkpoint=None) as without:
-            found["sent_per_step_without"] = without.sent_per_step()
-            without.finish()
+        found |= sent_by(job, folder, steps=STEPS_COUNTED)
     outcomes = []
     with campaign.running("disturbed") as run:
         after = 2

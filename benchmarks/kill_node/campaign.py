@@ -47,7 +47,8 @@ class Job:
         least_nodes: Fewest nodes with which the launchers go on; None is all.
         samples: Samples of an optimizer step, whatever the number of ranks; None is four per rank and micro-step.
         draws: Whether the training draws random numbers, which other numbers of ranks do not share.
-        rest_at: Optimizer steps after which ranks wait until their links have been read.
+        rest_at: Optimizer steps after which ranks wait until their links have been read. Such a job does not choose its
+            caches by how fast links are: it would send other bytes each time.
     """
 
     nodes: int

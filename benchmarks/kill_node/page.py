@@ -80,8 +80,8 @@ without rendezvous: median (most) | KiB more that a rank sends per step (at most
 |---|--:|--:|--:|--:|--:|
 {table}
 
-*Without rendezvous*: from the time at which all ranks run again. Bytes are of all links in the undisturbed run, with
-the headers of packets and the launchers' own, beside a run without in-memory checkpoints; read between two steps after
+*Without rendezvous*: from the time at which all ranks run again. Bytes are of all links, with the headers of
+packets and the launchers' own, in runs of their own with and without in-memory checkpoints, between two steps after
 which all ranks rest.
 
 ## By moment

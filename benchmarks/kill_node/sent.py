@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,7 @@ from benchmarks.kill_node.nodes import preload
 STATE_BYTES = 12  # per parameter: float32 and two states of AdamW
 PRIVATE_BYTES = 24 * 2**10  # that a rank may send per step, of what no other has
 TOLERANCE = 0.02  # of the states that have to be sent
-FIRST = 3  # step after which links are read: what is sent once was sent before
-
-
-def rests_of(job: Job) -> tuple[int, int]:
-    """The optimizer steps after which ranks rest."""
-    return FIRST, job.steps
+FIRST = 3  # step after which links are read first: what is sent once was sent before
 
 
 def bounds_of(job: dict[str, Any]) -> tuple[float, float]:
@@ -78,15 +73,20 @@ def more_in_words(found: dict[str, Any]) -> str:
     return f"{more_bytes(found) / 2**10:.1f} ({bounds_of(found['job'])[1] / 2**10:.1f})"
 
 
-def measured(job: Job) -> dict[str, Any]:
-    """Bytes that all nodes send per step, with and without in-memory checkpoints."""
-    folder = Path(tempfile.mkdtemp(prefix="kill-node-sent-"))
-    campaign, found = Campaign(job, folder), {"job": asdict(job)}
+def sent_by(job: Job, folder: Path, *, steps: int) -> dict[str, float]:
+    """Bytes that all nodes send per step, with and without in-memory checkpoints.
+
+    Args:
+        job: The job.
+        folder: Folder for its files.
+        steps: Optimizer steps that are counted.
+    """
+    counted = replace(job, steps=FIRST + steps, rest_at=(FIRST, FIRST + steps))
+    campaign, found = Campaign(counted, folder), {}
     for name, every in (("sent_per_step", 1), ("sent_per_step_without", None)):
         with campaign.running(name, in_memory_checkpoint=every) as run:
             found[name] = run.sent_per_step()
             run.finish()
-    shutil.rmtree(folder)
     return found
 
 
@@ -105,9 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for shape in options.shapes:
         nodes, ranks = map(int, shape.split("x"))
         for size in options.partition:
-            last = FIRST + options.steps
-            job = Job(nodes, ranks, size, steps=last, width=options.width, rest_at=(FIRST, last))
-            results.append(measured(job))
+            job, folder = Job(nodes, ranks, size, width=options.width), Path(tempfile.mkdtemp(prefix="kill-node-sent-"))
+            results.append({"job": asdict(job), **sent_by(job, folder, steps=options.steps)})
+            shutil.rmtree(folder)
             print(f"{job}: {more_in_words(results[-1])} KiB more of a rank per step (at most)", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(results, indent=1))

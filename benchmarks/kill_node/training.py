@@ -127,9 +127,10 @@ class Model(L.LightningModule):
             return result
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
-        self.diary.write("done", step=self.global_step)
-        if self.global_step in self.options["rest_at"]:
-            self.diary.rest(self.global_step)
+        done = self.global_step + 1  # Lightning counts this step when the hook has returned
+        self.diary.write("done", step=done)
+        if done in self.options["rest_at"]:
+            self.diary.rest(done)
         self.diary.is_first = False
 
     def configure_optimizers(self) -> Any:
@@ -223,6 +224,15 @@ def callbacks_of(options: dict[str, Any]) -> list[L.Callback]:
     return [ModelCheckpoint(folder, every_n_train_steps=options["save_every"], save_last=True)]
 
 
+def pinned(options: dict[str, Any]) -> dict[str, Any]:
+    """Choices that are else made by how fast links are, which is measured at each start."""
+    return {
+        "hierarchical": options["partition_size"] > options["ranks_per_node"] > 1,
+        "cache_parameters": "rank",
+        "accumulate_gradients": "rank",
+    }
+
+
 def main() -> None:
     """What each rank runs."""
     options = json.loads(os.environ["KILL_NODE_OPTIONS"])
@@ -244,7 +254,9 @@ def main() -> None:
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     trainer = L.Trainer(
         strategy=MiCSStrategy(
-            partition_size=options["partition_size"], in_memory_checkpoint=options["in_memory_checkpoint"]
+            partition_size=options["partition_size"],
+            in_memory_checkpoint=options["in_memory_checkpoint"],
+            **(pinned(options) if options["rest_at"] else {}),
         ),
         accelerator="cpu",
         devices=local,
