@@ -215,6 +215,28 @@ def test_a_step_in_memory_takes_precedence_over_an_older_checkpoint(tmp_path: Pa
     assert {found["started_at"] for found in again} <= {5, 6}
 
 
+class Renamed(Mortal):
+    """The same model with other names, as after a change of the code."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.other = self.net
+        del self.net
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self.other(batch)
+        return loss
+
+
+@pytest.mark.usefixtures("keepers_end")
+def test_another_model_is_an_error_on_all_ranks_and_never_begins_anew(tmp_path: Path) -> None:
+    on_ranks(partial(fit, tmp_path, dies_at=3))
+    found = on_ranks(partial(fit, tmp_path, make=Renamed))
+    assert {rank["error"] for rank in found} == {found[0]["error"]}
+    assert "the checkpoint and the model differ: 14 names are missing in the checkpoint ['other." in found[0]["error"]
+    assert all(rank["losses"] == [] for rank in found)
+
+
 @pytest.mark.usefixtures("token")
 def test_every_so_many_steps(tmp_path: Path) -> None:
     on_ranks(partial(fit, tmp_path, every=3, dies_at=5))
@@ -240,9 +262,12 @@ def test_a_restart_that_finds_nothing_ends_in_an_error_on_all_ranks(
     assert all(rank["losses"] == [] for rank in found)
 
 
-@pytest.mark.usefixtures("token")
-def test_or_resumes_from_the_newest_checkpoint_on_a_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_or_resumes_from_the_newest_checkpoint_on_a_disk(
+    token: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     on_ranks(partial(fit, tmp_path, every=None, dies_at=5, saves_at=2))
+    with pytest.raises(ConnectionRefusedError):  # without the option there is no keeper
+        KeeperConnection.local(keeper_settings({"MICS_KEEPER_TOKEN": token}, nodes=1))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     again = on_ranks(partial(fit, tmp_path, saves_at=2))
     assert {found["started_at"] for found in again} == {4}
