@@ -70,7 +70,7 @@ def run_job(
     found: dict[str, Any] = {"job": asdict(job)}
     with campaign.running("undisturbed") as calm:
         found["statuses"] = list(calm.finish().values())
-        found["keepers_left"] = len(calm.keepers())
+        found["keepers_left"], found["files_left"] = len(calm.keepers()), calm.nodes.files_left()
     if not job.save_every:
         found |= sent_by(job, folder, steps=STEPS_COUNTED)
     outcomes = []
@@ -87,6 +87,7 @@ def run_job(
             outcomes.append({**asdict(outcome), "ok": outcome.ok})
         found["statuses"] += list(run.finish().values())
         found["keepers_left"] += len(run.keepers())
+        found["files_left"] += run.nodes.files_left()
     found |= calm.diaries.differences(run.diaries)
     found["disk_bytes"] = max(
         line["disk_bytes"] for lines in run.diaries.lines() for line in lines if "disk_bytes" in line
@@ -99,7 +100,8 @@ def run_job(
 def is_ok(found: dict[str, Any]) -> bool:
     """Whether a job went on as it should."""
     equal = not (found["different_losses"] or found["different_ends"] or any(found["statuses"]))
-    return equal and not found["keepers_left"] and sends_enough(found) and all(o["ok"] for o in found["outcomes"])
+    left = found["keepers_left"] or found["files_left"]
+    return equal and not left and sends_enough(found) and all(outcome["ok"] for outcome in found["outcomes"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -67,7 +67,8 @@ the same job undisturbed, as exact numbers, of all ranks and micro-steps, also w
 {sum(found["job"]["nodes"] * found["job"]["ranks_per_node"] for found in results)} ranks differ at the end (weights,
 optimizer states, random number generators). At most {max(0, *lost)} steps that all ranks had done were lost. Written to
 disks by a rank: at most {max(found["disk_bytes"] for found in results) / 2**20:.2f} MiB, logs included. Keepers left
-afterwards: {sum(found["keepers_left"] for found in results)}.
+afterwards: {sum(found["keepers_left"] for found in results)}; files, in `/dev/shm` or for temporary files:
+{sum(len(found["files_left"]) for found in results)}.
 
 **Commit.** {commit}, {time.strftime("%Y-%m-%d", time.gmtime())}.
 
