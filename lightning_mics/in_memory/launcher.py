@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from functools import lru_cache
 from types import TracebackType
 
+OTHERS_SECONDS = 1.0  # for the other ranks of the node to report the same error: the launcher ends them as well
 PROCESS = "MICS_LAUNCHER_PROCESS"  # for ranks that `warm` forks, which are not children of the launcher
 
 
@@ -35,6 +37,7 @@ def end_launcher_with_this_rank(launcher: int) -> None:
                 file=sys.stderr,
                 flush=True,
             )
+            time.sleep(OTHERS_SECONDS)
             with suppress(OSError):
                 os.kill(launcher, signal.SIGTERM)
 
