@@ -126,7 +126,7 @@ class StartedJob:
 
     def why(self) -> str:
         """Why there is nothing to resume from, in words, if steps were lost."""
-        seen = self.job.holdings.newest_in_part
+        seen = self.job.holdings.fullest
         if seen is None:
             found = "its nodes' memory holds nothing"
         else:
@@ -135,7 +135,7 @@ class StartedJob:
                 for kind, rank in self.job.holdings.missing(seen)
             ]
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            found = f"of step {seen.step}, the newest of which anything is left, {', '.join(missing[:3])}{more} is lost"
+            found = f"of step {seen.step}, of which most is left, {', '.join(missing[:3])}{more} is lost"
         return (
             f"the job was started again, and no step can be resumed from: {found}. Nodes that held the same bytes have "
             "died together"
