@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -80,35 +81,40 @@ CASES = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases and write their page; returns the exit status."""
-    typed = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kill_node.cases", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--only", nargs="+", type=int, help="numbers of cases, from 1 on (default: all)")
-    parser.add_argument("--out", type=Path, help="folder of the page and the numbers; without it nothing is written")
-    options = parser.parse_args(typed)
-    results = []
+    parser = argparse.ArgumentParser(prog="benchmarks.kill_node.cases", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", type=int, help="numbers of cases, from 1 on; others in the folder stay")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the page and the numbers")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file, right = options.out / "results.json", True
     preload()
-    for number, case in enumerate(CASES, 1):
-        if options.only and number not in options.only:
-            continue
-        folder = Path(tempfile.mkdtemp(prefix="kill-node-case-"))  # stays if it fails
+    for number in options.only or range(1, len(CASES) + 1):
+        found = _found(number, CASES[number - 1])
+        right &= all(found["right"].values())
+        others = json.loads(file.read_text()) if file.exists() else []
+        results = sorted([found, *(other for other in others if other["number"] != number)], key=itemgetter("number"))
+        file.write_text(json.dumps(results, indent=1))
+        (options.out / "README.md").write_text(_page(options.out, results))
+    return 0 if right else 1
+
+
+def _found(number: int, case: Case) -> dict[str, Any]:
+    folder = Path(tempfile.mkdtemp(prefix="kill-node-case-"))  # stays if it fails
+    try:
         words, right = case.run(case.job, folder)
-        wrong = [claim for claim, holds in right.items() if not holds]
-        print(f"{number}. {case.job}, {case.name}: {words}; wrong: {wrong or 'nothing'}", flush=True)
-        if wrong:
-            print(f"logs are in {folder}", flush=True)
-        else:
-            shutil.rmtree(folder)
-        results.append({"job": str(case.job), "case": case.name, "came": words, "right": right})
-        if options.out is not None:
-            options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / "results.json").write_text(json.dumps(results, indent=1))
-            (options.out / "README.md").write_text(_page(typed, results))
-    return 0 if all(all(found["right"].values()) for found in results) else 1
+    except TimeoutError as error:
+        words, right = str(error), {"everything comes in time": False}
+    wrong = [claim for claim, holds in right.items() if not holds]
+    print(f"{number}. {case.job}, {case.name}: {words}; wrong: {wrong or 'nothing'}", flush=True)
+    if wrong:
+        print(f"logs are in {folder}", flush=True)
+    else:
+        shutil.rmtree(folder)
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    return {"number": number, "job": str(case.job), "case": case.name, "came": words, "right": right, "date": date}
 
 
-def _page(typed: Sequence[str], results: Sequence[dict[str, Any]]) -> str:
+def _page(out: Path, results: Sequence[dict[str, Any]]) -> str:
     rows = "\n".join(
         f"| {found['job']} | {found['case']} | {found['came']} | {', '.join(found['right'])} "
         f"| {', '.join(claim for claim, holds in found['right'].items() if not holds) or '-'} |"
@@ -127,10 +133,10 @@ order. Nodes are counted as torchrun does.
 
 **Result.** {good} of {len(results)} cases are as required. Measured.
 
-**Date.** {time.strftime("%Y-%m-%d", time.gmtime())}.
+**Date.** {max(found["date"] for found in results)}.
 
 ```bash
-python -m benchmarks.kill_node.cases {" ".join(typed)}
+python -m benchmarks.kill_node.cases --only {" ".join(str(found["number"]) for found in results)} --out {out}
 ```
 
 | job | what dies | what came | required | not so |
