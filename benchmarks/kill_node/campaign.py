@@ -25,6 +25,7 @@ MOMENTS_WITH_DISK = ("any", "save", "optimizer", "validation", "window", "fetch"
 AFTER_A_DEATH = ("first step", "recovery")  # moments that come after another death
 MOST_SECONDS = 90.0  # until a death or a recovery that should have come
 POLL_SECONDS = 0.01
+LAST_CALL_SECONDS = 10  # for the first start of a job that fewer nodes could begin
 REST_SECONDS = 1.0  # until what is sent beside the training has arrived
 
 
@@ -222,6 +223,7 @@ class Run:
                 *("-m", "benchmarks.kill_node.training"),
             ],
             imports=job.imports,
+            last_call_seconds=LAST_CALL_SECONDS if job.least_nodes else 1,
         )
 
     def wait(self, ready: Callable[[], Any], what: str, *, seconds: float = MOST_SECONDS) -> Any:

@@ -59,17 +59,19 @@ class Nodes:
         """Have a node ready, with everything imported."""
         self._servers[node] = self._fork(node, lambda: warm.serve(warm.address()))
 
-    def launch(self, node: int, arguments: Sequence[str], *, imports: bool = False) -> None:
+    def launch(self, node: int, arguments: Sequence[str], *, imports: bool = False, last_call_seconds: int = 1) -> None:
         """Start torchrun on a node.
 
         Args:
             node: Number of the node.
             arguments: Arguments of torchrun after those of the rendezvous.
             imports: Whether in an interpreter of its own, which imports everything, as ranks then do.
+            last_call_seconds: Time for further nodes to join once there are as many as launchers need.
         """
         rendezvous = [
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self._network.address(self.head)}:{STORE_PORT}"),
-            *("--rdzv-conf", "is_host=0,keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"),
+            "--rdzv-conf",
+            f"is_host=0,keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout={last_call_seconds}",
             *("--local-addr", self._network.address(node)),
         ]
 
