@@ -25,9 +25,11 @@ from typing import Any
 from benchmarks.kill_node.campaign import MOMENTS, MOMENTS_WITH_DISK, Campaign, Death, Job
 from benchmarks.kill_node.nodes import preload
 from benchmarks.kill_node.page import write_page
+from benchmarks.kill_node.sent import sends_enough, sent_by
 
 STEPS_PER_DEATH = 4
 STEPS_BETWEEN_SAVES = 2  # on a disk
+STEPS_COUNTED = 20  # of which bytes are compared
 SLOW_SECONDS = 15.0  # from a death to the next step, after which logs are kept
 
 
@@ -65,18 +67,12 @@ def run_job(
         What was found, as plain data.
     """
     campaign = Campaign(job, folder)
+    found: dict[str, Any] = {"job": asdict(job)}
     with campaign.running("undisturbed") as calm:
-        statuses = calm.finish()
-        found: dict[str, Any] = {
-            "job": asdict(job),
-            "sent_bytes": calm.sent_bytes(),
-            "keepers_left": len(calm.keepers()),
-        }
-        found["statuses"] = list(statuses.values())
+        found["statuses"] = list(calm.finish().values())
+        found["keepers_left"], found["files_left"] = len(calm.keepers()), calm.nodes.files_left()
     if not job.save_every:
-        with campaign.running("without", options={"in_memory_checkpoint": None}) as without:
-            without.finish()
-            found["sent_bytes_without"] = without.sent_bytes()
+        found |= sent_by(job, folder, steps=STEPS_COUNTED)
     outcomes = []
     with campaign.running("disturbed") as run:
         after = 2
@@ -91,11 +87,8 @@ def run_job(
             outcomes.append({**asdict(outcome), "ok": outcome.ok})
         found["statuses"] += list(run.finish().values())
         found["keepers_left"] += len(run.keepers())
-    expected, seen = calm.diaries.losses(), run.diaries.losses()
-    found["losses"] = len(expected)
-    found["different_losses"] = sum(expected[key] != seen.get(key) for key in expected) + len(seen.keys() - expected)
-    pairs = zip(calm.diaries.digests(), run.diaries.digests(), strict=True)
-    found["different_ends"] = sum(not one or one != other for one, other in pairs)
+        found["files_left"] += run.nodes.files_left()
+    found |= calm.diaries.differences(run.diaries)
     found["disk_bytes"] = max(
         line["disk_bytes"] for lines in run.diaries.lines() for line in lines if "disk_bytes" in line
     )
@@ -107,7 +100,8 @@ def run_job(
 def is_ok(found: dict[str, Any]) -> bool:
     """Whether a job went on as it should."""
     equal = not (found["different_losses"] or found["different_ends"] or any(found["statuses"]))
-    return equal and not found["keepers_left"] and all(outcome["ok"] for outcome in found["outcomes"])
+    left = found["keepers_left"] or found["files_left"]
+    return equal and not left and sends_enough(found) and all(outcome["ok"] for outcome in found["outcomes"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

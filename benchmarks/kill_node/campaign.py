@@ -8,8 +8,7 @@ import random
 import secrets
 import signal
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any
 
 from benchmarks.emulated_cluster import EmulatedCluster
 from benchmarks.emulated_cluster.network import Network
+from benchmarks.kill_node.diaries import Diaries, first_line
 from benchmarks.kill_node.nodes import Nodes
 
 MOMENTS = ("any", "copy", "unprotected", "optimizer", "validation", "window", "fetch", "first step", "recovery")
@@ -25,6 +25,8 @@ MOMENTS_WITH_DISK = ("any", "save", "optimizer", "validation", "window", "fetch"
 AFTER_A_DEATH = ("first step", "recovery")  # moments that come after another death
 MOST_SECONDS = 90.0  # until a death or a recovery that should have come
 POLL_SECONDS = 0.01
+LAST_CALL_SECONDS = 10  # for the first start of a job that fewer nodes could begin
+REST_SECONDS = 1.0  # until what is sent beside the training has arrived
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Job:
         save_every: Optimizer steps between checkpoints on a disk that all nodes share; None is none.
         imports: Whether ranks that start import everything; else they are forked from a process that has.
         rate: Rate of each link, such as ``"200mbit"``; None is unshaped.
+        least_nodes: Fewest nodes with which the launchers go on; None is all.
+        samples: Samples of an optimizer step, whatever the number of ranks; None is four per rank and micro-step.
+        draws: Whether the training draws random numbers, which other numbers of ranks do not share.
+        rest_at: Optimizer steps after which ranks wait until their links have been read. Such a job does not choose its
+            caches by how fast links are: it would send other bytes each time.
     """
 
     nodes: int
@@ -56,11 +63,20 @@ class Job:
     save_every: int | None = None
     imports: bool = False
     rate: str | None = None
+    least_nodes: int | None = None
+    samples: int | None = None
+    draws: bool = True
+    rest_at: tuple[int, ...] = ()
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the model."""
+        return 4 * (self.width**2 + self.width) + self.width + 1
 
     @property
     def most_lost(self) -> int:
@@ -107,37 +123,22 @@ class Outcome:
     most_lost: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, death: Death, diaries: Diaries, *, most_lost: int = 1) -> Outcome:
+        """What is known when a death comes.
+
+        Args:
+            death: The death.
+            diaries: What the ranks have written until now.
+            most_lost: Steps that may be lost.
+        """
+        done = diaries.steps_done()
+        return cls(death, max(done), min(done), -1, most_lost)
+
     @property
     def ok(self) -> bool:
         """Whether no more steps were lost than may be."""
         return self.resumed >= self.done - self.most_lost
-
-
-class Diaries:
-    """What the ranks of a run have written."""
-
-    def __init__(self, folder: Path, world_size: int) -> None:
-        self._files = [folder / f"rank-{rank}.jsonl" for rank in range(world_size)]
-
-    def lines(self) -> list[list[dict[str, Any]]]:
-        """The lines of each rank."""
-        return [
-            [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
-            for file in self._files
-        ]
-
-    def losses(self) -> dict[tuple[Any, ...], set[str]]:
-        """All values of losses and validations, by rank, kind, step and micro-step, also those computed twice."""
-        found: dict[tuple[Any, ...], set[str]] = defaultdict(set)
-        for rank, lines in enumerate(self.lines()):
-            for line in lines:
-                if line["event"] in ("loss", "validation"):
-                    found[rank, line["event"], line["step"], line["micro_step"]].add(line["value"])
-        return dict(found)
-
-    def digests(self) -> list[dict[str, str]]:
-        """The digests of each rank at the end."""
-        return [next((line["digests"] for line in lines if line["event"] == "end"), {}) for lines in self.lines()]
 
 
 class Campaign:
@@ -154,7 +155,7 @@ class Campaign:
         self._numbers = iter(range(10**6))
 
     @contextmanager
-    def running(self, name: str, *, options: Mapping[str, Any] | None = None) -> Iterator[Run]:
+    def running(self, name: str, **options: Any) -> Iterator[Run]:
         """A run of the job, whose processes are gone afterwards.
 
         Args:
@@ -163,7 +164,8 @@ class Campaign:
         """
         folder = self._folder / name
         folder.mkdir(parents=True)
-        content = {**asdict(self._job), "folder": str(folder), "workers": 1, **(options or {})}
+        job = replace(self._job, **options)
+        content = {**asdict(job), "folder": str(folder), "workers": 1}
         environment = {
             "KILL_NODE_OPTIONS": json.dumps(content),
             "MICS_KEEPER_TOKEN": secrets.token_hex(16),
@@ -174,7 +176,7 @@ class Campaign:
         }
         with EmulatedCluster(self._job.nodes + 2, rate=self._job.rate) as cluster:
             nodes = Nodes(cluster, logs=folder, environment=environment)
-            run = Run(self._job, nodes, folder, self._numbers, cluster.network)
+            run = Run(job, nodes, folder, self._numbers, cluster.network)
             nodes.start_store()
             for node in range(self._job.nodes + 1 if not self._job.imports else 0):
                 nodes.stand_by(node)
@@ -190,29 +192,38 @@ class Campaign:
 
 
 class Run:
-    """A run that goes on."""
+    """A run that goes on.
+
+    Attributes:
+        job: The job.
+        diaries: What its ranks have written.
+        standby: Node that stands by.
+        statuses: Exit statuses of the launchers that have ended, by node.
+    """
 
     def __init__(self, job: Job, nodes: Nodes, folder: Path, numbers: Iterator[int], network: Network) -> None:
-        self._job = job
+        self.job = job
         self.nodes = nodes
         self.folder = folder
         self.diaries = Diaries(folder, job.world_size)
         self.network = network
         self._numbers = numbers
-        self._standby = self._standby_before = job.nodes
+        self.standby = self._standby_before = job.nodes
         self.statuses: dict[int, int] = {}
 
     def launch(self, node: int) -> None:
         """Start torchrun on a node."""
-        job = self._job
+        job = self.job
         self.nodes.launch(
             node,
             [
-                *("--nnodes", str(job.nodes), "--nproc-per-node", str(job.ranks_per_node), "--max-restarts", "1000"),
+                *("--nnodes", f"{job.least_nodes or job.nodes}:{job.nodes}"),
+                *("--nproc-per-node", str(job.ranks_per_node), "--max-restarts", "1000"),
                 *([] if job.imports else ["-m", "lightning_mics", "warm"]),
                 *("-m", "benchmarks.kill_node.training"),
             ],
             imports=job.imports,
+            last_call_seconds=LAST_CALL_SECONDS if job.least_nodes else 1,
         )
 
     def wait(self, ready: Callable[[], Any], what: str, *, seconds: float = MOST_SECONDS) -> Any:
@@ -232,21 +243,40 @@ class Run:
                 return found
             self.statuses.update(self.nodes.ended())
             if time.monotonic() > until:
-                raise TimeoutError(f"{self._job}: {what} did not come within {seconds:g} s; see {self.folder}")
+                raise TimeoutError(f"{self.job}: {what} did not come within {seconds:g} s; see {self.folder}")
             time.sleep(POLL_SECONDS)
 
-    def finish(self) -> dict[int, int]:
-        """Wait until the job has ended; returns the statuses of the launchers by node."""
-        self.wait(lambda: not self.nodes.launchers, "the end", seconds=4 * MOST_SECONDS)
-        return self.statuses
+    def wait_for_step(self, step: int) -> None:
+        """Wait until all ranks have done an optimizer step."""
+        self.wait(lambda: min(self.diaries.steps_done()) >= step, f"step {step}")
 
-    def sent_bytes(self) -> int:
-        """Bytes that the nodes of the job have sent so far, with the headers of packets."""
-        return sum(link.sent_bytes for link in self.network.counters()[: self._job.nodes + 1])
+    def finish(self, *, besides: Sequence[int] = ()) -> dict[int, int]:
+        """Wait until the job has ended; returns the statuses of the launchers by node.
+
+        Args:
+            besides: Nodes that are no part of the job any more.
+        """
+        self.wait(lambda: self.nodes.launchers.keys() <= set(besides), "the end", seconds=4 * MOST_SECONDS)
+        return {node: status for node, status in self.statuses.items() if node not in besides}
+
+    def sent_per_step(self) -> float:
+        """Bytes that all nodes send per optimizer step between the two at which ranks rest, with headers of packets.
+
+        What a job sends before its first step, such as to measure its links, is not in it.
+        """
+        first, last = self.job.rest_at
+        sent = []
+        for step in (first, last):
+            rest = partial(self.diaries.on_all, "rest", self.diaries.world_size * [0.0], step=step)
+            self.wait(rest, f"the rest after step {step}")
+            time.sleep(REST_SECONDS)
+            sent.append(sum(link.sent_bytes for link in self.network.counters()[: self.job.nodes + 1]))
+            (self.folder / f"rested-{step}").touch()
+        return (sent[1] - sent[0]) / (last - first)
 
     def keepers(self) -> list[int]:
         """Processes of keepers on all nodes."""
-        return [process for node in range(self._job.nodes + 1) for process in self.nodes.keepers(node)]
+        return [process for node in range(self.job.nodes + 1) for process in self.nodes.keepers(node)]
 
     def cut(self, rank: int, *, after: int) -> Outcome:
         """Pull the cable of a rank's node, and have another take its place when its launcher may join; see :meth:`die`.
@@ -255,21 +285,23 @@ class Run:
             rank: The rank.
             after: Step that must be done before.
         """
-        self.wait(lambda: min(self.steps_done()) >= after, f"step {after}")
-        node, cut = int(self._place(rank)["node"].removeprefix("node")), time.time()
+        self.wait_for_step(after)
+        node, cut = self.node_of(rank), time.time()
         self.network.cut(node)
-        self.launch(self._standby)
-        outcome = Outcome(Death("any", "cable", rank), max(self.steps_done()), min(self.steps_done()), -1)
-        self._wait_for_recovery(outcome, cut)
+        self.launch(self.standby)
+        outcome = Outcome.of(Death("any", "cable", rank), self.diaries)
+        self.wait_for_recovery(outcome, cut)
         self.nodes.kill(node)
         return outcome
 
-    def steps_done(self) -> list[int]:
-        """Optimizer steps that each rank has done, in the process that runs now or ran last."""
-        return [
-            max((line["step"] for line in lines if line["event"] == "done"), default=0)
-            for lines in self.diaries.lines()
-        ]
+    def replace_dead(self, nodes: Sequence[int]) -> None:
+        """Have empty nodes take the places of dead ones: the one that stands by, and dead ones that are up again."""
+        self.launch(self.standby)
+        for node in nodes:
+            self.nodes.stand_by(node)
+        for node in nodes[:-1]:
+            self.launch(node)
+        self.standby = nodes[-1]
 
     def die(self, death: Death, chance: random.Random, *, after: int) -> Outcome:
         """Kill what is ordered when it has reached its moment, and wait until the job goes on.
@@ -279,9 +311,9 @@ class Run:
             chance: Random numbers.
             after: Step that must be done before.
         """
-        self.wait(lambda: min(self.steps_done()) >= after, f"step {after}")
+        self.wait_for_step(after)
         if death.moment in AFTER_A_DEATH:  # the new node dies: any other might hold the only bytes that are left
-            self._order(death, node=self._standby)
+            self._order(death, node=self.standby)
             self._kill(Death("any", "node", death.rank))
             self._wait_for_order(death)
             death = replace(death, rank=self._rank_on(self._standby_before))
@@ -291,8 +323,8 @@ class Run:
             self._order(death)
             self._wait_for_order(death)
         killed = self._kill(death)
-        outcome = Outcome(death, max(self.steps_done()), min(self.steps_done()), -1, self._job.most_lost)
-        self._wait_for_recovery(outcome, killed)
+        outcome = Outcome.of(death, self.diaries, most_lost=self.job.most_lost)
+        self.wait_for_recovery(outcome, killed)
         return outcome
 
     def _order(self, death: Death, *, node: int | None = None) -> None:
@@ -309,55 +341,56 @@ class Run:
         begun = self.folder / f"begun-{self._ordered}"
         self.wait(begun.exists, f"moment {death.moment!r} of rank {death.rank}")
 
-    def _place(self, rank: int) -> dict[str, Any]:
+    def place(self, rank: int) -> dict[str, Any]:
         """Where a rank runs now."""
         return next(line for line in reversed(self.diaries.lines()[rank]) if line["event"] == "start")
 
+    def node_of(self, rank: int) -> int:
+        """Number of the node that a rank runs on now."""
+        return int(self.place(rank)["node"].removeprefix("node"))
+
     def _rank_on(self, node: int) -> int:
-        return next(rank for rank in range(self._job.world_size) if self._place(rank)["node"] == f"node{node}")
+        return next(rank for rank in range(self.job.world_size) if self.place(rank)["node"] == f"node{node}")
 
     def _kill(self, death: Death) -> float:
         """Kill what is ordered, and have another node take the place of a dead one; returns when."""
-        place = self._place(death.rank)
-        node, killed = int(place["node"].removeprefix("node")), time.time()
+        node, killed = self.node_of(death.rank), time.time()
         if death.what == "node":
             self.nodes.kill(node)
-            self.launch(self._standby)
-            if not self._job.imports:
+            self.launch(self.standby)
+            if not self.job.imports:
                 self.nodes.stand_by(node)
-            self._standby_before, self._standby = self._standby, node
+            self._standby_before, self.standby = self.standby, node
         elif death.what == "rank":
-            os.kill(place["process"], signal.SIGKILL)
+            os.kill(self.place(death.rank)["process"], signal.SIGKILL)
         else:
             self.nodes.kill_keeper(node)
         return killed
 
-    def _wait_for_recovery(self, outcome: Outcome, killed: float) -> None:
-        def on_all(event: str, after: Sequence[float]) -> list[dict[str, Any]] | None:
-            found = [_first(lines, event, since) for lines, since in zip(self.diaries.lines(), after, strict=True)]
-            return None if None in found else [line for line in found if line is not None]
+    def wait_for_recovery(self, outcome: Outcome, killed: float, *, saves_again: bool = True) -> None:
+        """Wait until all ranks have done a step after a death, and note when each part of it was done.
 
-        since = [killed] * self._job.world_size
+        Args:
+            outcome: What came of the death, which is filled in.
+            killed: Time of the death, seconds since the epoch.
+            saves_again: Whether the step is saved again before the next one, as it is for as many ranks as before.
+        """
+        since = [killed] * self.diaries.world_size
         for event, name in (
             ("start", "started"),
             ("agreed", "agreed"),
-            *([] if self._job.save_every else [("protected again", "protected")]),
+            *([("protected again", "protected")] if saves_again and not self.job.save_every else []),
             ("loaded", "loaded"),
             ("done", "step"),
         ):
             what = f"{name} after {outcome.death}"
-            found = self.wait(partial(on_all, event, since), what)
+            found = self.wait(partial(self.diaries.on_all, event, since), what)
             since = [line["time"] for line in found]
             outcome.seconds[name] = max(since) - killed
             if event == "agreed":
                 outcome.resumed = int(found[0]["step"])
-        noticed = [line["time"] for lines in self.diaries.lines() if (line := _first(lines, "noticed", killed))]
+        noticed = [line["time"] for lines in self.diaries.lines() if (line := first_line(lines, "noticed", killed))]
         outcome.seconds["noticed"] = min(noticed, default=killed) - killed
-
-
-def _first(lines: Sequence[dict[str, Any]], event: str, since: float) -> dict[str, Any] | None:
-    """The first line of an event after a time."""
-    return next((line for line in lines if line["event"] == event and line["time"] > since), None)
 
 
 def _reaped() -> bool:

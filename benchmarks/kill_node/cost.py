@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.host_time import geometric_mean_with_interval
-from benchmarks.kill_node.campaign import Campaign, Diaries, Job
+from benchmarks.kill_node.campaign import Campaign, Job
+from benchmarks.kill_node.diaries import Diaries
 from benchmarks.kill_node.nodes import preload
 
 WARM_UP = 4  # steps
@@ -43,11 +44,12 @@ def measured(job: Job, rounds: int) -> list[dict[str, Any]]:
         campaign, of_round = Campaign(job, folder), {}
         ways = {"without": None, "with": 1}
         for name in ways if number % 2 == 0 else reversed(ways):
-            options = {"in_memory_checkpoint": ways[name], "validate_every": job.steps}
-            with campaign.running(name, options=options) as run:
+            with campaign.running(
+                name, in_memory_checkpoint=ways[name], validate_every=job.steps, rest_at=(WARM_UP - 1, job.steps)
+            ) as run:
+                sent = run.sent_per_step()
                 run.finish()
-                seconds = statistics.median(step_seconds(run.diaries))
-                of_round[name] = {"seconds": seconds, "sent_bytes": run.sent_bytes() / job.steps}
+                of_round[name] = {"seconds": statistics.median(step_seconds(run.diaries)), "sent_bytes": sent}
         print(of_round, flush=True)
         found.append(of_round)
     return found

@@ -40,7 +40,10 @@ class Nodes:
     def __init__(self, cluster: EmulatedCluster, *, logs: Path, environment: Mapping[str, str]) -> None:
         self._network = cluster.network
         self._logs = logs
-        self._environment = {**os.environ, **environment}
+        self._temporary = logs / "tmp"
+        self._temporary.mkdir()
+        self._environment = {**os.environ, **environment, "TMPDIR": str(self._temporary)}
+        self._servers: dict[int, int] = {}  # process by node
         self.launchers: dict[int, int] = {}  # process by node
 
     @property
@@ -54,19 +57,21 @@ class Nodes:
 
     def stand_by(self, node: int) -> None:
         """Have a node ready, with everything imported."""
-        self._fork(node, lambda: warm.serve(warm.address()))
+        self._servers[node] = self._fork(node, lambda: warm.serve(warm.address()))
 
-    def launch(self, node: int, arguments: Sequence[str], *, imports: bool = False) -> None:
+    def launch(self, node: int, arguments: Sequence[str], *, imports: bool = False, last_call_seconds: int = 1) -> None:
         """Start torchrun on a node.
 
         Args:
             node: Number of the node.
             arguments: Arguments of torchrun after those of the rendezvous.
             imports: Whether in an interpreter of its own, which imports everything, as ranks then do.
+            last_call_seconds: Time for further nodes to join once there are as many as launchers need.
         """
         rendezvous = [
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self._network.address(self.head)}:{STORE_PORT}"),
-            *("--rdzv-conf", "is_host=0,keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"),
+            "--rdzv-conf",
+            f"is_host=0,keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout={last_call_seconds}",
             *("--local-addr", self._network.address(node)),
         ]
 
@@ -89,6 +94,12 @@ class Nodes:
         """Processes of keepers on a node."""
         commands = {process: _command(process) for process in self._network.processes(node)}
         return [process for process, command in commands.items() if b"keeper" in command]
+
+    def files_left(self) -> list[str]:
+        """Files that the job has left in memory that is a file system, or for temporary files; torchrun's own apart."""
+        folders = [self._temporary, *(Path(f"/proc/{server}/root/dev/shm") for server in self._servers.values())]
+        left = [path for folder in folders if folder.exists() for path in folder.iterdir()]
+        return [str(path) for path in left if not path.name.startswith("torchelastic_")]
 
     def kill_keeper(self, node: int) -> None:
         """Kill the keeper of a node only."""
@@ -133,6 +144,7 @@ class Nodes:
                 raise OSError(ctypes.get_errno(), "setns or unshare")
         socket.sethostname(f"node{node}")
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)  # the node's own
         subprocess.run(["mount", "--bind", f"/etc/netns/{namespace}/hosts", "/etc/hosts"], check=True)
         with open(self._logs / f"node{node}.log", "ab") as log:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -17,6 +17,8 @@ import torch
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from benchmarks.kill_node.sent import more_in_words
+
 PARTS = ("noticed", "started", "agreed", "protected", "step")
 WORDS = {
     "noticed": "the first rank notices",
@@ -65,7 +67,8 @@ the same job undisturbed, as exact numbers, of all ranks and micro-steps, also w
 {sum(found["job"]["nodes"] * found["job"]["ranks_per_node"] for found in results)} ranks differ at the end (weights,
 optimizer states, random number generators). At most {max(0, *lost)} steps that all ranks had done were lost. Written to
 disks by a rank: at most {max(found["disk_bytes"] for found in results) / 2**20:.2f} MiB, logs included. Keepers left
-afterwards: {sum(found["keepers_left"] for found in results)}.
+afterwards: {sum(found["keepers_left"] for found in results)}; files, in `/dev/shm` or for temporary files:
+{sum(len(found["files_left"]) for found in results)}.
 
 **Commit.** {commit}, {time.strftime("%Y-%m-%d", time.gmtime())}.
 
@@ -74,12 +77,13 @@ python -m benchmarks.kill_node {" ".join(arguments)}
 ```
 
 | nodes x ranks, partition size | deaths | different losses | seconds to the next step: median (most) | \
-without rendezvous: median (most) | bytes sent: with / without |
+without rendezvous: median (most) | KiB more that a rank sends per step (at most) |
 |---|--:|--:|--:|--:|--:|
 {table}
 
-*Without rendezvous*: from the time at which all ranks run again. Bytes are of all links in the undisturbed run, with
-the headers of packets and the launchers' own.
+*Without rendezvous*: from the time at which all ranks run again. Bytes are of all links, with the headers of
+packets and the launchers' own, in runs of their own with and without in-memory checkpoints, between two steps after
+which all ranks rest.
 
 ## By moment
 
@@ -99,13 +103,8 @@ def _row(found: dict[str, Any]) -> str:
     return (
         f"| {job['nodes']}x{job['ranks_per_node']}, {job['partition_size']} | {len(outcomes)} "
         f"| {found['different_losses']} of {found['losses']} | {_spread(whole)} | {_spread(rest)} "
-        f"| {_ratio(found)} |"
+        f"| {more_in_words(found)} |"
     )
-
-
-def _ratio(found: dict[str, Any]) -> str:
-    """Bytes sent with in-memory checkpoints over those without."""
-    return f"{found['sent_bytes'] / found['sent_bytes_without']:.3f}" if "sent_bytes_without" in found else "-"
 
 
 def _moment(moment: str, outcomes: Sequence[dict[str, Any]]) -> str:

@@ -66,6 +66,12 @@ class Diary:
             self.write("moment", number=order["number"], moment=moment, step=self.step)
             time.sleep(120)
 
+    def rest(self, step: int) -> None:
+        """Wait until the links have been read."""
+        self.write("rest", step=step)
+        while not (self._folder / f"rested-{step}").exists():
+            time.sleep(0.05)
+
 
 class Samples(Dataset[Tensor]):
     """Random vectors, some of them slow to load where a loader's worker is to die."""
@@ -88,7 +94,8 @@ class Model(L.LightningModule):
         super().__init__()
         width = options["width"]
         self.options, self.diary = options, diary
-        blocks = [nn.Sequential(nn.Linear(width, width), nn.Dropout(0.1), nn.ReLU()) for _ in range(4)]
+        dropout = 0.1 if options["draws"] else 0.0
+        blocks = [nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout), nn.ReLU()) for _ in range(4)]
         self.net = nn.Sequential(*blocks)
         self.head = nn.Linear(width, 1)
         self.register_buffer("mean", torch.zeros(width))
@@ -99,8 +106,9 @@ class Model(L.LightningModule):
             self.diary.reach("first step")
         if self.options["micro_steps"] > 1 and batch_idx % self.options["micro_steps"] == 1:
             self.diary.reach("window")
-        noise = 0.01 * (torch.rand(()) + random.random() + np.random.rand())
-        with torch.no_grad():
+        noise = torch.zeros(())
+        if self.options["draws"]:
+            noise = 0.01 * (torch.rand(()) + random.random() + np.random.rand())
             self.mean.mul_(0.9).add_(batch.mean(0), alpha=0.1)
         loss = (self.head(self.net(batch - self.mean)) - 1).square().mean() + noise
         self.diary.write("loss", step=self.global_step, micro_step=batch_idx, value=loss.item().hex())
@@ -119,7 +127,10 @@ class Model(L.LightningModule):
             return result
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
-        self.diary.write("done", step=self.global_step)
+        done = self.global_step + 1  # Lightning counts this step when the hook has returned
+        self.diary.write("done", step=done)
+        if done in self.options["rest_at"]:
+            self.diary.rest(done)
         self.diary.is_first = False
 
     def configure_optimizers(self) -> Any:
@@ -135,13 +146,15 @@ class Model(L.LightningModule):
         self.diary.write("loaded", step=self.global_step)
         self.diary.is_first = self.global_step > 0
 
-    def _loader(self, world_size: int) -> StatefulDataLoader[Tensor]:
+    def _loader(self, batches: int, samples: int | None = None) -> StatefulDataLoader[Tensor]:
         data = Samples(self.options["width"], self.diary)
-        sampler: ResumableSampler = ResumableSampler(data, global_batch_size=BATCH * world_size)
-        return StatefulDataLoader(data, batch_size=BATCH, sampler=sampler, num_workers=self.options["workers"])
+        samples = BATCH * batches if samples is None else samples
+        sampler: ResumableSampler = ResumableSampler(data, global_batch_size=samples)
+        size = samples // batches
+        return StatefulDataLoader(data, batch_size=size, sampler=sampler, num_workers=self.options["workers"])
 
     def train_dataloader(self) -> StatefulDataLoader[Tensor]:
-        return self._loader(self.trainer.world_size * self.options["micro_steps"])
+        return self._loader(self.trainer.world_size * self.options["micro_steps"], self.options["samples"])
 
     def val_dataloader(self) -> StatefulDataLoader[Tensor]:
         return self._loader(self.trainer.world_size)
@@ -211,6 +224,15 @@ def callbacks_of(options: dict[str, Any]) -> list[L.Callback]:
     return [ModelCheckpoint(folder, every_n_train_steps=options["save_every"], save_last=True)]
 
 
+def pinned(options: dict[str, Any]) -> dict[str, Any]:
+    """Choices that are else made by how fast links are, which is measured at each start."""
+    return {
+        "hierarchical": options["partition_size"] > options["ranks_per_node"] > 1,
+        "cache_parameters": "rank",
+        "accumulate_gradients": "rank",
+    }
+
+
 def main() -> None:
     """What each rank runs."""
     options = json.loads(os.environ["KILL_NODE_OPTIONS"])
@@ -220,7 +242,7 @@ def main() -> None:
     report = sys.excepthook
 
     def noticed(kind: Any, error: Any, trace: Any) -> None:
-        diary.write("noticed", error=f"{kind.__name__}: {error}"[:300])
+        diary.write("noticed", error=f"{kind.__name__}: {error}"[:1000])
         report(kind, error, trace)
 
     sys.excepthook = noticed
@@ -232,7 +254,9 @@ def main() -> None:
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     trainer = L.Trainer(
         strategy=MiCSStrategy(
-            partition_size=options["partition_size"], in_memory_checkpoint=options["in_memory_checkpoint"]
+            partition_size=options["partition_size"],
+            in_memory_checkpoint=options["in_memory_checkpoint"],
+            **(pinned(options) if options["rest_at"] else {}),
         ),
         accelerator="cpu",
         devices=local,
@@ -249,7 +273,8 @@ def main() -> None:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(model, ckpt_path="last" if options["save_every"] else None)
+    from_disk = options["save_every"] and options["in_memory_checkpoint"] is None
+    trainer.fit(model, ckpt_path="last" if from_disk else None)
     written = Path("/proc/self/io").read_text().partition("\nwrite_bytes: ")[2].split("\n")[0]
     diary.write("end", digests=digests_of(trainer, model), disk_bytes=int(written))
 

@@ -30,6 +30,8 @@ _being_allocated = False  # on the host
 class HostMemoryError(RuntimeError):
     """What was moved to the host does not fit its memory."""
 
+    comes_again = True  # if the job is started again: see `in_memory.launcher`
+
 
 class SavedOnHost:
     """The tensors that a model saves on the host in one micro-step.

@@ -17,6 +17,7 @@ class DamagedCheckpointError(RuntimeError):
 
     __module__ = "lightning_mics.checkpoint"  # tracebacks show the public path
     raised_by_all_ranks = True  # unchanged, if one rank finds it: see `collectives.agreement`
+    comes_again = False  # if the job is started again: see `in_memory.launcher`
 
 
 class UnsafeCheckpointError(RuntimeError):

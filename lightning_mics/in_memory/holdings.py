@@ -43,6 +43,11 @@ class Holdings:
         return max(self.nodes, default=None)
 
     @property
+    def fullest(self) -> Stamp | None:
+        """The step of which the fewest parts are missing, the newest of those."""
+        return max(self.nodes, key=lambda stamp: (-len(self.missing(stamp)), stamp), default=None)
+
+    @property
     def next_generation(self) -> int:
         """Number for the next start of the job."""
         return 1 + max((stamp.generation for stamp in self.nodes), default=0)

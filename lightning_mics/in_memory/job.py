@@ -118,9 +118,9 @@ class InMemoryJob:
             device: Device of this rank.
         """
         node, offset = self._rank // self._local_size, Holders.of(topology).node_offset
-        target = self._addresses[(node + offset) % len(self._addresses)] if offset else None
+        copies, watched = (self._address(node + distance) if offset else None for distance in (offset, 1))
         if self._rank % self._local_size == 0:
-            self._connection.ask({"do": "peers", "target": target})
+            self._connection.ask({"do": "peers", "target": copies, "watched": watched, "generation": self._generation})
         self._saver = StepSaver(
             self._connection,
             rank=self._rank,
@@ -130,6 +130,9 @@ class InMemoryJob:
             device=device,
             protected_step=NOTHING if self.resumed is None else self.resumed.step,
         )
+
+    def _address(self, node: int) -> tuple[str, int]:
+        return self._addresses[node % len(self._addresses)]
 
     @property
     def saver(self) -> StepSaver:

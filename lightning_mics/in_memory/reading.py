@@ -165,15 +165,18 @@ class StoredPart:
         return payload[: int(facts["table_bytes"])]
 
     def _of_any_node(self, ask: Any, what: str) -> Any:
-        problems = []
+        problems: list[Exception] = []
         for node in self._nodes:
             try:
                 return ask(node)
             except (_DamagedError, KeeperError) as error:
-                problems.append(str(error))
-        raise DamagedCheckpointError(
-            f"step {self._step} in memory is corrupted: {what} of rank {self._what['rank']}: {'; '.join(problems)}"
+                problems.append(error)
+        corrupted = DamagedCheckpointError(
+            f"step {self._step} in memory is corrupted: {what} of rank {self._what['rank']}: "
+            f"{'; '.join(map(str, problems))}"
         )
+        corrupted.comes_again = all(isinstance(problem, _DamagedError) for problem in problems)  # no node has died
+        raise corrupted
 
 
 class _DamagedError(Exception):

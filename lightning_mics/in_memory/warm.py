@@ -31,6 +31,7 @@ from importlib import import_module
 from typing import Any
 
 from lightning_mics.in_memory.keeper.wire import receive, receive_header, send_header
+from lightning_mics.in_memory.launcher import PROCESS
 
 IMPORTED = (
     "torch",
@@ -114,7 +115,8 @@ def _connected(server: str) -> socket.socket | None:
 
 def _as_started(connection: socket.socket, arguments: list[str]) -> int:
     """Have a rank forked, pass signals on to it, and end as it ends."""
-    request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "path": sys.path}
+    environment = {**os.environ, PROCESS: str(os.getppid())}
+    request = {"arguments": arguments, "environment": environment, "folder": os.getcwd(), "path": sys.path}
     send_header(connection, request)
     socket.send_fds(connection, [b"\0"], range(_STREAMS))
     started, _ = receive_header(connection)

@@ -7,7 +7,8 @@ that the user writes, with Fabric or Accelerate, :class:`InMemoryLoop` saves and
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from lightning_mics.checkpoint import FullNames, random_states
 from lightning_mics.collectives.agreement import on_all_ranks
 from lightning_mics.in_memory.job import InMemoryJob
 from lightning_mics.in_memory.keeper.memory import Stamp
+from lightning_mics.in_memory.launcher import end_launcher_with_this_rank
 from lightning_mics.in_memory.orphans import end_workers_with_this_rank
 from lightning_mics.in_memory.reading import InMemoryCheckpoint
-from lightning_mics.integrations._keeper import STARTED, keeper_settings
+from lightning_mics.integrations._keeper import STARTED, keeper_settings, launcher_process
 from lightning_mics.sharding.sharded import Sharded
 from lightning_mics.topology import Topology
 
@@ -52,6 +54,34 @@ class NoWholeStepError(RuntimeError):
     """A restarted job finds no step from which all ranks can resume."""
 
     raised_by_all_ranks = True
+    comes_again = True  # if the job is started again: see `in_memory.launcher`
+
+
+class UnfitRanksError(ValueError):
+    """The options of a job do not fit its ranks, such as those that are left after a death."""
+
+    comes_again = True
+
+
+@contextmanager
+def fits_the_ranks() -> Iterator[None]:
+    """Say inside what to change where nodes may have died, and let torchrun end rather than start the same again.
+
+    Raises:
+        UnfitRanksError: If the options do not fit the ranks, under torchrun.
+    """
+    launcher = launcher_process(os.environ)
+    if launcher is None:
+        yield
+        return
+    end_launcher_with_this_rank(launcher)
+    try:
+        yield
+    except ValueError as error:
+        raise UnfitRanksError(
+            f"{error}. If nodes have died: a job goes on without them only where partition_size fits all numbers of "
+            "nodes that --nnodes allows; else keep --nnodes at one number, and start spare nodes"
+        ) from error
 
 
 class StartedJob:
@@ -67,6 +97,8 @@ class StartedJob:
 
     def __init__(self, *, local_size: int) -> None:
         end_workers_with_this_rank()
+        if (launcher := launcher_process(os.environ)) is not None:
+            end_launcher_with_this_rank(launcher)
         nodes = dist.get_world_size() // local_size
         settings = on_all_ranks(lambda: keeper_settings(os.environ, nodes=nodes))
         own = settings[0 if nodes == 1 else dist.get_rank()]  # a single node's name is that of rank 0's launcher
@@ -94,13 +126,16 @@ class StartedJob:
 
     def why(self) -> str:
         """Why there is nothing to resume from, in words, if steps were lost."""
-        seen = self.job.holdings.newest_in_part
+        seen = self.job.holdings.fullest
         if seen is None:
             found = "its nodes' memory holds nothing"
         else:
-            missing = [f"the {kind} part of rank {rank}" for kind, rank in self.job.holdings.missing(seen)]
+            missing = [
+                f"the {kind} part of rank {rank} (node {rank // self.local_size})"
+                for kind, rank in self.job.holdings.missing(seen)
+            ]
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            found = f"of step {seen.step}, the newest of which anything is left, {', '.join(missing[:3])}{more} is lost"
+            found = f"of step {seen.step}, of which most is left, {', '.join(missing[:3])}{more} is lost"
         return (
             f"the job was started again, and no step can be resumed from: {found}. Nodes that held the same bytes have "
             "died together"

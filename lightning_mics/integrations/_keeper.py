@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from lightning_mics.in_memory.keeper.client import KeeperConnection, KeeperSettings, settings_from
 from lightning_mics.in_memory.keeper.wire import KeeperError
+from lightning_mics.in_memory.launcher import PROCESS
 
 TOKEN = "MICS_KEEPER_TOKEN"
 INTERFACE = "MICS_KEEPER_INTERFACE"
@@ -47,6 +48,16 @@ def keeper_settings(environment: Mapping[str, str], *, nodes: int) -> KeeperSett
         idle_seconds=float(environment.get(IDLE, 1800)),
         silence_seconds=float(environment.get(SILENCE, 10)),
     )
+
+
+def launcher_process(environment: Mapping[str, str]) -> int | None:
+    """The process of torchrun that has started this rank and may start it again; None under another launcher.
+
+    Args:
+        environment: Variables of the environment.
+    """
+    starts_again = int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    return int(environment.get(PROCESS, os.getppid())) if starts_again else None
 
 
 def _of_this_launch(environment: Mapping[str, str]) -> str:

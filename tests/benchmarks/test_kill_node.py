@@ -5,34 +5,59 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+
+import pytest
 
 from benchmarks.kill_node.__main__ import deaths_of
 from benchmarks.kill_node.campaign import MOMENTS, Job
+from benchmarks.kill_node.sent import sends_enough
+from benchmarks.kill_node.training import Model
 from tests.benchmarks.clusters import needs_cluster
 
 ROOT = Path(__file__).parents[2]
 
 
-@needs_cluster
-def test_a_job_goes_on_after_five_deaths_with_the_same_bits(tmp_path: Path) -> None:
-    """In a process of its own, which forks nodes and must not be pytest."""
-    command = [sys.executable, "-m", "benchmarks.kill_node", "--shapes", "2x2", "--partition", "2", "--kills", "5"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def ran(module: str, *arguments: str) -> str:
+    """The output of a campaign, in a process of its own, which forks nodes and must not be pytest."""
     done = subprocess.run(
-        [*command, "--out", str(tmp_path)],
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "0 of 224 losses differ, 0 ends" in done.stdout
+    return done.stdout
+
+
+@needs_cluster
+def test_a_job_goes_on_after_five_deaths_with_the_same_bits(tmp_path: Path) -> None:
+    job = ("--shapes", "2x2", "--partition", "2", "--kills", "5")
+    output = ran("benchmarks.kill_node", *job, "--out", str(tmp_path))
+    assert "0 of 224 losses differ, 0 ends" in output
     page = (tmp_path / "README.md").read_text()
     assert "5 deaths: 0 of 224 losses differ" in " ".join(page.split())
     assert (tmp_path / "recovery.svg").exists()
+
+
+@needs_cluster
+def test_a_job_whose_nodes_with_the_same_bytes_die_ends_at_once_with_its_launchers(tmp_path: Path) -> None:
+    assert "wrong: nothing" in ran("benchmarks.kill_node.cases", "--only", "1", "--out", str(tmp_path))
+    page = (tmp_path / "README.md").read_text()
+    assert "1 of 1 cases are as required" in page
+    assert "NoWholeStepError: the job was started again, and no step can be resumed from" in page
+
+
+@pytest.mark.parametrize(("size", "kib", "is_right"), [(4, 20, True), (4, 25, False), (8, 23, False), (8, 48, True)])
+def test_ranks_send_what_no_other_node_has_and_no_more(size: int, kib: float, is_right: bool) -> None:
+    job = Job(4, 2, size, width=64)
+    assert job.parameters == sum(p.numel() for p in Model({"width": 64, "draws": True}, None).parameters())
+    sent = {"sent_per_step": 1e6 + 8 * 2**10 * kib, "sent_per_step_without": 1e6}
+    assert sends_enough({"job": asdict(job), **sent}) == is_right  # 12 bytes of 16705 parameters are 24.5 KiB of a rank
 
 
 def test_a_campaign_has_all_moments_and_all_that_can_die() -> None:

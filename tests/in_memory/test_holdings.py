@@ -41,3 +41,9 @@ def test_without_anything_there_is_no_step_and_the_first_generation() -> None:
     holdings = Holdings.of([[], []])
     assert holdings.newest is None and holdings.newest_in_part is None
     assert holdings.next_generation == 1
+
+
+def test_of_what_is_left_the_step_with_the_fewest_missing_parts_is_named() -> None:
+    of_nodes = [held(OLD, *PRIVATE_AND_ROWS[:3]), held(NEW, *PRIVATE_AND_ROWS[:2])]
+    assert Holdings.of(of_nodes).fullest == OLD
+    assert Holdings.of([*of_nodes, held(NEW, ("rows", 1))]).fullest == NEW

@@ -50,6 +50,12 @@ def hello(connection: KeeperConnection, rank: int = 0) -> dict[str, Any]:
     return connection.ask({"do": "hello", "rank": rank})[0]
 
 
+def begin(connection: KeeperConnection, other: dict[str, Any] | None, *, generation: int = 1) -> None:
+    """Begin a start of the job, in which this keeper sends to another one and watches it."""
+    address = None if other is None else [other["host"], other["port"]]
+    connection.ask({"do": "peers", "target": address, "watched": address, "generation": generation})
+
+
 def open_area(connection: KeeperConnection, rank: int = 0, size: int = 100) -> list[mmap.mmap]:
     parts = [PartLayout("private", rank, size, b"private"), PartLayout("rows", rank, size, b"rows")]
     answer, _ = connection.ask(
@@ -125,7 +131,7 @@ def test_a_part_is_read_over_the_network_as_it_was_written(start: Start) -> None
         remote.ask({"do": "read", **part, "first": 90, "count": 20})
     with pytest.raises(KeeperError, match="no rows part of rank 1"):
         remote.ask({"do": "facts", **part, "rank": 1})
-    assert remote.ask({"do": "ping"}) == ({}, b"")  # the connection has survived
+    assert remote.ask({"do": "ping"})[1] == b""  # the connection has survived
 
 
 @pytest.mark.parametrize("request_", ["hello", "open", "begin", "commit", "wait", "peers", "forget", "stop", "eval"])
@@ -161,7 +167,7 @@ def test_what_is_forwarded_survives_the_node(start: Start) -> None:
     one, _ = start("one")
     other, _ = start("other")
     answers = [hello(one), hello(other)]
-    one.ask({"do": "peers", "target": [answers[1]["host"], answers[1]["port"]]})
+    begin(one, answers[1])
     slots = open_area(one)
     for step in (3, 4, 5):
         commit(one, slots, bytes([step]) * 60, step=step)
@@ -177,7 +183,7 @@ def test_only_what_has_to_be_sent_is_sent(start: Start) -> None:
     other, _ = start("other")
     hello(one)
     answer = hello(other)
-    one.ask({"do": "peers", "target": [answer["host"], answer["port"]]})
+    begin(one, answer)
     commit(one, open_area(one), b"x" * 60, forward_rows=False)
     assert [entry["kind"] for entry in other.ask({"do": "list"})[0]["held"]] == ["private"]
 
@@ -187,7 +193,7 @@ def test_a_step_is_not_protected_while_the_other_keeper_is_dead(start: Start) ->
     other, _ = start("other")
     hello(one)
     answer = hello(other)
-    one.ask({"do": "peers", "target": [answer["host"], answer["port"]]})
+    begin(one, answer)
     os.kill(answer["process"], signal.SIGKILL)
     begun = time.monotonic()
     with pytest.raises(KeeperError, match=r"step 5 is not on another node: .*cannot be reached"):
@@ -214,13 +220,17 @@ def test_it_ends_by_itself_when_no_rank_comes(start: Start) -> None:
     KeeperConnection.local(own)  # a rank is connected
     connection.close()
     until = time.monotonic() + 10
-    while time.monotonic() < until:
-        try:
-            KeeperConnection.local(own).close()
-        except (OSError, KeeperError):  # it has ended, or ends while it is asked
-            return
+    while listens(own):
+        assert time.monotonic() < until
         time.sleep(0.1)
-    pytest.fail("it still listens")
+
+
+def listens(own: KeeperSettings) -> bool:
+    try:
+        KeeperConnection.local(own).close()
+    except (OSError, KeeperError):  # it has ended, or ends while it is asked
+        return False
+    return True
 
 
 def forked(act: Callable[[], None]) -> int:
@@ -245,7 +255,7 @@ def test_a_rank_that_is_stopped_is_ended(start: Start) -> None:
 
     process = forked(act)
     os.waitpid(process, os.WUNTRACED)
-    connection.ask({"do": "peers", "target": None})
+    begin(connection, None)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
 
 
@@ -258,7 +268,7 @@ def test_a_silent_node_is_named_in_the_output_of_ranks_that_are_ended(start: Sta
         os.dup2(os.open(tmp_path / "output", os.O_WRONLY | os.O_CREAT), 2)
         mine = KeeperConnection.local(own)
         hello(mine)
-        mine.ask({"do": "peers", "target": [answer["host"], answer["port"]]})
+        begin(mine, answer)
         os.kill(answer["process"], signal.SIGSTOP)  # its kernel accepts connections, and nobody answers
         time.sleep(20)
 
@@ -266,3 +276,56 @@ def test_a_silent_node_is_named_in_the_output_of_ranks_that_are_ended(start: Sta
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     os.kill(answer["process"], signal.SIGKILL)
     assert f"the node of 127.0.0.1:{answer['port']} has not answered for" in (tmp_path / "output").read_text()
+
+
+def test_the_reason_ends_the_ranks_of_the_node_before_too(start: Start, tmp_path: Path) -> None:
+    _, own = start()
+    connection, of_other = start("other", silence_seconds=1.0)
+    answer = hello(connection)
+    connection.close()  # else this process counts as a rank, which is ended
+    while KeeperConnection.local(of_other).ask({"do": "status"})[0]["ranks"]:
+        time.sleep(0.01)
+
+    def wait() -> None:
+        os.dup2(os.open(tmp_path / "output", os.O_WRONLY | os.O_CREAT), 2)
+        mine = KeeperConnection.local(own)
+        hello(mine)
+        begin(mine, answer)
+        time.sleep(20)
+
+    def stop() -> None:
+        mine = KeeperConnection.local(of_other)
+        hello(mine, rank=2)
+        begin(mine, None)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(20)
+
+    waiting, stopped = forked(wait), forked(stop)
+    assert os.waitstatus_to_exitcode(os.waitpid(waiting, 0)[1]) == -signal.SIGKILL
+    assert os.waitstatus_to_exitcode(os.waitpid(stopped, 0)[1]) == -signal.SIGKILL
+    assert f"rank 2 (process {stopped}) is stopped" in (tmp_path / "output").read_text()
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_keeper_without_which_the_job_has_gone_on_ends(start: Start, is_used: bool) -> None:
+    outdated, _ = start()
+    other, _ = start("other")
+    begin(outdated, hello(other))
+    if is_used:
+        hello(outdated)
+    other.ask({"do": "forget", "before": 1})  # all ranks have a step of this start: nothing is outdated
+    time.sleep(1.5)
+    assert answers(outdated)
+    other.ask({"do": "forget", "before": 2})  # all have one of the next start
+    until = time.monotonic() + (2.5 if is_used else 10)
+    while answers(outdated) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert answers(outdated) == is_used
+
+
+def answers(connection: KeeperConnection) -> bool:
+    try:
+        connection.ask({"do": "ping"})
+    except KeeperError:
+        return False
+    return True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from lightning_mics import Topology, create_partition_groups, shard_model
+from lightning_mics.checkpoint.errors import DamagedCheckpointError
 from lightning_mics.checkpoint.loading import load_model, load_optimizers, load_rank_state, mesh_of
 from lightning_mics.checkpoint.opening import open_sharded
 from lightning_mics.checkpoint.optimizer_states import optimizer_state
@@ -112,11 +113,20 @@ def saved_and_loaded(partition_size: int, damage: Callable[[InMemoryJob], None])
     job.close(finished=False)
     other, again = Training(partition_size, seed=2), InMemoryJob(settings(name[0]), local_size=1)
     assert any(not torch.equal(a, b) for a, b in zip(expected, other.values(), strict=True))
-    error = refusal(lambda: other.load(again))
+    error = refusal(lambda: told(lambda: other.load(again)))
     equal = all(torch.equal(a, b) for a, b in zip(expected, other.values(), strict=True))
     dist.barrier()
     KeeperConnection.local(settings(name[0])).ask({"do": "stop"})
     return error, equal
+
+
+def told(load: Callable[[], Any]) -> None:
+    """Load, and say whether another start would raise the error too."""
+    try:
+        load()
+    except DamagedCheckpointError as error:
+        error.args = (f"{error} comes again: {error.comes_again}",)
+        raise
 
 
 def on_rank_0(damage: Callable[[InMemoryJob], None]) -> Callable[[InMemoryJob], None]:
@@ -143,3 +153,4 @@ def test_what_is_saved_is_loaded_from_a_node_that_has_it_undamaged() -> None:
         assert results == 2 * [("nothing was refused", True)], case
     assert all(error.startswith("DamagedCheckpointError: step 7 in memory is corrupted: ") for error, _ in damaged)
     assert all("node 0 has it altered" in error and "node 1 has it altered" in error for error, _ in damaged)
+    assert all(error.endswith("comes again: True") for error, _ in damaged)  # so the launcher ends

@@ -60,7 +60,9 @@ class Keeper:
         self._ended = threading.Event()
         self._port = 0  # none
         self._forwarding = Forwarding(settings.token, self._lock)
-        self._watching = Watching(settings.token, silence_seconds=settings.silence_seconds)
+        self._watching = Watching(
+            settings.token, silence_seconds=settings.silence_seconds, outdated=self._end_if_unused
+        )
         self._local_only: dict[str, Callable[[Request], Answer | None]] = {
             "hello": self._hello,
             "open": self._open,
@@ -72,7 +74,7 @@ class Keeper:
             "stop": self._stop,
         }
         self._for_all: dict[str, Callable[[Request], Answer | None]] = {
-            "ping": lambda request: ({}, ()),
+            "ping": lambda request: (self._watching.answer(), ()),
             "status": self._status,
             "list": self._list,
             "facts": self._facts,
@@ -82,7 +84,7 @@ class Keeper:
         }
 
     def run(self) -> None:
-        """Serve until a rank says that the job is over, or no rank has come for the idle time.
+        """Serve until a rank says that the job is over, it has gone on without this node, or no rank comes for long.
 
         Raises:
             OSError: If this job has a keeper on this node already.
@@ -220,17 +222,18 @@ class Keeper:
         return {}, ()
 
     def _peers(self, request: Request) -> Answer:
-        """Begin a generation: where the next keeper is, and which processes are watched."""
-        target = request.header["target"]
-        self._forwarding.connect(target)
+        """Begin a generation: which keeper gets copies, and which one is watched, beside the ranks of this node."""
+        header = request.header
+        self._forwarding.connect(header["target"])
         with self._lock:
-            self._watching.begin(target, dict(self._ranks))
+            self._watching.begin(header["watched"], dict(self._ranks), generation=int(header["generation"]))
         return {}, ()
 
     def _forget(self, request: Request) -> Answer:
         """Drop the steps of earlier generations, and areas without any."""
         first = int(request.header["before"])
         with self._lock:
+            self._is_complete(first)
             for area in self._areas:
                 for slot in area.slots:
                     if slot.stamp is not None and slot.stamp.generation < first:
@@ -254,8 +257,19 @@ class Keeper:
     def _drop_earlier(self, area: Area, keep: Keep, generation: int) -> None:
         """Drop areas of other layouts once all ranks have a step of this generation, which is in ``area``."""
         if keep[0] == generation and area.slot_with(keep) is not None:
+            self._is_complete(generation)
             same = [one for one in self._areas if one.owner == area.owner and one.local == area.local]
             self._drop([one for one in same if one is not area])
+
+    def _is_complete(self, generation: int) -> None:
+        """Note that all ranks have a step of a generation."""
+        self._watching.complete_generation = max(generation, self._watching.complete_generation)
+
+    def _end_if_unused(self) -> None:
+        """End, as the job has gone on without this node, unless ranks are here to take part in it again."""
+        with self._lock:
+            if not self._ranks:
+                self._ended.set()
 
     def _drop(self, areas: list[Area]) -> None:
         for area in areas:

@@ -20,6 +20,7 @@ from typing_extensions import override
 from lightning_mics._torch.fsdp import expect_backward
 from lightning_mics._torch.optimizers.steps import call_first_before_step
 from lightning_mics.collectives.traffic import Traffic
+from lightning_mics.integrations._in_memory import fits_the_ranks
 from lightning_mics.integrations._lightning import LightningStrategy, reduce_in_place
 from lightning_mics.integrations._precision import accept_16_mixed, check_precision, prepared_scaler
 from lightning_mics.integrations.trainer import resuming
@@ -112,7 +113,8 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
 
     @override
     def _check_before_communicating(self) -> None:
-        super()._check_before_communicating()
+        with nullcontext() if self._in_memory_checkpoint is None else fits_the_ranks():
+            super()._check_before_communicating()
         check_callbacks(self._trainer)
 
     @contextmanager

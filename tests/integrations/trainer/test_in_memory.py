@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lightning_mics import MiCSFabricStrategy, MiCSStrategy, ResumableSampler, full_state_dict
 from lightning_mics.in_memory import job
 from lightning_mics.in_memory.keeper.client import KeeperConnection
-from lightning_mics.integrations._keeper import keeper_settings
+from lightning_mics.integrations._in_memory import UnfitRanksError, fits_the_ranks
+from lightning_mics.integrations._keeper import keeper_settings, launcher_process
+from lightning_mics.topology import Topology
 from tests.support.models import TinyModule, tokens
 from tests.support.quantizing import WideLM, quantizing, uncompiled
 from tests.support.trainers import make_trainer, mics, on_ranks
@@ -232,6 +235,28 @@ def test_a_step_in_memory_takes_precedence_over_an_older_checkpoint(tmp_path: Pa
     assert {found["started_at"] for found in again} <= {5, 6}
 
 
+class Renamed(Mortal):
+    """The same model with other names, as after a change of the code."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.other = self.net
+        del self.net
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self.other(batch)
+        return loss
+
+
+@pytest.mark.usefixtures("keepers_end")
+def test_another_model_is_an_error_on_all_ranks_and_never_begins_anew(tmp_path: Path) -> None:
+    on_ranks(partial(fit, tmp_path, dies_at=3))
+    found = on_ranks(partial(fit, tmp_path, make=Renamed))
+    assert {rank["error"] for rank in found} == {found[0]["error"]}
+    assert "the checkpoint and the model differ: 14 names are missing in the checkpoint ['other." in found[0]["error"]
+    assert all(rank["losses"] == [] for rank in found)
+
+
 @pytest.mark.usefixtures("token")
 def test_every_so_many_steps(tmp_path: Path) -> None:
     on_ranks(partial(fit, tmp_path, every=3, dies_at=5))
@@ -257,9 +282,12 @@ def test_a_restart_that_finds_nothing_ends_in_an_error_on_all_ranks(
     assert all(rank["losses"] == [] for rank in found)
 
 
-@pytest.mark.usefixtures("token")
-def test_or_resumes_from_the_newest_checkpoint_on_a_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_or_resumes_from_the_newest_checkpoint_on_a_disk(
+    token: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     on_ranks(partial(fit, tmp_path, every=None, dies_at=5, saves_at=2))
+    with pytest.raises(ConnectionRefusedError):  # without the option there is no keeper
+        KeeperConnection.local(keeper_settings({"MICS_KEEPER_TOKEN": token}, nodes=1))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     again = on_ranks(partial(fit, tmp_path, saves_at=2))
     assert {found["started_at"] for found in again} == {4}
@@ -298,6 +326,24 @@ def test_other_intervals_are_rejected() -> None:
         MiCSStrategy(in_memory_checkpoint=True)
     with pytest.raises(ValueError, match="in_memory_checkpoint is for a Trainer"):
         MiCSFabricStrategy(in_memory_checkpoint=1)
+
+
+def test_options_that_do_not_fit_the_ranks_that_are_left_say_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which is replaced
+    error = "partition_size=4 does not divide world_size=6"
+    with pytest.raises(ValueError, match=f"{error}; with 2 ranks per node use one of 1, 2, 6$"), fits_the_ranks():
+        Topology(world_size=6, ranks_per_node=2, partition_size=4)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    match = f"{error}.* If nodes have died: .* keep --nnodes at one number, and start spare nodes"
+    with pytest.raises(UnfitRanksError, match=match), fits_the_ranks():
+        Topology(world_size=6, ranks_per_node=2, partition_size=4)
+
+
+def test_the_launcher_is_torchrun_where_it_starts_ranks_again() -> None:
+    assert launcher_process({}) is None
+    assert launcher_process({"TORCHELASTIC_MAX_RESTARTS": "0"}) is None
+    assert launcher_process({"TORCHELASTIC_MAX_RESTARTS": "3"}) == os.getppid()
+    assert launcher_process({"TORCHELASTIC_MAX_RESTARTS": "3", "MICS_LAUNCHER_PROCESS": "7"}) == 7  # of a warm rank
 
 
 def test_several_nodes_need_a_token_and_an_interface() -> None:
