@@ -22,7 +22,8 @@ from lightning_mics.cost.step_traffic import ScheduledCollective, StepTraffic, U
 from lightning_mics.planning import Workload, measure_workload
 from lightning_mics.policy import candidates
 from lightning_mics.policy.baselines import full_sharding, full_sharding_tuned
-from lightning_mics.policy.candidates import Candidate, Job, fastest
+from lightning_mics.policy.candidates import Candidate, Job
+from lightning_mics.policy.fastest import fastest
 from lightning_mics.policy.memory import RESERVED_BYTES, RESERVED_SHARE
 from lightning_mics.topology import Topology
 

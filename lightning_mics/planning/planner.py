@@ -1,6 +1,6 @@
 """The planner: all partition sizes of a job, ranked, with memory, traffic and the time of a step.
 
-The planner and the recipes choose by the same function (:func:`lightning_mics.policy.candidates.fastest`), so that they
+The planner and the recipes choose by the same function (:func:`lightning_mics.policy.fastest.fastest`), so that they
 never disagree.
 """
 
@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from lightning_mics.cost.hardware import Hardware
 from lightning_mics.policy.baselines import full_sharding, full_sharding_tuned, unsharded_weights
-from lightning_mics.policy.candidates import Candidate, Job, fastest
+from lightning_mics.policy.candidates import Candidate, Job
+from lightning_mics.policy.fastest import fastest
 from lightning_mics.policy.memory import LOW_BIT_BLOCKS, in_gib, usable_bytes
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.options import CommunicationOptions

@@ -9,7 +9,8 @@ from itertools import product
 from typing import Literal
 
 from lightning_mics.cost.step_traffic import full_sharding_traffic
-from lightning_mics.policy.candidates import Candidate, Job, with_enough_tokens
+from lightning_mics.policy.candidates import Candidate, Job
+from lightning_mics.policy.fastest import with_enough_tokens
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.topology import Topology
 

@@ -8,7 +8,7 @@ ranks of a partition group per node, the cache takes M/k bytes of each rank, and
 times M bytes of inter-node traffic, accumulated gradients save s-1 times.
 
 If neither fits, as many blocks as fit are cached on nodes, spread over the depth, and then as many accumulated. What is
-left then is for frozen weights on each rank (:mod:`lightning_mics.policy.frozen`).
+left then is for frozen weights on each rank (:func:`~lightning_mics.policy.places.place_frozen`).
 
 With ``cache_offload=True`` they wait in host memory, and all are cached and accumulated on nodes.
 
@@ -30,9 +30,8 @@ from itertools import product
 from typing import Any, Literal
 
 from lightning_mics.cost.communication_time import CommunicationTime, Pricing
-from lightning_mics.policy.frozen import place_frozen
 from lightning_mics.policy.memory import USABLE_SHARE, ModelSize, fits, smallest_partition_size
-from lightning_mics.policy.places import Memory, Place, weigh
+from lightning_mics.policy.places import Memory, Place, place_frozen, weigh
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.techniques.partition_groups import choose_hierarchical
 from lightning_mics.topology import Topology, partition_sizes
@@ -287,7 +286,7 @@ def _is_full_sharding(way: Choice) -> bool:
 
 
 def _simplicity(way: Choice) -> tuple[float, ...]:
-    """Smaller for what is simpler, as in :func:`lightning_mics.policy.candidates.fastest`."""
+    """Smaller for what is simpler, as in :func:`lightning_mics.policy.fastest.fastest`."""
     assert way.time is not None
     options = way.communication
     return (

@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 
 from lightning_mics.cost.batches import split_global_batch
 from lightning_mics.planning import Plan, Workload
-from lightning_mics.policy.candidates import LEAST_TOKENS
 from lightning_mics.policy.choice import Choice
+from lightning_mics.policy.fastest import LEAST_TOKENS
 from lightning_mics.policy.memory import device_memory_bytes, in_gib, usable_bytes
 from lightning_mics.policy.step_memory import step_bytes
 from recipes.job.cluster_plan import hardware_of, plan_run, policy_of
@@ -89,15 +89,15 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
     cluster.precision = choices.take("precision", cluster.precision, *_precision(cluster))
     workload = measure_run(config, model)
     planned, asked = None, copy.deepcopy(config)
-    if cluster.network_rate_gbits_per_s is None and config.strategy.inter_node_prefetch == "auto":
-        config.strategy.inter_node_prefetch = 0
     if cluster.network_rate_gbits_per_s is not None:
         planned = plan_run(config, workload, hardware_of(cluster))
         _take_way(config, planned)
         chosen = planned.chosen
         workload = workload.way(chosen.recomputed_share, activation_offload=chosen.activation_offload)
-    elif config.strategy.cache_offload == "auto":
-        config.strategy.cache_offload = False
+    else:
+        for option, plain in {"inter_node_prefetch": 0, "cache_offload": False}.items():
+            if config.strategy[option] == "auto":
+                config.strategy[option] = plain
     sharding = policy_of(config).choose(
         workload.size,
         world_size=cluster.num_nodes * cluster.devices,

@@ -15,7 +15,8 @@ from lightning_mics.cost.hardware import find_instance
 from lightning_mics.cost.step_traffic import Unit, find_units
 from lightning_mics.policy.activations import ALL_SAVED, Activations, Line
 from lightning_mics.policy.baselines import full_sharding, full_sharding_tuned
-from lightning_mics.policy.candidates import Candidate, Job, fastest
+from lightning_mics.policy.candidates import Candidate, Job
+from lightning_mics.policy.fastest import fastest
 from lightning_mics.policy.memory import ModelSize, measure_model, usable_bytes
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.blocks import find_blocks
