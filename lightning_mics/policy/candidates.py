@@ -279,7 +279,7 @@ class Job:
                 for work, batches in ways
             ],
             ranks_per_node=topology.ranks_per_node,
-            units_ahead=options.inter_node_prefetch,
+            units_ahead=options.units_ahead,
         )
         for (work, batches), seconds in zip(ways, predicted, strict=True):
             memory_bytes = step_bytes(
@@ -339,9 +339,10 @@ def _allowed(
             caches = (communication.cache_parameters,)
         if communication.accumulate_gradients != "auto":
             sums = (communication.accumulate_gradients,)
-        ahead = (communication.inter_node_prefetch,)
         if communication.inter_node_prefetch == "auto":
             ahead = (0, 1) if in_stages else (0,)
+        else:
+            ahead = (communication.units_ahead,)
         offload = communication.cache_offload is True
         for cache, accumulate, units_ahead in product(caches, sums, ahead):
             options = replace(

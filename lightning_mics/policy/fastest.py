@@ -63,7 +63,7 @@ def _simplicity(candidate: Candidate) -> tuple[float, ...]:
     return (
         candidate.activation_offload + bool(options.cache_offload),
         on_ranks,
-        int(options.inter_node_prefetch),
+        options.units_ahead,
         -(candidate.recomputed_share or 0.0),
         round(candidate.node_sent.between_bytes, -6),
         candidate.memory_bytes,

@@ -233,7 +233,7 @@ class _Step:
         else:
             self._states += _on_nodes(self._sums, trained) * reduced / local
         in_stages = topology.spans_nodes and (communication.hierarchical is not False or local == 1)
-        self._fetched = communication.inter_node_prefetch * self._block.gathered / local if in_stages else 0.0
+        self._fetched = communication.units_ahead * self._block.gathered / local if in_stages else 0.0
         if self._cache == "node":  # slices are fetched into the cache
             self._fetched = 0.0
         none_left: tuple[Phase, ...] = ("second", "between", "first", "end", "reduced")  # to fetch, in backward

@@ -85,7 +85,7 @@ class Communication:
         self._on_rank: dict[str, RankCache] = {}
         self._control = groups.control
         self._agreement = RankAgreement(groups)
-        ahead = options.inter_node_prefetch if self._rail else 0
+        ahead = options.units_ahead if self._rail else 0
         offload = bool(options.cache_offload) and self._rail is not None
         self._order = MicroStepOrder() if ahead or offload else None
         self._prefetch = InterNodePrefetch(ahead, self._order) if self._order is not None else None

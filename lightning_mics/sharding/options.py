@@ -134,6 +134,11 @@ class CommunicationOptions:
                 "accumulate_gradients='shard', or two_hop=True"
             )
 
+    @property
+    def units_ahead(self) -> int:
+        """Number of units whose stage between nodes runs ahead of their gather; no longer "auto"."""
+        return int(self.inter_node_prefetch)
+
     def check(self, topology: Topology) -> None:
         """Check that these options fit ``topology``.
 
