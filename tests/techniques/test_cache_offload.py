@@ -189,14 +189,22 @@ def watched() -> Iterator[dict[str, Any]]:
     seen["left"] = sum(len(copies._passing) + len(copies.fetched) for copies in set(every))
 
 
+class Ran(dict[tuple[str, str, bool], list[dict[str, Any]]]):
+    """By places, usage and whether they are on the host, what each rank of a job has seen; forks run when asked."""
+
+    def __missing__(self, key: tuple[str, str, bool]) -> list[dict[str, Any]]:
+        case = key[:2]
+        ranks, together = (4, CASES[CASES.index(case) % FORKS :: FORKS]) if case in CASES else (8, [case])
+        cases = {
+            (*each, offload): partial(run, *each, offload=offload) for each in together for offload in (True, False)
+        }
+        self.update(run_cases(ranks, cases))
+        return self[key]
+
+
 @pytest.fixture(scope="module")
-def ran() -> Any:
-    """By places, usage and whether they are on the host, what each rank of a job has seen."""
-    found: dict[Any, Any] = {}
-    for ranks, each in (*((4, CASES[part::FORKS]) for part in range(FORKS)), (8, [("four nodes", "windows")])):
-        cases = {(*case, offload): partial(run, *case, offload=offload) for case in each for offload in (True, False)}
-        found |= run_cases(ranks, cases)
-    return found
+def ran() -> Ran:
+    return Ran()
 
 
 @pytest.mark.parametrize(("places", "usage"), [*CASES, ("four nodes", "windows")])
