@@ -171,8 +171,9 @@ class CommunicationOptions:
         caches = given.cache_parameters == "auto" or _is_on_nodes(given.cache_parameters)
         sums = (given.accumulate_gradients == "auto" and given.two_hop) or _is_on_nodes(given.accumulate_gradients)
         if not caches and not sums:
+            cause = "allow_unused=True, " if self.allow_unused else ""
             raise ValueError(
-                "cache_offload=True moves to the host what is cached and accumulated on nodes, and with "
+                f"cache_offload=True moves to the host what is cached and accumulated on nodes, and with {cause}"
                 f"cache_parameters={given.cache_parameters!r} and accumulate_gradients={given.accumulate_gradients!r} "
                 'nothing is; use cache_parameters="node" or accumulate_gradients="node", or a share of the blocks for '
                 "either, or leave cache_offload out"

@@ -157,7 +157,11 @@ def _take_way(config: DictConfig, planned: Plan) -> None:
 
 def _why_fastest(planned: Plan) -> str:
     ours, theirs = planned.chosen.seconds.expected, planned.baseline.seconds.expected
-    return f"the fastest that fits, with what follows: {ours:.3g} s per step; full sharding takes {theirs:.3g} s"
+    simple = "" if planned.chosen is planned.candidates[0] else ", and the simplest of those"
+    return (
+        f"as fast as any that fits, within 1 %{simple}, with what follows: {ours:.3g} s per step; "
+        f"full sharding takes {theirs:.3g} s"
+    )
 
 
 def _why_ahead(planned: Plan | None) -> str:

@@ -81,9 +81,10 @@ def places(candidate: Candidate) -> str:
     options = candidate.communication
     on_host = " (host)" if options.cache_offload else ""
     ahead = f", {options.inter_node_prefetch} ahead" if options.inter_node_prefetch else ""
+    inputs = "; inputs on host" if candidate.activation_offload else ""
     frozen = f"; {options.frozen_on_ranks:.0%} frozen" if options.frozen_on_ranks else ""
     places = f"{place_label(options.cache_parameters)}, {place_label(options.accumulate_gradients)}"
-    return f"{places}{on_host}{ahead}{frozen}"
+    return f"{places}{on_host}{ahead}{frozen}{inputs}"
 
 
 def place_label(place: str | float) -> str:

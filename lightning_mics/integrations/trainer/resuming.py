@@ -101,6 +101,7 @@ def resume(trainer: pl.Trainer, saved: ResumeState) -> None:
     if loop.restarted_mid_epoch or _goes_on_in_epoch(loop):
         _resume_in_epoch(trainer, now=now, saved=saved.geometry)
     else:
+        _warn_of_cut_epoch(loop)
         _begin_next_epoch(loop, now=now, saved=saved.geometry)
 
 
@@ -192,6 +193,21 @@ def _goes_on_in_epoch(loop: Any) -> bool:
     was saved at its end, and batches are left.
     """
     return bool(loop.restarted_on_epoch_end and loop.restarting and not loop.epoch_loop.batch_progress.is_last_batch)
+
+
+def _warn_of_cut_epoch(loop: Any) -> None:
+    """Warn if batches of the saved run's epoch are left out: it was cut, and the checkpoint was saved after the fit.
+
+    Lightning has counted the epoch as complete by then, and no longer has the position of its loaders.
+    """
+    batches = loop.epoch_loop.batch_progress
+    if batches.current.processed and not batches.is_last_batch:
+        warnings.warn(
+            f"the checkpoint was saved after a fit that ended after {batches.current.processed} batches of an epoch, "
+            "where loaders have lost their position: training resumes with the next epoch, and the other batches of "
+            "this one are left out; a checkpoint that is saved inside the fit, as by ModelCheckpoint, has the position",
+            stacklevel=2,
+        )
 
 
 def _begin_next_epoch(loop: Any, *, now: EpochGeometry, saved: EpochGeometry) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from lightning import pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
@@ -71,7 +73,9 @@ class Saving(TinyModule):
             self.trainer.save_checkpoint(self.folder / f"{batch_idx + 1}.ckpt")
 
 
-def _fit(module: Saving, folder: Path, *, micro_steps: int = 2, ckpt_path: Path | None = None) -> None:
+def _fit(
+    module: Saving, folder: Path, *, micro_steps: int = 2, ckpt_path: Path | None = None, **options: Any
+) -> pl.Trainer:
     data = tokens(34)
     loader = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, shuffle=False), drop_last=True)
     trainer = make_trainer(
@@ -80,21 +84,25 @@ def _fit(module: Saving, folder: Path, *, micro_steps: int = 2, ckpt_path: Path 
         devices=dist.get_world_size(),
         accumulate_grad_batches=micro_steps,
         use_distributed_sampler=False,
+        **options,
     )
     trainer.fit(module, loader, ckpt_path=ckpt_path)
+    return trainer
 
 
 def _save(folder: Path) -> None:
-    _fit(Saving(folder), folder)
+    _fit(Saving(folder), folder).save_checkpoint(folder / "whole.ckpt")
+    _fit(Saving(), folder, max_steps=2).save_checkpoint(folder / "cut.ckpt")
 
 
 def _resume(folder: Path, cases: list[tuple[str, int]]) -> list[tuple[str, str]]:
     """The error and the warnings of resuming from each checkpoint, with a number of micro-steps per step."""
     facts = []
     for name, micro_steps in cases:
+        resume = partial(_fit, Saving(), folder, micro_steps=micro_steps, ckpt_path=folder / name, max_epochs=2)
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
-            error = refusal(lambda: _fit(Saving(), folder, micro_steps=micro_steps, ckpt_path=folder / name))  # noqa: B023
+            error = refusal(resume)
         facts.append((error, "\n".join(str(each.message) for each in heard)))
     return facts
 
@@ -105,9 +113,9 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]
     on_ranks(_save, folder, world_size=2)
     cases = [("2.ckpt", 4), ("2.ckpt", 3), ("3.ckpt", 4)]
     one = on_ranks(_resume, folder, cases, world_size=1)[0]
-    two = on_ranks(_resume, folder, [("2.ckpt", 2), ("3.ckpt", 2)], world_size=2)[0]
+    two = on_ranks(_resume, folder, [(f"{name}.ckpt", 2) for name in ("2", "3", "whole", "cut")], world_size=2)[0]
     return dict(zip(("fits", "does not fit", "inside a step"), one, strict=True)) | dict(
-        zip(("same ranks", "same ranks, inside a step"), two, strict=True)
+        zip(("same ranks", "same ranks, inside a step", "whole epoch", "cut epoch"), two, strict=True)
     )
 
 
@@ -139,6 +147,15 @@ def test_missing_gradients_are_rejected_on_other_ranks_and_warned_of_on_the_same
     assert error == "nothing was refused"
     assert "saved after 1 of 2 micro-steps of an optimizer step; their gradients are not in it" in told
     assert "gradients are not in it" not in heard["same ranks"][1]
+
+
+def test_what_is_left_of_an_epoch_is_warned_of_where_a_checkpoint_after_the_fit_has_lost_it(
+    heard: dict[str, Any],
+) -> None:
+    told = "saved after a fit that ended after 4 batches of an epoch"
+    assert heard["cut epoch"][0] == heard["whole epoch"][0] == "nothing was refused"
+    assert told in heard["cut epoch"][1]
+    assert not any("saved after a fit" in heard[name][1] for name in ("whole epoch", "same ranks"))
 
 
 class Averaging(TinyModule):
