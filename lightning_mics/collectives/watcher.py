@@ -96,8 +96,9 @@ class Watcher:
 
     def tell_end(self, entry: str) -> None:
         """Post that this rank will not take part any more, in all of its streams."""
-        for stream in self._streams.values():
-            self._ask(stream, entry, stream.add(entry), self._plane.micro_step)
+        with suppress(dist.DistError):  # the rank that keeps the store has ended before
+            for stream in self._streams.values():
+                self._ask(stream, entry, stream.add(entry), self._plane.micro_step)
 
     def _ask(self, stream: Stream, entry: str, position: int, micro_step: int) -> None:
         question = {"rank": self._rank, "ranks": stream.ranks, "entry": entry, "at": position, "step": micro_step}

@@ -100,7 +100,7 @@ def test_the_start_report_names_what_is_on_the_host() -> None:
             OVER_NODES,
             "with cache_parameters='rank' and accumulate_gradients='rank' nothing is; use",
         ),
-        ({**AUTO.keywords(), "allow_unused": True}, OVER_NODES, "with cache_parameters='rank' and"),
+        ({**AUTO.keywords(), "allow_unused": True}, OVER_NODES, "with allow_unused=True, cache_parameters='rank' and"),
         (
             {"cache_parameters": "node"},
             replace(OVER_NODES, partition_size=2),
