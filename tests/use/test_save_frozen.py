@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_mics import MiCSFabricStrategy, MiCSPlugin, MiCSStrategy, load_pretrained
@@ -310,6 +310,13 @@ def two_steps(step: Any) -> list[float]:
     return [step(batch) for _, batch in zip(range(2), data(4), strict=False)]
 
 
+@torch.no_grad()
+def zero_adapters(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.zero_()
+
+
 def of_fabric(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind in ("sharded", "full"):
@@ -318,9 +325,7 @@ def of_fabric(folder: Path) -> dict[str, Any]:
             fabric = loops.start(**OVER_NODES, state_dict_type=kind, save_frozen=False)
             model = adapted("llama")
             if turn:
-                with torch.no_grad():
-                    for parameter in model.parameters():
-                        parameter.mul_(0 if parameter.requires_grad else 1)
+                zero_adapters(model)
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
             model, optimizer = fabric.setup(model, optimizer)
 
@@ -349,9 +354,7 @@ def of_accelerate(folder: Path) -> list[list[float]]:
         accelerator = accelerators.start(plugin={**OVER_NODES, "save_frozen": False})
         model = adapted("llama")
         if turn:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.mul_(0 if parameter.requires_grad else 1)
+            zero_adapters(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
         model, optimizer = accelerator.prepare(model, optimizer)
         plugin = accelerators.plugin_of(accelerator)
