@@ -25,7 +25,7 @@ from recipes.models.language_model import LanguageModel
 from recipes.plan.page import write_plan_page
 from recipes.plan.tables import low_bit_line, plan_table, rehearsal_tables
 
-WIDTH = 150  # of the tables, on narrow terminals too: whole numbers in broken lines, not broken numbers
+WIDTH = 165  # of the tables, on narrow terminals too: whole numbers in broken lines, not broken numbers
 
 
 class Training(nn.Module):
