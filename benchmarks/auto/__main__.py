@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmarks.auto
-from benchmarks.auto.equal_rates import JOBS, equal_rates
+from benchmarks.auto import equal_rates, jobs
 from benchmarks.auto.page import write_page
 from benchmarks.auto.pairs import names, planned_pairs, ratio
 
@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     everything = options.models == names("model") and options.clusters == names("cluster")
     rows = []
     with ProcessPoolExecutor(options.jobs) as pool:
-        rates = [pool.submit(_rates_of, job) for job in (JOBS if everything and not options.override else ())]
+        complete = everything and not options.override
+        rates = [pool.submit(_rates_of, job) for job in (equal_rates.JOBS if complete else ())]
+        planned = [pool.submit(_planned_job, job) for job in (jobs.JOBS if complete else ())]
         plan = partial(_rows_of, clusters=options.clusters, overrides=options.override)
         for of_model in pool.map(plan, options.models):
             for row in of_model:
@@ -41,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(*list(row.values())[:3], row.get("no_plan") or f"{ratio(row, 'baseline'):.3f}", flush=True)
     typed = sys.argv[1:] if arguments is None else arguments
     command = f"python -m benchmarks.auto {shlex.join(typed)}"
-    write_page(options.out, rows, [row for found in rates for row in found.result()], command)
+    of_jobs, of_rates = ([row for found in each for row in found.result()] for each in (planned, rates))
+    write_page(options.out, rows, command, jobs=of_jobs, rates=of_rates)
     fitting = [row for row in rows if "recommended" in row and row["baseline"]["fits"]]
     return int(any(ratio(row, "baseline") < 1 for row in fitting))
 
@@ -51,7 +54,11 @@ def _rows_of(model: str, *, clusters: Sequence[str], overrides: Sequence[str]) -
 
 
 def _rates_of(job: tuple[str, str, Sequence[str]]) -> list[dict[str, Any]]:
-    return list(equal_rates([job]))
+    return list(equal_rates.equal_rates([job]))
+
+
+def _planned_job(job: tuple[str, str, Sequence[float], Sequence[str]]) -> list[dict[str, Any]]:
+    return list(jobs.planned_jobs([job]))
 
 
 if __name__ == "__main__":

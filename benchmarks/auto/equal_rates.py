@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from benchmarks.auto.pairs import ON_HOST, ModelPlans
+from benchmarks.auto.pairs import ON_HOST, ModelPlans, label
 from recipes.job.cluster_plan import hardware_of
 
 JOBS = (  # model, cluster and further overrides
@@ -25,7 +25,7 @@ JOBS = (  # model, cluster and further overrides
 SERIES = (  # color, whether its numbers are above the points, name
     ("#e07b39", True, "FSDP2"),
     ("#2b5c8a", False, "auto"),
-    ("#5b9a68", True, "auto, inputs of blocks on the host"),
+    ("#5b9a68", True, "auto, with host memory"),
 )
 PRECISION = 1.01  # ratio of two rates that are not told apart
 SLOWEST_GBITS = 1.0
@@ -52,14 +52,14 @@ def equal_rates(jobs: Sequence[tuple[str, str, Sequence[str]]] = JOBS) -> Iterat
         jobs: Model, cluster and overrides of each job.
 
     Yields:
-        The job, the network's own rate and the lower ones, without and with inputs of blocks on the host.
+        The job, the network's own rate and the lower ones, without and with host memory.
     """
     for model, cluster, overrides in jobs:
         plans = ModelPlans(model, overrides)
         own = hardware_of(plans.config(cluster).cluster).network_rate_gbits_per_s
         seconds = plans.plan(cluster, own).baseline.seconds.expected
         found = {"model": model, "cluster": cluster, "overrides": list(overrides), "own_mbit_per_s": 1000 * own}
-        for name, each in (("mbit_per_s", plans), ("on_host_mbit_per_s", ModelPlans(model, (*overrides, ON_HOST)))):
+        for name, each in (("mbit_per_s", plans), ("on_host_mbit_per_s", ModelPlans(model, (*overrides, *ON_HOST)))):
             found[name] = 1000 * least_rate(partial(_is_as_fast, each, cluster, seconds), own=own)
         yield found
 
@@ -67,12 +67,6 @@ def equal_rates(jobs: Sequence[tuple[str, str, Sequence[str]]] = JOBS) -> Iterat
 def _is_as_fast(plans: ModelPlans, cluster: str, seconds: float, rate: float) -> bool:
     best = plans.plan(cluster, rate).recommended
     return best.fits and best.seconds.expected <= seconds
-
-
-def label(row: dict[str, Any]) -> str:
-    """A job in a few words."""
-    batch = f", {row['overrides'][0].removeprefix('global_batch_size=')} sequences" if row["overrides"] else ""
-    return f"{row['model']} on {row['cluster']}{batch}"
 
 
 def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.auto.equal_rates import draw, label
-from benchmarks.auto.pairs import ROOT, ratio
+from benchmarks.auto.equal_rates import draw
+from benchmarks.auto.pairs import ROOT, label, ratio
 from recipes.plan.tables import place_label
 
 PICTURE = "equal-rates.svg"
@@ -20,14 +20,22 @@ TABLE = (
 )
 
 
-def write_page(out: Path, rows: Sequence[dict[str, Any]], rates: Sequence[dict[str, Any]], command: str) -> None:
+def write_page(
+    out: Path,
+    rows: Sequence[dict[str, Any]],
+    command: str,
+    *,
+    jobs: Sequence[dict[str, Any]] = (),
+    rates: Sequence[dict[str, Any]] = (),
+) -> None:
     """Write ``results.json``, the picture and ``README.md``.
 
     Args:
         out: Folder of them.
         rows: Rows of :func:`~benchmarks.auto.pairs.planned_pairs`.
-        rates: Rows of :func:`~benchmarks.auto.equal_rates.equal_rates`; none leaves the picture out.
         command: Command line that makes the page.
+        jobs: Rows of :func:`~benchmarks.auto.jobs.planned_jobs`; none leaves their table out.
+        rates: Rows of :func:`~benchmarks.auto.equal_rates.equal_rates`; none leaves the picture out.
     """
     compared = [row for row in rows if "recommended" in row and row["baseline"]["fits"]]
     alone = [row for row in rows if "recommended" in row and not row["baseline"]["fits"] and row["recommended"]["fits"]]
@@ -40,6 +48,7 @@ def write_page(out: Path, rows: Sequence[dict[str, Any]], rates: Sequence[dict[s
         "command": command,
         "commit": commit.stdout.strip(),
         "summary": summary(compared),
+        "jobs": list(jobs),
         "equal_rates": list(rates),
         "rows": list(rows),
     }
@@ -49,8 +58,9 @@ def write_page(out: Path, rows: Sequence[dict[str, Any]], rates: Sequence[dict[s
         draw(rates, out / PICTURE)
     sections = [
         _opening(results),
+        *([_jobs(jobs)] if jobs else []),
         *([_equal_rates(rates)] if rates else []),
-        "\n".join([TABLE, *map(_cells, compared)]),
+        "\n".join(["## All pairs", "", TABLE, *map(_cells, compared)]),
     ]
     if alone:
         listed = [f"- {row['model']} on {row['cluster']}: {way(row['recommended'])}" for row in alone]
@@ -89,8 +99,8 @@ cluster's network rate and at slower ones. FSDP2 has the same freedom of micro-b
 *tuned* is the best of its `reshard_after_forward` (True, the ranks of a node, False) and of reducing gradients once
 per step, and of whatever the overrides of the command leave free. *The other formula* has no order of units: it
 chooses and compares by the longer and the sum of arithmetic and communication. *With the host*, inputs of recomputed
-blocks may wait in host memory, for FSDP2 tuned as well. *Predicted, not measured*; gains below 10 % are within the
-error of the predictions.
+blocks may wait in host memory, for FSDP2 tuned as well, and caches and sums. *Predicted, not measured*; gains below
+10 % are within the error of the predictions.
 
 **Result.** {found["pairs"]} plans, of which {found["gain_of_a_tenth"]} gain at least 10 %. The smallest ratio to FSDP2
 is {found["least_ratio"]:.3f}, to FSDP2 tuned {found["least_ratio_tuned"]:.3f}; with all communication hidden that can
@@ -104,6 +114,29 @@ host {found["least_ratio_on_host"]:.3f} and {found["least_ratio_on_host_tuned"]:
 ```
 
 Commit {results["commit"]}."""
+
+
+def _jobs(jobs: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        f"| {label(job)} | {job['network_rate_gbits_per_s']:g} | {job['baseline']['seconds']['expected']:.3g} "
+        f"| {ratio(job, 'baseline'):.3f} | {ratio(job, 'baseline_tuned'):.3f} | {way(job['recommended'])} "
+        f"| {_ratio_on_host(job):.3f} | {way(job['on_host'])} |"
+        for job in jobs
+    ]
+    return "\n".join(
+        [
+            "## Jobs of the paper, and large ones of today",
+            "",
+            "| job | Gbit/s | FSDP2, s | FSDP2 / auto | tuned / auto | auto takes "
+            "| with the host: FSDP2 / auto | it takes |",
+            "|---|--:|--:|--:|--:|---|--:|---|",
+            *rows,
+        ]
+    )
+
+
+def _ratio_on_host(job: dict[str, Any]) -> float:
+    return float(job["baseline"]["seconds"]["expected"] / job["on_host"]["seconds"]["expected"])
 
 
 def _equal_rates(rates: Sequence[dict[str, Any]]) -> str:
@@ -121,11 +154,9 @@ def _equal_rates(rates: Sequence[dict[str, Any]]) -> str:
             "",
             f"![Rates of equal seconds]({PICTURE})",
             "",
-            "| job | FSDP2 | auto | auto, inputs of blocks on the host |",
+            "| job | FSDP2 | auto | auto, with host memory |",
             "|---|--:|--:|--:|",
             *rows,
-            "",
-            "## All pairs",
         ]
     )
 
@@ -157,6 +188,7 @@ def way(took: dict[str, Any]) -> str:
         f"{took['partition_size']} {stages}, {took['micro_batch']} x {took['micro_steps']}, "
         f"{place_label(took['cache_parameters'])}, {place_label(took['accumulate_gradients'])}"
         + (", inputs on the host" if took["activation_offload"] else "")
+        + (", caches on the host" if took["cache_offload"] else "")
     )
 
 

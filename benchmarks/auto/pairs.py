@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SLOWER_GBITS = (100, 25)
 NO_PAIRS = {"local", "hf"}  # rates unknown; a model that is downloaded
 COMPARED = ("recommended", "baseline", "baseline_tuned")
-ON_HOST = "strategy.activation_offload=auto"
+ON_HOST = ("strategy.activation_offload=auto", "strategy.cache_offload=auto")
 
 
 def names(group: str) -> list[str]:
@@ -84,10 +84,10 @@ def planned_pairs(
 
     Yields:
         A row with the three candidates and with two more plans of the pair, by the formula without an order and with
-        inputs of blocks on the host; or with the reason why there is no plan.
+        host memory; or with the reason why there is no plan.
     """
     for model in models:
-        plans, on_host = ModelPlans(model, overrides), ModelPlans(model, (*overrides, ON_HOST))
+        plans, on_host = ModelPlans(model, overrides), ModelPlans(model, (*overrides, *ON_HOST))
         for cluster in clusters:
             own = hardware_of(plans.config(cluster).cluster).network_rate_gbits_per_s
             for rate in (own, *(rate for rate in SLOWER_GBITS if rate < own)):
@@ -107,6 +107,15 @@ def planned_pairs(
                 }
 
 
+def label(row: dict[str, Any]) -> str:
+    """A job in a few words."""
+    given = dict(override.split("=") for override in row["overrides"])
+    words = [f"{row['model']} on {row['cluster']}"]
+    words += [f"{given[name]} sequences" for name in ("global_batch_size",) if name in given]
+    words += [f"micro-batch {given[name]}" for name in ("data.batch_size",) if name in given]
+    return ", ".join(words)
+
+
 def described(candidate: Candidate) -> dict[str, Any]:
     """Options, memory, traffic and seconds of a candidate as plain data."""
     return {
@@ -115,6 +124,7 @@ def described(candidate: Candidate) -> dict[str, Any]:
         "micro_batch": candidate.batches.micro,
         "micro_steps": candidate.batches.accumulation,
         "activation_offload": candidate.activation_offload,
+        "cache_offload": candidate.communication.cache_offload,
         "cache_parameters": candidate.communication.cache_parameters,
         "accumulate_gradients": candidate.communication.accumulate_gradients,
         "inter_node_prefetch": candidate.communication.inter_node_prefetch,
@@ -127,10 +137,12 @@ def described(candidate: Candidate) -> dict[str, Any]:
 
 def in_short(plan: Plan) -> dict[str, Any]:
     """Whether what a plan recommends fits and uses the host, and its ratios to both baselines."""
-    seconds = plan.recommended.seconds.expected
+    chosen = plan.recommended
+    seconds = chosen.seconds.expected
     return {
-        "fits": plan.recommended.fits,
-        "activation_offload": plan.recommended.activation_offload,
+        "fits": chosen.fits,
+        "activation_offload": chosen.activation_offload,
+        "cache_offload": chosen.communication.cache_offload,
         "over_baseline": plan.baseline.seconds.expected / seconds,
         "over_tuned": plan.baseline_tuned.seconds.expected / seconds,
     }

@@ -20,10 +20,18 @@ class DamagedCheckpointError(RuntimeError):
     comes_again = False  # if the job is started again: see `in_memory.launcher`
 
 
+class CheckpointMismatchError(RuntimeError):
+    """The model or the optimizers of the job are not those of the checkpoint."""
+
+    __module__ = "lightning_mics.checkpoint"  # tracebacks show the public path
+    comes_again = True  # if the job is started again: see `in_memory.launcher`
+
+
 class UnsafeCheckpointError(RuntimeError):
     """A checkpoint holds more than data: loading it would run code."""
 
     __module__ = "lightning_mics.checkpoint"  # tracebacks show the public path
+    comes_again = True  # if the job is started again: see `in_memory.launcher`
 
 
 class SilentRankError(RuntimeError):

@@ -21,12 +21,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics._torch.state_dict import named_shards
-from lightning_mics.checkpoint.compare import check_model, check_optimizer_count
+from lightning_mics.checkpoint.compare import check_base, check_model, check_optimizer_count
 from lightning_mics.checkpoint.content.containers import leaves, mapped, nested
 from lightning_mics.checkpoint.content.layout import FullNames
 from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
 from lightning_mics.checkpoint.content.stored_tensor import StoredTensor, StoredValue, untouched
-from lightning_mics.checkpoint.content.trained_only import check_base, left_out, with_base
+from lightning_mics.checkpoint.content.trained_only import left_out, with_base
 from lightning_mics.checkpoint.foreign.folders import holds_shards, open_files, why_not
 from lightning_mics.checkpoint.foreign.states import regrouped
 from lightning_mics.checkpoint.full_file import open_full
@@ -76,8 +76,8 @@ def load(
             is ``needed`` is missing.
         DamagedCheckpointError: If files of a directory are missing, cut short or altered.
         UnsafeCheckpointError: If loading would run code of the checkpoint that ``weights_only`` does not allow.
-        RuntimeError: If ``strict`` and the parameters differ, the optimizers are not those of the checkpoint, or it
-            holds only what trains and frozen parameters are ``unset``.
+        CheckpointMismatchError: If ``strict`` and the parameters differ, the optimizers are not those of the
+            checkpoint, or it holds only what trains and frozen parameters are ``unset``.
     """
     opened = open_to_load(
         path, mesh=lambda: mesh_of(model), weights_only=weights_only, names=names, show_progress=show_progress
@@ -209,7 +209,7 @@ def load_model(opened: OpenedCheckpoint, *, model: nn.Module, strict: bool) -> N
         strict: Whether both must have the same names.
 
     Raises:
-        RuntimeError: If a shape differs, or if names differ and ``strict``.
+        CheckpointMismatchError: If a shape differs, or if names differ and ``strict``.
     """
     own, state = get_model_state_dict(model), _with_tied(opened.model, model)
     if left_out(opened.entries):
@@ -275,7 +275,7 @@ def load_optimizers(
         model: The sharded model.
 
     Raises:
-        RuntimeError: If parameter groups differ, or the state is one of another kind of optimizer.
+        CheckpointMismatchError: If parameter groups differ, or the state is one of another kind of optimizer.
     """
     stored = {name: value for name, value in opened.model.items() if isinstance(value, StoredTensor)}
     renamed = {value.key.removeprefix(f"{MODEL_KEY}."): name for name, value in reversed(stored.items())}

@@ -31,6 +31,7 @@ from lightning_mics.checkpoint.content.quantized import (
 from lightning_mics.checkpoint.content.state_record import StateRecord
 from lightning_mics.checkpoint.content.stored_tensor import StoredTensor, untouched
 from lightning_mics.checkpoint.content.trial_step import state_after_a_trial_step
+from lightning_mics.checkpoint.errors import CheckpointMismatchError
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer, *, sharded: bool) -> dict[str, Any]:
@@ -113,7 +114,8 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, key: str, *, stored: 
         stored: The state in the checkpoint.
 
     Raises:
-        RuntimeError: If parameter groups differ, or the checkpoint has the state of another kind of optimizer.
+        CheckpointMismatchError: If parameter groups differ, or the checkpoint has the state of another kind of
+            optimizer.
     """
     if not stored.values:
         return
@@ -343,12 +345,12 @@ def _check_groups(key: str, groups: Sequence[Mapping[str, Any]], stored: Sequenc
         saved = list(stored[index]["params"]) if index < len(stored) else []
         if index >= len(stored) or set(own) != set(saved):
             different = sorted(set(own) ^ set(saved))
-            raise RuntimeError(
+            raise CheckpointMismatchError(
                 f"parameter group {index} of {key} has {len(own)} parameters, in the checkpoint {len(saved)}; only one "
                 f"has {different[:3]}"
             )
     if len(stored) > len(groups):
-        raise RuntimeError(
+        raise CheckpointMismatchError(
             f"{key} has {len(groups)} parameter groups, and {len(stored)} in the checkpoint: groups that were added "
             "while training must be there before it is loaded; add them in `configure_optimizers`, or in `on_fit_start`"
         )
@@ -380,7 +382,7 @@ def _check_kind(
         if not stored.under("state", name, slot)
     ]
     missing += [f"{key}.param_groups.0.{option}" for option in lacking]
-    raise RuntimeError(
+    raise CheckpointMismatchError(
         f"the checkpoint lacks {len(missing)} entries of {key} ({type(optimizer).__name__}), for instance "
         f"{missing[:3]}; it was saved with another kind of optimizer"
     )

@@ -33,7 +33,8 @@ def end_launcher_with_this_rank(launcher: int) -> None:
         if getattr(error, "comes_again", False):
             print(
                 f"in-memory checkpoints: another start of the ranks would end in the same {kind.__name__}, so torchrun "
-                f"(process {launcher}) is ended by SIGTERM",
+                f"(process {launcher}) is ended by SIGTERM. To begin anew instead of resuming, start the job with "
+                "another MICS_KEEPER_TOKEN",
                 file=sys.stderr,
                 flush=True,
             )

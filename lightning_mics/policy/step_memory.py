@@ -271,15 +271,13 @@ class _Step:
         ]
         self._again = wide * max(gathered_again, default=0)
         self._last_is_held = on_ranks[-1]
-        if not any(on_ranks):
-            self._freed = _Freed.alike(self._root.gathered, self._block.gathered)
-            if not communication.cache_offload:
-                self._states += _on_nodes(self._cache, elements) * wide / local
-            return
         left = [0 if on_rank else count for count, on_rank in zip(of_units, on_ranks, strict=True)]
-        self._freed = _Freed.of(wide * left[0], [wide * count for count in left[1:]])
-        if self._cache != "rank" and not communication.cache_offload:
+        if not communication.cache_offload:
             self._states += _on_nodes(self._cache, Elements.of(left[0], tuple(left[1:]))) * wide / local
+        if any(on_ranks):
+            self._freed = _Freed.of(wide * left[0], [wide * count for count in left[1:]])
+        else:
+            self._freed = _Freed.alike(self._root.gathered, self._block.gathered)
 
     @property
     def update(self) -> float:

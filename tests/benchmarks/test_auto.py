@@ -9,7 +9,9 @@ import torch
 
 from benchmarks.auto import __main__ as program
 from benchmarks.auto.equal_rates import draw, least_rate
+from benchmarks.auto.jobs import planned_jobs
 from benchmarks.auto.order_free import order_free, step_seconds
+from benchmarks.auto.page import write_page
 from lightning_mics import CommunicationOptions
 from lightning_mics.cost import step_time
 from lightning_mics.cost.hardware import find_instance
@@ -75,3 +77,17 @@ def test_the_page_compares_three_plans_of_each_pair(tmp_path) -> None:
     assert results["summary"]["pairs"] == 2 and results["summary"]["least_ratio"] >= 1
     page = (tmp_path / "README.md").read_text()
     assert "| bert-base | p3dn_2 | 100 |" in page and f"python -m benchmarks.auto {' '.join(arguments)}" in page
+
+
+@pytest.mark.rehearsal
+def test_the_page_compares_jobs_with_and_without_the_host(tmp_path) -> None:
+    (job,) = planned_jobs([("bert-base", "p3dn_2", (25,), ("data.batch_size=8",))])
+    assert {job[name]["micro_batch"] for name in ("recommended", "baseline", "baseline_tuned", "on_host")} == {8}
+    assert job["on_host"]["fits"]
+    assert job["on_host"]["seconds"]["expected"] <= 1.001 * job["recommended"]["seconds"]["expected"]
+    row = job | {"order_free": {"over_baseline": 1.0, "over_tuned": 1.0}}
+    write_page(tmp_path, [row | {"on_host": row["order_free"]}], "a command", jobs=[job])
+    assert json.loads((tmp_path / "results.json").read_text())["jobs"][0]["overrides"] == ["data.batch_size=8"]
+    gain = job["baseline"]["seconds"]["expected"] / job["recommended"]["seconds"]["expected"]
+    (line,) = [each for each in (tmp_path / "README.md").read_text().splitlines() if "micro-batch 8" in each]
+    assert line.startswith("| bert-base on p3dn_2, micro-batch 8 | 25 |") and f"| {gain:.3f} |" in line

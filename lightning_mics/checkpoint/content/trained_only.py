@@ -6,7 +6,7 @@ Such a checkpoint resumes over the weights that the model has, on any number of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,22 +80,3 @@ def with_base(state: Mapping[str, Any], own: Mapping[str, Any], model: nn.Module
     """
     base = {name: own[name] for name in frozen_names(model) if isinstance(own.get(name), Tensor)}
     return {**base, **state}
-
-
-def check_base(entries: Mapping[str, Any], unset: Collection[str], *, path: Any) -> None:
-    """Check that the model has the weights that a checkpoint leaves out.
-
-    Args:
-        entries: Entries of the checkpoint.
-        unset: FQNs of frozen parameters to which nothing has given weights.
-        path: Path or name of the checkpoint, for the error.
-
-    Raises:
-        RuntimeError: If it has not.
-    """
-    if unset and left_out(entries):
-        raise RuntimeError(
-            f"{path} holds only what trains: it was saved with save_frozen=False, without {left_out(entries)}. This "
-            f"model has no weights for {len(unset)} frozen parameters, which were on the meta device, for instance "
-            f"{min(unset)!r}: {HOW_TO_GIVE}"
-        )

@@ -35,11 +35,10 @@ from torch.optim import Optimizer
 
 from lightning_mics import checkpoint
 from lightning_mics.checkpoint import random_states
-from lightning_mics.checkpoint.compare import check_optimizer_count
+from lightning_mics.checkpoint.compare import check_base, check_optimizer_count
 from lightning_mics.checkpoint.content.hyperparameters import copies_without_values, to_save
 from lightning_mics.checkpoint.content.opened import OpenedCheckpoint
 from lightning_mics.checkpoint.content.trained_only import (
-    check_base,
     left_out,
     model_state,
     trained_only_entry,

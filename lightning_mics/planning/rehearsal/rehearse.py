@@ -4,7 +4,8 @@ The model is sharded by the real ``shard_model``, trained by the real schedule a
 the other ranks do not exist (torch's fake process group), and tensors have shapes but no values. So a rank of a job of
 any size runs within seconds, and every collective and allocation is counted. One optimizer step runs, on what the step
 before it leaves behind: buffers of unsharded parameters, gradients and optimizer states. All trainable parameters have
-these, also one that the loss does not use.
+these, also one that the loss does not use. The memory of sums of gradients, which stays from one step to the next, is
+there in the forward that follows.
 
 All micro-steps between the first and the boundary do the same, so only one of them runs.
 """
@@ -210,14 +211,18 @@ def rehearse(
                 update=update,
                 scaled=precision == "16-mixed",
             )
+            ran, on_host_bytes = tuple(watch.ran), watch.on_host_bytes
+            if schedule.window.tensors():
+                with schedule.micro_step(boundary=False):
+                    forward()  # of the next step, beside gradients of this one and the memory of its sums
     return Rehearsal(
         topology=topology,
         rank=rank,
         micro_steps=micro_steps,
-        ran=tuple(watch.ran),
+        ran=ran,
         peak={name: watch.peak[name] for name in CATEGORIES if watch.peak.get(name)},
         states=watch.states,
-        on_host_bytes=watch.on_host_bytes,
+        on_host_bytes=on_host_bytes,
     )
 
 
