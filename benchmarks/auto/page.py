@@ -99,8 +99,8 @@ cluster's network rate and at slower ones. FSDP2 has the same freedom of micro-b
 *tuned* is the best of its `reshard_after_forward` (True, the ranks of a node, False) and of reducing gradients once
 per step, and of whatever the overrides of the command leave free. *The other formula* has no order of units: it
 chooses and compares by the longer and the sum of arithmetic and communication. *With the host*, inputs of recomputed
-blocks may wait in host memory, for FSDP2 tuned as well, and caches and sums. *Predicted, not measured*; gains below
-10 % are within the error of the predictions.
+blocks may wait in host memory, for FSDP2 tuned as well; in the first two tables caches and sums may, too. *Predicted,
+not measured*; gains below 10 % are within the error of the predictions.
 
 **Result.** {found["pairs"]} plans, of which {found["gain_of_a_tenth"]} gain at least 10 %. The smallest ratio to FSDP2
 is {found["least_ratio"]:.3f}, to FSDP2 tuned {found["least_ratio_tuned"]:.3f}; with all communication hidden that can

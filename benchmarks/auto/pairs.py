@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SLOWER_GBITS = (100, 25)
 NO_PAIRS = {"local", "hf"}  # rates unknown; a model that is downloaded
 COMPARED = ("recommended", "baseline", "baseline_tuned")
-ON_HOST = ("strategy.activation_offload=auto", "strategy.cache_offload=auto")
+INPUTS_ON_HOST = ("strategy.activation_offload=auto",)
+ON_HOST = (*INPUTS_ON_HOST, "strategy.cache_offload=auto")
 
 
 def names(group: str) -> list[str]:
@@ -84,10 +85,10 @@ def planned_pairs(
 
     Yields:
         A row with the three candidates and with two more plans of the pair, by the formula without an order and with
-        host memory; or with the reason why there is no plan.
+        inputs of blocks on the host; or with the reason why there is no plan.
     """
     for model in models:
-        plans, on_host = ModelPlans(model, overrides), ModelPlans(model, (*overrides, *ON_HOST))
+        plans, on_host = ModelPlans(model, overrides), ModelPlans(model, (*overrides, *INPUTS_ON_HOST))
         for cluster in clusters:
             own = hardware_of(plans.config(cluster).cluster).network_rate_gbits_per_s
             for rate in (own, *(rate for rate in SLOWER_GBITS if rate < own)):
@@ -142,7 +143,6 @@ def in_short(plan: Plan) -> dict[str, Any]:
     return {
         "fits": chosen.fits,
         "activation_offload": chosen.activation_offload,
-        "cache_offload": chosen.communication.cache_offload,
         "over_baseline": plan.baseline.seconds.expected / seconds,
         "over_tuned": plan.baseline_tuned.seconds.expected / seconds,
     }
