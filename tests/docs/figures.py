@@ -260,15 +260,19 @@ def _predictions(results: dict[str, Any]) -> dict[str, float]:
 
 
 def _by_system(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Medians over rounds, by system: the later saves, the steps beside them, and the resume, in seconds."""
+    """Medians over rounds, by system: the later saves, the steps beside them, and loading, in seconds."""
     systems = {run["system"] for run in rounds}
+
+    def of_all(system: str, name: str) -> float:
+        return median(seconds for run in rounds if run["system"] == system for seconds in run[name])
+
     return {
         system: {
             "later_save_seconds": median(
                 s for run in rounds if run["system"] == system for s in run["save_seconds"][1:]
             ),
             "step_seconds": median(s for run in rounds if run["system"] == system for s in run["step_seconds"]),
-            "resume_seconds": median(run["resume_seconds"] for run in rounds if run["system"] == system),
+            "loading_seconds": of_all(system, "resume_seconds") - of_all(system, "start_seconds"),
         }
         for system in systems
     }
