@@ -204,7 +204,9 @@ class InMemoryLoop:
         self._started = StartedJob(local_size=local_size)
         self._step = 0
         self._is_ready = False
-        self._hooked: set[int] = set()  # optimizers, by identity
+        self._hooked: list[Optimizer] = []
+        self._steps = 0  # of the first optimizer since the last save
+        self._steps_between = 1  # of the last two saves
 
     def load(
         self,
@@ -280,14 +282,14 @@ class InMemoryLoop:
                 )
             self._begin()
         for optimizer in optimizers:
-            if id(optimizer) not in self._hooked:
+            if all(optimizer is not known for known in self._hooked):
                 call_first_before_step(optimizer, self._before_step)
-                self._hooked.add(id(optimizer))
+                self._hooked.append(optimizer)
         saver = self._started.job.saver
         first = saver.slot_bytes == 0
         newest = torch.tensor([-saver.wait_until_protected()])
         protected = self._control.begin_largest(newest, "saves a step in memory")
-        self._step += 1
+        self._step, self._steps_between, self._steps = self._step + 1, max(1, self._steps), 0
         self._started.job.save(
             self._step,
             model_state=model_state,
@@ -308,8 +310,13 @@ class InMemoryLoop:
         self._started.begin(self._topology, device=self._device)
         self._is_ready = True
 
-    def _before_step(self, *_: Any) -> None:
-        self._started.job.saver.confirm(wait=True)
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """What is saved has been copied, and on two nodes before a step that is expected to be saved as well."""
+        self._steps += optimizer is self._hooked[0]
+        if self._steps >= self._steps_between:
+            self._started.job.saver.wait_until_protected()
+        else:
+            self._started.job.saver.confirm(wait=True)
 
 
 def _restarts() -> int:

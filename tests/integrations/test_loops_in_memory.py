@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from lightning_mics.in_memory.keeper.client import KeeperConnection
+from lightning_mics.in_memory.saver import StepSaver
 from lightning_mics.integrations._in_memory import NoWholeStepError
 from lightning_mics.integrations._keeper import keeper_settings
 from tests.support import accelerators, loops
@@ -182,3 +184,35 @@ def told_and_went_on(run: Callable[..., Seen]) -> Seen:
 
     _in_memory.InMemoryLoop.load = handled  # type: ignore[method-assign]
     return run(dies_at=None)
+
+
+def newest_after_steps(every: int) -> list[int]:
+    """The newest whole step after each step of a loop of Fabric, whose saves come to other nodes slowly."""
+    commit = StepSaver._commit
+
+    def commit_slowly(self: StepSaver, *args: Any) -> None:
+        time.sleep(0.2)
+        commit(self, *args)
+
+    StepSaver._commit = commit_slowly  # type: ignore[method-assign]
+    fabric = loops.start(partition_size=2)
+    model = loops.network(seed=1)
+    model, optimizer = fabric.setup(model, loops.adam(model))
+    whole = []
+    for number in range(1, STEPS + 1):
+        fabric.backward(model(tokens(2, seed=number)))
+        optimizer.step()
+        optimizer.zero_grad()
+        loop = fabric.strategy._in_memory
+        whole.append(-1 if loop is None else loop._started.job.saver.protected_step)
+        if number % every == 0:
+            fabric.strategy.save_in_memory({"model": model, "optimizer": optimizer})
+    fabric.strategy.end_in_memory()
+    return whole
+
+
+@pytest.mark.usefixtures("token")
+@pytest.mark.parametrize(("every", "expected"), [(1, [-1, 1, 2, 3, 4, 5]), (2, [-1, -1, 1, 1, 1, 2])])
+def test_a_step_that_a_loop_saves_ends_when_the_one_before_is_whole(every: int, expected: list[int]) -> None:
+    for whole in on_ranks(partial(newest_after_steps, every)):
+        assert all(newest >= least for newest, least in zip(whole, expected, strict=True)), whole

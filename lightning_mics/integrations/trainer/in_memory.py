@@ -8,7 +8,8 @@ there is none, it ends in an error on all ranks: it never begins anew without a 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -51,7 +52,7 @@ class InMemoryTraining:
         self._resume_start: Callable[..., None] = trainer._checkpoint_connector.resume_start
         vars(trainer._checkpoint_connector)["resume_start"] = self._start
         self._lost_from: int | None = None  # newest step of which a part is left, where no step is whole
-        self._is_ready = self._is_reported = False
+        self._is_ready = self._is_reported = self._waits_in_closure = False
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
@@ -158,9 +159,40 @@ class InMemoryTraining:
             self._job.saver.confirm()
 
     def before_optimizer_step(self, *_: Any) -> None:
-        """Wait until the weights have been copied; a hook of optimizers."""
-        if self._is_ready:
+        """Let an optimizer step: what it changes has been copied, and no more than one step may be lost.
+
+        A step to be saved waits until the one that was saved before is on two nodes, so that there is always one that
+        is whole. A hook of optimizers; inside of :meth:`beside` it is done later.
+        """
+        if not self._is_ready or self._waits_in_closure:
+            return
+        if (self._trainer.global_step + 1) % self._every == 0:
+            self._job.saver.wait_until_protected()
+        else:
             self._job.saver.confirm(wait=True)
+
+    @contextmanager
+    def beside(self, closure: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
+        """A step of an optimizer whose closure, the forward and backward, runs beside the copies.
+
+        Args:
+            closure: The closure.
+
+        Yields:
+            A closure to step with in its place.
+        """
+
+        def run() -> Any:
+            result = closure()
+            self._waits_in_closure = False
+            self.before_optimizer_step()
+            return result
+
+        self._waits_in_closure = True
+        try:
+            yield run
+        finally:
+            self._waits_in_closure = False
 
     def close(self, *, finished: bool) -> None:
         """End of the fit; every rank calls it.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lightning_mics import MiCSFabricStrategy, MiCSStrategy, ResumableSampler, full_state_dict
 from lightning_mics.in_memory import job
 from lightning_mics.in_memory.keeper.client import KeeperConnection
+from lightning_mics.in_memory.saver import StepSaver
 from lightning_mics.integrations._in_memory import UnfitRanksError, fits_the_ranks
 from lightning_mics.integrations._keeper import keeper_settings, launcher_process
 from lightning_mics.topology import Topology
@@ -89,7 +92,7 @@ def loader(global_batch_size: int) -> StatefulDataLoader[Tensor]:
 def fit(
     folder: Path,
     *,
-    make: type[Mortal] = Mortal,
+    make: Callable[..., Mortal] = Mortal,
     every: int | None = 1,
     dies_at: int | None = None,
     rescales: bool = False,
@@ -258,6 +261,62 @@ def test_another_model_is_an_error_on_all_ranks_and_never_begins_anew(tmp_path: 
     assert found[0]["error"].startswith(expected)
     assert all(rank["comes_again"] for rank in found)  # so torchrun ends
     assert all(rank["losses"] == [] for rank in found)
+
+
+class Watched(Mortal):
+    """Notes which steps are whole when a step of the optimizer ends, and whether one is copied when one begins."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.whole: list[tuple[int, int]] = []
+        self.beside: list[bool] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        saving = self._saver()._saving
+        self.beside.append(saving is not None and not saving.copied.is_set())
+        return super().training_step(batch, batch_idx)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.whole.append((self.global_step + 1, self._saver().protected_step))  # Lightning counts this step later
+
+    def _saver(self) -> Any:
+        return self.trainer.strategy._in_memory._job.saver  # type: ignore[union-attr]
+
+
+def watched(folder: Path, *, every: int, accumulate: int) -> tuple[list[tuple[int, int]], list[bool]]:
+    """What a rank notes of a fit whose steps are copied, and come to other nodes, more slowly than it computes."""
+    copy, commit = StepSaver._copy, StepSaver._commit
+
+    def copy_slowly(self: StepSaver, *args: Any) -> None:
+        time.sleep(0.1)
+        copy(self, *args)
+
+    def commit_slowly(self: StepSaver, *args: Any) -> None:
+        time.sleep(0.2)
+        commit(self, *args)
+
+    StepSaver._copy, StepSaver._commit = copy_slowly, commit_slowly  # type: ignore[method-assign]
+    models: list[Watched] = []
+
+    def make(**options: Any) -> Watched:
+        models.append(Watched(**options))
+        return models[0]
+
+    found = fit(folder, make=make, every=every, accumulate=accumulate, devices=2)
+    assert not found["error"]
+    return models[0].whole, models[0].beside
+
+
+@pytest.mark.usefixtures("token")
+@pytest.mark.parametrize(("every", "accumulate"), [(1, 1), (1, 2), (3, 1)])
+def test_a_step_that_is_saved_ends_when_the_one_before_is_whole_and_computes_beside_the_copies(
+    tmp_path: Path, every: int, accumulate: int
+) -> None:
+    for whole, beside in on_ranks(partial(watched, tmp_path, every=every, accumulate=accumulate), world_size=2):
+        assert [step for step, _ in whole] == list(range(1, STEPS + 1))
+        assert all(newest >= step // every * every - every for step, newest in whole if step >= 2 * every)
+        assert any(beside)
 
 
 @pytest.mark.usefixtures("token")
