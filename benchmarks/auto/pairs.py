@@ -24,6 +24,7 @@ NO_PAIRS = {"local", "hf"}  # rates unknown; a model that is downloaded
 COMPARED = ("recommended", "baseline", "baseline_tuned")
 INPUTS_ON_HOST = ("strategy.activation_offload=auto",)
 ON_HOST = (*INPUTS_ON_HOST, "strategy.cache_offload=auto")
+IN_WORDS = {"global_batch_size": "{} sequences", "data.batch_size": "micro-batch {}"}  # overrides of jobs
 
 
 def names(group: str) -> list[str]:
@@ -110,11 +111,8 @@ def planned_pairs(
 
 def label(row: dict[str, Any]) -> str:
     """A job in a few words."""
-    given = dict(override.split("=") for override in row["overrides"])
-    words = [f"{row['model']} on {row['cluster']}"]
-    words += [f"{given[name]} sequences" for name in ("global_batch_size",) if name in given]
-    words += [f"micro-batch {given[name]}" for name in ("data.batch_size",) if name in given]
-    return ", ".join(words)
+    given = (override.split("=") for override in row["overrides"])
+    return ", ".join([f"{row['model']} on {row['cluster']}", *(IN_WORDS[name].format(value) for name, value in given)])
 
 
 def described(candidate: Candidate) -> dict[str, Any]:

@@ -23,7 +23,8 @@ def fastest(
     Args:
         candidates: Candidates of a job, at least one.
         baseline: Full sharding over all ranks by FSDP2 with its defaults.
-        tuned: Fastest of FSDP2's own options over all ranks; what is equally fast is no slower than it.
+        tuned: Fastest of FSDP2's own options over all ranks, some of which are not ours; what is equally fast is no
+            slower than it, and where none is as fast, the fastest is taken.
         sample_tokens: Tokens of one sample; None does not avoid small micro-batches.
     """
     fitting = [candidate for candidate in candidates if candidate.fits]
@@ -34,7 +35,7 @@ def fastest(
         fitting = [candidate for candidate in fitting if not _is_risky(candidate, baseline)] or fitting
     best = min(candidate.seconds.expected for candidate in fitting)
     others = [other.seconds.expected for other in (baseline, tuned) if other.fits]
-    bound = min([1.01 * best, *(seconds for seconds in others if seconds >= best)])
+    bound = min([1.01 * best, *(max(best, seconds) for seconds in others)])
     return min((c for c in fitting if c.seconds.expected <= bound), key=_simplicity)
 
 
