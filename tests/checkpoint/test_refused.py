@@ -106,7 +106,7 @@ def test_the_state_of_another_kind_of_optimizer_is_refused(
     refusals: dict[str, Any], form: str, saved: str, resumed: str, lacking: str
 ) -> None:
     message = refusals[form, saved, resumed]
-    assert message.startswith("RuntimeError: the checkpoint lacks")
+    assert message.startswith("CheckpointMismatchError: the checkpoint lacks")
     assert lacking in message
     assert "another kind of optimizer" in message
 
@@ -137,7 +137,7 @@ def test_names_that_differ_are_refused_unless_strict_is_off(refusals: dict[str, 
 
 @pytest.mark.parametrize("form", ["shards", "file"])
 def test_another_width_is_refused(refusals: dict[str, Any], form: str) -> None:
-    assert refusals[form, "wider"].startswith("RuntimeError: 14 tensors have another shape in the checkpoint")
+    assert refusals[form, "wider"].startswith("CheckpointMismatchError: 14 tensors have another shape in the checkpoint")
     assert "'blocks.0.down.bias' with [7] in the checkpoint and [9] in the model" in refusals[form, "wider"]
 
 

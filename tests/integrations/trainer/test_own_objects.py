@@ -147,7 +147,7 @@ def test_callbacks_are_restored_for_evaluation(own_objects: Any, stage: str) -> 
 def test_strict_loading_follows_the_module(own_objects: Any, kind: str) -> None:
     for facts in own_objects:
         message = facts[kind, "strict"]
-        assert message.startswith("RuntimeError: the checkpoint and the model differ: 2 names are missing")
+        assert message.startswith("CheckpointMismatchError: the checkpoint and the model differ: 2 names are missing")
         assert "['extra.bias', 'extra.weight']" in message
         assert "strict_loading" in message
         assert not facts[kind, "strict", "loaded"]
@@ -227,13 +227,13 @@ def test_a_path_that_is_no_checkpoint_is_rejected(refused: Any) -> None:
 def test_another_number_of_optimizers_is_rejected(refused: Any) -> None:
     for facts in refused:
         assert facts["number"].startswith(
-            "RuntimeError: the checkpoint holds the states of 1 optimizers, the model has 2"
+            "CheckpointMismatchError: the checkpoint holds the states of 1 optimizers, the model has 2"
         )
 
 
 def test_another_kind_of_optimizer_is_rejected(refused: Any) -> None:
     for facts in refused:
-        assert facts["kind"].startswith("RuntimeError: the checkpoint lacks")
+        assert facts["kind"].startswith("CheckpointMismatchError: the checkpoint lacks")
         assert "optimizer_0 (SGD)" in facts["kind"]
 
 
