@@ -188,6 +188,7 @@ class InMemoryTraining:
             self.before_optimizer_step()
             return result
 
+        self.confirm()
         self._waits_in_closure = True
         try:
             yield run

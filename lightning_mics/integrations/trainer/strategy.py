@@ -226,6 +226,8 @@ class MiCSStrategy(LightningStrategy, StepsAsForward, SavesAndLoads, ModelParall
         self._state().schedule.window.before_backward()
         if not self._root().automatic_optimization:
             expect_backward(self._root(), closure_loss)
+        if self._in_memory is not None:
+            self._in_memory.confirm()
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
