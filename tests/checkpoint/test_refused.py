@@ -137,7 +137,9 @@ def test_names_that_differ_are_refused_unless_strict_is_off(refusals: dict[str, 
 
 @pytest.mark.parametrize("form", ["shards", "file"])
 def test_another_width_is_refused(refusals: dict[str, Any], form: str) -> None:
-    assert refusals[form, "wider"].startswith("CheckpointMismatchError: 14 tensors have another shape in the checkpoint")
+    assert refusals[form, "wider"].startswith(
+        "CheckpointMismatchError: 14 tensors have another shape in the checkpoint"
+    )
     assert "'blocks.0.down.bias' with [7] in the checkpoint and [9] in the model" in refusals[form, "wider"]
 
 

@@ -52,7 +52,8 @@ class InMemoryTraining:
         self._resume_start: Callable[..., None] = trainer._checkpoint_connector.resume_start
         vars(trainer._checkpoint_connector)["resume_start"] = self._start
         self._lost_from: int | None = None  # newest step of which a part is left, where no step is whole
-        self._is_ready = self._is_reported = self._waits_in_closure = False
+        self._is_ready = self._is_reported = False
+        self._waits_in_closure = self._has_run_backward = False  # the latter since the last save
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
@@ -138,6 +139,7 @@ class InMemoryTraining:
             read_saved: See :meth:`~lightning_mics.in_memory.saver.StepSaver.save`.
         """
         first = self._job.saver.slot_bytes == 0
+        self._has_run_backward = False
         state, random_state = self._collect()
         self._job.save(
             self._trainer.global_step,
@@ -154,8 +156,9 @@ class InMemoryTraining:
         return "every optimizer step" if self._every == 1 else f"every {self._every} optimizer steps"
 
     def confirm(self) -> None:
-        """See :meth:`~lightning_mics.in_memory.saver.StepSaver.confirm`."""
+        """See :meth:`~lightning_mics.in_memory.saver.StepSaver.confirm`; around each backward, and in validations."""
         if self._is_ready:
+            self._has_run_backward = True
             self._job.saver.confirm()
 
     def before_optimizer_step(self, *_: Any) -> None:
@@ -188,7 +191,8 @@ class InMemoryTraining:
             self.before_optimizer_step()
             return result
 
-        self.confirm()
+        if self._is_ready:
+            self._job.saver.confirm(wait=self._has_run_backward)  # then the way to another node is beside the closure
         self._waits_in_closure = True
         try:
             yield run
