@@ -53,7 +53,8 @@ class InMemoryTraining:
         vars(trainer._checkpoint_connector)["resume_start"] = self._start
         self._lost_from: int | None = None  # newest step of which a part is left, where no step is whole
         self._is_ready = self._is_reported = False
-        self._waits_in_closure = self._has_run_backward = False  # the latter since the last save
+        self._waits_in_closure = False
+        self._has_computed = False  # beside the copies of the last save
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ class InMemoryTraining:
             read_saved: See :meth:`~lightning_mics.in_memory.saver.StepSaver.save`.
         """
         first = self._job.saver.slot_bytes == 0
-        self._has_run_backward = False
+        self._has_computed = False
         state, random_state = self._collect()
         self._job.save(
             self._trainer.global_step,
@@ -158,7 +159,7 @@ class InMemoryTraining:
     def confirm(self) -> None:
         """See :meth:`~lightning_mics.in_memory.saver.StepSaver.confirm`; around each backward, and in validations."""
         if self._is_ready:
-            self._has_run_backward = True
+            self._has_computed = True
             self._job.saver.confirm()
 
     def before_optimizer_step(self, *_: Any) -> None:
@@ -192,7 +193,7 @@ class InMemoryTraining:
             return result
 
         if self._is_ready:
-            self._job.saver.confirm(wait=self._has_run_backward)  # then the way to another node is beside the closure
+            self._job.saver.confirm(wait=self._has_computed)  # then the way to another node is beside the closure
         self._waits_in_closure = True
         try:
             yield run
