@@ -151,8 +151,8 @@ def micro_steps_by_kind(number: int) -> dict[frozenset[When], int]:
         return {frozenset(("every", "first", "boundary")): 1}
     return {
         frozenset(("every", "first")): 1,
-        frozenset(("every",)): number - 2,
-        frozenset(("every", "boundary")): 1,
+        frozenset(("every", "later")): number - 2,
+        frozenset(("every", "later", "boundary")): 1,
     }
 
 

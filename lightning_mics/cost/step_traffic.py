@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from typing import Literal
 
 import torch
@@ -85,7 +85,7 @@ def _shapes(parameters: Iterable[nn.Parameter]) -> tuple[tuple[int, ...], ...]:
     return tuple(sorted(tuple(parameter.shape) for parameter in parameters))
 
 
-When = Literal["every", "first", "boundary"]
+When = Literal["every", "first", "later", "boundary"]
 Phase = Literal["forward", "backward"]
 
 
@@ -96,7 +96,7 @@ class ScheduledCollective:
     Attributes:
         collective: The collective.
         phases: Phases of each of these micro-steps in which it runs, once in each.
-        when: Micro-steps in which it runs: "every", the "first", or the one at the "boundary".
+        when: Micro-steps in which it runs: "every", the "first", those "later", or the one at the "boundary".
     """
 
     collective: Collective
@@ -105,7 +105,8 @@ class ScheduledCollective:
 
     def in_step(self, micro_steps: int) -> int:
         """Number of runs in an optimizer step of ``micro_steps`` micro-steps."""
-        return len(self.phases) * (micro_steps if self.when == "every" else 1)
+        times = {"every": micro_steps, "later": micro_steps - 1}.get(self.when, 1)
+        return len(self.phases) * times
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,16 @@ class StepTraffic:
     @cached_property
     def _sent(self) -> tuple[Sent, Sent]:
         """Bytes in each micro-step, and in one of them only."""
-        totals = {True: Sent(), False: Sent()}
+        every, once = Sent(), Sent()
         for repeated in self:
             sent, times = repeated.collective.sent, len(repeated.phases)
-            totals[repeated.when == "every"] += Sent(sent.inside_bytes * times, sent.between_bytes * times)
-        return totals[True], totals[False]
+            if repeated.when in ("every", "later"):
+                every += Sent(sent.inside_bytes * times, sent.between_bytes * times)
+            if repeated.when == "later":  # in all but one
+                times = -times
+            if repeated.when != "every":
+                once += Sent(sent.inside_bytes * times, sent.between_bytes * times)
+        return every, once
 
 
 def step_traffic(
@@ -268,6 +274,8 @@ class _Step:
         always = _Uses(("forward",) if stays else ("forward", "backward"), "every")
         every = once if self.options.cache_parameters == "rank" else always
         if not self._in_stages:
+            if self.options.cache_parameters == "node" and self.topology.spans_nodes:
+                return self._flat_gathers(elements, trained, dtype, stays=stays)
             flat = self.run("all_gather", "partition", elements, dtype, phases=every.phases, when=every.when)
             return [flat] if elements else []
         k = self.topology.local_ranks_per_partition_group
@@ -276,6 +284,15 @@ class _Step:
         rail = self.run("all_gather", "rail", on_rail // k, dtype, phases=crossing.phases, when=crossing.when)
         in_node = self.run("all_gather", "node", elements, dtype, phases=every.phases, when=every.when)
         return [*([rail] if on_rail else []), *([in_node] if elements else [])]
+
+    def _flat_gathers(
+        self, elements: int, trained: int, dtype: torch.dtype, *, stays: bool
+    ) -> list[ScheduledCollective]:
+        """Gathers of a unit over all ranks, once, and from the caches of nodes, where frozen weights always are."""
+        in_node = partial(self.run, "all_gather", "node", elements, dtype)
+        found = [self.run("all_gather", "partition", trained, dtype, phases=("forward",), when="first")] * bool(trained)
+        found.append(in_node(phases=("forward",), when="later" if trained == elements else "every"))
+        return found if stays else [*found, in_node(phases=("backward",), when="every")]
 
     def reductions(self, unit: Unit, dtype: torch.dtype) -> list[ScheduledCollective]:
         p, k = self.topology.partition_size, self.topology.local_ranks_per_partition_group

@@ -156,10 +156,15 @@ class Job:
             whole: Ways to run the job, with one division of the model.
         """
         tight = [candidate for candidate in whole if not candidate.fits]
-        if tight and "node" in (tight[0].communication.cache_parameters, tight[0].communication.accumulate_gradients):
+        if not tight or "node" not in (
+            tight[0].communication.cache_parameters,
+            tight[0].communication.accumulate_gradients,
+        ):
+            return
+        topology, options = tight[0].topology, replace(tight[0].communication, cache_offload=True)
+        if tight[0].in_stages or topology.local_ranks_per_partition_group == 1:  # flat caches stay on the device
             ways = [(self._work_of(candidate), candidate.batches) for candidate in tight]
-            options = replace(tight[0].communication, cache_offload=True)
-            yield from self.priced("MiCS", tight[0].topology, options, only=ways)
+            yield from self.priced("MiCS", topology, options, only=ways)
 
     def _work_of(self, candidate: Candidate) -> Workload:
         return self.workload.way(candidate.recomputed_share, activation_offload=candidate.activation_offload)
@@ -333,7 +338,7 @@ def _allowed(
     single, on_nodes = topology.partition_size == 1, topology.spans_nodes
     for in_stages in stages:
         on_node = ("node",) if in_stages or (on_nodes and not both) else ()
-        caches = ("never",) if single else ("never", *on_node, "rank")
+        caches = ("never",) if single else ("never", *(("node",) if on_nodes else ()), "rank")
         sums = ("shard",) if single or not communication.two_hop else ("shard", *on_node, "rank")
         if communication.cache_parameters != "auto":
             caches = (communication.cache_parameters,)

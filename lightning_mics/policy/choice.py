@@ -206,7 +206,7 @@ def _by_memory(job: ShardingJob) -> Choice:
     states_bytes = size.per_rank_bytes(partition_size)
     memory = Memory(
         topology=topology,
-        in_stages=hierarchical or topology.local_ranks_per_partition_group == 1,
+        on_nodes=True,
         free_bytes=int(USABLE_SHARE * job.capacity_bytes) - states_bytes,
         fits_unsharded=fits(size, 1, job.capacity_bytes),
         offload=communication.cache_offload is True,
@@ -214,7 +214,10 @@ def _by_memory(job: ShardingJob) -> Choice:
     if communication.allow_unused:  # they take the memory in any case
         communication = communication.on_ranks()
     cache = weigh(communication.cache_parameters, size.gathered_bytes, size.blocks_gathered_bytes, memory)
-    memory = replace(memory, free_bytes=memory.free_bytes - cache.bytes)
+    in_stages = (
+        hierarchical or topology.local_ranks_per_partition_group == 1
+    )  # sums cross nodes in a stage of their own
+    memory = replace(memory, on_nodes=in_stages, free_bytes=memory.free_bytes - cache.bytes)
     if communication.two_hop:
         accumulate = weigh(communication.accumulate_gradients, size.reduced_bytes, size.blocks_reduced_bytes, memory)
     else:

@@ -19,14 +19,14 @@ class Memory:
 
     Attributes:
         topology: Topology of the job.
-        in_stages: Whether inter-node collectives are a stage of their own.
+        on_nodes: Whether anything can be cached, or accumulated, on nodes where a partition group spans several.
         free_bytes: Bytes of the device that model states leave.
         fits_unsharded: Whether the unsharded model states would fit a rank.
         offload: Whether what is on nodes waits in host memory.
     """
 
     topology: Topology
-    in_stages: bool
+    on_nodes: bool
     free_bytes: int
     fits_unsharded: bool
     offload: bool = False
@@ -137,7 +137,7 @@ def _blocks(share: float, blocks_bytes: Sequence[int]) -> str:
 def _why_not_on_nodes(memory: Memory) -> str:
     if not memory.topology.spans_nodes:
         return "a partition group is inside one node"
-    return "" if memory.in_stages else "collectives are flat"
+    return "" if memory.on_nodes else "collectives are flat"
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,7 @@ class Policy:
             hierarchical=choice.communication.hierarchical,
             timeout=self._timeout,
             rail_max_ctas=self._rail_max_ctas,
+            caches_on_nodes=choice.communication.caches_on_nodes,
             serve_host=self.offload is not False,
         )
         schedule = shard_model(

@@ -224,7 +224,9 @@ class _Step:
         self._cache = communication.cache_parameters if self._ranks > 1 else "never"
         self._sums = communication.accumulate_gradients if self._ranks > 1 and micro_steps > 1 else "shard"
         local = topology.local_ranks_per_partition_group
-        self._place(work, communication, wide=wide, local=local)
+        in_stages = topology.spans_nodes and (communication.hierarchical is not False or local == 1)
+        flat = topology.spans_nodes and not in_stages and communication.caches_on_nodes
+        self._place(work, communication, wide=wide, local=local, flat=flat)
         self._saved_behind = _saved_behind(work, samples, blocks=self._freed.held_behind)
         self._slices = self._slices_of_sums = _Passing(0, 0)
         if communication.cache_offload:
@@ -232,7 +234,6 @@ class _Step:
             self._slices_of_sums = _passing(self._sums, self._root.reduced / local, self._block.reduced / local)
         else:
             self._states += _on_nodes(self._sums, trained) * reduced / local
-        in_stages = topology.spans_nodes and (communication.hierarchical is not False or local == 1)
         self._fetched = communication.units_ahead * self._block.gathered / local if in_stages else 0.0
         if self._cache == "node":  # slices are fetched into the cache
             self._fetched = 0.0
@@ -253,7 +254,9 @@ class _Step:
             else:
                 self._kept_of_reductions = self._all.reduced / self._ranks  # FSDP2 keeps results of hop 2
 
-    def _place(self, work: Workload, communication: CommunicationOptions, *, wide: float, local: int) -> None:
+    def _place(
+        self, work: Workload, communication: CommunicationOptions, *, wide: float, local: int, flat: bool
+    ) -> None:
         """Count what is cached, on nodes and on ranks, and what is left to gather and free."""
         elements, trained = work.elements(self._ranks), work.elements(self._ranks, trained=True)
         of_units, trained_of = (elements.root, *elements.blocks), (trained.root, *trained.blocks)
@@ -267,7 +270,7 @@ class _Step:
         gathered_again = [  # where all of a unit trains it is gathered as a whole, else what trains is by itself
             total if total == part else part * (1 + 1 / self._ranks)
             for total, part, on_rank in zip(of_units[1:], trained_of[1:], on_ranks[1:], strict=True)
-            if on_rank
+            if on_rank or (flat and total != part)
         ]
         self._again = wide * max(gathered_again, default=0)
         self._last_is_held = on_ranks[-1]

@@ -5,6 +5,7 @@ each where a partition group spans nodes, by where parameters are cached and gra
 
                     cached: never                   on each node                   on each rank
     gather          rail, then node                 rail once, then node           rail, then node, once
+    gather, flat    all ranks                       all ranks once, then node      all ranks once
 
                     accumulated: as shards          on each node                   on each rank
     reduce          node, then rail                 node; at the boundary rail     at the boundary node, then rail
@@ -38,6 +39,7 @@ from lightning_mics.sharding.ranks.unused import UnusedUnits
 from lightning_mics.sharding.schedule import AccumulationSchedule
 from lightning_mics.techniques.cache_offload import HeldOnHost, HostCopies
 from lightning_mics.techniques.flat import FlatAllGather, FlatReduceScatter
+from lightning_mics.techniques.flat_cache import FlatNodeCache
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.techniques.inter_node_prefetch import InterNodePrefetch
 from lightning_mics.techniques.micro_step_order import MicroStepOrder
@@ -81,6 +83,7 @@ class Communication:
         self._gathers_begin_on, self._reductions_begin_on = SideStream(), SideStream()
         self._pending_gradients: dict[str, PendingGradients] = {}
         self._on_node: dict[str, NodeCache] = {}
+        self._on_node_flat: dict[str, FlatNodeCache] = {}
         self._reduce_scatters: dict[str, ReduceScatter] = {}
         self._on_rank: dict[str, RankCache] = {}
         self._control = groups.control
@@ -105,7 +108,7 @@ class Communication:
                     self._on_rank[name] = RankCache(module, self._agreement.before_some(name, gather))
                 module.set_custom_reduce_scatter(reduce)
                 self._reduce_scatters[name] = reduce
-                if isinstance(gather, FlatAllGather) and isinstance(reduce, FlatReduceScatter):
+                if type(gather) is FlatAllGather and isinstance(reduce, FlatReduceScatter):
                     serve_options(module, gather, reduce)
                 else:
                     reject_options(module)
@@ -125,7 +128,7 @@ class Communication:
             replicas=self._topology.replicas,
             traffic=self._traffic,
             pending_gradients=self._pending_gradients,
-            caches=[*self._on_node.values(), *self._on_rank.values()],
+            caches=[*self._on_node.values(), *self._on_node_flat.values(), *self._on_rank.values()],
             unsharded_gradients=self._options.accumulate_gradients == "rank" and self._topology.partition_size > 1,
             two_hop=self._options.two_hop,
             control=self._control,
@@ -155,7 +158,7 @@ class Communication:
 
     def _all_gather(self, name: str, module: FSDPModule) -> FlatAllGather | HierarchicalAllGather:
         if self._rail is None:
-            return FlatAllGather(self._partition.of_unit(name))
+            return self._flat_all_gather(name, module)
         rail, node = self._rail.of_unit(name), self._node and self._node.of_unit(name)
         prefetch = self._prefetch.unit(name, module, rail) if self._prefetch is not None else None
         if self._options_of[name].cache_parameters != "node":
@@ -169,6 +172,15 @@ class Communication:
             held=HeldOnHost(self._slices_on_host) if self._slices_on_host is not None else None,
         )
         self._on_node[name] = cache
+        return cache
+
+    def _flat_all_gather(self, name: str, module: FSDPModule) -> FlatAllGather:
+        partition = self._partition.of_unit(name)
+        if self._node is None or self._options_of[name].cache_parameters != "node":
+            return FlatAllGather(partition)
+        node = self._node.of_unit(name)
+        cache = FlatNodeCache(partition=partition, node=node, module=module, beside=self._gathers_begin_on)
+        self._on_node_flat[name] = cache
         return cache
 
     def _reduce_scatter(self, name: str, module: FSDPModule) -> ReduceScatter:

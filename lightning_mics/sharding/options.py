@@ -54,8 +54,9 @@ class CommunicationOptions:
             gathered between nodes once per step; takes their bytes / k on each rank, with k ranks of a partition group
             on a node, and changes nothing where a partition group is inside one node. A share of the blocks, as 0.25,
             is ``"node"`` for so many, spread over the depth, and ``"never"`` for the others and the parameters outside
-            of blocks. ``"rank"``: each rank holds all of them, so they are gathered once per step; takes their bytes on
-            each rank.
+            of blocks. Where collectives are flat the first gather is so too, and later ones run inside nodes; see
+            :mod:`~lightning_mics.techniques.flat_cache`. ``"rank"``: each rank holds all of them, so they are gathered
+            once per step; takes their bytes on each rank.
         accumulate_gradients: Where gradients are accumulated until the boundary. ``"shard"``: reduced over the
             partition group in every micro-step, each rank accumulates its shard. ``"node"``: reduced inside nodes in
             every micro-step, between nodes once per step; takes their bytes / k on each rank, and changes nothing where
@@ -135,6 +136,11 @@ class CommunicationOptions:
             )
 
     @property
+    def caches_on_nodes(self) -> bool:
+        """Whether parameters of any block are cached on nodes; no longer "auto"."""
+        return _is_on_nodes(self.cache_parameters)
+
+    @property
     def units_ahead(self) -> int:
         """Number of units whose stage between nodes runs ahead of their gather; no longer "auto"."""
         return int(self.inter_node_prefetch)
@@ -153,7 +159,6 @@ class CommunicationOptions:
         if topology.local_ranks_per_partition_group == 1:
             return
         in_stages = {
-            f"cache_parameters={self.cache_parameters!r}": _is_on_nodes(self.cache_parameters),
             f"accumulate_gradients={self.accumulate_gradients!r}": _is_on_nodes(self.accumulate_gradients),
             "cache_offload=True": self.cache_offload is True,
             f"inter_node_reduce_dtype={self.inter_node_reduce_dtype}": self.inter_node_reduce_dtype is not None,
@@ -193,7 +198,7 @@ class CommunicationOptions:
                 ``"auto"``.
         """
         self.check_chosen()
-        wanted, in_stages = choose_hierarchical(self.hierarchical, groups.topology), groups.node is not None
+        wanted, in_stages = choose_hierarchical(self.hierarchical, groups.topology), groups.in_stages
         both_possible = groups.topology.spans_nodes and groups.topology.local_ranks_per_partition_group > 1
         if both_possible and wanted != in_stages and self.hierarchical != "auto":
             raise ValueError(
@@ -202,6 +207,11 @@ class CommunicationOptions:
             )
         fitted = replace(self, hierarchical=in_stages)
         fitted.check(groups.topology)
+        if both_possible and self.caches_on_nodes and groups.node is None:
+            raise ValueError(
+                f"cache_parameters={self.cache_parameters!r} gathers inside nodes, and the partition groups were made "
+                "without groups inside them; give create_partition_groups caches_on_nodes=True"
+            )
         return fitted
 
     def check_chosen(self) -> None:

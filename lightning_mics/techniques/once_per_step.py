@@ -42,7 +42,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,11 +58,11 @@ from lightning_mics.techniques.cache_offload import HeldOnHost
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.techniques.inter_node_prefetch import FetchedSlice, UnitPrefetch
 from lightning_mics.techniques.owner_exchange import OwnedReduction, factor_of_mean
-from lightning_mics.techniques.parameter_cache import ParameterCache, between, joined
+from lightning_mics.techniques.parameter_cache import NodeSlice, ParameterCache, between
 from lightning_mics.techniques.pending_gradients import PendingGradients
 
 
-class NodeCache(ParameterCache, HierarchicalAllGather):
+class NodeCache(NodeSlice, HierarchicalAllGather):
     """All-gather whose inter-node stage runs only if this rank's rail slice is not cached.
 
     The slice is allocated once, on the stream of the rail: freed memory of that stream would serve nothing else. Or it
@@ -88,7 +88,7 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         prefetch: UnitPrefetch | None = None,
         held: HeldOnHost | None = None,
     ) -> None:
-        ParameterCache.__init__(self, lambda: weights_version(module), lambda: trainable(module))
+        NodeSlice.__init__(self, module)
         HierarchicalAllGather.__init__(self, rail=rail, node=node, first_stage=first_stage, prefetch=prefetch)
         if prefetch is not None:
             prefetch.cached = lambda: self.gathered != "all"
@@ -96,25 +96,16 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
                 prefetch.memory = self._memory_to_fetch
             else:
                 prefetch.fetch_from_host = self._fetch_from_host
-        self._module = module
         self._held = held
         self._rail_slice: Tensor | None = None  # [nodes * shard], on the device for as long as it is used at least
         self._gathered: Any = None  # event after the stage along the rail, or the copy from the host
         self._spread_out: Any = None  # event after the last use
 
     @property
+    @override
     def _kept(self) -> Tensor | None:
         """Memory of the rail's slice from one use to the next, on the device or on the host: [nodes * shard]."""
         return self._rail_slice if self._held is None else self._held.values
-
-    @property
-    def gathered(self) -> Literal["all", "some", "none"]:
-        """How many of the parameters the next call gathers along the rail, before all are gathered in the node."""
-        if self._kept is None or self._cached_version is None:
-            return "all"
-        if self.usable:
-            return "none"
-        return "some" if len(self.stale()) < len(self._cached_version) else "all"
 
     def __call__(
         self,
@@ -126,7 +117,7 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         """Gather every shard into ``output_tensor``, in the order of ``group`` (rail by rail)."""
         device = output_tensor.device
         fetched = None if self.prefetch is None else self.prefetch.take()
-        stale = self._stale_parts(input_tensor)
+        stale = self._stale_parts(input_tensor, nodes=self.rail.size)
         if fetched is None and stale != [(0, input_tensor.numel())]:
             self._take_from_host()
         cached = self._rail_slice
@@ -177,19 +168,6 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
         """Begin to copy the rail's slice to the device for its next use, if some of it is valid."""
         if self._held is not None and self.gathered != "all":
             self._held.fetch()
-
-    def _stale_parts(self, shard: Tensor) -> list[tuple[int, int]]:
-        """Where in ``shard``, [shard], the parameters are that must be gathered along the rail: begins and ends."""
-        if self.gathered == "none":
-            return []
-        cached = self._kept
-        whole = [(0, shard.numel())]
-        if self.gathered == "all" or cached is None or cached.numel() != self.rail.size * shard.numel():
-            return whole
-        if cached.dtype != shard.dtype:
-            return whole
-        segments = gathered_segments(self._module, shard)
-        return whole if segments is None else joined([segments[index] for index in self.stale()])
 
     def _compare(self, cached: Tensor, shard: Tensor, parts: Sequence[tuple[int, int]]) -> None:
         """Compare this rank's part of the cache with its shard, where the cache is used as it is."""
@@ -279,11 +257,6 @@ class NodeCache(ParameterCache, HierarchicalAllGather):
             output.copy_(cached)
             return None
         return self.node.all_gather(output, cached, technique="gather inside nodes", async_op=async_op)
-
-    @override
-    def tensors(self) -> list[Tensor]:
-        """Memory of the rail's slice, [nodes * shard], once there is some: of the device, or of the host."""
-        return [] if self._kept is None else [self._kept]
 
     @override
     def free(self) -> None:

@@ -7,12 +7,15 @@ them is an event that every rank sees: see [Note: When cached weights are droppe
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
+from lightning_mics._torch.fsdp import trainable, weights_version
 from lightning_mics._torch.streams import current_stream, has_streams, keep_for_current_stream
+from lightning_mics._torch.units.gather_inputs import gathered_segments
 
 
 class ParameterCache:
@@ -127,6 +130,49 @@ class ParameterCache:
             current_stream(differs.device).wait_event(self._compared)
             keep_for_current_stream(differs)  # it is dropped once it has been read there
         return differs
+
+
+class NodeSlice(ParameterCache):
+    """A cache of which each node holds one copy, spread over its ranks: this rank's slice, of as many shards as nodes.
+
+    Args:
+        module: FSDP module of the parameter group.
+    """
+
+    def __init__(self, module: FSDPModule) -> None:
+        super().__init__(lambda: weights_version(module), lambda: trainable(module))
+        self._module = module
+
+    @property
+    def _kept(self) -> Tensor | None:
+        """Memory of the slice from one use to the next: [nodes * shard]."""
+        raise NotImplementedError
+
+    @property
+    def gathered(self) -> Literal["all", "some", "none"]:
+        """How many of the parameters the next call gathers between nodes, before all are gathered in the node."""
+        if self._kept is None or self._cached_version is None:
+            return "all"
+        if self.usable:
+            return "none"
+        return "some" if len(self.stale()) < len(self._cached_version) else "all"
+
+    def _stale_parts(self, shard: Tensor, *, nodes: int) -> list[tuple[int, int]]:
+        """Where in ``shard``, [shard], the parameters are that must be gathered between nodes: begins and ends."""
+        if self.gathered == "none":
+            return []
+        cached = self._kept
+        whole = [(0, shard.numel())]
+        if self.gathered == "all" or cached is None or cached.numel() != nodes * shard.numel():
+            return whole
+        if cached.dtype != shard.dtype:
+            return whole
+        segments = gathered_segments(self._module, shard)
+        return whole if segments is None else joined([segments[index] for index in self.stale()])
+
+    def tensors(self) -> list[Tensor]:
+        """Memory of the slice, [nodes * shard], once there is some: of the device, or of the host."""
+        return [] if self._kept is None else [self._kept]
 
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size of an element in bytes

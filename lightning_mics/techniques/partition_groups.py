@@ -42,7 +42,8 @@ class PartitionGroups:
         replication: Ranks that hold the same shard as this rank; None if there is one replica.
         rail: Ranks of the partition group with this local rank, one per node; None where the partition group is inside
             one node or collectives are flat.
-        node: Ranks of the partition group on this node, if there is a rail and several of them; else None.
+        node: Ranks of the partition group on this node, where it spans nodes of several each and collectives run in two
+            stages or parameters are cached on nodes; else None.
         mesh: ``("replicate", "shard")`` of shape ``(replicas, partition_size)``; with one replica ``("shard",)``.
         backend: Name of the backend that runs the collectives of all of these groups: ``"gloo"`` or ``"nccl"``.
         control: Control plane of all ranks, where they agree on what they communicate.
@@ -56,6 +57,11 @@ class PartitionGroups:
     mesh: DeviceMesh
     backend: str
     control: ControlPlane
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether there are the groups of both stages of collectives."""
+        return self.rail is not None and self.node is not None
 
     @property
     def device(self) -> torch.device:
@@ -72,6 +78,7 @@ def create_partition_groups(
     hierarchical: bool | Literal["auto"] = "auto",
     timeout: timedelta | None = None,
     rail_max_ctas: int | None = None,
+    caches_on_nodes: bool = False,
     serve_host: bool = False,
 ) -> PartitionGroups:
     """Make this rank's groups and mesh; every rank calls it, after ``init_process_group``.
@@ -87,6 +94,8 @@ def create_partition_groups(
         hierarchical: Whether collectives of the partition group run in two stages; see :func:`choose_hierarchical`.
         timeout: Longest time of a collective of these groups; None is the backend's default.
         rail_max_ctas: Largest number of blocks of threads of a collective along rails, on NCCL; None is NCCL's default.
+        caches_on_nodes: Whether parameters are cached on nodes, which takes groups inside nodes where collectives are
+            flat, too.
         serve_host: Whether the axes of the mesh also serve tensors in host memory, by gloo: for shards that are there.
 
     Raises:
@@ -112,7 +121,8 @@ def create_partition_groups(
         rail = partition
     elif in_stages:
         rail = make(topology.rail(rank), name="rail", max_ctas=rail_max_ctas)
-        node = make(topology.node_group(rank), name="node")
+    if in_stages or (caches_on_nodes and topology.spans_nodes):
+        node = None if one_stage_over_rails else make(topology.node_group(rank), name="node")
     return PartitionGroups(
         topology=topology,
         partition=partition,

@@ -70,6 +70,7 @@ OF_ADAPTERS = {
     "at every use": CommunicationOptions(cache_parameters="never", accumulate_gradients="shard"),
     "once per step": CommunicationOptions.NODE,
     "once per step everywhere": CommunicationOptions.RANK,
+    "once per step, flat": CommunicationOptions(hierarchical=False, cache_parameters="node"),
     "some on ranks": replace(CommunicationOptions.NODE, frozen_on_ranks=0.67),
     "some on ranks, at every use else": CommunicationOptions(frozen_on_ranks=0.67),
 }

@@ -129,10 +129,10 @@ def test_given_batches_are_the_only_ones() -> None:
 
 
 def test_an_option_that_does_not_fit_a_given_partition_size_is_an_error() -> None:
-    flat_copies = replace(AUTO, hierarchical=False, cache_parameters="node")
-    with pytest.raises(ValueError, match="cache_parameters='node' needs a separate inter-node stage"):
-        list(job().candidates(32, flat_copies))
-    assert {candidate.topology.partition_size for candidate in job().candidates("auto", flat_copies)} == {1, 2, 4, 8}
+    flat_sums = replace(AUTO, hierarchical=False, accumulate_gradients="node")
+    with pytest.raises(ValueError, match="accumulate_gradients='node' needs a separate inter-node stage"):
+        list(job().candidates(32, flat_sums))
+    assert {candidate.topology.partition_size for candidate in job().candidates("auto", flat_sums)} == {1, 2, 4, 8}
     with pytest.raises(ValueError, match="hierarchical=True needs partition groups over several nodes"):
         list(job().candidates(8, replace(AUTO, hierarchical=True)))
 
@@ -283,7 +283,8 @@ def test_as_many_blocks_are_cached_as_fit_and_each_of_them_is_worth_its_bytes() 
     capacity_gib = next(size / 8 for size in range(8 * 40) if usable_bytes(int(size / 8 * GIB)) > between)
     tight = replace(whole, hardware=replace(hardware, memory_gib=capacity_gib))
     candidates = list(tight.candidates(32, communication))
-    (part,) = (each for each in candidates if isinstance(each.communication.cache_parameters, float))
+    in_stages = (each for each in candidates if each.in_stages)
+    (part,) = (each for each in in_stages if isinstance(each.communication.cache_parameters, float))
     share = part.communication.cache_parameters
     assert isinstance(share, float) and 0.4 < share < 0.7
     assert part.fits and not any(each.fits for each in candidates if each.communication.cache_parameters == "node")

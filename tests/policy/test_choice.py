@@ -119,23 +119,26 @@ def test_what_the_user_says_is_done_whatever_it_takes():
     assert reasons == ["for 1 GiB per rank", "for 4 GiB per rank", '"node" would take 1 GiB per rank']
 
 
-@pytest.mark.parametrize(
-    ("topology", "options", "reason"),
-    [
-        (ON_A_NODE, {}, "a partition group is inside one node"),
-        (OVER_NODES, {"hierarchical": False}, "collectives are flat"),
-    ],
-    ids=["inside a node", "flat"],
-)
-def test_without_a_stage_between_nodes_there_is_nothing_to_hold_on_nodes(topology, options, reason):
-    auto = chosen(60, topology=topology, **options)
+def test_inside_a_node_there_is_nothing_to_hold_on_nodes():
+    reason = "a partition group is inside one node"
+    auto = chosen(60, topology=ON_A_NODE)
     assert facts(auto) == ("never", "shard", 0)
     assert auto.reasons["cache_parameters"] == f'"auto": unsharded model states do not fit a rank; {reason}'
-    asked = chosen(60, topology=topology, cache_parameters="node", accumulate_gradients="node", **options)
+    asked = chosen(60, topology=ON_A_NODE, cache_parameters="node", accumulate_gradients="node")
     assert facts(asked) == ("never", "shard", 0)
     assert asked.reasons["cache_parameters"] == reason
-    never = chosen(60, topology=topology, cache_parameters="never", **options)
+    never = chosen(60, topology=ON_A_NODE, cache_parameters="never")
     assert never.reasons["cache_parameters"] == '"rank" would take 4 GiB per rank'
+
+
+def test_flat_collectives_hold_parameters_on_nodes_and_no_sums():
+    auto = chosen(60, hierarchical=False)
+    assert facts(auto) == ("node", "shard", 1)
+    why = '"auto": unsharded model states do not fit a rank; collectives are flat'
+    assert auto.reasons["accumulate_gradients"] == why
+    asked = chosen(60, cache_parameters="node", accumulate_gradients="node", hierarchical=False)
+    assert facts(asked) == ("node", "shard", 1)
+    assert asked.reasons["accumulate_gradients"] == "collectives are flat"
 
 
 def test_flat_collectives_can_run_once_per_step_as_a_whole():

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.rehearsal
         ("mixed precision", 3),
         ("half precision", 2),
         ("hierarchical, fetched ahead", 4),
+        ("flat, parameters once per step", 3),
         ("once per step, on the host", 3),
         campaign("once per step, on the host", 1),  # sums of one micro-step are nowhere, as with parameters alone
         ("parameters once per step, on the host", 1),
@@ -79,6 +80,7 @@ def test_a_step_with_states_on_the_host_takes_what_its_rehearsal_allocates(
         ("once per step", 0.5, 3),
         ("a node a group", 0.17, 1),
         ("half precision", 0.5, 2),
+        ("flat, parameters once per step", 0.0, 3),
         campaign("once per step everywhere", 0.0, 3),
         campaign("once per step", 0.17, 1),
         campaign("once per step", 0.84, 3),

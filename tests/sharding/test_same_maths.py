@@ -20,6 +20,7 @@ from lightning_mics.sharding.ranks.replicas import verify_replicas
 from lightning_mics.techniques.partition_groups import PartitionGroups
 from tests.support.campaign import campaign
 from tests.support.forked import run_cases, run_ranks
+from tests.support.groups import groups_for
 from tests.support.models import Block, TinyLM, tokens
 
 SHAPES = [
@@ -78,13 +79,16 @@ BLOCKS = [Block, Fork]
 FLAT = CommunicationOptions(hierarchical=False)
 
 
+FLAT_CACHED = CommunicationOptions(hierarchical=False, cache_parameters="node")
+
+
 PAPER, NODE, RANK = CommunicationOptions.PAPER, CommunicationOptions.NODE, CommunicationOptions.RANK
 
 
 @pytest.mark.parametrize(("world", "ranks_per_node", "partition"), SHAPES)
 def test_gradients_weights_and_clipping_are_those_of_one_process(world, ranks_per_node, partition, in_campaign):
     topology = Topology(world_size=world, ranks_per_node=ranks_per_node, partition_size=partition)
-    modes = [FLAT, PAPER, NODE, RANK] if topology.spans_nodes else [FLAT, RANK]
+    modes = [FLAT, FLAT_CACHED, PAPER, NODE, RANK] if topology.spans_nodes else [FLAT, RANK]
     if partition == 8 or (world == 8 and not in_campaign):  # takes long; four ranks have the other modes, and replicas
         modes = [PAPER, NODE]
     windows = IN_CAMPAIGN if in_campaign else MICRO_STEPS if world < 8 else MICRO_STEPS[-1:]
@@ -128,7 +132,7 @@ def _train_beside_reference(
 ) -> list[dict[str, Any]]:
     facts = []
     for mode in modes:
-        groups = create_partition_groups(topology, device_type="cpu", hierarchical=mode.hierarchical)
+        groups = groups_for(topology, mode)
         facts += [_compare(groups, mode, micro_steps) for micro_steps in windows]
     return facts
 

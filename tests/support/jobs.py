@@ -65,6 +65,7 @@ JOBS = {
     "hierarchical": Job((4, 2, 4)),
     "hierarchical, fetched ahead": Job((4, 2, 4), CommunicationOptions(inter_node_prefetch=1)),
     "parameters once per step": Job((4, 2, 4), CommunicationOptions(cache_parameters="node")),
+    "flat, parameters once per step": Job((4, 2, 4), CommunicationOptions(hierarchical=False, cache_parameters="node")),
     "gradients once per step": Job((4, 2, 4), CommunicationOptions(accumulate_gradients="node")),
     "once per step": Job((4, 2, 4), NODE),
     "once per step everywhere": Job((4, 2, 4), RANK),

@@ -68,10 +68,10 @@ def test_what_is_no_share_is_an_error_that_names_the_values(option: str, value: 
         CommunicationOptions(**{option: value})
 
 
-def test_a_share_needs_a_stage_between_nodes() -> None:
+def test_a_share_of_the_sums_needs_a_stage_between_nodes() -> None:
     over_nodes = Topology(world_size=4, ranks_per_node=2, partition_size=4)
-    with pytest.raises(ValueError, match=r"cache_parameters=0.5 needs a separate inter-node stage"):
-        CommunicationOptions(hierarchical=False, cache_parameters=0.5).check(over_nodes)
+    with pytest.raises(ValueError, match=r"accumulate_gradients=0.5 needs a separate inter-node stage"):
+        CommunicationOptions(hierarchical=False, accumulate_gradients=0.5).check(over_nodes)
     with pytest.raises(ValueError, match="two_hop=False"):
         CommunicationOptions(two_hop=False, accumulate_gradients=0.5)
 

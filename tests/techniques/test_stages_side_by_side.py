@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_mics._torch.streams import SideStream, current_stream, on_stream
-from lightning_mics.techniques import once_per_step
+from lightning_mics.techniques import parameter_cache
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather, HierarchicalReduceScatter
 from lightning_mics.techniques.once_per_step import NodeCache, NodeReduceScatter
 from lightning_mics.techniques.pending_gradients import PendingGradients
@@ -89,8 +89,8 @@ def waited_for(monkeypatch) -> dict[str, set[str]]:
     monkeypatch.setattr(torch.cpu, "Stream", RecordedStream)
     monkeypatch.setattr(torch.cpu, "current_stream", lambda device=None: current[-1])
     monkeypatch.setattr(torch.cpu, "stream", inside)
-    monkeypatch.setattr(once_per_step, "weights_version", lambda module: (0,))
-    monkeypatch.setattr(once_per_step, "trainable", lambda module: [True])
+    monkeypatch.setattr(parameter_cache, "weights_version", lambda module: (0,))
+    monkeypatch.setattr(parameter_cache, "trainable", lambda module: [True])
     return {}
 
 

@@ -76,7 +76,7 @@ def _inside(group: FSDPParamGroup, method: str, gather: OwnAllGather, reduce: Ow
 
 
 def reject_options(module: FSDPModule) -> None:
-    """Have FSDP2's options of its own collectives raise for ``module`` itself, whose collectives run in two stages."""
+    """Have FSDP2's options of its own collectives raise for ``module`` itself, which has others."""
     options = {**CHOOSES_OBJECTS, "_set_separate_reduce_scatter_group": "set_separate_reduce_scatter_group"}
     for group in _param_groups(module):
         for method, option in options.items():
@@ -89,7 +89,8 @@ def _rejection(option: str) -> Any:
             return
         raise RuntimeError(
             f"{option} is for FSDP2's own collectives, and those of this model run in two stages, along rails and "
-            "inside nodes; shard it with hierarchical=False, or with a partition_size that stays inside one node"
+            "inside nodes, or from caches on nodes; shard it with hierarchical=False and without caches on nodes, or "
+            "with a partition_size that stays inside one node"
         )
 
     return reject

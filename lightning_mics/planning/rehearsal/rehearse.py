@@ -157,7 +157,12 @@ def rehearse(
     if not 0 <= rank < topology.world_size:
         raise ValueError(f"rank={rank} is not one of the {topology.world_size} ranks of the job")
     with rehearsed_job(world_size=topology.world_size, rank=rank):
-        groups = create_partition_groups(topology, device_type="cpu", hierarchical=communication.hierarchical)
+        groups = create_partition_groups(
+            topology,
+            device_type="cpu",
+            hierarchical=communication.hierarchical,
+            caches_on_nodes=communication.caches_on_nodes,
+        )
         groups = replace(groups, backend=backend)  # the backend of the job; this process has torch's fake backend
         watch = _Watch(topology, gloo=backend == "gloo")
         with naming_values(), watch.entered() as fake:

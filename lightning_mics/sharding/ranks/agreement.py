@@ -34,7 +34,7 @@ from lightning_mics._torch.units.param_groups import (
 from lightning_mics.collectives.control_plane import Stream
 from lightning_mics.techniques.flat import FlatAllGather
 from lightning_mics.techniques.hierarchical import HierarchicalAllGather
-from lightning_mics.techniques.once_per_step import NodeCache
+from lightning_mics.techniques.parameter_cache import NodeSlice
 from lightning_mics.techniques.partition_groups import PartitionGroups
 
 # by how many parameters are gathered between nodes
@@ -74,7 +74,7 @@ class RankAgreement:
         prefetch = gather.prefetch if isinstance(gather, HierarchicalAllGather) else None
 
         def agree() -> None:
-            gathered = gather.gathered if isinstance(gather, NodeCache) else "all"
+            gathered = gather.gathered if isinstance(gather, NodeSlice) else "all"
             ahead = prefetch.announce() if prefetch is not None else ""
             stream.agree(words[in_backward(module), gathered] + ahead)
 

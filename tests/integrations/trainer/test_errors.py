@@ -74,14 +74,10 @@ CASES: dict[str, tuple[type[TinyModule], dict[str, Any], dict[str, Any], type[Ex
         "hierarchical=True needs partition groups over several nodes, but partition_size=2 fits one node of 2 ranks; "
         "use hierarchical='auto'",
     ),
-    "once per step with flat collectives": (
-        TinyModule, {"partition_size": 4, "hierarchical": False, "cache_parameters": "node"}, {}, ValueError,
-        "cache_parameters='node' needs a separate inter-node stage of collectives, but "
-        'hierarchical=False and partition_size=4 spans 2 nodes; use hierarchical="auto"',
-    ),
     "sums once per step with flat collectives": (
         TinyModule, {"partition_size": 4, "hierarchical": False, "accumulate_gradients": "node"}, {}, ValueError,
-        "accumulate_gradients='node' needs a separate inter-node stage of collectives",
+        "accumulate_gradients='node' needs a separate inter-node stage of collectives, but "
+        'hierarchical=False and partition_size=4 spans 2 nodes; use hierarchical="auto"',
     ),
     "a dtype on the wire with flat collectives": (
         TinyModule, {"partition_size": 4, "hierarchical": False, "inter_node_reduce_dtype": "bfloat16"}, {}, ValueError,

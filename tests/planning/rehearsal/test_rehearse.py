@@ -23,10 +23,10 @@ from lightning_mics.cost.collective import Collective
 from lightning_mics.planning.rehearsal.collectives import Collectives
 from lightning_mics.planning.rehearsal.observed import Observed
 from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
-from lightning_mics.techniques.partition_groups import create_partition_groups
 from recipes.plan.dry_run import Training
 from tests.support.campaign import campaign
 from tests.support.forked import run_ranks
+from tests.support.groups import groups_for
 from tests.support.jobs import JOBS, LENGTH, MODELS, SEQUENCES, Job, language_model, rehearsed_job
 from tests.support.trainers import make_trainer, on_ranks
 
@@ -71,7 +71,7 @@ class RealJob:
         self, name: str, job: Job, *, micro_steps: int, optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     ) -> None:
         self.topology, communication = job.topology, job.communication
-        groups = create_partition_groups(self.topology, device_type="cpu", hierarchical=communication.hierarchical)
+        groups = groups_for(self.topology, communication)
         language = language_model(name)
         model = Training(language).to(torch.bfloat16 if job.precision == "bf16-true" else torch.float32)
         self.schedule = shard_model(

@@ -102,8 +102,8 @@ def test_the_network_is_built_once_to_be_measured_and_once_to_be_rehearsed(
         ("strategy.partition_size=3", "partition_size=3 does not divide world_size=16"),
         ("cluster.memory_gib=0.001", "does not fit one A100 40 GB"),
         (
-            "strategy.partition_size=16 strategy.hierarchical=false strategy.cache_parameters=node",
-            "cache_parameters='node' needs a separate inter-node stage of collectives",
+            "strategy.partition_size=16 strategy.hierarchical=false strategy.accumulate_gradients=node",
+            "accumulate_gradients='node' needs a separate inter-node stage of collectives",
         ),
     ],
 )

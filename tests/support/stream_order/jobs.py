@@ -15,8 +15,8 @@ from torch.nn import functional
 from lightning_mics._torch.fake import rehearsed_job
 from lightning_mics.sharding.options import CommunicationOptions
 from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
-from lightning_mics.techniques.partition_groups import create_partition_groups
 from lightning_mics.topology import Topology
+from tests.support.groups import groups_for
 from tests.support.models import VOCAB, tokens
 from tests.support.stream_order.simulation import Simulation, simulated_streams
 
@@ -27,6 +27,7 @@ OVER_NODES, ONE_NODE, ONE_RANK_A_NODE = (8, 2, 4), (4, 2, 2), (4, 1, 2)  # ranks
 OPTIONS: dict[str, tuple[tuple[int, int, int], CommunicationOptions]] = {
     "inside a node": (ONE_NODE, CommunicationOptions()),
     "flat": (OVER_NODES, CommunicationOptions(hierarchical=False)),
+    "flat, node cache": (OVER_NODES, CommunicationOptions(hierarchical=False, cache_parameters="node")),
     "two stages": (OVER_NODES, CommunicationOptions()),
     "node cache": (OVER_NODES, CommunicationOptions(cache_parameters="node")),
     "node cache and sums": (OVER_NODES, NODE),
@@ -265,7 +266,7 @@ def simulated_job(
     (world_size, ranks_per_node, partition_size), communication = OPTIONS[options]
     topology = Topology(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=partition_size)
     with rehearsed_job(world_size=world_size, rank=world_size // 2 + 1):
-        groups = create_partition_groups(topology, device_type="cpu", hierarchical=communication.hierarchical)
+        groups = groups_for(topology, communication)
         groups = replace(groups, backend="nccl")
         torch.manual_seed(0)
         model = Network(further_parameters=further_parameters).to(
