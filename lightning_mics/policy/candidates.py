@@ -156,15 +156,13 @@ class Job:
             whole: Ways to run the job, with one division of the model.
         """
         tight = [candidate for candidate in whole if not candidate.fits]
-        if not tight or "node" not in (
-            tight[0].communication.cache_parameters,
-            tight[0].communication.accumulate_gradients,
-        ):
+        if not tight:
             return
-        topology, options = tight[0].topology, replace(tight[0].communication, cache_offload=True)
-        if tight[0].in_stages or topology.local_ranks_per_partition_group == 1:  # flat caches stay on the device
+        topology, options = tight[0].topology, tight[0].communication
+        can_move = tight[0].in_stages or topology.local_ranks_per_partition_group == 1  # flat caches stay on the device
+        if can_move and "node" in (options.cache_parameters, options.accumulate_gradients):
             ways = [(self._work_of(candidate), candidate.batches) for candidate in tight]
-            yield from self.priced("MiCS", topology, options, only=ways)
+            yield from self.priced("MiCS", topology, replace(options, cache_offload=True), only=ways)
 
     def _work_of(self, candidate: Candidate) -> Workload:
         return self.workload.way(candidate.recomputed_share, activation_offload=candidate.activation_offload)

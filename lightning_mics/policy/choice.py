@@ -214,9 +214,7 @@ def _by_memory(job: ShardingJob) -> Choice:
     if communication.allow_unused:  # they take the memory in any case
         communication = communication.on_ranks()
     cache = weigh(communication.cache_parameters, size.gathered_bytes, size.blocks_gathered_bytes, memory)
-    in_stages = (
-        hierarchical or topology.local_ranks_per_partition_group == 1
-    )  # sums cross nodes in a stage of their own
+    in_stages = hierarchical or topology.local_ranks_per_partition_group == 1  # which sums on nodes need
     memory = replace(memory, on_nodes=in_stages, free_bytes=memory.free_bytes - cache.bytes)
     if communication.two_hop:
         accumulate = weigh(communication.accumulate_gradients, size.reduced_bytes, size.blocks_reduced_bytes, memory)

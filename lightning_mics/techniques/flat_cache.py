@@ -49,6 +49,7 @@ class FlatNodeCache(NodeSlice, FlatAllGather):
         NodeSlice.__init__(self, module)
         FlatAllGather.__init__(self, partition)
         self._node = node
+        self._nodes = partition.size // node.size
         self._beside = beside or SideStream()
         self._slice: Tensor | None = None  # [nodes * shard]
         self._used: Any = None  # event after the last use of the slice
@@ -85,7 +86,7 @@ class FlatNodeCache(NodeSlice, FlatAllGather):
         here = current_stream(output.device)
         if self._used is not None:
             here.wait_event(self._used)
-        stale = self._stale_parts(shard, nodes=self._partition.size // self._node.size)
+        stale = self._stale_parts(shard, nodes=self._nodes)
         if stale == [(0, shard.numel())]:
             FlatAllGather.__call__(self, output, shard, group)
             self._keep(output.chunk(self._node.size)[self._node.rank])
@@ -119,15 +120,11 @@ class FlatNodeCache(NodeSlice, FlatAllGather):
 
     def _gather_parts(self, kept: Tensor, own: Tensor, parts: Sequence[tuple[int, int]]) -> None:
         """Gather parts of the shards, [shard], over all ranks, and those of this rank's slice into it."""
-        nodes = self._partition.size // self._node.size
         changed = torch.cat([own[begin:end] for begin, end in parts])
         gathered = changed.new_empty(self._partition.size * changed.numel())
         self._partition.all_gather(gathered, changed, technique="gather in partition groups")
-        mine = gathered.chunk(self._node.size)[self._node.rank].view(nodes, -1)
-        rows, at = kept.view(nodes, -1), 0
-        for begin, end in parts:
-            rows[:, begin:end].copy_(mine[:, at : at + end - begin])
-            at += end - begin
+        mine = gathered.chunk(self._node.size)[self._node.rank]
+        self._fill(kept, mine, parts, nodes=self._nodes)
 
     @override
     def free(self) -> None:

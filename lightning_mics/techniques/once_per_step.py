@@ -185,10 +185,7 @@ class NodeCache(NodeSlice, HierarchicalAllGather):
         own = torch.cat([shard[begin:end] for begin, end in parts])
         gathered = own.new_empty(self.rail.size * own.numel())
         self.rail.all_gather(gathered, own, technique="gather along rails")
-        rows, at = cached.view(self.rail.size, -1), 0
-        for begin, end in parts:
-            rows[:, begin:end].copy_(gathered.view(self.rail.size, -1)[:, at : at + end - begin])
-            at += end - begin
+        self._fill(cached, gathered, parts, nodes=self.rail.size)
 
     def _memory(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for the rail's slice, [nodes * shard]: what an earlier gather has filled, after its last use."""

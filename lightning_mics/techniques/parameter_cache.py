@@ -170,6 +170,14 @@ class NodeSlice(ParameterCache):
         segments = gathered_segments(self._module, shard)
         return whole if segments is None else joined([segments[index] for index in self.stale()])
 
+    @staticmethod
+    def _fill(kept: Tensor, gathered: Tensor, parts: Sequence[tuple[int, int]], *, nodes: int) -> None:
+        """Copy gathered parts of shards, [nodes * parts], into the slice, [nodes * shard]."""
+        rows, new, at = kept.view(nodes, -1), gathered.view(nodes, -1), 0
+        for begin, end in parts:
+            rows[:, begin:end].copy_(new[:, at : at + end - begin])
+            at += end - begin
+
     def tensors(self) -> list[Tensor]:
         """Memory of the slice, [nodes * shard], once there is some: of the device, or of the host."""
         return [] if self._kept is None else [self._kept]

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from lightning_mics import AccumulationSchedule, CommunicationOptions, Topology, shard_model
 from tests.support.groups import groups_for
-from tests.support.models import DIM, LAYERS, Stack
+from tests.support.models import DIM, Stack
 
 TOPOLOGY = Topology(world_size=4, ranks_per_node=2, partition_size=4)
 
