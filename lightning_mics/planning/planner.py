@@ -17,6 +17,7 @@ from lightning_mics.policy.fastest import fastest
 from lightning_mics.policy.memory import LOW_BIT_BLOCKS, in_gib, usable_bytes
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.options import CommunicationOptions
+from lightning_mics.topology import Topology
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ def plan(
         global_batch_size=global_batch_size,
         capacity_bytes=hardware.memory_bytes,
         low_bit_saved_bytes={bits: count for bits, count in saved.items() if count is not None},
-        warnings=tuple(_warnings(chosen, ranked, baseline, hardware)),
+        warnings=(*_warnings(chosen, ranked, baseline, hardware), *_left_out(ranked, communication, job)),
     )
 
 
@@ -161,6 +162,18 @@ def _check_block_fits(workload: Workload, hardware: Hardware) -> None:
         f"{in_gib(needed)} of {in_gib(capacity)}, {in_gib(needed - capacity)} too much; choose smaller blocks by "
         "block_classes, or GPUs with more memory"
     )
+
+
+def _left_out(ranked: Sequence[Candidate], communication: CommunicationOptions, job: Job) -> list[str]:
+    """Why there are no large partition groups, if none that fits is left."""
+    ranks = job.world_size
+    if any(each.fits or each.topology.partition_size == ranks for each in ranked):
+        return []
+    try:
+        communication.check(Topology(world_size=ranks, ranks_per_node=job.ranks_per_node, partition_size=ranks))
+    except ValueError as error:
+        return [f"larger partition groups are left out: {error}"]
+    return []
 
 
 def _warnings(chosen: Candidate, ranked: Sequence[Candidate], baseline: Candidate, hardware: Hardware) -> list[str]:

@@ -179,7 +179,8 @@ class AccumulationWindow:
             names = ", ".join(name or "the root" for name in still_pending)
             raise RuntimeError(
                 f"{names} got gradients earlier in this accumulation window and none at its boundary; run the last "
-                "backward of a window as its boundary, outside of `no_backward_sync` or `no_sync`"
+                "backward of a window as its boundary, outside of `no_backward_sync` or `no_sync`; after an exception "
+                "in a backward, drop what it has left with `schedule.window.abandon()` on all ranks"
             )
         self._cache.check_unchanged()
         self._close()

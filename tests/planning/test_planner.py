@@ -187,6 +187,10 @@ def test_what_does_not_fit_is_said_by_how_much() -> None:
     plan_ = plan(large, P4D, nodes=2, global_batch_size=64)
     assert not any(row.fits for row in plan_.candidates)
     assert any("no partition size fits: the best needs 50" in warning for warning in plan_.warnings)
+    assert not any("left out" in warning for warning in plan_.warnings)
+    flat_sums = CommunicationOptions(hierarchical=False, accumulate_gradients="node")
+    left_out = plan(large, P4D, nodes=2, global_batch_size=64, communication=flat_sums).warnings[-1]
+    assert left_out.startswith("larger partition groups are left out: accumulate_gradients='node' needs a separate")
 
 
 def test_it_says_what_low_bit_optimizer_states_would_save_on_a_rank() -> None:
