@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -153,7 +154,7 @@ def alone(
     micro_steps: int,
     *,
     change: Changes | None = None,
-    backwards: bool = False,
+    order: random.Random | None = None,
     steps: int = STEPS,
     ranks: int = 4,
 ) -> list[dict[str, Tensor]]:
@@ -161,7 +162,9 @@ def alone(
     both, weights = optimizers(model), []
     for step in range(steps):
         batches = [batch(rank, step, micro_step) for micro_step in range(micro_steps) for rank in range(ranks)]
-        for each in reversed(batches) if backwards else batches:
+        if order is not None:
+            order.shuffle(batches)
+        for each in batches:
             (model(each) / micro_steps / ranks).backward()
         if change is not None:
             change(model, step)
@@ -233,9 +236,10 @@ IN_CAMPAIGN: dict[str, Case] = {
     ]
 }
 ALL = CASES | IN_CAMPAIGN
-LONG = [(1, 1), (2, 1), (4, 4)]
-LONG_IN_CAMPAIGN = [(1, 4), (2, 4), (4, 1)]
+LONG = [(2, 1), (4, 4)]
+LONG_IN_CAMPAIGN = [(1, 1), (1, 4), (2, 4), (4, 1)]
 LONG_STEPS = 50
+OTHER_ORDERS = 4  # of sums in one process: a bfloat16 iteration spreads by chance
 
 
 @pytest.fixture(scope="module")
@@ -275,8 +279,8 @@ def test_fifty_steps_end_where_one_process_does(size, micro_steps, results):
         assert_same(ranks, step, reference[step], 5e-6)
     ranks = results[size, micro_steps, "bfloat16"]
     reference = alone(micro_steps, steps=LONG_STEPS)[-1]
-    other_order = alone(micro_steps, steps=LONG_STEPS, backwards=True)[-1]
-    allowed = 2 * max(gap(reference[name], other_order[name]) for name in reference)
+    other_orders = [alone(micro_steps, steps=LONG_STEPS, order=random.Random(seed))[-1] for seed in range(OTHER_ORDERS)]
+    allowed = 2 * max(gap(reference[name], other[name]) for other in other_orders for name in reference)
     assert_same(ranks, -1, reference, allowed)
 
 
