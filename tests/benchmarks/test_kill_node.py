@@ -44,6 +44,7 @@ def test_a_job_goes_on_after_five_deaths_with_the_same_bits(tmp_path: Path) -> N
     assert (tmp_path / "recovery.svg").exists()
 
 
+@pytest.mark.campaign
 @needs_cluster
 def test_a_job_whose_nodes_with_the_same_bytes_die_ends_at_once_with_its_launchers(tmp_path: Path) -> None:
     assert "wrong: nothing" in ran("benchmarks.kill_node.cases", "--only", "1", "--out", str(tmp_path))

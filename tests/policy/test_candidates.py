@@ -21,6 +21,7 @@ from lightning_mics.policy.memory import ModelSize, measure_model, usable_bytes
 from lightning_mics.policy.workload import Workload
 from lightning_mics.sharding.blocks import find_blocks
 from lightning_mics.sharding.options import share_of, spread_over
+from tests.support.campaign import campaign
 
 GIB = 2**30
 P4D = find_instance("p4d.24xlarge")
@@ -170,7 +171,7 @@ def test_memory_is_what_decides_the_largest_micro_batch_of_full_sharding() -> No
 
 
 @pytest.mark.rehearsal
-@pytest.mark.parametrize(("model", "cluster"), [("gpt-20b", "p4d_16"), ("bert-10b", "p3dn_16")])
+@pytest.mark.parametrize(("model", "cluster"), [("gpt-20b", "p4d_16"), campaign("bert-10b", "p3dn_16")])
 def test_no_plan_of_these_models_is_slower_than_full_sharding_at_its_best(model: str, cluster: str) -> None:
     rows = list(planned_pairs([model], [cluster]))
     assert len(rows) == (3 if cluster == "p4d_16" else 2)  # the rates of the cluster, 100 and 25

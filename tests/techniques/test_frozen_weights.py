@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_mics import CommunicationOptions, Topology, create_partition_groups, shard_model
+from tests.support.campaign import campaign
 from tests.support.forked import run_cases
 
 DIM, RANK, LAYERS, STEPS = 16, 4, 3, 4
@@ -136,12 +137,13 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 NODE, NEVER = CommunicationOptions.NODE, CommunicationOptions(cache_parameters="never", accumulate_gradients="node")
 ADAPTERS = LAYERS * 2 * DIM * RANK * 4  # bytes
-CASES = [("float32", 1), ("float32", 4), ("bfloat16", 4), ("bytes", 4)]
+CASES, IN_CAMPAIGN = [("float32", 1), ("float32", 4), ("bytes", 4)], [("bfloat16", 4)]
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[Any, list[Any]]:
-    cases = {(base, s, kind): (base, options, s) for base, s in CASES for kind, options in KINDS.items()}
+def runs(in_campaign: bool) -> dict[Any, list[Any]]:
+    chosen = CASES + IN_CAMPAIGN if in_campaign else CASES
+    cases = {(base, s, kind): (base, options, s) for base, s in chosen for kind, options in KINDS.items()}
     return run_cases(4, {name: partial(train, *arguments) for name, arguments in cases.items()})
 
 
@@ -163,7 +165,7 @@ def _pairs(found: dict[Any, list[Any]], *case: Any) -> list[tuple[Any, Any]]:
     ]
 
 
-@pytest.mark.parametrize(("base", "micro_steps"), CASES)
+@pytest.mark.parametrize(("base", "micro_steps"), [*CASES, *(campaign(*case) for case in IN_CAMPAIGN)])
 def test_only_adapters_cross_nodes_after_the_first_step(
     base: str, micro_steps: int, runs: dict[Any, list[Any]]
 ) -> None:

@@ -18,6 +18,7 @@ from lightning_mics.checkpoint.opening import open_checkpoint
 from lightning_mics.policy.memory import saved_by_low_bits
 from tests.support.accelerators import start as start_accelerator
 from tests.support.accelerators import step as step_of_accelerate
+from tests.support.campaign import campaign
 from tests.support.fits import data, refusal, whole_weights
 from tests.support.loops import network, start, step, weights
 from tests.support.quantizing import (
@@ -41,6 +42,7 @@ torchao = pytest.importorskip("torchao")
 BEFORE, AFTER = 3, 3  # steps before and after a checkpoint
 SIZES = (1, 2, 4)
 KEYS = [(kind, size) for kind in KINDS for size in SIZES]
+OTHER_SIZES, OTHER_SIZES_IN_CAMPAIGN = [(1, 4)], [(2, 1), (4, 2)]  # saved, and loaded
 
 
 def set_up(kind: str, size: int, *, seed: int = 1, devices: int = 4, **options: Any) -> Any:
@@ -121,13 +123,12 @@ def test_some_shards_of_a_tensor_are_quantized_and_others_are_not(trained: Any) 
 
 
 @pytest.fixture(scope="module")
-def on_others(folder: Path, trained: Any) -> dict[Any, list[dict[str, Any]]]:
+def on_others(folder: Path, trained: Any, in_campaign: bool) -> dict[Any, list[dict[str, Any]]]:
     """By kind, saved size, loaded size: more shards, fewer shards, and as many without their codes."""
-    sizes = ((1, 4), (2, 1), (4, 2))
     cases = {
         (kind, one, other): partial(resumed, folder, f"{kind} {one}", kind, other)
         for kind in KINDS
-        for one, other in sizes
+        for one, other in [*OTHER_SIZES, *(OTHER_SIZES_IN_CAMPAIGN if in_campaign else ())]
     }
     without = {(kind, 2, "values"): partial(values_alone, folder, f"{kind} 2", kind, 2) for kind in KINDS}
     return cases_on_ranks({**cases, **without})
@@ -151,7 +152,7 @@ def gap_in_steps(before: dict[str, Any], after: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", [(1, 4), (2, 1), (4, 2), (2, "values")])
+@pytest.mark.parametrize("sizes", [*OTHER_SIZES, (2, "values"), *map(campaign, OTHER_SIZES_IN_CAMPAIGN)])
 def test_resumed_on_another_layout_states_differ_by_less_than_a_quantization_step(
     trained: Any, on_others: Any, kind: str, sizes: tuple[Any, Any]
 ) -> None:
@@ -250,14 +251,16 @@ def steps_of_accelerate(accelerator: Any, model: Any, optimizer: Any, *, first: 
 
 HOSTS = {"Trainer, saved asynchronously": under_the_trainer, "Accelerate": under_accelerate}
 HOST_KEYS = [(host, kind, size) for host in HOSTS for kind, size in zip(KINDS, (2, 1, 4), strict=True)]
+HOST_KEYS_ALWAYS = HOST_KEYS[::4]  # each host with a kind of its own
 
 
 @pytest.fixture(scope="module")
-def under_hosts(folder: Path) -> dict[Any, list[Any]]:
-    return cases_on_ranks({(host, *key): partial(HOSTS[host], folder, *key) for host, *key in HOST_KEYS})
+def under_hosts(folder: Path, in_campaign: bool) -> dict[Any, list[Any]]:
+    keys = HOST_KEYS if in_campaign else HOST_KEYS_ALWAYS
+    return cases_on_ranks({(host, *key): partial(HOSTS[host], folder, *key) for host, *key in keys})
 
 
-@pytest.mark.parametrize("key", HOST_KEYS)
+@pytest.mark.parametrize("key", [key if key in HOST_KEYS_ALWAYS else campaign(key) for key in HOST_KEYS])
 def test_trainer_and_accelerate_resume_bit_for_bit(under_hosts: Any, key: Any) -> None:
     for each in under_hosts[key]:
         before, after = each["before"], each["after"]

@@ -23,6 +23,7 @@ from lightning_mics.checkpoint.export import export
 from lightning_mics.checkpoint.inspect import describe, parts
 from lightning_mics.checkpoint.opening import open_checkpoint
 from tests.support import accelerators, loops
+from tests.support.campaign import campaign
 from tests.support.fits import refusal
 from tests.support.trainers import cases_on_ranks, make_trainer, mics
 from tests.use.test_adapters import (
@@ -133,7 +134,7 @@ def unbroken(folder: Path, average: bool) -> dict[str, Any]:
     return {"losses": mean_losses(module), "average": averages(trainer)}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["weights", "averages"])
+@pytest.fixture(scope="module", params=[False, campaign(True)], ids=["weights", "averages"])
 def average(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 

@@ -24,6 +24,7 @@ from lightning_mics.checkpoint.opening import open_checkpoint
 from lightning_mics.checkpoint.storage.folder import META_FILE
 from lightning_mics.checkpoint.whole_model import read_tensors, stored_current_model, stored_model
 from lightning_mics.integrations.trainer.callbacks import number_of_averages
+from tests.support.campaign import campaign
 from tests.support.fits import refusal, same, whole_weights
 from tests.support.models import TinyModule, tokens
 from tests.support.recorded import RecordCollectives
@@ -222,7 +223,7 @@ def resumed(folder: Path, saved: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, campaign(4)])
 def test_resuming_goes_on_with_both(
     ranks: int,
     in_job: dict[str, list[dict[str, Any]]],
