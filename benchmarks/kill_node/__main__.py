@@ -52,7 +52,13 @@ def deaths_of(job: Job, count: int, chance: random.Random) -> Iterator[Death]:
 
 
 def run_job(
-    job: Job, deaths: Sequence[Death], chance: random.Random, folder: Path, *, cut: bool = False
+    job: Job,
+    deaths: Sequence[Death],
+    chance: random.Random,
+    folder: Path,
+    *,
+    cut: bool = False,
+    counts_bytes: bool = True,
 ) -> dict[str, Any]:
     """Run a job undisturbed and with deaths, and compare.
 
@@ -62,6 +68,8 @@ def run_job(
         chance: Random numbers.
         folder: Folder for its files.
         cut: Whether the cable of the last node is pulled after the deaths, without a word to connections.
+        counts_bytes: Whether bytes between nodes are compared with those without in-memory checkpoints; in two runs
+            more.
 
     Returns:
         What was found, as plain data.
@@ -71,7 +79,7 @@ def run_job(
     with campaign.running("undisturbed") as calm:
         found["statuses"] = list(calm.finish().values())
         found["keepers_left"], found["files_left"] = len(calm.keepers()), calm.nodes.files_left()
-    if not job.save_every:
+    if counts_bytes and not job.save_every:
         found |= sent_by(job, folder, steps=STEPS_COUNTED)
     outcomes = []
     with campaign.running("disturbed") as run:
@@ -114,12 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--disk", action="store_true", help="resume from a ModelCheckpoint instead; nodes die only")
     parser.add_argument("--imports", action="store_true", help="ranks import everything when they start")
     parser.add_argument("--cut", action="store_true", help="also pull the cable of a node, in each job")
+    parser.add_argument("--no-bytes", action="store_true", help="do not compare bytes, which takes two more runs a job")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
     parser.add_argument("--out", type=Path, help="folder of the page and the numbers; without it nothing is written")
     options = parser.parse_args(typed)
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
     jobs = [(nodes, ranks, size) for nodes, ranks in shapes for size in options.partition]
     chance, results = random.Random(options.seed), []
+    asked = {"cut": options.cut, "counts_bytes": not options.no_bytes}
     preload()
     for number, (nodes, ranks, size) in enumerate(jobs):
         count = options.kills * (number + 1) // len(jobs) - options.kills * number // len(jobs)
@@ -128,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.disk:
             job = replace(job, in_memory_checkpoint=None, save_every=STEPS_BETWEEN_SAVES)
         folder = Path(tempfile.mkdtemp(prefix="kill-node-"))  # stays if it fails
-        results.append(run_job(job, list(deaths_of(job, count, chance)), chance, folder, cut=options.cut))
+        results.append(run_job(job, list(deaths_of(job, count, chance)), chance, folder, **asked))
         slow = [outcome["seconds"]["step"] for outcome in results[-1]["outcomes"]]
         if max(slow, default=0.0) <= SLOW_SECONDS:
             shutil.rmtree(folder)
