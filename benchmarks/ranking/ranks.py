@@ -118,7 +118,12 @@ def start_trainers() -> Callable[[Way], Trainer]:
     @cache
     def groups_of(partition_size: int, hierarchical: bool | str) -> PartitionGroups:
         topology = Topology(world_size=RANKS, ranks_per_node=ranks_per_node(), partition_size=partition_size)
-        return create_partition_groups(topology, device_type="cpu", hierarchical=hierarchical)  # type: ignore[arg-type]
+        return create_partition_groups(
+            topology,
+            device_type="cpu",
+            hierarchical=hierarchical,  # type: ignore[arg-type]
+            caches_on_nodes=True,  # of some of the ways that share them
+        )
 
     return lambda way: Trainer(way, groups_of(way.partition_size, way.hierarchical))
 
