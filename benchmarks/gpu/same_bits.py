@@ -26,6 +26,7 @@ ROUNDING, ROUNDING_BF16 = 2e-5, 5e-2  # of the largest value
 NODE, RANK, BF16 = CommunicationOptions.NODE, CommunicationOptions.RANK, torch.bfloat16
 OPTION_SETS: dict[str, dict[str, Any]] = {  # options of CommunicationOptions, the precision, and what is on the host
     "flat": {"hierarchical": False},
+    "flat, node cache": {"hierarchical": False, "cache_parameters": "node"},
     "two stages": {},
     "node cache": {"cache_parameters": "node"},
     "node cache and sums": {"cache_parameters": "node", "accumulate_gradients": "node"},
@@ -110,13 +111,17 @@ def train(topology: Topology, options: dict[str, Any], device: str) -> dict[str,
     precision, offload = options.pop("precision", "32-true"), options.pop("offload", False)
     torch.manual_seed(0)
     model: Any = Stack(WIDTH)
+    communication = CommunicationOptions(**options)
     groups = create_partition_groups(
-        topology, device_type=device, hierarchical=options.get("hierarchical", "auto"), serve_host=bool(offload)
+        topology,
+        device_type=device,
+        hierarchical=communication.hierarchical,
+        caches_on_nodes=communication.caches_on_nodes,
+        serve_host=bool(offload),
     )
     schedule = shard_model(
-        model, groups, communication=CommunicationOptions(**options), offload=offload,
-        mixed_precision=mixed_precision_policy(precision),
-    )  # fmt: skip
+        model, groups, communication=communication, offload=offload, mixed_precision=mixed_precision_policy(precision)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     found: dict[str, Tensor] = {}
     with sleeping(model) if device == "cuda" else ExitStack():
