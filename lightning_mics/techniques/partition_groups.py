@@ -121,8 +121,8 @@ def create_partition_groups(
         rail = partition
     elif in_stages:
         rail = make(topology.rail(rank), name="rail", max_ctas=rail_max_ctas)
-    if in_stages or (caches_on_nodes and topology.spans_nodes):
-        node = None if one_stage_over_rails else make(topology.node_group(rank), name="node")
+    if not one_stage_over_rails and (in_stages or (caches_on_nodes and topology.spans_nodes)):
+        node = make(topology.node_group(rank), name="node")
     return PartitionGroups(
         topology=topology,
         partition=partition,
