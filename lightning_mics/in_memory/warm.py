@@ -16,6 +16,7 @@ Forked ranks are as new ones: torch has not used a device, and random number gen
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import runpy
 import select
@@ -157,6 +158,7 @@ def serve(name: str) -> None:
         return
     for module in IMPORTED:
         import_module(module)
+    gc.freeze()  # or each collection of a rank would visit, and so copy, all that it shares with this process
     listening.listen(512)  # after the imports: until then ranks start by themselves
     ranks: dict[int, socket.socket] = {}
     last = time.monotonic()

@@ -16,9 +16,10 @@ import pytest
 from lightning_mics.in_memory import warm
 
 SCRIPT = """
-import os, sys, signal, time
+import gc, os, sys, signal, time
 print(sys.argv[1:], os.environ.get("ONE"), os.getcwd(), "torch" in sys.modules, __name__, flush=True)
 what = sys.argv[1]
+if what == "collect": print(any(module is sys for module in gc.get_objects()), gc.isenabled())
 if what == "raise": raise ValueError("its own error")
 if what == "exit": sys.exit(7)
 if what == "kill": os.kill(os.getpid(), signal.SIGKILL)
@@ -64,6 +65,10 @@ def test_arguments_environment_folder_and_streams_are_those_of_the_launcher(fold
 
 def test_a_module_runs_as_python_runs_it(folder: Path) -> None:
     assert start(folder, "-m", "script", "run").communicate(timeout=20)[0].startswith("['run'] 1")
+
+
+def test_collections_do_not_visit_what_the_server_has_imported(folder: Path) -> None:
+    assert start(folder, "script.py", "collect").communicate(timeout=20)[0].splitlines()[1:] == ["False True"]
 
 
 @pytest.mark.parametrize(("what", "status"), [("raise", 1), ("exit", 7), ("kill", -signal.SIGKILL)])
