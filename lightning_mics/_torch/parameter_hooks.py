@@ -16,6 +16,7 @@ later, on either parameter, are shared at the next forward or backward of the mo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -114,7 +115,7 @@ class ParameterHooks:
         self._parameters: list[Any] = [p for group in groups for p in group.fsdp_params]
         for group in groups:
             group.pre_backward = partial(self._pre_backward, group)
-        self._at_boundary = at_boundary
+        self.at_boundary = at_boundary
         self._empty = [p for p in self._parameters if p.sharded_param.numel() == 0]
         self._with_attributes = False
 
@@ -148,7 +149,7 @@ class ParameterHooks:
     def _run_once_per_gradient(self, hooks: dict[int, Any]) -> None:
         for key, hook in hooks.items():
             if not isinstance(hook, _OncePerGradient):
-                hooks[key] = _OncePerGradient(hook, self._at_boundary)
+                hooks[key] = _OncePerGradient(hook, weakref.ref(self))
 
 
 class _OncePerGradient:
@@ -159,15 +160,16 @@ class _OncePerGradient:
 
     Args:
         hook: The user's hook.
-        at_boundary: Returns whether the backward that runs is a gradient accumulation boundary.
+        module: The hooks of its module; weak, as Python never collects what hooks of this kind refer to.
     """
 
-    def __init__(self, hook: Callable[[Any], None], at_boundary: Callable[[], bool]) -> None:
+    def __init__(self, hook: Callable[[Any], None], module: weakref.ref[ParameterHooks]) -> None:
         self._hook = hook
-        self._at_boundary = at_boundary
+        self._module = module
 
     def __call__(self, parameter: Tensor) -> None:
-        if isinstance(parameter, DTensor) and self._at_boundary():
+        module = self._module()
+        if isinstance(parameter, DTensor) and module is not None and module.at_boundary():
             self._hook(parameter)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 from typing import Any
 
@@ -179,6 +181,29 @@ def _step_in_hooks_of(mode: str, by_ddp: dict[str, Tensor]) -> dict[str, Any]:
 
     gap = largest_gap(by_ddp, train(make, mode, accumulate=2, steps=2))
     return {"calls": len(calls), "gap": gap}
+
+
+def test_a_model_whose_parameters_have_hooks_is_freed(run_shared):
+    assert run_shared(2, _freed) == [["every", "rank", "alone"]] * 2
+
+
+def _freed() -> list[str]:
+    def hooked() -> nn.Module:
+        net = Net()
+        models.append(weakref.ref(net))
+        for parameter in net.parameters():
+            parameter.register_hook(lambda grad: grad)
+            parameter.register_post_accumulate_grad_hook(lambda p: None)
+        return net
+
+    freed = []
+    for mode in ("every", "rank", "alone"):
+        models: list[Any] = []
+        train(hooked, mode, accumulate=2)
+        gc.collect()
+        if models[0]() is None:
+            freed.append(mode)
+    return freed
 
 
 # -- attributes --------------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ IN_PLACE = (aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.div_.Tens
 _meshes: list[tuple[weakref.ref[DeviceMesh], weakref.ref[Any]]] = []
 _parameters: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # FSDPParam by id of its shard
 _run_backward = torch.autograd.graph._engine_run_backward
+_TAKEN = "lightning_mics.direct_use"  # of a node's metadata
 
 
 def serve_direct_use(root: FSDPModule, mesh: DeviceMesh, *, around: Around) -> None:
@@ -74,7 +75,6 @@ def serve_direct_use(root: FSDPModule, mesh: DeviceMesh, *, around: Around) -> N
     for parameter in _fsdp_parameters(root):
         parameter._param_fqn = names.get(id(parameter.sharded_param))  # FSDP2 does so at the first forward
         _parameters[id(parameter.sharded_param)] = parameter
-    _take_gradients_of_shards()
 
 
 def take_direct_gradients(root: FSDPModule, take: Callable[[Any, Tensor], None]) -> None:
@@ -92,14 +92,24 @@ def _take_gradients_of_shards() -> None:
     """See that gradients of sharded parameters are taken in the backward that begins now, whatever they come from."""
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return  # a compiler's, of no sharded parameter
-    for parameter in list(_parameters.values()):
-        sharded = parameter.sharded_param
-        known = (sharded._cdata, sharded.dtype)  # module.to() gives the same Python object another tensor
-        if sharded.requires_grad and getattr(parameter, "_taken_of", None) != known:
-            with torch.enable_grad():  # torch's get_gradient_edge takes a view, which may communicate
-                node = aten.alias.default(sharded).grad_fn.next_functions[0][0]
+    parameters = list(_parameters.values())
+    with torch.enable_grad():
+        used = _Used.apply(*(each.sharded_param for each in parameters))  # type: ignore[no-untyped-call]
+    if used.grad_fn is None:
+        return
+    for parameter, (node, _) in zip(parameters, used.grad_fn.next_functions, strict=True):
+        # a node lives as long as a graph: whoever kept it would keep its parameter, and what hooks of that refer to
+        if node is not None and _TAKEN not in node.metadata:
+            node.metadata[_TAKEN] = True
             node.register_prehook(partial(_take_gradient, weakref.ref(parameter)))
-            parameter._taken_of, parameter._accumulation = known, node  # torch itself keeps it with a graph only
+
+
+class _Used(torch.autograd.Function):
+    """Has the nodes that accumulate gradients of its operands, and runs no operation: torch's own way takes views."""
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Tensor) -> Tensor:
+        return torch.empty(0)
 
 
 def _take_gradient(of: Callable[[], Any], gradients: tuple[Tensor | None, ...]) -> Any:

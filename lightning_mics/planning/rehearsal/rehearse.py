@@ -12,6 +12,7 @@ All micro-steps between the first and the boundary do the same, so only one of t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -333,8 +334,9 @@ class _Watch:
 
     def begin(self) -> None:
         """Report everything from now on."""
+        claim = weakref.WeakMethod(self._claim_gradient)  # Python never collects what hooks of this kind refer to
         for parameter in (p for unit in self._units for p in unsharded_parameters(unit)):
-            parameter.register_post_accumulate_grad_hook(self._claim_gradient)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(lambda p: claim()(p))  # type: ignore[no-untyped-call, misc]
         self.ran.clear()
         self._allocations.reset_peak()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +25,7 @@ from lightning_mics.planning.rehearsal.collectives import Collectives
 from lightning_mics.planning.rehearsal.observed import Observed
 from lightning_mics.sharding.shard_model import mixed_precision_policy, shard_model
 from recipes.plan.dry_run import Training
+from tests.support import jobs
 from tests.support.campaign import campaign
 from tests.support.forked import run_ranks
 from tests.support.groups import groups_for
@@ -303,3 +305,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory, in_campaign: bool) -> list
 def test_the_trainer_runs_them_too(name: str, job: str, trained: list[dict[Case, list[Collective]]]) -> None:
     rank = rank_to_rehearse(job)
     assert [ran.collective for ran in rehearsed_job(name, job, rank).ran] == trained[rank][name, job]
+
+
+def test_nothing_is_left_of_a_model_that_was_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+
+    def made(network: Any) -> Training:
+        model = Training(network)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(jobs, "Training", made)
+    jobs.rehearsed("bert", JOBS["once per step"])
+    gc.collect()
+    assert [model() for model in models] == [None]
