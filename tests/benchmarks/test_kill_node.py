@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from benchmarks.kill_node.__main__ import deaths_of
+from benchmarks.kill_node import __main__ as campaign
+from benchmarks.kill_node import cases
 from benchmarks.kill_node.campaign import MOMENTS, Job
 from benchmarks.kill_node.sent import sends_enough
 from benchmarks.kill_node.training import Model
 from tests.benchmarks.clusters import needs_cluster
 
-ROOT = Path(__file__).parents[2]
+
+def printed(folder: Path, main: Callable[[Sequence[str]], int], *arguments: str) -> str:
+    """What a campaign prints in a fork of this process: it forks nodes, and waits for whatever child has ended."""
+    output = folder / "printed"
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(output, main, arguments))
+    process.start()
+    process.join(300)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0, output.read_text()[-4000:]
+    return output.read_text()
 
 
-def ran(module: str, *arguments: str) -> str:
-    """The output of a campaign, in a process of its own, which forks nodes and must not be pytest."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
+def _run(output: Path, main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> None:
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115  # pytest has replaced them
+    sys.exit(main(arguments))
 
 
 @needs_cluster
 def test_a_job_goes_on_after_five_deaths_with_the_same_bits(tmp_path: Path) -> None:
     job = ("--shapes", "2x2", "--partition", "2", "--kills", "5", "--no-bytes")
-    output = ran("benchmarks.kill_node", *job, "--out", str(tmp_path))
+    output = printed(tmp_path, campaign.main, *job, "--out", str(tmp_path))
     assert "0 of 224 losses differ, 0 ends" in output
     page = (tmp_path / "README.md").read_text()
     assert "5 deaths: 0 of 224 losses differ" in " ".join(page.split())
@@ -47,7 +51,7 @@ def test_a_job_goes_on_after_five_deaths_with_the_same_bits(tmp_path: Path) -> N
 @pytest.mark.campaign
 @needs_cluster
 def test_a_job_whose_nodes_with_the_same_bytes_die_ends_at_once_with_its_launchers(tmp_path: Path) -> None:
-    assert "wrong: nothing" in ran("benchmarks.kill_node.cases", "--only", "1", "--out", str(tmp_path))
+    assert "wrong: nothing" in printed(tmp_path, cases.main, "--only", "1", "--out", str(tmp_path))
     page = (tmp_path / "README.md").read_text()
     assert "1 of 1 cases are as required" in page
     assert "NoWholeStepError: the job was started again, and no step can be resumed from" in page
@@ -64,7 +68,7 @@ def test_ranks_send_what_no_other_node_has_and_no_more(size: int, kib: float, is
 def test_a_campaign_has_all_moments_and_all_that_can_die() -> None:
     import random
 
-    deaths = list(deaths_of(Job(4, 2, 4), 17, random.Random(0)))
+    deaths = list(campaign.deaths_of(Job(4, 2, 4), 17, random.Random(0)))
     assert {death.moment for death in deaths} == set(MOMENTS)
     assert {death.what for death in deaths} == {"node", "rank", "keeper"}
     assert any(death.what == "node" and death.rank == 0 for death in deaths)
