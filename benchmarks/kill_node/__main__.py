@@ -18,11 +18,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kill_node.campaign import MOMENTS, MOMENTS_WITH_DISK, Campaign, Death, Job
+from benchmarks.kill_node.campaign import MOMENTS, MOMENTS_WITH_DISK, Campaign, Death, Job, Run
 from benchmarks.kill_node.nodes import preload
 from benchmarks.kill_node.page import write_page
 from benchmarks.kill_node.sent import sends_enough, sent_by
@@ -58,7 +59,7 @@ def run_job(
     folder: Path,
     *,
     cut: bool = False,
-    counts_bytes: bool = True,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Run a job undisturbed and with deaths, and compare.
 
@@ -68,21 +69,23 @@ def run_job(
         chance: Random numbers.
         folder: Folder for its files.
         cut: Whether the cable of the last node is pulled after the deaths, without a word to connections.
-        counts_bytes: Whether bytes between nodes are compared with those without in-memory checkpoints; in two runs
-            more.
+        quick: Whether the undisturbed run is beside the other one, which then takes longer to recover, and bytes
+            between nodes are not compared with those without in-memory checkpoints, which takes two runs more.
 
     Returns:
         What was found, as plain data.
     """
     campaign = Campaign(job, folder)
-    found: dict[str, Any] = {"job": asdict(job)}
-    with campaign.running("undisturbed") as calm:
-        found["statuses"] = list(calm.finish().values())
-        found["keepers_left"], found["files_left"] = len(calm.keepers()), calm.nodes.files_left()
-    if counts_bytes and not job.save_every:
-        found |= sent_by(job, folder, steps=STEPS_COUNTED)
+    found: dict[str, Any] = {"job": asdict(job), "statuses": [], "keepers_left": 0, "files_left": []}
     outcomes = []
-    with campaign.running("disturbed") as run:
+    with ExitStack() as runs:
+        calm = runs.enter_context(campaign.running("undisturbed"))
+        if not quick:
+            _finish(calm, found)
+            runs.close()
+            if not job.save_every:
+                found |= sent_by(job, folder, steps=STEPS_COUNTED)
+        run = runs.enter_context(campaign.running("disturbed"))
         after = 2
         for death in deaths:
             outcome = run.die(death, chance, after=after)
@@ -93,9 +96,9 @@ def run_job(
             outcome = run.cut(job.world_size - 1, after=after)
             print(f"{job}: {outcome}", flush=True)
             outcomes.append({**asdict(outcome), "ok": outcome.ok})
-        found["statuses"] += list(run.finish().values())
-        found["keepers_left"] += len(run.keepers())
-        found["files_left"] += run.nodes.files_left()
+        if quick:
+            _finish(calm, found)
+        _finish(run, found)
     found |= calm.diaries.differences(run.diaries)
     found["disk_bytes"] = max(
         line["disk_bytes"] for lines in run.diaries.lines() for line in lines if "disk_bytes" in line
@@ -103,6 +106,13 @@ def run_job(
     found["outcomes"] = outcomes
     print(f"{job}: {found['different_losses']} of {found['losses']} losses differ, {found['different_ends']} ends")
     return found
+
+
+def _finish(run: Run, found: dict[str, Any]) -> None:
+    """Wait until a run has ended, and note how, and what it has left behind."""
+    found["statuses"] += run.finish().values()
+    found["keepers_left"] += len(run.keepers())
+    found["files_left"] += run.nodes.files_left()
 
 
 def is_ok(found: dict[str, Any]) -> bool:
@@ -122,14 +132,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--disk", action="store_true", help="resume from a ModelCheckpoint instead; nodes die only")
     parser.add_argument("--imports", action="store_true", help="ranks import everything when they start")
     parser.add_argument("--cut", action="store_true", help="also pull the cable of a node, in each job")
-    parser.add_argument("--no-bytes", action="store_true", help="do not compare bytes, which takes two more runs a job")
+    parser.add_argument(
+        "--quick", action="store_true", help="count no bytes, and run the undisturbed job beside the other"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
     parser.add_argument("--out", type=Path, help="folder of the page and the numbers; without it nothing is written")
     options = parser.parse_args(typed)
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
     jobs = [(nodes, ranks, size) for nodes, ranks in shapes for size in options.partition]
     chance, results = random.Random(options.seed), []
-    asked = {"cut": options.cut, "counts_bytes": not options.no_bytes}
     preload()
     for number, (nodes, ranks, size) in enumerate(jobs):
         count = options.kills * (number + 1) // len(jobs) - options.kills * number // len(jobs)
@@ -138,7 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.disk:
             job = replace(job, in_memory_checkpoint=None, save_every=STEPS_BETWEEN_SAVES)
         folder = Path(tempfile.mkdtemp(prefix="kill-node-"))  # stays if it fails
-        results.append(run_job(job, list(deaths_of(job, count, chance)), chance, folder, **asked))
+        results.append(
+            run_job(job, list(deaths_of(job, count, chance)), chance, folder, cut=options.cut, quick=options.quick)
+        )
         slow = [outcome["seconds"]["step"] for outcome in results[-1]["outcomes"]]
         if max(slow, default=0.0) <= SLOW_SECONDS:
             shutil.rmtree(folder)

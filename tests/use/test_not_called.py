@@ -109,6 +109,11 @@ USES: dict[str, Any] = {
     "penalty": with_penalty(lambda program, _: sum(p.square().sum() for p in program.parameters())),
     "norms": with_penalty(lambda program, _: torch.stack([p.norm() for p in program.parameters()]).sum()),
     "by loss": with_penalty(lambda program, loss: loss.detach() * sum(p.abs().sum() for p in program.parameters())),
+    "by torch.func": with_penalty(
+        lambda program, loss: (
+            torch.func.grad(torch.square)(loss.detach()) * sum(p.abs().sum() for p in program.parameters())
+        )
+    ),
     "orthogonal": with_penalty(
         lambda program, _: sum(
             (b.down.weight @ b.down.weight.t() - torch.eye(DIM)).square().sum() for b in program.net.blocks

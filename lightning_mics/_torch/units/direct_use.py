@@ -92,6 +92,8 @@ def _take_gradients_of_shards() -> None:
     """See that gradients of sharded parameters are taken in the backward that begins now, whatever they come from."""
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return  # a compiler's, of no sharded parameter
+    if torch._C._are_functorch_transforms_active():
+        return  # torch.func's, which accumulates nothing
     parameters = list(_parameters.values())
     with torch.enable_grad():
         used = _Used.apply(*(each.sharded_param for each in parameters))  # type: ignore[no-untyped-call]
