@@ -28,7 +28,7 @@ from benchmarks.kill_node.nodes import preload
 from benchmarks.kill_node.page import write_page
 from benchmarks.kill_node.sent import sends_enough, sent_by
 
-STEPS_PER_DEATH = 4
+STEPS_PER_DEATH, STEPS_PER_QUICK_DEATH = 4, 3
 STEPS_BETWEEN_SAVES = 2  # on a disk
 STEPS_COUNTED = 20  # of which bytes are compared
 SLOW_SECONDS = 15.0  # from a death to the next step, after which logs are kept
@@ -144,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     preload()
     for number, (nodes, ranks, size) in enumerate(jobs):
         count = options.kills * (number + 1) // len(jobs) - options.kills * number // len(jobs)
-        job = Job(nodes, ranks, size, steps=STEPS_PER_DEATH * (count + 1 + options.cut))
+        steps = (STEPS_PER_QUICK_DEATH if options.quick else STEPS_PER_DEATH) * (count + 1 + options.cut)
+        job = Job(nodes, ranks, size, steps=steps)
         job = replace(job, imports=options.imports)
         if options.disk:
             job = replace(job, in_memory_checkpoint=None, save_every=STEPS_BETWEEN_SAVES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,18 @@ class Diaries:
     def __init__(self, folder: Path, world_size: int) -> None:
         self.world_size = world_size
         self._files = [folder / f"rank-{rank}.jsonl" for rank in range(world_size)]
+        self._lines: list[list[dict[str, Any]]] = [[] for _ in self._files]
+        self._read_bytes = [0] * world_size
 
     def lines(self) -> list[list[dict[str, Any]]]:
-        """The lines of each rank."""
-        return [
-            [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
-            for file in self._files
-        ]
+        """The lines of each rank; only new ones are read, as whoever waits asks often."""
+        for rank, file in enumerate(self._files):
+            with suppress(FileNotFoundError), file.open("rb") as opened:
+                opened.seek(self._read_bytes[rank])
+                new, end, _ = opened.read().rpartition(b"\n")
+                self._read_bytes[rank] += len(new) + len(end)
+                self._lines[rank] += [json.loads(line) for line in new.splitlines()]
+        return self._lines
 
     def losses(self) -> dict[tuple[Any, ...], set[str]]:
         """All values of losses and validations, by rank, kind, step and micro-step, also those computed twice."""

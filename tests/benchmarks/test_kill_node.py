@@ -42,9 +42,9 @@ def _run(output: Path, main: Callable[[Sequence[str]], int], arguments: Sequence
 def test_a_job_goes_on_after_five_deaths_with_the_same_bits(tmp_path: Path) -> None:
     job = ("--shapes", "2x2", "--partition", "2", "--kills", "5", "--quick")
     output = printed(tmp_path, campaign.main, *job, "--out", str(tmp_path))
-    assert "0 of 224 losses differ, 0 ends" in output
+    assert "0 of 168 losses differ, 0 ends" in output
     page = (tmp_path / "README.md").read_text()
-    assert "5 deaths: 0 of 224 losses differ" in " ".join(page.split())
+    assert "5 deaths: 0 of 168 losses differ" in " ".join(page.split())
     assert (tmp_path / "recovery.svg").exists()
 
 
