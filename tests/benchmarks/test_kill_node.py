@@ -17,6 +17,7 @@ from benchmarks.kill_node.campaign import MOMENTS, Job
 from benchmarks.kill_node.sent import sends_enough
 from benchmarks.kill_node.training import Model
 from tests.benchmarks.clusters import needs_cluster
+from tests.support.campaign import campaign as campaign_only
 
 
 def printed(folder: Path, main: Callable[[Sequence[str]], int], *arguments: str) -> str:
@@ -39,12 +40,13 @@ def _run(output: Path, main: Callable[[Sequence[str]], int], arguments: Sequence
 
 
 @needs_cluster
-def test_a_job_goes_on_after_five_deaths_with_the_same_bits(tmp_path: Path) -> None:
-    job = ("--shapes", "2x2", "--partition", "2", "--kills", "5", "--quick")
+@pytest.mark.parametrize(("shape", "losses"), [("2x1", 84), campaign_only("2x2", 168)])
+def test_a_job_goes_on_after_five_deaths_with_the_same_bits(tmp_path: Path, shape: str, losses: int) -> None:
+    job = ("--shapes", shape, "--partition", "2", "--kills", "5", "--quick")
     output = printed(tmp_path, campaign.main, *job, "--out", str(tmp_path))
-    assert "0 of 168 losses differ, 0 ends" in output
+    assert f"0 of {losses} losses differ, 0 ends" in output
     page = (tmp_path / "README.md").read_text()
-    assert "5 deaths: 0 of 168 losses differ" in " ".join(page.split())
+    assert f"5 deaths: 0 of {losses} losses differ" in " ".join(page.split())
     assert (tmp_path / "recovery.svg").exists()
 
 
