@@ -6,6 +6,7 @@ It calibrates, lets the planner choose, and times the ways of all cells in turns
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import time
@@ -31,10 +32,13 @@ LINK = "eth0"
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of caches or sums on nodes
 SHARE_STEPS = 4  # micro-steps of the ways with these
 WARMUP = 2  # steps of at most two micro-steps: the first window agrees on things that later ones know
+LONG = 1.0  # seconds: a step that takes as long is timed once in a turn, others twice
 
 
 class Trainer:
     """The model under one way, on all ranks.
+
+    To be let go before another is timed: each backward looks at the parameters of all models of its process.
 
     Args:
         way: Way to run it.
@@ -52,6 +56,12 @@ class Trainer:
         ]
         for _ in range(WARMUP):
             self._train(self._batches[:2])
+        gc.collect()  # of those before it, and not while steps are timed
+
+    def seconds_of_a_turn(self) -> list[float]:
+        """Seconds of two optimizer steps, or of a long one; the same on all ranks."""
+        first = self.seconds()
+        return [first] if first > LONG else [first, self.seconds()]
 
     def seconds(self) -> float:
         """Seconds of an optimizer step, until all ranks have ended it."""
@@ -114,6 +124,7 @@ def start_trainers() -> Callable[[Way], Trainer]:
     """Join the default group; returns what makes the trainer of a way, with groups that are made once."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    gc.freeze()  # what is imported: it would be looked at again for each trainer
 
     @cache
     def groups_of(partition_size: int, hierarchical: bool | str) -> PartitionGroups:
@@ -159,15 +170,15 @@ def measure_times(out: Path, *, turns: int, pairs: int, places: list[float]) -> 
     cells = cells_of(workload(), hardware, compute, places)
     seconds: dict[Way, list[float]] = {way: [] for cell in cells for way in cell.timed}
     say(hardware, compute, len(seconds), "ways,", sum(max(c.timed.get(w, 0) for c in cells) for w in seconds), "s")
-    trainers = {way: trainer(way) for way in seconds}
     for turn in range(turns):
-        for way, running in trainers.items():
-            seconds[way].append(running.seconds())
+        for way, times in seconds.items():
+            times += trainer(way).seconds_of_a_turn()
         say("turn", turn + 1)
     paired: dict[tuple[Way, Way], list[tuple[float, float]]] = {}
     for both in dict.fromkeys((cell.chosen, cell.flat) for cell in cells if cell.chosen != cell.flat):
-        ours, flat = (trainers[way] for way in both)
+        ours, flat = map(trainer, both)
         paired[both] = [(ours.seconds(), flat.seconds()) for _ in range(pairs)]
+        del ours, flat
         say(both[0], median(one / other for one, other in paired[both]))
     if dist.get_rank() == 0:
         found = [_cell(cell, seconds, paired.get((cell.chosen, cell.flat), [])) for cell in cells]
