@@ -90,7 +90,7 @@ def main(typed: Sequence[str] | None = None) -> int:
         "--rates", nargs="*", default=["100mbit", "300mbit", "1gbit"], help="of links; none: count bytes only"
     )
     parser.add_argument(
-        "--places", nargs="+", type=float, default=[0.05, 0.5, 0.9], help="of the pretended memories, 0 to 1"
+        "--places", nargs="+", type=float, default=[0.1, 0.5, 0.9], help="of the pretended memories, 0 to 1"
     )
     parser.add_argument("--turns", type=int, default=3, help="times that each way is timed")
     parser.add_argument(
