@@ -121,7 +121,10 @@ def _of_depths(
     many = next(count for count in sizes if count >= 2 * few)
     taken = partial(_taken, model, length, computed=computed, recompute=recompute, offload=offload)
     found = _apart(taken(depth, few), few, taken(depth, many), many)
-    if in_one := [count for count in range(1, whole + 1) if count * length not in dims]:
+    if whole:
+        in_one = [count for count in range(1, whole + 1) if count * length not in dims]
+        if not in_one:  # as many tokens as there are positions to learn: a part of a sequence stands for it
+            in_one = [next(tokens for tokens in range(length - 1, 0, -1) if tokens not in dims) / length]
         one, most = in_one[0], in_one[-1]
         found = replace(found, few=_apart(taken(depth, one), one, taken(depth, most), most).phases, few_samples=whole)
     if blocks == depth:
@@ -132,7 +135,7 @@ def _of_depths(
     return replace(found.with_saved(saved * (blocks - depth)), saved=saved, on_host=on_host)
 
 
-def _apart(one: Activations, few: int, other: Activations, many: int) -> Activations:
+def _apart(one: Activations, few: float, other: Activations, many: float) -> Activations:
     """Tell apart what depends on the number of sequences: losses are computed in pieces of a bounded size.
 
     Args:
@@ -161,15 +164,16 @@ def _taken(
     model: LanguageModel,
     length: int,
     blocks: int,
-    sequences: int,
+    sequences: float,
     *,
     computed: torch.dtype | None,
     recompute: Any,
     offload: bool,
 ) -> Activations:
+    whole = max(1, int(sequences))
     return measure_activations(
         lambda: _make_network(_with_blocks(model, blocks), recompute=recompute, offload=offload),
-        model.example_batch(sequences, length),
+        model.example_batch(whole, round(length * sequences / whole)),
         samples=sequences,
         loss=lambda network, batch: model.loss_of(network["network"], batch),
         dtype=computed or torch.float32,

@@ -132,3 +132,8 @@ def test_a_plan_counts_the_memory_of_three_micro_batches_within_three_percent(mo
     assert len(rows) == 3
     for row in rows:
         assert 1 <= ratio(row) <= 1.03, row
+
+
+def test_a_plan_counts_one_sequence_with_as_many_tokens_as_positions_are_learned() -> None:
+    (row,) = compared("gpt2", "p4d_2", "model.network.n_layer=5", "data.batch_size=1", rehearsals=1)
+    assert 1 <= ratio(row) <= 1.001, row

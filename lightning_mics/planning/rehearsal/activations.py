@@ -28,7 +28,7 @@ def measure_activations(
     make_model: Callable[[], nn.Module],
     batch: Any,
     *,
-    samples: int,
+    samples: float,
     loss: Callable[[nn.Module, Any], Tensor],
     dtype: torch.dtype,
     autocast_dtype: torch.dtype | None = None,
@@ -44,7 +44,7 @@ def measure_activations(
     Args:
         make_model: Function that builds the model. It is called under fake tensors, so the model may have any size.
         batch: Tensors in any nest of lists and dictionaries; only shapes matter.
-        samples: Number of samples in ``batch``.
+        samples: Number of samples in ``batch``: less than one where it has a part of the tokens of a sample.
         loss: Function of model and batch that returns the loss, a scalar.
         dtype: Dtype of the parameters in the forward.
         autocast_dtype: Dtype of autocast; None disables autocast.
@@ -97,7 +97,7 @@ class _Moments(Allocations):
         after = now if self._after_blocks is None else self._after_blocks
         return (after - self._before_blocks) / blocks if blocks else now
 
-    def lines(self, samples: int) -> dict[Phase, tuple[Line, ...]]:
+    def lines(self, samples: float) -> dict[Phase, tuple[Line, ...]]:
         """Bytes in each phase as functions of the number of samples, measured with ``samples``."""
         return {
             phase: tuple(Line(gradients, taken / samples) for gradients, taken in sorted(moments.items()))
