@@ -13,7 +13,6 @@ import argparse
 import json
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -109,7 +108,8 @@ times what is allocated. Pairs that have no plan, or none that fits, are in resu
 {command}
 ```
 
-Commit {commit.stdout.strip()}.
+The pairs were made in several calls, by `--models` and `--clusters`; those of earlier calls stay. The last was at
+commit {commit.stdout.strip()}.
 
 | model | cluster | ranks | cached, accumulated | micro-batch x steps | planned, GiB | rehearsed, GiB | usable, GiB |
 |---|---|--:|---|--:|--:|--:|--:|
@@ -128,8 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clusters", nargs="+", default=names("cluster"), choices=names("cluster"))
     parser.add_argument("--jobs", type=int, default=2, help="processes; the rows are the same")
     parser.add_argument("--out", type=Path, required=True)
-    typed = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser.parse_args(typed)
+    options = parser.parse_args(arguments)
     page = options.out / "results.json"
     before = json.loads(page.read_text())["rows"] if page.exists() else []
     rows = {(row["model"], row["cluster"]): row for row in before}
@@ -143,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 write_page(
                     options.out,
                     [rows[key] for key in sorted(rows)],
-                    f"python -m benchmarks.auto.rehearsed {shlex.join(typed)}",
+                    f"python -m benchmarks.auto.rehearsed --out {shlex.quote(str(options.out))}",
                 )
     summary = summarized(list(rows.values()))
     return int(summary["fit_when_rehearsed"] < summary["fit_by_plan"])

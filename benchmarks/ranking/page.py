@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from benchmarks.auto.pairs import ROOT
 from benchmarks.host_time import geometric_mean_with_interval
 from benchmarks.ranking.bytes import predicted_link_bytes, rehearsed_peak_bytes
-from benchmarks.ranking.cells import MODEL, Way
+from benchmarks.ranking.cells import MODEL, SAMPLES, Way
 from recipes.plan.tables import place_label
 
 APART = 1.1  # ratio from which two predictions count as different
@@ -55,10 +56,9 @@ def judged(launch: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
         launch: Measurements of its shape and rate.
         cell: The cell.
     """
-    timed = [(each["predicted"], median(each["seconds"]), each["way"]) for each in cell["timed"]]
-    measured = {tuple(way.values()): seconds for _, seconds, way in timed}
-    chosen = measured[tuple(cell["chosen"].values())]
-    best = min(timed, key=lambda each: each[1])
+    timed = by_program(cell["timed"])
+    chosen = timed[program(cell["chosen"])]
+    best = min(timed.values(), key=lambda each: each["seconds"])
     same = cell["chosen"] == cell["flat"]
     ratios = [ours / flat for ours, flat in cell["pairs"]]
     return {
@@ -70,13 +70,32 @@ def judged(launch: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
         "timed": len(timed),
         "chosen": cell["chosen"],
         "flat": cell["flat"],
-        "best": best[2],
-        "predicted": next(predicted for predicted, _, way in timed if way == cell["chosen"]),
-        "seconds": chosen,
-        "regret": chosen / best[1] - 1,
+        "best": best["way"],
+        "predicted": chosen["predicted"],
+        "seconds": chosen["seconds"],
+        "regret": chosen["seconds"] / best["seconds"] - 1,
         "over_flat": [1.0, 1.0, 1.0] if same else geometric_mean_with_interval(ratios),
-        "tau": kendall_tau([(predicted, seconds) for predicted, seconds, _ in timed]),
+        "tau": kendall_tau([(each["predicted"], each["seconds"]) for each in timed.values()]),
     }
+
+
+def program(way: dict[str, Any]) -> Way:
+    """What runs under a way: gradients of one micro-step are summed nowhere, so it does not matter where."""
+    found = Way(**way)
+    return replace(found, accumulate_gradients="shard") if found.micro_batch == SAMPLES else found
+
+
+def by_program(timed: Sequence[dict[str, Any]]) -> dict[Way, dict[str, Any]]:
+    """Median seconds of each program that was timed, over all ways that run it.
+
+    Args:
+        timed: Ways, with their predicted seconds and the seconds of each step.
+    """
+    found: dict[Way, dict[str, Any]] = {}
+    for each in timed:
+        one = found.setdefault(program(each["way"]), {**each, "seconds": []})
+        one["seconds"] = one["seconds"] + each["seconds"]
+    return {each: {**one, "seconds": median(one["seconds"])} for each, one in found.items()}
 
 
 def kendall_tau(timed: Sequence[tuple[float, float]]) -> float:
@@ -146,8 +165,9 @@ micro-batches of 1, 4 or 16. Each shape and rate is calibrated in the same launc
 micro-step without communication for each micro-batch. A pretended memory decides what fits, by the closed form of
 plans. The planner then searches partition size, stages, caches, sums and micro-batch. Timed are its choice, flat full
 sharding with its largest micro-batch, what is predicted to be within 1.5 times the best, and some slower ways, in
-turns; *regret* is the choice's time over the least time of these, less 1. The ratio to flat full sharding is a
-geometric mean of paired turns with its 95 % interval. Kendall's tau is over pairs whose predictions are 10 % apart.
+turns, one model at a time; ways that differ only in where gradients of one micro-step are summed are one program.
+*Regret* is the choice's time over the least time of these, less 1. The ratio to flat full sharding is a geometric mean
+of paired turns with its 95 % interval. Kendall's tau is over pairs whose predictions are 10 % apart.
 Bytes are counted by links that are not shaped, so that nothing is sent twice, without the headers of packets.
 
 **Result.** {found["cells"]} cells. The regret is at most 5 % in {found["regret_at_most_5_percent"]}, and

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -94,6 +94,18 @@ def test_a_choice_is_judged_by_the_least_median_and_by_pairs() -> None:
     assert found["tau"] == pytest.approx(1 / 3)
     same = judged({"shape": "2x4", "rate": "1gbit"}, cell(flat=asdict(WAYS[2]), pairs=[]))
     assert same["over_flat"] == [1.0, 1.0, 1.0]
+
+
+def test_ways_that_run_the_same_program_are_one() -> None:
+    again = asdict(replace(WAYS[2], accumulate_gradients="shard"))  # sums of one micro-step are nowhere
+    timed = [*cell()["timed"], {"way": again, "predicted": 1.0, "seconds": [0.2, 0.8, 0.9]}]
+    found = judged({"shape": "2x4", "rate": "1gbit"}, cell(timed=timed))
+    assert found["timed"] == 3 and found["seconds"] == pytest.approx(0.95)  # the median of six
+    assert found["regret"] == 0
+    several = [{**each, "way": each["way"] | {"micro_batch": 4}} for each in timed]  # their sums are somewhere
+    chosen = asdict(replace(WAYS[2], micro_batch=4))
+    found = judged({"shape": "2x4", "rate": "1gbit"}, cell(timed=several, chosen=chosen))
+    assert found["timed"] == 4 and found["seconds"] == 1.1
 
 
 def test_the_page_has_all_cells_and_the_bytes_of_shares(tmp_path) -> None:
