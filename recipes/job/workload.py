@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -170,10 +171,9 @@ def _taken(
     recompute: Any,
     offload: bool,
 ) -> Activations:
-    whole = max(1, int(sequences))
     return measure_activations(
         lambda: _make_network(_with_blocks(model, blocks), recompute=recompute, offload=offload),
-        model.example_batch(whole, round(length * sequences / whole)),
+        model.example_batch(math.ceil(sequences), round(length * min(1, sequences))),
         samples=sequences,
         loss=lambda network, batch: model.loss_of(network["network"], batch),
         dtype=computed or torch.float32,
