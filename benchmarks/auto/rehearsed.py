@@ -108,7 +108,7 @@ times what is allocated. Pairs that have no plan, or none that fits, are in resu
 {command}
 ```
 
-The pairs were made in several calls, by `--models` and `--clusters`; those of earlier calls stay. The last was at
+Pairs can be made in several calls, by `--models` and `--clusters`; those of earlier calls stay. The last was at
 commit {commit.stdout.strip()}.
 
 | model | cluster | ranks | cached, accumulated | micro-batch x steps | planned, GiB | rehearsed, GiB | usable, GiB |

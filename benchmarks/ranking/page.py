@@ -180,7 +180,7 @@ Bytes are counted by links that are not shaped, so that nothing is sent twice, w
 {results["command"]}
 ```
 
-Shapes and rates were run one by one, by `--shapes` and `--rates`; what is measured again replaces what was there.
+Shapes and rates can be run one by one, by `--shapes` and `--rates`; what is measured again replaces what was there.
 Commit {results["commit"]}.
 
 | shape | links | memory, MB | taken, MB | ways fit | chosen | predicted, s | measured, s | regret | over flat | tau |
