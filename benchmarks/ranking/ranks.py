@@ -31,7 +31,6 @@ from lightning_mics.topology import Topology
 LINK = "eth0"
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of caches or sums on nodes
 SHARE_STEPS = 4  # micro-steps of the ways with these
-WARMUP = 2  # steps of at most two micro-steps: the first window agrees on things that later ones know
 LONG = 1.0  # seconds: a step that takes as long is timed once in a turn, others twice
 
 
@@ -54,8 +53,8 @@ class Trainer:
         self._batches = [
             batch_of(way.micro_batch, rank=dist.get_rank(), index=index) for index in range(SAMPLES // way.micro_batch)
         ]
-        for _ in range(WARMUP):
-            self._train(self._batches[:2])
+        self._train(self._batches[:2])
+        self._train(self._batches)  # ranks meet where they did something else under the way before: see control_plane
         gc.collect()  # of those before it, and not while steps are timed
 
     def seconds_of_a_turn(self) -> list[float]:
