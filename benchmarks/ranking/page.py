@@ -165,7 +165,8 @@ micro-batches of 1, 4 or 16. Each shape and rate is calibrated in the same launc
 micro-step without communication for each micro-batch. A pretended memory decides what fits, by the closed form of
 plans. The planner then searches partition size, stages, caches, sums and micro-batch. Timed are its choice, flat full
 sharding with its largest micro-batch, what is predicted to be within 1.5 times the best, and some slower ways, in
-turns, one model at a time; ways that differ only in where gradients of one micro-step are summed are one program.
+turns, one model at a time, after a whole step that is not; ways that differ only in where gradients of one micro-step
+are summed are one program.
 *Regret* is the choice's time over the least time of these, less 1. The ratio to flat full sharding is a geometric mean
 of paired turns with its 95 % interval. Kendall's tau is over pairs whose predictions are 10 % apart.
 Bytes are counted by links that are not shaped, so that nothing is sent twice, without the headers of packets.
