@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig
 
 from lightning_mics.cost.batches import split_global_batch
+from lightning_mics.integrations._precision import check_precision
 from lightning_mics.planning import Plan, Workload
 from lightning_mics.policy.choice import Choice
 from lightning_mics.policy.fastest import LEAST_TOKENS
@@ -81,12 +82,14 @@ def choose_automatically(config: DictConfig, model: LanguageModel) -> ChosenJob:
         model: Model of the run, not built yet.
 
     Raises:
-        ValueError: If the global batch cannot be split as asked; the message names the nearest that can.
+        ValueError: If the global batch cannot be split as asked, where the message names the nearest that can, or if
+            an option has none of its values.
     """
     config, choices = copy.deepcopy(config), Choices()
     cluster = config.cluster
     cluster.devices = choices.take("devices per node", cluster.devices, *_devices(cluster))
     cluster.precision = choices.take("precision", cluster.precision, *_precision(cluster))
+    _check(config)
     workload = measure_run(config, model)
     planned, asked = None, copy.deepcopy(config)
     if cluster.network_rate_gbits_per_s is not None:
@@ -178,6 +181,19 @@ def _devices(cluster: DictConfig) -> tuple[int, str]:
     if cluster.accelerator == "gpu":
         return torch.cuda.device_count(), "the GPUs of this machine"
     return CPU_PROCESSES, "CPU processes, enough for each kind of group"
+
+
+def _check(config: DictConfig) -> None:
+    """Check options whose wrong values a plan would not notice, or would fail on without their names."""
+    cluster, strategy = config.cluster, config.strategy
+    check_precision(cluster.precision)
+    if strategy.reduce_dtype is not None and not isinstance(getattr(torch, strategy.reduce_dtype, None), torch.dtype):
+        raise ValueError(f"strategy.reduce_dtype={strategy.reduce_dtype} is no dtype of torch, such as bfloat16")
+    if strategy.activation_offload not in (True, False, "auto"):
+        raise ValueError(f"strategy.activation_offload={strategy.activation_offload} is not one of true, false, auto")
+    rate = cluster.network_rate_gbits_per_s
+    if rate is not None and not isinstance(rate, int | float):
+        raise ValueError(f"cluster.network_rate_gbits_per_s={rate} must be a number of Gbit/s, or null")
 
 
 def _precision(cluster: DictConfig) -> tuple[str, str]:

@@ -109,6 +109,21 @@ def test_an_impossible_batch_is_refused() -> None:
         chosen("model=gpt-100b", "cluster=p4d_64", "global_batch_size=1000")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cluster.precision=16-mixd", "does not support precision='16-mixd'; use one of "),
+        ("strategy.reduce_dtype=float33", "strategy.reduce_dtype=float33 is no dtype of torch"),
+        ("strategy.reduce_dtype=nn", "strategy.reduce_dtype=nn is no dtype of torch"),
+        ("strategy.activation_offload=maybe", "strategy.activation_offload=maybe is not one of true, false, auto"),
+        ("cluster.network_rate_gbits_per_s=fast", "cluster.network_rate_gbits_per_s=fast must be a number"),
+    ],
+)
+def test_a_value_that_an_option_does_not_have_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        chosen("model=gpt-10b", "cluster=p4d_8", override)
+
+
 def test_a_partition_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="partition_size=3 does not divide world_size=4"):
         chosen("strategy.partition_size=3")
