@@ -187,8 +187,6 @@ def _check(config: DictConfig) -> None:
     """Check options whose wrong values a plan would not notice, or would fail on without their names."""
     cluster, strategy = config.cluster, config.strategy
     check_precision(cluster.precision)
-    if strategy.reduce_dtype is not None and not isinstance(getattr(torch, strategy.reduce_dtype, None), torch.dtype):
-        raise ValueError(f"strategy.reduce_dtype={strategy.reduce_dtype} is no dtype of torch, such as bfloat16")
     if strategy.activation_offload not in (True, False, "auto"):
         raise ValueError(f"strategy.activation_offload={strategy.activation_offload} is not one of true, false, auto")
     rate = cluster.network_rate_gbits_per_s

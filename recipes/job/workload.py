@@ -22,6 +22,7 @@ from lightning_mics.policy.memory import measure_model
 from lightning_mics.sharding.activation_checkpointing import find_recomputed, inputs_on_host, recompute_in_backward
 from lightning_mics.sharding.blocks import find_blocks
 from lightning_mics.sharding.optimizers.offload import checked_offload
+from lightning_mics.sharding.options import floating_dtype
 from lightning_mics.sharding.shard_model import autocast_dtype, mixed_precision_policy
 from recipes.models.flops import shape_of
 from recipes.models.language_model import LanguageModel
@@ -41,7 +42,7 @@ def measure_run(config: DictConfig, model: LanguageModel) -> Workload:
         model: Model of the run, not built yet.
     """
     precision, length = config.cluster.precision, config.data.sequence_length
-    reduce_dtype = config.strategy.reduce_dtype and getattr(torch, config.strategy.reduce_dtype)
+    reduce_dtype = floating_dtype("reduce_dtype", config.strategy.reduce_dtype)
     policy = mixed_precision_policy(precision, reduce_dtype=reduce_dtype)
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     with torch.device("meta"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mics.planning import Hardware, Plan, Rehearsal, Workload, rehearse, weak_scaling
+from lightning_mics.sharding.options import floating_dtype
 from recipes.job.auto import ChosenJob, choose_automatically
 from recipes.job.cluster_plan import asked, hardware_of
 from recipes.models.language_model import LanguageModel
@@ -136,7 +137,7 @@ def rehearse_run(job: ChosenJob, model: LanguageModel, *, rank: int = 0) -> Rehe
         activation_checkpointing=strategy["activation_checkpointing"],
         activation_offload=strategy["activation_offload"],
         offload=strategy["offload"],
-        reduce_dtype=strategy["reduce_dtype"] and getattr(torch, strategy["reduce_dtype"]),
+        reduce_dtype=floating_dtype("reduce_dtype", strategy["reduce_dtype"]),
     )
 
 

@@ -113,8 +113,8 @@ def test_an_impossible_batch_is_refused() -> None:
     ("override", "message"),
     [
         ("cluster.precision=16-mixd", "does not support precision='16-mixd'; use one of "),
-        ("strategy.reduce_dtype=float33", "strategy.reduce_dtype=float33 is no dtype of torch"),
-        ("strategy.reduce_dtype=nn", "strategy.reduce_dtype=nn is no dtype of torch"),
+        ("strategy.reduce_dtype=float33", "reduce_dtype='float33' is not one of torch.float32, torch.bfloat16"),
+        ("strategy.reduce_dtype=nn", "reduce_dtype='nn' is not one of "),
         ("strategy.activation_offload=maybe", "strategy.activation_offload=maybe is not one of true, false, auto"),
         ("cluster.network_rate_gbits_per_s=fast", "cluster.network_rate_gbits_per_s=fast must be a number"),
     ],
